@@ -1,0 +1,646 @@
+#include "scheduler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <utility>
+
+#include "philox.h"
+
+namespace stars_fast {
+
+namespace {
+
+constexpr double kPassRateStep = 0.2;  // weight of the newest attempt in a request's estimate
+constexpr double kGlobalPassRateStep = 0.01;  // and in the estimate that new requests begin with
+constexpr double kPassRateLow = 0.02;
+constexpr double kPassRateHigh = 0.98;
+constexpr std::int32_t kMaxTokens = 1 << 28;  // of a request: keeps slot arithmetic in 32 bits
+
+void step_towards(double& estimate, bool passed, double step) {
+  estimate += step * ((passed ? 1.0 : 0.0) - estimate);
+  estimate = std::clamp(estimate, kPassRateLow, kPassRateHigh);
+}
+
+template <typename Value>
+void require(bool holds, const char* name, Value value, const char* allowed) {
+  if (!holds) {
+    throw std::invalid_argument(std::string(name) + " must be " + allowed + ", got " +
+                                std::to_string(value));
+  }
+}
+
+// Reuses the buffers unless the caller still holds them.
+template <typename Buffers>
+std::shared_ptr<Buffers>& recycle(std::shared_ptr<Buffers>& buffers) {
+  if (buffers == nullptr || buffers.use_count() > 1) {
+    buffers = std::make_shared<Buffers>();
+  }
+  buffers->clear();
+  return buffers;
+}
+
+}  // namespace
+
+void Plan::clear() {
+  copies.clear();
+  prefill_tokens.clear();
+  request.clear();
+  attempt.clear();
+  seed.clear();
+  position.clear();
+  first_token.clear();
+  unscored.clear();
+  preempted.clear();
+}
+
+void Decision::clear() {
+  outcome.clear();
+  threshold.clear();
+  request.clear();
+  kind.clear();
+  row.clear();
+  start.clear();
+  length.clear();
+  attempts.clear();
+  finish.clear();
+}
+
+std::int32_t Scheduler::Request::draft_length() const {
+  return std::min(options.segment_length, options.schedule.max_tokens - response_length());
+}
+
+Scheduler::Scheduler(const SchedulerOptions& options)
+    : options_(options),
+      pool_(options.num_pages, options.page_size),
+      cost_(options.row_cost_prior) {
+  require(options.max_rows >= 1, "max_rows", options.max_rows, "at least 1");
+  require(options.max_prefill_tokens >= 1, "max_prefill_tokens", options.max_prefill_tokens,
+          "at least 1");
+  require(options.row_cost_prior >= 0.0 && options.row_cost_prior <= 1.0, "row_cost_prior",
+          options.row_cost_prior, "in [0, 1]");
+}
+
+void Scheduler::validate(std::size_t prompt_length, const RequestOptions& options) const {
+  require(prompt_length >= 1 && prompt_length < kMaxTokens, "prompt length", prompt_length,
+          "in [1, 2**28)");
+  const Schedule& schedule = options.schedule;
+  require(options.segment_length >= 1, "segment_length", options.segment_length, "at least 1");
+  require(schedule.max_tokens >= 1 && schedule.max_tokens < kMaxTokens, "max_tokens",
+          schedule.max_tokens, "in [1, 2**28)");
+  require(options.max_attempts >= 1, "max_attempts", options.max_attempts, "at least 1");
+  require(options.candidates >= 0, "candidates", options.candidates, "at least 0 (0: auto)");
+  if (options.scored) {
+    require(std::isfinite(schedule.target), "target_reward", schedule.target, "finite");
+    require(schedule.alpha >= 0.0 && schedule.alpha <= 1.0, "alpha", schedule.alpha, "in [0, 1]");
+    require(schedule.hard || (std::isfinite(schedule.beta) && schedule.beta > 0.0), "beta",
+            schedule.beta, "above 0 with soft acceptance");
+  }
+  // A segment that starts inside a page holds that page twice while it is tried.
+  const std::int32_t twice = options.segment_length % options_.page_size == 0 ? 0 : 1;
+  const std::int32_t needed = pool_.pages_for(static_cast<std::int32_t>(prompt_length) - 1) +
+                              pool_.pages_for(schedule.max_tokens) + twice;
+  if (needed > pool_.num_pages() - 1) {
+    throw RequestTooLarge(
+        "a prompt of " + std::to_string(prompt_length) + " tokens with max_tokens " +
+        std::to_string(schedule.max_tokens) + " needs " + std::to_string(needed) + " pages of " +
+        std::to_string(options_.page_size) + " tokens; the pool has " +
+        std::to_string(pool_.num_pages() - 1) + ": raise num_pages, or shorten the request");
+  }
+}
+
+void Scheduler::add(std::int64_t id, const std::int64_t* prompt, std::size_t prompt_length,
+                    const RequestOptions& options) {
+  validate(prompt_length, options);
+  for (std::size_t i = 0; i < prompt_length; ++i) {
+    require(prompt[i] >= 0 && prompt[i] <= std::numeric_limits<std::int32_t>::max(),
+            "prompt token id", prompt[i], "in [0, 2**31)");
+  }
+  require(by_id_.count(id) == 0, "request id", id, "new");
+  Slot slot = 0;
+  if (free_slots_.empty()) {
+    slot = static_cast<Slot>(requests_.size());
+    requests_.emplace_back();
+  } else {
+    slot = free_slots_.back();
+    free_slots_.pop_back();
+  }
+  by_id_.emplace(id, slot);
+  Request& request = at(slot);
+  request.id = id;
+  request.options = options;
+  request.tokens.reserve(prompt_length + static_cast<std::size_t>(options.schedule.max_tokens));
+  request.tokens.assign(prompt, prompt + prompt_length);
+  request.prompt_length = static_cast<std::int32_t>(prompt_length);
+  request.attempt = 0;
+  request.prompt_reward = std::numeric_limits<double>::quiet_NaN();
+  request.pass_rate = global_pass_rate_;
+  request.doomed = false;
+  request.best.any = false;
+  request.sequence.cached = 0;
+  request.sequence.set_hole(request.prompt_length - 1, options_.page_size);
+  waiting_.push_back({slot, request.generation});
+}
+
+Scheduler::Request& Scheduler::find(std::int64_t id) {
+  const auto found = by_id_.find(id);
+  if (found == by_id_.end()) {
+    throw std::out_of_range("no request " + std::to_string(id));
+  }
+  return at(found->second);
+}
+
+const std::vector<std::int32_t>& Scheduler::tokens(std::int64_t id) const {
+  const auto found = by_id_.find(id);
+  if (found == by_id_.end()) {
+    throw std::out_of_range("no request " + std::to_string(id));
+  }
+  return at(found->second).tokens;
+}
+
+bool Scheduler::abort(std::int64_t id) {
+  const auto found = by_id_.find(id);
+  if (found == by_id_.end()) {
+    return false;
+  }
+  const Slot slot = found->second;
+  Request& request = at(slot);
+  if (planned_ && request.running) {
+    request.doomed = true;  // the device may still write to its pages
+    by_id_.erase(found);
+    return true;
+  }
+  if (request.running) {
+    running_.erase(std::find(running_.begin(), running_.end(), slot));
+  }
+  forget(slot);
+  return true;
+}
+
+void Scheduler::set_prompt_reward(std::int64_t id, double reward) {
+  require(std::isfinite(reward), "prompt reward", reward, "finite");
+  find(id).prompt_reward = reward;
+}
+
+std::int32_t Scheduler::row_pages(const Request& request) const {
+  return branch_pages(pool_, request.sequence, request.prefix_length(), request.draft_length());
+}
+
+std::int32_t Scheduler::pages_to_draft(const Request& request) const {
+  const Sequence& sequence = request.sequence;
+  const std::int32_t prefix = pool_.pages_for(sequence.extent(request.prefix_length()));
+  return prefix - static_cast<std::int32_t>(sequence.pages.size()) + row_pages(request);
+}
+
+std::shared_ptr<const Plan> Scheduler::plan() {
+  if (planned_) {
+    throw std::logic_error("plan: the last plan has not been committed or cancelled");
+  }
+  recycle(plan_);
+  std::swap(plan_->copies, copies_);
+  copies_.clear();
+  stats_.page_copies += static_cast<std::int64_t>(plan_->copies.count.size());
+  drafting_.clear();
+  prefilling_.clear();
+  num_rows_ = 0;
+  reserved_ = 0;
+  preempted_ = false;
+  prefill_budget_ = options_.max_prefill_tokens;
+
+  keep_running();
+  admit();
+  list_prefill();
+  allot_rows();
+  open_rows();
+  stats_.prefill_tokens += plan_->prefill.num_tokens;
+  planned_ = true;
+  return plan_;
+}
+
+void Scheduler::keep_running() {
+  // Oldest first; the youngest, at the back, may be preempted under way.
+  for (std::size_t i = 0; i < running_.size(); ++i) {
+    const Slot slot = running_[i];
+    if (make_room(pages_to_draft(at(slot)), slot)) {
+      start(slot);
+    }
+  }
+}
+
+bool Scheduler::make_room(std::int32_t pages, Slot for_request) {
+  while (pool_.available() - reserved_ < pages) {
+    const auto holder = std::find_if(running_.rbegin(), running_.rend(), [this](Slot slot) {
+      return at(slot).best.any && at(slot).best.has_pages;
+    });
+    if (holder != running_.rend()) {
+      drop_best_pages(at(*holder));
+      continue;
+    }
+    const bool itself = running_.back() == for_request;
+    preempt_youngest();
+    if (itself) {
+      return false;
+    }
+  }
+  return true;
+}
+
+void Scheduler::preempt_youngest() {
+  const Slot slot = running_.back();
+  running_.pop_back();
+  Request& request = at(slot);
+  request.running = false;
+  release(request);
+  // Everyone who waits is younger than everyone who runs, so the front is the place.
+  waiting_.push_front({slot, request.generation});
+  plan_->preempted.push_back(request.id);
+  preempted_ = true;
+  ++stats_.preemptions;
+}
+
+void Scheduler::admit() {
+  while (!waiting_.empty() && !preempted_ && prefill_budget_ > 0 &&
+         running_.size() < static_cast<std::size_t>(options_.max_rows)) {
+    const Waiting next = waiting_.front();
+    Request& request = at(next.slot);
+    if (request.generation != next.generation) {
+      waiting_.pop_front();  // aborted while it waited
+      continue;
+    }
+    PagePool::Hit hit;
+    if (options_.prefix_caching) {
+      hit = pool_.peek(request.tokens.data(), request.prompt_length - 1);
+    }
+    const std::int32_t spare = running_.empty() ? 0 : pool_.num_pages() / 100;
+    const std::int32_t needed = pages_to_draft(request) - hit.pages + hit.evictable;
+    if (pool_.available() - reserved_ < needed + spare) {
+      return;
+    }
+    waiting_.pop_front();
+    running_.push_back(next.slot);
+    request.running = true;
+    request.sequence.pages.reserve(
+        static_cast<std::size_t>(pool_.pages_for(request.prompt_length) +
+                                 pool_.pages_for(request.options.schedule.max_tokens) + 1));
+    start(next.slot);
+  }
+}
+
+void Scheduler::start(Slot slot) {
+  Request& request = at(slot);
+  if (options_.prefix_caching && request.sequence.pages.empty()) {
+    pool_.match(request.tokens.data(), request.prompt_length - 1, request.sequence.pages);
+    request.sequence.cached =
+        static_cast<std::int32_t>(request.sequence.pages.size()) * options_.page_size;
+    stats_.cached_prompt_tokens += request.sequence.cached;
+  }
+  if (request.sequence.cached < request.prefix_length()) {
+    prefill(slot);
+  }
+  if (request.sequence.cached == request.prefix_length()) {
+    request.wanted_rows = 1;
+    reserved_ += row_pages(request);
+    drafting_.push_back(slot);
+    if (request.options.scored && std::isnan(request.prompt_reward)) {
+      plan_->unscored.push_back(request.id);
+    }
+  }
+}
+
+void Scheduler::prefill(Slot slot) {
+  Request& request = at(slot);
+  Sequence& sequence = request.sequence;
+  const std::int32_t begin = sequence.cached;
+  const std::int32_t chunk = std::min(request.prefix_length() - begin, prefill_budget_);
+  if (chunk == 0) {
+    return;
+  }
+  prefill_budget_ -= chunk;
+  prefilling_.push_back({slot, begin, chunk});
+  extend(pool_, sequence, begin + chunk);
+  sequence.cached += chunk;
+  if (options_.prefix_caching) {
+    // Findable at once: a forward pass writes the pages of all its rows before it reads any.
+    const std::int32_t full =
+        std::min(sequence.cached, request.prompt_length - 1) / options_.page_size;
+    for (std::int32_t page = begin / options_.page_size; page < full; ++page) {
+      pool_.publish(sequence.pages, static_cast<std::size_t>(page), request.tokens.data());
+    }
+  }
+}
+
+void Scheduler::list_prefill() {
+  std::int32_t columns = 0;
+  std::int32_t width = 0;
+  for (const Chunk& chunk : prefilling_) {
+    columns = std::max(columns, chunk.length);
+    width = std::max(width, pool_.pages_for(at(chunk.slot).sequence.extent(chunk.begin)));
+  }
+  plan_->prefill.begin(columns, width, options_.page_size);
+  for (const Chunk& chunk : prefilling_) {
+    const Request& request = at(chunk.slot);
+    plan_->prefill.add_group(request.sequence, chunk.begin);
+    plan_->prefill.add_extension(request.sequence, chunk.begin, chunk.length);
+    const auto first = request.tokens.begin() + chunk.begin;
+    plan_->prefill_tokens.insert(plan_->prefill_tokens.end(), first, first + chunk.length);
+  }
+}
+
+void Scheduler::allot_rows() {
+  // Each request has one row. More go where they raise the chance of a passed segment most: the
+  // n-th row of a request whose attempts pass at rate p adds p (1 - p)^n. With a fixed number of
+  // candidates the row is given whatever it costs; with "auto" only while the gain a second grows,
+  // that is while gain / (time of a row) > (gain of the round) / (time of the round).
+  const auto row_limit = [](const Request& request) {
+    const std::int32_t left = request.options.max_attempts - request.attempt;
+    const std::int32_t asked = request.options.candidates;
+    return !request.options.scored ? 1 : asked == 0 ? left : std::min(asked, left);
+  };
+  const auto gain_of = [](const Request& request, std::size_t position) {
+    constexpr double kFixed = 1.0;  // above any gain: fixed numbers are served first
+    const double gain = request.pass_rate * std::pow(1.0 - request.pass_rate, request.wanted_rows);
+    return Gain{request.options.candidates == 0 ? gain : kFixed + gain, position};
+  };
+  auto rows = static_cast<std::int32_t>(drafting_.size());
+  double round_gain = 0.0;
+  gains_.clear();
+  for (std::size_t i = 0; i < drafting_.size(); ++i) {
+    const Request& request = at(drafting_[i]);
+    round_gain += request.options.scored ? request.pass_rate : 1.0;
+    if (request.wanted_rows < row_limit(request)) {
+      gains_.push_back(gain_of(request, i));
+    }
+  }
+  std::make_heap(gains_.begin(), gains_.end());
+  while (rows < options_.max_rows && !gains_.empty()) {
+    std::pop_heap(gains_.begin(), gains_.end());
+    const Gain gain = gains_.back();
+    gains_.pop_back();
+    Request& request = at(drafting_[gain.position]);
+    const bool is_auto = request.options.candidates == 0;
+    if (is_auto && gain.value * cost_.relative_time(rows) <= round_gain) {
+      return;  // and so for every gain that is left
+    }
+    const std::int32_t pages = row_pages(request);
+    if (pool_.available() - reserved_ < pages) {
+      continue;
+    }
+    reserved_ += pages;
+    ++rows;
+    round_gain += is_auto ? gain.value : gain.value - 1.0;
+    if (++request.wanted_rows < row_limit(request)) {
+      gains_.push_back(gain_of(request, gain.position));
+      std::push_heap(gains_.begin(), gains_.end());
+    }
+  }
+}
+
+void Scheduler::open_rows() {
+  std::int32_t columns = 0;
+  std::int32_t width = 0;
+  for (const Slot slot : drafting_) {
+    const Request& request = at(slot);
+    columns = std::max(columns, request.draft_length());
+    width = std::max(width, pool_.pages_for(request.sequence.extent(request.sequence.cached)));
+  }
+  plan_->draft.begin(columns, width, options_.page_size);
+  for (const Slot slot : drafting_) {
+    Request& request = at(slot);
+    plan_->draft.add_group(request.sequence, request.sequence.cached);
+    request.first_row = num_rows_;
+    request.num_rows = static_cast<std::size_t>(request.wanted_rows);
+    for (std::int32_t i = 0; i < request.wanted_rows; ++i) {
+      if (num_rows_ == rows_.size()) {
+        rows_.emplace_back();
+      }
+      Branch& row = rows_[num_rows_++];
+      open_branch(pool_, request.sequence, request.sequence.cached, request.draft_length(), row);
+      plan_->draft.add_row(row.start, row.length, row.first_slot, row.pages.data());
+      plan_->request.push_back(request.id);
+      plan_->attempt.push_back(request.attempt + i);
+      plan_->seed.push_back(static_cast<std::int64_t>(request.options.seed));
+      plan_->position.push_back(request.response_length());
+      plan_->first_token.push_back(request.tokens.back());
+    }
+  }
+}
+
+std::shared_ptr<const Decision> Scheduler::commit(const RoundResult& result) {
+  if (!planned_) {
+    throw std::logic_error("commit: there is no plan to commit");
+  }
+  require(result.rows == num_rows_, "number of rows", result.rows, "that of the plan");
+  require(num_rows_ == 0 || result.stride >= static_cast<std::size_t>(plan_->draft.max_new),
+          "tokens per row", result.stride, "at least the plan's max_new");
+  for (std::size_t row = 0; row < num_rows_; ++row) {
+    require(result.lengths[row] >= 1 && result.lengths[row] <= rows_[row].length, "row length",
+            result.lengths[row], "in [1, the planned length]");
+  }
+  for (const Slot slot : drafting_) {
+    const Request& request = at(slot);
+    if (request.options.scored && !request.doomed && std::isnan(request.prompt_reward)) {
+      throw std::invalid_argument("request " + std::to_string(request.id) +
+                                  " has no prompt reward: call set_prompt_reward first");
+    }
+  }
+  recycle(decision_);
+  decision_->outcome.assign(num_rows_, static_cast<std::int8_t>(RowOutcome::kPruned));
+  decision_->threshold.assign(num_rows_, std::numeric_limits<double>::quiet_NaN());
+  for (const Slot slot : drafting_) {
+    decide(at(slot), result);
+  }
+  cost_.observe(static_cast<double>(num_rows_), result.seconds);
+  ++stats_.rounds;
+  finish_round();
+  return decision_;
+}
+
+void Scheduler::decide(Request& request, const RoundResult& result) {
+  const std::size_t end = request.first_row + request.num_rows;
+  for (std::size_t row = request.first_row; row < end; ++row) {
+    stats_.drafted_tokens += result.lengths[row];
+  }
+  if (request.doomed) {
+    return;
+  }
+  const Schedule& schedule = request.options.schedule;
+  const std::int32_t start = request.response_length();
+  std::size_t improved = end;  // row that is now the best of the rejected attempts
+  for (std::size_t row = request.first_row; row < end; ++row) {
+    const double reward = result.rewards[row];
+    ++request.attempt;
+    ++stats_.attempts;
+    if (!std::isfinite(reward)) {
+      record(request, EventKind::kFailed, static_cast<std::int32_t>(row), start, 0, Finish::kNone);
+      request.doomed = true;
+      return;
+    }
+    bool passed = true;
+    if (request.options.scored) {
+      const double tau = schedule.threshold(request.prompt_reward, start + result.lengths[row]);
+      decision_->threshold[row] = tau;
+      const auto attempt = static_cast<std::uint32_t>(request.attempt - 1);
+      passed = schedule.accepts(
+          reward, tau,
+          accept_uniform(request.options.seed, static_cast<std::uint32_t>(start), attempt));
+      step_towards(request.pass_rate, passed, kPassRateStep);
+      step_towards(global_pass_rate_, passed, kGlobalPassRateStep);
+    }
+    if (passed) {
+      const std::int64_t* drafted = result.tokens + row * result.stride;
+      token_scratch_.assign(drafted, drafted + result.lengths[row]);
+      promote(pool_, request.sequence, rows_[row], result.lengths[row], copies_);
+      advance(request, token_scratch_, result.stopped[row] != 0, EventKind::kAccepted,
+              static_cast<std::int32_t>(row));
+      return;
+    }
+    if (!request.best.any || reward > request.best.reward) {
+      request.best.any = true;
+      request.best.reward = reward;
+      improved = row;
+    }
+  }
+  if (improved != end) {
+    keep_best(request, improved, result);
+  }
+  if (request.attempt == request.options.max_attempts) {
+    Best& best = request.best;
+    if (best.has_pages) {
+      promote(pool_, request.sequence, best.branch, static_cast<std::int32_t>(best.tokens.size()),
+              copies_);
+      best.has_pages = false;
+    }
+    ++stats_.fallbacks;
+    advance(request, best.tokens, best.stopped, EventKind::kFallback,
+            improved == end ? -1 : static_cast<std::int32_t>(improved));
+  }
+}
+
+void Scheduler::keep_best(Request& request, std::size_t row, const RoundResult& result) {
+  drop_best_pages(request);
+  const std::int64_t* drafted = result.tokens + row * result.stride;
+  request.best.tokens.assign(drafted, drafted + result.lengths[row]);
+  request.best.stopped = result.stopped[row] != 0;
+  request.best.has_pages = true;
+  std::swap(request.best.branch, rows_[row]);
+  decision_->outcome[row] = static_cast<std::int8_t>(RowOutcome::kKept);
+}
+
+void Scheduler::advance(Request& request, const std::vector<std::int32_t>& segment, bool stopped,
+                        EventKind kind, std::int32_t row) {
+  const std::int32_t start = request.response_length();
+  request.tokens.insert(request.tokens.end(), segment.begin(), segment.end());
+  const bool full = request.response_length() >= request.options.schedule.max_tokens;
+  const Finish finish = stopped ? Finish::kStop : full ? Finish::kLength : Finish::kNone;
+  if (row >= 0) {
+    decision_->outcome[static_cast<std::size_t>(row)] =
+        static_cast<std::int8_t>(RowOutcome::kWinner);
+  }
+  record(request, kind, row, start, static_cast<std::int32_t>(segment.size()), finish);
+  stats_.accepted_tokens += static_cast<std::int64_t>(segment.size());
+  ++stats_.segments;
+  request.attempt = 0;
+  drop_best_pages(request);
+  request.best.any = false;
+  request.doomed = finish != Finish::kNone;
+}
+
+void Scheduler::record(const Request& request, EventKind kind, std::int32_t row, std::int32_t start,
+                       std::int32_t length, Finish finish) {
+  decision_->request.push_back(request.id);
+  decision_->kind.push_back(static_cast<std::int8_t>(kind));
+  decision_->row.push_back(row);
+  decision_->start.push_back(start);
+  decision_->length.push_back(length);
+  decision_->attempts.push_back(request.attempt);
+  decision_->finish.push_back(static_cast<std::int8_t>(finish));
+}
+
+void Scheduler::cancel() {
+  if (!planned_) {
+    throw std::logic_error("cancel: there is no plan to cancel");
+  }
+  for (const Chunk& chunk : prefilling_) {
+    release(at(chunk.slot));
+  }
+  // What this plan's prefills would have written, others may have matched.
+  for (const Slot slot : running_) {
+    if (at(slot).wanted_rows > 0 && !prefilling_.empty()) {
+      release(at(slot));
+    }
+  }
+  copies_.append(plan_->copies);
+  finish_round();
+  pool_.clear_cache();
+}
+
+void Scheduler::finish_round() {
+  for (std::size_t row = 0; row < num_rows_; ++row) {
+    pool_.release_from(rows_[row].pages, 0);
+  }
+  num_rows_ = 0;
+  for (const Slot slot : running_) {
+    Request& request = at(slot);
+    request.num_rows = 0;
+    request.wanted_rows = 0;
+    if (request.doomed) {
+      forget(slot);
+    }
+  }
+  running_.erase(std::remove_if(running_.begin(), running_.end(),
+                                [this](Slot slot) { return !at(slot).running; }),
+                 running_.end());
+  planned_ = false;
+}
+
+void Scheduler::drop_best_pages(Request& request) {
+  pool_.release_from(request.best.branch.pages, 0);
+  request.best.has_pages = false;
+}
+
+void Scheduler::release(Request& request) {
+  drop_best_pages(request);
+  pool_.release_from(request.sequence.pages, 0);
+  request.sequence.cached = 0;
+}
+
+void Scheduler::forget(Slot slot) {
+  Request& request = at(slot);
+  release(request);
+  const auto found = by_id_.find(request.id);
+  if (found != by_id_.end() && found->second == slot) {
+    by_id_.erase(found);
+  }
+  request.running = false;
+  ++request.generation;
+  free_slots_.push_back(slot);
+}
+
+void Scheduler::check() const {
+  pool_.check();
+  std::vector<std::int32_t> held(static_cast<std::size_t>(pool_.num_pages()), 0);
+  const auto hold = [&held](const std::vector<std::int32_t>& pages) {
+    for (const std::int32_t page : pages) {
+      ++held[static_cast<std::size_t>(page)];
+    }
+  };
+  for (const Request& request : requests_) {
+    hold(request.sequence.pages);
+    hold(request.best.branch.pages);
+    if (!request.running && !request.sequence.pages.empty()) {
+      throw std::logic_error("request " + std::to_string(request.id) + " holds pages and waits");
+    }
+  }
+  for (std::size_t row = 0; row < num_rows_; ++row) {
+    hold(rows_[row].pages);
+  }
+  for (std::int32_t page = 1; page < pool_.num_pages(); ++page) {
+    if (pool_.count(page) != held[static_cast<std::size_t>(page)]) {
+      throw std::logic_error("page " + std::to_string(page) + " counts " +
+                             std::to_string(pool_.count(page)) + " holders, tables say " +
+                             std::to_string(held[static_cast<std::size_t>(page)]));
+    }
+  }
+}
+
+}  // namespace stars_fast

@@ -1,0 +1,18 @@
+// The core under ctest, also built with AddressSanitizer and UndefinedBehaviorSanitizer.
+#include <cstdio>
+
+void test_philox();
+void test_acceptance();
+void test_page_pool();
+void test_sequence_cache();
+void test_scheduler();
+
+int main() {
+  test_philox();
+  test_acceptance();
+  test_page_pool();
+  test_sequence_cache();
+  test_scheduler();
+  std::puts("5 passed, 0 failed");
+  return 0;
+}

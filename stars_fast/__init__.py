@@ -1,0 +1,44 @@
+"""stars_fast: aligning language models while they decode (STARS, arXiv 2511.03827)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stars_fast.engine import Engine
+    from stars_fast.outputs import Calibration, CompletionOutput, RequestOutput, Segment
+    from stars_fast.params import StarsParams
+
+# Imported on first use: the C++ core and the command line's --help need no torch.
+_HOMES = {
+    "Calibration": "stars_fast.outputs",
+    "CompletionOutput": "stars_fast.outputs",
+    "Engine": "stars_fast.engine",
+    "RequestOutput": "stars_fast.outputs",
+    "Segment": "stars_fast.outputs",
+    "StarsParams": "stars_fast.params",
+}
+
+__all__ = [
+    "Calibration",
+    "CompletionOutput",
+    "Engine",
+    "RequestOutput",
+    "Segment",
+    "StarsParams",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("stars-fast")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

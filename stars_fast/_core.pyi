@@ -1,0 +1,354 @@
+"""The C++ core of stars_fast: randomness, pages, acceptance, scheduler.
+
+Arrays returned by properties are views without a copy; they keep their owner alive. Methods of one
+object may be called from one thread at a time.
+"""
+
+from typing import Final, final
+
+import numpy as np
+import numpy.typing as npt
+
+ROW_PRUNED: Final[int]
+ROW_WINNER: Final[int]
+ROW_KEPT: Final[int]
+EVENT_ACCEPTED: Final[int]
+EVENT_FALLBACK: Final[int]
+EVENT_FAILED: Final[int]
+FINISH_NONE: Final[int]
+FINISH_STOP: Final[int]
+FINISH_LENGTH: Final[int]
+
+class OutOfPagesError(MemoryError):
+    """The page pool cannot give as many pages as asked for; nothing was taken."""
+
+class RequestTooLargeError(ValueError):
+    """A request that could not run even with the whole pool to itself."""
+
+def philox4x32(
+    counters: npt.ArrayLike, keys: npt.ArrayLike
+) -> npt.NDArray[np.uint32]:
+    """Philox4x32-10 of counters [n, 4] and keys [n, 2], uint32 -> words [n, 4]."""
+
+def accept_uniform(seed: int, position: int, attempt: int) -> float:
+    """The uniform in (0, 1) of an accept test, 53 bits.
+
+    `position`: response position at which the segment starts; `attempt`: number of the attempt.
+    """
+
+@final
+class Schedule:
+    """Threshold schedule and accept test of STARS (arXiv 2511.03827)."""
+
+    def __init__(
+        self, *, target_reward: float, alpha: float, beta: float, max_tokens: int, hard: bool
+    ) -> None: ...
+    def threshold(self, prompt_reward: float, tokens: int) -> float:
+        """tau(t) = min(r*, r0 + (r* - r0) t / M), r0 = (1 - alpha) r(x) + alpha r*."""
+
+    def accepts(self, reward: float, threshold: float, uniform: float) -> bool:
+        """Soft: uniform < exp((reward - threshold) / beta). Hard: reward >= threshold."""
+
+@final
+class PagePool:
+    """Reference-counted pages and the cache of full, published ones. Page 0 is never given out."""
+
+    def __init__(self, *, num_pages: int, page_size: int = 16) -> None: ...
+    def allocate(self) -> int:
+        """One page with count 1. Raises `OutOfPagesError`."""
+
+    def retain(self, page: int) -> None: ...
+    def release(self, page: int) -> None: ...
+    def count(self, page: int) -> int: ...
+    def match(self, token_ids: npt.ArrayLike) -> list[int]:
+        """The longest chain of published pages that begins `token_ids`, each retained."""
+
+    def publish(self, table: list[int], token_ids: npt.ArrayLike) -> None:
+        """Makes the pages of a table, all full, findable by the tokens they hold."""
+
+    def clear_cache(self) -> None: ...
+    def check(self) -> None:
+        """Raises RuntimeError unless free, evictable and held pages add up."""
+
+    @property
+    def num_pages(self) -> int: ...
+    @property
+    def page_size(self) -> int: ...
+    @property
+    def available(self) -> int: ...
+    @property
+    def used(self) -> int: ...
+
+@final
+class Batch:
+    """Arrays of one forward pass: G groups of rows that share a cached prefix, R rows."""
+
+    @property
+    def num_groups(self) -> int: ...
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def max_new(self) -> int:
+        """L: new tokens of the longest row."""
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of all rows."""
+
+    @property
+    def group_pages(self) -> npt.NDArray[np.int32]:
+        """[G, P] page ids, padded with 0."""
+
+    @property
+    def group_extent(self) -> npt.NDArray[np.int32]:
+        """[G] slots of the table to read, hole included."""
+
+    @property
+    def hole_start(self) -> npt.NDArray[np.int32]:
+        """[G] first slot of the hole."""
+
+    @property
+    def hole_end(self) -> npt.NDArray[np.int32]:
+        """[G] slot behind the hole; the hole is empty where it equals hole_start."""
+
+    @property
+    def row_group(self) -> npt.NDArray[np.int32]:
+        """[R] group of each row, ascending."""
+
+    @property
+    def row_start(self) -> npt.NDArray[np.int32]:
+        """[R] position of the row's first new token."""
+
+    @property
+    def new_lengths(self) -> npt.NDArray[np.int32]:
+        """[R] new tokens of the row."""
+
+    @property
+    def slots(self) -> npt.NDArray[np.int64]:
+        """[R, L] slot (page * page_size + offset) of each new token, padded with 0."""
+
+@final
+class Plan:
+    """What to run in a round: the copies, then the prefill, then the draft."""
+
+    @property
+    def copies(
+        self,
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """(source page, target page, slots), each [C]."""
+
+    @property
+    def prefill(self) -> Batch: ...
+    @property
+    def draft(self) -> Batch: ...
+    @property
+    def prefill_tokens(self) -> npt.NDArray[np.int64]:
+        """[prefill.num_tokens]"""
+
+    @property
+    def request(self) -> npt.NDArray[np.int64]:
+        """[R] request of each drafted row."""
+
+    @property
+    def attempt(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def seed(self) -> npt.NDArray[np.int64]:
+        """[R] the bits of the request's 64-bit key."""
+
+    @property
+    def position(self) -> npt.NDArray[np.int32]:
+        """[R] response position of the row's first new token."""
+
+    @property
+    def first_token(self) -> npt.NDArray[np.int64]:
+        """[R] the last committed token, which the first decode step feeds."""
+
+    @property
+    def unscored(self) -> npt.NDArray[np.int64]:
+        """Requests of the round that still lack their prompt reward."""
+
+    @property
+    def preempted(self) -> npt.NDArray[np.int64]:
+        """Requests that lost their pages in this plan."""
+
+@final
+class Decision:
+    """What a round decided: arrays over rows, then arrays over requests with an event."""
+
+    @property
+    def outcome(self) -> npt.NDArray[np.int8]:
+        """[R] ROW_PRUNED, ROW_WINNER or ROW_KEPT (the best of the rejected so far)."""
+
+    @property
+    def threshold(self) -> npt.NDArray[np.float64]:
+        """[R] tau; NaN where nothing was tested."""
+
+    @property
+    def request(self) -> npt.NDArray[np.int64]:
+        """[E] requests whose segment was committed, or that failed."""
+
+    @property
+    def kind(self) -> npt.NDArray[np.int8]:
+        """[E] EVENT_ACCEPTED, EVENT_FALLBACK or EVENT_FAILED."""
+
+    @property
+    def row(self) -> npt.NDArray[np.int32]:
+        """[E] the winning or failing row; -1: the best of an earlier round."""
+
+    @property
+    def start(self) -> npt.NDArray[np.int32]:
+        """[E] response position at which the segment starts."""
+
+    @property
+    def length(self) -> npt.NDArray[np.int32]:
+        """[E] tokens of the segment."""
+
+    @property
+    def attempts(self) -> npt.NDArray[np.int32]:
+        """[E] attempts made for the segment."""
+
+    @property
+    def finish(self) -> npt.NDArray[np.int8]:
+        """[E] FINISH_NONE, FINISH_STOP or FINISH_LENGTH."""
+
+@final
+class Scheduler:
+    """The accept/reject loop over paged requests; `plan` and `commit` alternate."""
+
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        page_size: int = 16,
+        max_rows: int = 256,
+        max_prefill_tokens: int = 8192,
+        prefix_caching: bool = True,
+        row_cost_prior: float = 1.0,
+    ) -> None: ...
+    def add(
+        self,
+        request: int,
+        prompt: npt.ArrayLike,
+        *,
+        scored: bool,
+        segment_length: int,
+        max_tokens: int,
+        max_attempts: int = 1,
+        candidates: int = 0,
+        seed: int = 0,
+        target_reward: float = 0.0,
+        alpha: float = 0.5,
+        beta: float = 1.0,
+        hard: bool = False,
+    ) -> None:
+        """Queues a request; ``candidates=0`` is auto.
+
+        Raises ValueError (a value out of range, an id in use) or `RequestTooLargeError`.
+        """
+
+    def abort(self, request: int) -> bool:
+        """Forgets a request in any state; False if there is none of that id."""
+
+    def plan(self) -> Plan:
+        """Raises RuntimeError if the last plan was neither committed nor cancelled."""
+
+    def set_prompt_reward(self, request: int, reward: float) -> None:
+        """r(x) of a request of `Plan.unscored`, before the round's commit."""
+
+    def commit(
+        self,
+        tokens: npt.ArrayLike,
+        lengths: npt.ArrayLike,
+        stopped: npt.ArrayLike,
+        rewards: npt.ArrayLike,
+        seconds: float = 0.0,
+    ) -> Decision:
+        """Tests the rows in attempt order and moves the requests on.
+
+        `tokens` int64 [R, >= L], `lengths` int32 [R], `stopped` uint8 [R] (the row's last token
+        ends the response), `rewards` float64 [R] (not finite: the row has no valid result, and the
+        request fails when the row's turn comes), `seconds`: time of the round per token position.
+        Raises ValueError, nothing changed, if these do not fit the plan.
+        """
+
+    def cancel(self) -> None:
+        """Gives the plan back undone, and empties the prefix cache."""
+
+    def tokens(self, request: int) -> list[int]:
+        """Prompt and committed response. Raises IndexError for an unknown request."""
+
+    def check(self) -> None:
+        """Raises RuntimeError unless every page's count equals the tables that hold it."""
+
+    @property
+    def has_unfinished(self) -> bool: ...
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def pages_used(self) -> int: ...
+    @property
+    def pages_free(self) -> int: ...
+    @property
+    def stats(self) -> dict[str, int]: ...
+
+@final
+class SequenceCache:
+    """Paged token sequences and branches, under ids of the caller's choosing.
+
+    Unknown ids raise IndexError, ids in use ValueError.
+    """
+
+    def __init__(self, *, num_pages: int, page_size: int = 16) -> None: ...
+    def open(self, sequence: int) -> None: ...
+    def close(self, sequence: int) -> None:
+        """Frees the sequence and its branches."""
+
+    def __contains__(self, sequence: int) -> bool: ...
+    def length(self, sequence: int) -> int: ...
+    def tokens(self, sequence: int) -> list[int]: ...
+    def common_prefix(self, sequence: int, token_ids: npt.ArrayLike) -> int:
+        """Tokens at the start of `token_ids` that the sequence holds already."""
+
+    def truncate(self, sequence: int, length: int) -> None: ...
+    def seal_prompt(self, sequence: int) -> None:
+        """The present end becomes the hole: the next token starts a fresh page.
+
+        Raises ValueError if tokens lie behind a hole already.
+        """
+
+    def branch(
+        self,
+        sequences: npt.ArrayLike,
+        branches: npt.ArrayLike,
+        starts: npt.ArrayLike,
+        token_ids: npt.ArrayLike,
+        lengths: npt.ArrayLike,
+    ) -> Batch:
+        """Forks row i from the first starts[i] tokens of sequences[i], for lengths[i] tokens.
+
+        `token_ids` holds the rows' tokens one row after the other. Neighbouring rows with one
+        sequence and start share a group. Raises `OutOfPagesError` with nothing changed.
+        """
+
+    def promote(self, branch: int, length: int) -> None:
+        """The branch's first `length` tokens become its sequence's continuation."""
+
+    def drop(self, branch: int) -> None: ...
+    def take_copies(
+        self,
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """(source page, target page, slots) owed since the last call, each [C]."""
+
+    def check(self) -> None:
+        """Raises RuntimeError unless every page's count equals the tables that hold it."""
+
+    @property
+    def num_pages(self) -> int: ...
+    @property
+    def page_size(self) -> int: ...
+    @property
+    def pages_used(self) -> int: ...
+    @property
+    def pages_free(self) -> int: ...
