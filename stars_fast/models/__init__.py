@@ -1,0 +1,1 @@
+"""Transformers models on paged keys and values: loading, checking, running."""

@@ -1,0 +1,111 @@
+"""The attention function `stars_paged`, registered with transformers.
+
+transformers calls it in place of its own attention wherever a configuration says so. No mask
+function is registered under the name: transformers then builds no mask at all, as the batch says
+who sees what.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+STARS_PAGED = "stars_paged"
+
+
+class LayerAttention(Protocol):
+    """One forward's attention, called once per layer in the order of the layers."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        softcap: float,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Store the new keys and values and attend.
+
+        Parameters
+        ----------
+        query : Tensor
+            ``[T, heads, head_dim]``, one per packed token.
+        key, value : Tensor
+            ``[T, kv_heads, head_dim]``.
+        scaling : float
+            Factor on the scores.
+        softcap : float
+            Soft cap on the scores, 0 is off.
+        sinks : Tensor or None
+            ``[heads]``, attention sinks.
+
+        Returns
+        -------
+        Tensor
+            ``[T, heads, head_dim of value]``.
+        """
+
+
+def stars_paged(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    stars_attention: LayerAttention,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function for transformers' ``AttentionInterface``.
+
+    Tokens are packed: `query`, `key` and `value` are ``[1, heads, T, head_dim]``; the result is
+    ``[1, T, heads, head_dim]``. `attention_mask` and what is left in `kwargs` (the window among
+    them) are known from the probe of the model, see `stars_fast.models.probe`.
+    """
+    out = stars_attention(
+        query.squeeze(0).transpose(0, 1),
+        key.squeeze(0).transpose(0, 1),
+        value.squeeze(0).transpose(0, 1),
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap or 0.0,
+        sinks=s_aux,
+    )
+    return out.unsqueeze(0), None
+
+
+def attention_configs(model: PreTrainedModel) -> list[Any]:
+    """Every configuration object that a module of the model reads, each once."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal"):
+            found.setdefault(id(config), config)
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def attention_implementation(configs: list[Any], name: str) -> Iterator[None]:
+    """Set the attention implementation in configurations, and restore what was set before.
+
+    Other threads must not run the model meanwhile: the setting is part of its configuration. The
+    public setter would also reach into sub-configurations that no module of the model reads.
+    """
+    before = [config._attn_implementation_internal for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for config, value in zip(configs, before, strict=True):
+            config._attn_implementation_internal = value
+
+
+AttentionInterface.register(STARS_PAGED, stars_paged)

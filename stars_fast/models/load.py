@@ -1,0 +1,249 @@
+"""Loading a language model, with errors that name the file to blame."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from stars_fast.errors import ModelLoadError, UnsupportedModelError
+from stars_fast.models.checks import has_lm_head
+
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def load_causal_lm(
+    source: str | os.PathLike[str] | PreTrainedModel,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a causal language model and its tokenizer, or take a loaded one as it is.
+
+    Parameters
+    ----------
+    source : str, path or PreTrainedModel
+        A local directory, a hub id, or a loaded model, which keeps its device and dtype.
+    dtype : torch.dtype or str
+        Of the weights; "auto" is the one they were saved in. Only "auto" goes with a loaded model.
+    device : torch.device or str, optional
+        Where to put the model; by default a GPU if there is one.
+    trust_remote_code : bool
+        Whether code that comes with the model may run.
+    allow_pickle : bool
+        Whether weights may be loaded from pickled files, which can run code, where there are no
+        safetensors.
+
+    Returns
+    -------
+    model : PreTrainedModel
+        In eval mode if loaded here.
+    tokenizer : PreTrainedTokenizerBase or None
+        None if none was saved beside the model.
+
+    Raises
+    ------
+    ModelLoadError
+        If a directory or a file of it is missing, incomplete or damaged.
+    UnsupportedModelError
+        If it is not a causal language model.
+    ValueError
+        If `dtype` or `device` contradicts a loaded model.
+    """
+    if isinstance(source, PreTrainedModel):
+        return _take_loaded(source, dtype, device, trust_remote_code)
+    name = os.fspath(source)
+    check_model_directory(name, allow_pickle=allow_pickle)
+    config = _load_config(name, trust_remote_code)
+    tokenizer = _load_tokenizer(name, trust_remote_code)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            use_safetensors=None if allow_pickle else True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,  # makes the result a pair
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelLoadError(f"model {name!r}: {error}") from error
+    model: PreTrainedModel = loaded[0].to(device).eval()
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:4]) + (" and others" if len(missing) > 4 else "")
+        raise ModelLoadError(
+            f"model {name!r} has no weights for {shown} of {type(model).__name__}; transformers "
+            "would make them up at random"
+        )
+    return model, tokenizer
+
+
+def check_model_directory(source: str | os.PathLike[str], *, allow_pickle: bool = True) -> None:
+    """Check that a local model directory is there and complete; a hub id passes unchecked.
+
+    Reads the configuration, the shard index and the headers of the safetensors files.
+
+    Parameters
+    ----------
+    source : str or path
+        What names an existing file or folder, or can only be a path, is taken as local.
+    allow_pickle : bool
+        Whether pickled weights count.
+
+    Raises
+    ------
+    ModelLoadError
+        Naming the path and what is missing or damaged.
+    """
+    folder = Path(source)
+    if not os.fspath(source) or not folder.exists():  # Path("") is the working directory
+        if _HUB_ID.fullmatch(os.fspath(source)):
+            return
+        raise ModelLoadError(f"model directory {os.fspath(source)!r} does not exist")
+    if not folder.is_dir():
+        raise ModelLoadError(f"model path {str(folder)!r} is a file, not a directory")
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ModelLoadError(f"model directory {str(folder)!r} has no config.json")
+    _read_json(config)
+    _check_weights(folder, allow_pickle)
+
+
+def _check_weights(folder: Path, allow_pickle: bool) -> None:
+    whole, index = (folder / name for name in _SAFETENSORS)
+    if whole.is_file():
+        _check_safetensors(whole)
+        return
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ModelLoadError(f"{str(index)!r} has no weight_map")
+        for shard in sorted(set(weight_map.values())):
+            if not (folder / shard).is_file():
+                raise ModelLoadError(
+                    f"model directory {str(folder)!r} lacks {shard}, which {index.name} lists"
+                )
+            _check_safetensors(folder / shard)
+        return
+    pickled = [name for name in _PICKLED if (folder / name).is_file()]
+    if not pickled:
+        raise ModelLoadError(
+            f"model directory {str(folder)!r} has no weights: neither {' nor '.join(_SAFETENSORS)}"
+        )
+    if not allow_pickle:
+        raise ModelLoadError(
+            f"model directory {str(folder)!r} has pickled weights only ({pickled[0]}), which can "
+            "run code when loaded; save it as safetensors, or pass allow_pickle=True"
+        )
+
+
+def _check_safetensors(path: Path) -> None:
+    """Compare a safetensors file's size with what its header says (8-byte length, JSON, data)."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ModelLoadError(f"{str(path)!r} is truncated: {size} bytes, less than its header")
+        try:
+            header = json.loads(file.read(length))
+            ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ModelLoadError(f"{str(path)!r} is not a safetensors file: {error}") from error
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise ModelLoadError(
+            f"{str(path)!r} is damaged: {size} bytes where its header says {expected}"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelLoadError(f"{str(path)!r} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{str(path)!r} is not a JSON object")
+    return value
+
+
+def _load_config(name: str, trust_remote_code: bool) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(f"model {name!r}: {error}") from error
+    assert isinstance(config, PreTrainedConfig)
+    kind = f"model {name!r} (model type {config.model_type!r})"
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{kind} is an encoder-decoder, not a causal language model: only decoders keep one "
+            "cache"
+        )
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not own_code:
+        raise UnsupportedModelError(f"{kind} has no causal language model in transformers")
+    return config
+
+
+def _load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer saved with a model; None if there is none."""
+    folder = Path(name)
+    if folder.is_dir() and not any(
+        path.name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece"))
+        for path in folder.iterdir()
+    ):
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ModelLoadError(f"tokenizer of model {name!r}: {error}") from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def _take_loaded(
+    model: PreTrainedModel,
+    dtype: torch.dtype | str,
+    device: torch.device | str | None,
+    trust_remote_code: bool,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and wanted != model.dtype:
+        raise ValueError(
+            f"dtype must be 'auto' or the dtype of the loaded model, {model.dtype}, got {dtype}"
+        )
+    if device is not None and not _same_device(torch.device(device), model.device):
+        raise ValueError(
+            f"device must be None or the device of the loaded model, {model.device}, got {device}"
+        )
+    if not has_lm_head(model):
+        raise UnsupportedModelError(f"{type(model).__name__} has no language-model head")
+    folder = model.name_or_path
+    if not folder or not Path(folder).exists():
+        return model, None
+    return model, _load_tokenizer(folder, trust_remote_code)
+
+
+def _same_device(one: torch.device, other: torch.device) -> bool:
+    """Whether two devices agree, an index left out standing for any."""
+    return one.type == other.type and (
+        one.index is None or other.index is None or one.index == other.index
+    )

@@ -1,0 +1,126 @@
+"""A numeric check that a model computes the same on pages as it does by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from stars_fast.models.checks import has_lm_head, unsupported
+from stars_fast.models.interface import attention_configs, attention_implementation
+from stars_fast.models.paged import PagedModel
+
+_PAGE_SIZE = 4
+_PREFIX, _FORKS, _NEW = 6, 2, 3  # tokens of the prefix, candidates, tokens of each
+# Mean absolute difference over the standard deviation of the reference; low precisions are
+# compared loosely, as rounding alone may send a token to another expert of a mixture.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+_LOW_PRECISION_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A `BatchLike` of one group."""
+
+    group_pages: NDArray[np.int32]
+    row_start: NDArray[np.int32]
+    new_lengths: NDArray[np.int32]
+    slots: NDArray[np.int64]
+    num_groups: int = 1
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_start)
+
+    @property
+    def max_new(self) -> int:
+        return int(self.slots.shape[1])
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.new_lengths.sum())
+
+    @property
+    def group_extent(self) -> NDArray[np.int32]:
+        return self.row_start[:1]
+
+    @property
+    def hole_start(self) -> NDArray[np.int32]:
+        return self.row_start[:1]
+
+    @property
+    def hole_end(self) -> NDArray[np.int32]:
+        return self.row_start[:1]
+
+    @property
+    def row_group(self) -> NDArray[np.int32]:
+        return np.zeros_like(self.row_start)
+
+
+def _batch(prefix_pages: list[int], start: int, pages: list[list[int]], new: int) -> _Batch:
+    """One group with a prefix of `start` tokens; rows write `new` tokens to their own pages."""
+    slots = [[page * _PAGE_SIZE + o for page in row for o in range(_PAGE_SIZE)] for row in pages]
+    return _Batch(
+        group_pages=np.array([prefix_pages], dtype=np.int32),
+        row_start=np.full(len(pages), start, dtype=np.int32),
+        new_lengths=np.full(len(pages), new, dtype=np.int32),
+        slots=np.array(slots, dtype=np.int64)[:, :new],
+    )
+
+
+@torch.inference_mode()
+def check_numbers(model: PreTrainedModel) -> None:
+    """Compare a prefix, a fork into two candidates and their extension with the plain forward.
+
+    A language model is compared by the logits of its decode steps, any other model by the hidden
+    states of an extend. Runs a few random tokens; leaves the model and the global random state as
+    they were.
+
+    Raises
+    ------
+    UnsupportedModelError
+        With the architecture and the size of the difference.
+    """
+    paged = PagedModel(model, num_pages=8, page_size=_PAGE_SIZE)
+    generator = torch.Generator().manual_seed(0)
+    count = _PREFIX + _FORKS * _NEW
+    # Ids from the middle of the vocabulary: padding and other special tokens lie at its ends.
+    low, high = paged.vocab_size // 4, max(paged.vocab_size // 4 + 1, 3 * paged.vocab_size // 4)
+    ids = torch.randint(low, high, (count,), generator=generator).to(paged.device)
+    prefix, new = ids[:_PREFIX], ids[_PREFIX:].view(_FORKS, _NEW)
+
+    paged.prefill(_batch([], 0, [[1, 2]], _PREFIX), prefix)
+    forks = _batch([1, 2], _PREFIX, [[3], [4]], _NEW)
+    if not has_lm_head(model):
+        got = paged.extend(forks, new.flatten())
+    else:
+        state = paged.begin_decode(forks)
+        got = torch.stack([paged.decode_step(state, j, new[:, j]) for j in range(_NEW)], dim=1)
+    whole = torch.cat((prefix.expand(_FORKS, -1), new), dim=1)
+    want = _plain_forward(model, whole)[:, _PREFIX:]
+    if got.ndim == 2:
+        want = want[:, -1]
+
+    difference = float((got.float() - want.float()).abs().mean())
+    spread = float(want.float().std())
+    tolerance = _TOLERANCE.get(model.dtype, _LOW_PRECISION_TOLERANCE)
+    if not difference <= tolerance * max(spread, torch.finfo(torch.float32).tiny):
+        raise unsupported(
+            model,
+            f"its results differ from its own eager attention by {difference:.3g} on average, "
+            f"where they spread by {spread:.3g}",
+        )
+
+
+def _plain_forward(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits of a language model, hidden states of any other, by eager attention."""
+    module = model if has_lm_head(model) else model.base_model
+    with attention_implementation(attention_configs(model), "eager"):
+        output = module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    result = output[0]
+    assert isinstance(result, Tensor)
+    return result

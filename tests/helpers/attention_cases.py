@@ -1,0 +1,111 @@
+"""Random batches for attention, and attention written out row by row as the oracle."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from helpers.page_driver import ManualBatch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Heads and options of one attention call."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    key_dim: int = 8
+    value_dim: int = 8
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+
+
+def random_batch(
+    rng: np.random.Generator,
+    *,
+    prefixes: list[int],
+    candidates: list[int],
+    max_new: int,
+    page_size: int,
+    num_pages: int,
+) -> ManualBatch:
+    """Groups on shuffled pages, with a hole in every other group that has a prefix."""
+    pages = iter(rng.permutation(np.arange(1, num_pages)))
+
+    def take(tokens: int) -> list[int]:
+        return [int(next(pages)) for _ in range(-(-tokens // page_size))]
+
+    tables, holes, extents = [], [], []
+    for number, prefix in enumerate(prefixes):
+        start, end = prefix, prefix
+        if number % 2 == 0 and prefix > 1:
+            start = int(rng.integers(1, prefix + 1))
+            end = start + int(rng.integers(0, page_size))
+        extents.append(prefix + end - start)
+        holes.append((start, end))
+        tables.append(take(extents[-1]))
+    group = np.repeat(np.arange(len(prefixes)), candidates)
+    new = rng.integers(1, max_new + 1, len(group))
+    new[rng.integers(len(group))] = max_new
+    slots = np.zeros((len(group), max_new), dtype=np.int64)
+    for row, count in enumerate(new):
+        at = np.arange(count)
+        slots[row, :count] = np.array(take(count))[at // page_size] * page_size + at % page_size
+    width = max(1, *(len(table) for table in tables))
+    return ManualBatch(
+        group_pages=np.array([t + [0] * (width - len(t)) for t in tables], dtype=np.int32),
+        group_extent=np.array(extents, dtype=np.int32),
+        hole_start=np.array([h[0] for h in holes], dtype=np.int32),
+        hole_end=np.array([h[1] for h in holes], dtype=np.int32),
+        row_group=group.astype(np.int32),
+        row_start=np.array(prefixes, dtype=np.int32)[group],
+        new_lengths=new.astype(np.int32),
+        slots=slots,
+    )
+
+
+def row_slots(batch: ManualBatch, row: int, page_size: int) -> list[int]:
+    """Slots of a row's prefix and new tokens, in order of position."""
+    group = batch.row_group[row]
+    table = batch.group_pages[group]
+    hole = range(batch.hole_start[group], batch.hole_end[group])
+    prefix = [
+        int(table[s // page_size]) * page_size + s % page_size
+        for s in range(batch.group_extent[group])
+        if s not in hole
+    ]
+    assert len(prefix) == batch.row_start[row]
+    return prefix + batch.slots[row, : batch.new_lengths[row]].tolist()
+
+
+def plain_attention(
+    query: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: list[int],
+    position: int,
+    scaling: float,
+    shape: Shape,
+    sinks: Tensor | None,
+) -> Tensor:
+    """One query ``[heads, key_dim]`` at a position, head by head, in float64."""
+    first = max(0, position + 1 - shape.window) if shape.window else 0
+    seen = slots[first : position + 1]
+    keys = k_pages.flatten(0, 1)[seen].double()
+    values = v_pages.flatten(0, 1)[seen].double()
+    out = []
+    for head in range(shape.heads):
+        kv_head = head // (shape.heads // shape.kv_heads)
+        scores = [float(query[head].double() @ key[kv_head]) * scaling for key in keys]
+        if shape.softcap:
+            scores = [shape.softcap * math.tanh(s / shape.softcap) for s in scores]
+        weights = torch.tensor(scores, dtype=torch.float64).exp()
+        total = weights.sum()
+        if sinks is not None:
+            total = total + sinks[head].double().exp()
+        out.append((weights / total) @ values[:, kv_head])
+    return torch.stack(out)
