@@ -1,0 +1,8 @@
+"""Reward models of every kind behind one interface, each scored incrementally where it can be."""
+
+from __future__ import annotations
+
+from stars_fast.rewards.base import Prompt, RewardModel, ScoreJob, Scorer
+from stars_fast.rewards.load import load_scorer
+
+__all__ = ["Prompt", "RewardModel", "ScoreJob", "Scorer", "load_scorer"]

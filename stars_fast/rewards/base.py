@@ -1,0 +1,172 @@
+"""What the engine asks of a reward model, whatever its kind.
+
+Terms
+-----
+request
+    One prompt being aligned, known by an integer handle of the engine.
+branch
+    One candidate response of a request, known by an integer unique among live candidates.
+committed text
+    The part of a request's response that has been accepted; every branch continues it.
+r(x)
+    The reward of the prompt alone: the job whose response is empty.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from stars_fast.errors import RewardError
+
+__all__ = ["Prompt", "PromptRewards", "RewardModel", "ScoreJob", "Scorer", "finite_reward"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request's prompt in the three forms that reward models read.
+
+    Parameters
+    ----------
+    text : str
+        The prompt as the language model reads it, its chat template applied.
+    token_ids : list[int]
+        The same as token ids of the language model.
+    messages : list[dict[str, str]] or None
+        The chat messages it was made from; None for a prompt given as text or token ids.
+    """
+
+    text: str
+    token_ids: list[int]
+    messages: list[dict[str, str]] | None = None
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """One response to score.
+
+    Parameters
+    ----------
+    request : int
+        The request it belongs to, known to `Scorer.start`.
+    branch : int
+        Id of the candidate, to be named in `Scorer.keep` or `Scorer.accept` afterwards.
+    response_ids : list[int]
+        The whole response so far, committed text and candidate segment, as ids of the language
+        model. Empty asks for r(x).
+    response_text : str
+        The same as text, special tokens left out.
+    """
+
+    request: int
+    branch: int
+    response_ids: list[int]
+    response_text: str
+
+
+@runtime_checkable
+class RewardModel(Protocol):
+    """Anything that scores whole texts: the way to bring a reward model of any other kind."""
+
+    def score(self, prompts: list[str], responses: list[str]) -> list[float]:
+        """Return one finite reward per pair, in order; an empty response asks for r(x)."""
+        ...
+
+
+class Scorer(ABC):
+    """A reward model as the engine drives it.
+
+    For each request: `start`, then rounds of `score` followed by `accept` of one scored branch, or
+    by `keep` and `prune` when every branch lost its test, at last `finish`. Not thread-safe.
+    Kinds without a cache leave `keep`, `accept` and `prune` as they are here: nothing to do.
+    """
+
+    #: Whether `ScoreJob.response_text` is read; where it is not, it may be left empty.
+    needs_text: bool = True
+
+    @abstractmethod
+    def start(self, request: int, prompt: Prompt, max_response_tokens: int) -> None:
+        """Admit a request; no model is run.
+
+        Raises
+        ------
+        ValueError
+            If the prompt with `max_response_tokens` more tokens cannot fit the reward model, or if
+            the prompt cannot be put into its template. The request is then unknown here.
+        """
+
+    @abstractmethod
+    def score(self, jobs: Sequence[ScoreJob]) -> list[float | Exception]:
+        """Score every job.
+
+        Returns
+        -------
+        list[float or Exception]
+            In the order of `jobs`: a finite reward, or the error of that job. A failing job never
+            raises here and never harms another.
+        """
+
+    def keep(self, request: int, branch: int) -> None:  # noqa: B027
+        """Retain the cache of a branch that lost its test but is the best so far.
+
+        The branch kept before, if any, is dropped.
+        """
+
+    def accept(self, request: int, branch: int) -> None:  # noqa: B027
+        """Make a branch, kept or just scored, the committed text; drop the request's others."""
+
+    def prune(self, request: int) -> None:  # noqa: B027
+        """Drop every branch of the request but the kept one."""
+
+    @abstractmethod
+    def finish(self, request: int) -> None:
+        """Forget the request. An unknown request is ignored, so that aborts may come twice."""
+
+    @abstractmethod
+    def stats(self) -> dict[str, int]:
+        """Return counters since the scorer was made.
+
+        Always there: `rm_jobs` (jobs scored), `rm_calls` (forward passes or calls) and `rm_tokens`
+        (tokens run through the model, padding not counted; 0 where the kind cannot know).
+        """
+
+
+class PromptRewards:
+    """The latest values of r(x), so that requests with one prompt pay for it once.
+
+    Parameters
+    ----------
+    capacity : int
+        Prompts remembered; the least recently used is forgotten first.
+    """
+
+    def __init__(self, capacity: int = 1024) -> None:
+        self._capacity = capacity
+        self._values: OrderedDict[Hashable, float] = OrderedDict()
+
+    def get(self, key: Hashable) -> float | None:
+        """Return the remembered reward, or None."""
+        value = self._values.get(key)
+        if value is not None:
+            self._values.move_to_end(key)
+        return value
+
+    def put(self, key: Hashable, value: float | Exception) -> None:
+        """Remember a reward; an error is not remembered."""
+        if isinstance(value, Exception):
+            return
+        self._values[key] = value
+        self._values.move_to_end(key)
+        if len(self._values) > self._capacity:
+            self._values.popitem(last=False)
+
+
+def finite_reward(value: float) -> float | RewardError:
+    """Return the value, or the error to put in its place if it is NaN or infinite."""
+    if math.isfinite(value):
+        return value
+    return RewardError(f"the reward model returned {value}; rewards must be finite numbers")

@@ -1,0 +1,461 @@
+"""Causal reward models, scored incrementally on paged KV.
+
+Each request owns one cached sequence, the committed text. A job forks it where its own ids
+first differ, and only the ids from there on are run; the ids behind the response (the suffix of a
+chat template) are run with it and never kept. Every cache is only that: whatever is dropped to make
+room is computed again when it is next needed, with the same rewards.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stars_fast._core import Batch, OutOfPagesError, SequenceCache
+from stars_fast.errors import RewardError
+from stars_fast.models.paged import PagedModel
+from stars_fast.rewards.base import Prompt, PromptRewards, ScoreJob, Scorer, finite_reward
+from stars_fast.rewards.tokens import Ids, TokenPrompt, TokenSource, common_length
+
+__all__ = ["CausalScorer", "Head"]
+
+NO_PAGES = -1
+
+
+class Head(Protocol):
+    """The linear map from a last hidden state [R, hidden] to rewards [R, 1]."""
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Apply the map."""
+        ...
+
+
+@dataclass(slots=True)
+class _Branch:
+    """A scored candidate: its ids, of which the first `keep` stay if it is accepted."""
+
+    ids: Ids
+    keep: int
+    start: int  # ids before this one are read from the committed sequence
+    row: int  # the cache's id for the new ones, NO_PAGES once they were dropped to make room
+
+
+@dataclass(slots=True)
+class _Request:
+    prompt: TokenPrompt
+    committed: Ids  # what the cached sequence should hold; it may hold less
+    sealed: bool = False  # whether the cached sequence has its hole behind the prompt
+    kept: int | None = None
+    branches: dict[int, _Branch] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Row:
+    """One job on its way through the model."""
+
+    place: int  # in the list of results
+    request: int
+    branch: int
+    ids: Ids  # up to the token at which the reward is read
+    keep: int
+    is_prompt: bool  # r(x)
+    start: int = 0
+    row: int = NO_PAGES
+
+
+class CausalScorer(Scorer):
+    """A sequence classifier on a causal backbone.
+
+    The reward is read where transformers' classifiers read it: at the last token that is not the
+    padding token.
+
+    When the pool is short, the committed caches of requests that are not being scored go first,
+    least recently used first, then the caches of candidates already scored, oldest first, then the
+    jobs are split over several forward passes.
+
+    Parameters
+    ----------
+    model : PagedModel
+        The classifier; its `extend` returns last hidden states.
+    head : Head
+        The classifier's own head.
+    source : TokenSource
+        How prompts and jobs become ids.
+    pad_token_id : int or None
+        The padding token that the classifier looks for.
+    num_pages, page_size : int
+        The pool's, as given to `model`.
+    max_rows : int
+        Most rows of one forward pass.
+    max_batch_tokens : int
+        Most new tokens of one forward pass, padding counted; a longer prompt is run in pieces, a
+        longer row alone.
+    """
+
+    def __init__(
+        self,
+        model: PagedModel,
+        head: Head,
+        source: TokenSource,
+        *,
+        pad_token_id: int | None,
+        num_pages: int,
+        page_size: int,
+        max_rows: int = 256,
+        max_batch_tokens: int = 8192,
+    ) -> None:
+        self._model = model
+        self._head = head
+        self._source = source
+        self.needs_text = source.needs_text
+        self._pad = pad_token_id
+        self._max_rows = max_rows
+        self._max_batch_tokens = max_batch_tokens
+        self._cache = SequenceCache(num_pages=num_pages, page_size=page_size)
+        self._pool_tokens = (num_pages - 1) * page_size  # page 0 is scratch
+        self._requests: dict[int, _Request] = {}
+        self._prompt_rewards = PromptRewards()
+        # Requests that hold pages and branches that do, the longest unused first.
+        self._resident: OrderedDict[int, None] = OrderedDict()
+        self._loose: OrderedDict[int, _Branch] = OrderedDict()
+        self._busy: frozenset[int] = frozenset()
+        self._next_row = 0
+        self._counts = dict.fromkeys(("rm_jobs", "rm_calls", "rm_tokens", "rm_evictions"), 0)
+
+    def start(self, request: int, prompt: Prompt, max_response_tokens: int) -> None:
+        """Admit a request; see `Scorer.start`."""
+        bound = self._source.bind(prompt)
+        self._check_length(
+            len(bound.empty_ids) + max_response_tokens,
+            f"the prompt has {len(bound.empty_ids)} tokens in the reward model's template and up "
+            f"to {max_response_tokens} follow",
+        )
+        self._requests[request] = _Request(bound, committed=bound.empty_ids[: bound.stem])
+        self._cache.open(request)
+
+    def score(self, jobs: Sequence[ScoreJob]) -> list[float | Exception]:
+        """Run what is new of each job; see `Scorer.score`."""
+        self._counts["rm_jobs"] += len(jobs)
+        results: list[float | Exception] = [RewardError("not scored")] * len(jobs)
+        prompts = [self._requests[job.request].prompt for job in jobs]
+        rows: list[_Row] = []
+        prompt_places: dict[bytes, list[int]] = {}
+        for place, (job, ids) in enumerate(
+            zip(jobs, self._source.encode(prompts, jobs), strict=True)
+        ):
+            if isinstance(ids, Exception):
+                results[place] = ids
+                continue
+            row = self._row(place, job, ids, prompts[place].tail)
+            try:
+                self._check_length(len(row.ids), f"the text has {len(row.ids)} tokens")
+            except ValueError as error:
+                results[place] = error
+                continue
+            if row.is_prompt:
+                key = row.ids.tobytes()
+                known = self._prompt_rewards.get(key)
+                if known is not None:
+                    results[place] = known
+                    continue
+                prompt_places.setdefault(key, []).append(place)
+                if len(prompt_places[key]) > 1:
+                    continue
+            rows.append(row)
+
+        self._busy = frozenset(row.request for row in rows)
+        for request in self._busy & self._resident.keys():
+            self._resident.move_to_end(request)
+        for chunk in self._chunks(rows):
+            self._run(chunk, results)
+        self._busy = frozenset()
+
+        for key, places in prompt_places.items():
+            self._prompt_rewards.put(key, results[places[0]])
+            for place in places[1:]:
+                results[place] = results[places[0]]
+        return results
+
+    def keep(self, request: int, branch: int) -> None:
+        """Retain a branch; see `Scorer.keep`."""
+        state = self._requests[request]
+        if state.kept is not None and state.kept != branch:
+            self._drop(state, state.kept)
+        state.kept = branch
+
+    def accept(self, request: int, branch: int) -> None:
+        """Append a branch to the cached sequence; see `Scorer.accept`.
+
+        The branch of r(x) has nothing to append, nor has one that was not scored.
+        """
+        state = self._requests[request]
+        winner = state.branches.get(branch)
+        for other in [other for other in state.branches if other != branch]:
+            self._drop(state, other)
+        state.kept = None
+        if winner is None:
+            return
+        del state.branches[branch]
+        if winner.row != NO_PAGES:
+            del self._loose[winner.row]
+            self._cache.promote(winner.row, max(winner.keep - winner.start, 0))
+        state.committed = winner.ids[: winner.keep]
+        cached = self._cache.common_prefix(request, state.committed)
+        if cached < self._cache.length(request):
+            self._cache.truncate(request, cached)
+
+    def prune(self, request: int) -> None:
+        """Drop every branch but the kept one."""
+        state = self._requests[request]
+        for branch in [branch for branch in state.branches if branch != state.kept]:
+            self._drop(state, branch)
+
+    def finish(self, request: int) -> None:
+        """Forget the request and free its pages."""
+        state = self._requests.pop(request, None)
+        if state is None:
+            return
+        for branch in list(state.branches):
+            self._drop(state, branch)
+        self._cache.close(request)
+        self._resident.pop(request, None)
+
+    def stats(self) -> dict[str, int]:
+        """Return the counters of `Scorer.stats`, evictions and the pool's pages."""
+        return {
+            **self._counts,
+            "rm_pages_used": self._cache.pages_used,
+            "rm_pages_free": self._cache.pages_free,
+        }
+
+    def _row(self, place: int, job: ScoreJob, ids: Ids, tail: int) -> _Row:
+        end = len(ids)
+        if self._pad is not None:
+            while end > 1 and int(ids[end - 1]) == self._pad:
+                end -= 1
+        keep = min(len(ids) - tail, end)
+        return _Row(place, job.request, job.branch, ids[:end], keep, not job.response_ids)
+
+    def _check_length(self, tokens: int, what: str) -> None:
+        context = self._model.max_length
+        if context is not None and tokens > context:
+            raise ValueError(
+                f"{what}: more than the reward model's context of {context} tokens; shorten the "
+                "prompt or lower max_tokens"
+            )
+        if tokens > self._pool_tokens:
+            raise ValueError(
+                f"{what}: more than the reward model's cache of {self._pool_tokens} tokens; raise "
+                "num_pages, shorten the prompt or lower max_tokens"
+            )
+
+    def _chunks(self, rows: list[_Row]) -> Iterator[list[_Row]]:
+        """Cut the rows into forward passes: requests kept together, like lengths side by side."""
+        longest: dict[int, int] = {}
+        for row in rows:
+            row.start = self._fork_point(row)
+            longest[row.request] = max(longest.get(row.request, 0), len(row.ids) - row.start)
+        chunk: list[_Row] = []
+        for row in sorted(rows, key=lambda row: (longest[row.request], row.request)):
+            padded = (len(chunk) + 1) * longest[row.request]
+            if chunk and (len(chunk) == self._max_rows or padded > self._max_batch_tokens):
+                yield chunk
+                chunk = []
+            chunk.append(row)
+        if chunk:
+            yield chunk
+
+    def _fork_point(self, row: _Row) -> int:
+        # The last token is run even if it is cached: its hidden state is not.
+        return min(self._cache.common_prefix(row.request, row.ids), len(row.ids) - 1)
+
+    def _run(self, rows: list[_Row], results: list[float | Exception]) -> None:
+        """Score rows, in several passes if their pages do not fit at once."""
+        protected = frozenset(row.request for row in rows)
+        self._restore(rows, protected)
+        hidden = self._forward(rows, protected)
+        if isinstance(hidden, OutOfPagesError) and len(rows) > 1:
+            self._run(rows[: len(rows) // 2], results)
+            self._run(rows[len(rows) // 2 :], results)
+            return
+        if isinstance(hidden, OutOfPagesError):
+            self._evict(rows[0].request)
+            hidden = self._forward(rows, protected)
+        assert not isinstance(hidden, OutOfPagesError)  # any text that passed the length check fits
+        if isinstance(hidden, RewardError):
+            for row in rows:
+                results[row.place] = hidden
+            return
+        with torch.inference_mode():
+            rewards: list[float] = self._head(hidden).float()[:, 0].tolist()
+        for row, reward in zip(rows, rewards, strict=True):
+            results[row.place] = finite_reward(reward)
+            self._settle(row)
+
+    def _settle(self, row: _Row) -> None:
+        """File a row that was run among its request's branches; r(x) leaves the prompt behind."""
+        state = self._requests[row.request]
+        if row.is_prompt:
+            if self._cache.length(row.request) == 0 and not state.branches:
+                self._cache.promote(row.row, min(row.keep, len(state.committed)))
+                self._seal(row.request)
+            else:
+                self._cache.drop(row.row)
+            return
+        self._drop(state, row.branch)
+        branch = _Branch(row.ids, row.keep, row.start, row.row)
+        state.branches[row.branch] = branch
+        self._loose[row.row] = branch
+
+    def _restore(self, rows: list[_Row], protected: frozenset[int]) -> None:
+        """Cache what the rows of each request are known to share and the cache lacks.
+
+        That is the prompt on first use, and committed text that was dropped to make room. A prompt
+        that is about to be scored by itself needs no pass of its own.
+        """
+        targets: dict[int, int] = {}
+        for row in rows:
+            state = self._requests[row.request]
+            cached = self._cache.length(row.request)
+            if cached >= len(state.committed) or (row.is_prompt and cached == 0):
+                continue
+            shared = common_length(row.ids, state.committed)
+            targets[row.request] = min(targets.get(row.request, shared), shared)
+        missing = {
+            request: target
+            for request, target in targets.items()
+            if target > self._cache.length(request)
+        }
+        for request in missing:
+            state = self._requests[request]
+            for branch in list(state.branches):
+                self._drop(state, branch)
+        while missing:
+            pieces = list(self._pieces(missing))
+            hidden = self._forward(pieces, protected)
+            if isinstance(hidden, OutOfPagesError) and len(pieces) > 1:
+                del missing[pieces[-1].request]
+                continue
+            if isinstance(hidden, Exception):
+                return  # the rows will run without a common prefix, or fail in their place
+            for piece in pieces:
+                self._cache.promote(piece.row, len(piece.ids) - piece.start)
+                if len(piece.ids) == missing[piece.request]:
+                    del missing[piece.request]
+                    self._seal(piece.request)
+
+    def _pieces(self, missing: dict[int, int]) -> Iterator[_Row]:
+        """Yield the next piece of each missing prefix, as far as one forward pass goes."""
+        width = 0
+        for count, (request, target) in enumerate(missing.items(), start=1):
+            cached = self._cache.length(request)
+            end = min(target, cached + self._max_batch_tokens)
+            width = max(width, end - cached)
+            if count > 1 and count * width > self._max_batch_tokens:
+                return
+            yield _Row(-1, request, -1, self._requests[request].committed[:end], end, False)
+
+    def _seal(self, request: int) -> None:
+        state = self._requests[request]
+        if not state.sealed:
+            self._cache.seal_prompt(request)
+            state.sealed = True
+
+    def _forward(
+        self, rows: list[_Row], protected: frozenset[int]
+    ) -> torch.Tensor | OutOfPagesError | RewardError:
+        """Fork the rows, put in order, and run what is new; last hidden states [R, hidden].
+
+        To make room, nothing of the protected requests is given up but candidates already scored.
+        """
+        forked = self._fork(rows)
+        while isinstance(forked, OutOfPagesError) and self._free(protected):
+            forked = self._fork(rows)
+        if isinstance(forked, OutOfPagesError):
+            return forked
+        batch, token_ids = forked
+        copies = self._cache.take_copies()
+        if len(copies[0]):
+            self._model.copy_pages(*copies)
+        self._counts["rm_calls"] += 1
+        self._counts["rm_tokens"] += len(token_ids)
+        try:
+            return self._model.extend(batch, torch.from_numpy(token_ids).to(self._model.device))
+        except Exception as error:  # noqa: BLE001 - one bad pass must not end other requests
+            for row in rows:
+                self._cache.drop(row.row)
+            failure = RewardError(f"the reward model failed: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            return failure
+
+    def _fork(self, rows: list[_Row]) -> tuple[Batch, Ids] | OutOfPagesError:
+        """Order the rows and give each its pages; the batch and its new ids [T]."""
+        for row in rows:
+            row.start = self._fork_point(row)
+            row.row = self._next_row
+            self._next_row += 1
+        rows.sort(key=lambda row: (row.request, row.start))  # neighbours share a prefix
+        token_ids = np.concatenate([row.ids[row.start :] for row in rows])
+        try:
+            batch = self._cache.branch(
+                _int64([row.request for row in rows]),
+                _int64([row.row for row in rows]),
+                _int32([row.start for row in rows]),
+                token_ids,
+                _int32([len(row.ids) - row.start for row in rows]),
+            )
+        except OutOfPagesError as error:
+            return error
+        for row in rows:
+            self._resident.setdefault(row.request)
+        return batch, token_ids
+
+    def _free(self, protected: frozenset[int]) -> bool:
+        """Give up one cache to make room; False if nothing is left but the protected ones."""
+        idle = next(iter(self._resident), None)
+        if idle is not None and idle not in self._busy:
+            self._evict(idle)
+            return True
+        if self._loose:
+            row, branch = self._loose.popitem(last=False)
+            self._cache.drop(row)
+            branch.row = NO_PAGES
+            return True
+        other = next((request for request in self._resident if request not in protected), None)
+        if other is None:
+            return False
+        self._evict(other)
+        return True
+
+    def _evict(self, request: int) -> None:
+        """Drop every page of a request; what it holds will be computed again."""
+        state = self._requests[request]
+        for branch in state.branches.values():
+            if branch.row != NO_PAGES:
+                self._loose.pop(branch.row)
+                branch.row = NO_PAGES
+        self._cache.close(request)
+        self._cache.open(request)
+        state.sealed = False
+        self._resident.pop(request, None)
+        self._counts["rm_evictions"] += 1
+
+    def _drop(self, state: _Request, branch: int) -> None:
+        dropped = state.branches.pop(branch, None)
+        if dropped is not None and dropped.row != NO_PAGES:
+            self._loose.pop(dropped.row)
+            self._cache.drop(dropped.row)
+
+
+def _int64(values: list[int]) -> NDArray[np.int64]:
+    return np.array(values, dtype=np.int64)
+
+
+def _int32(values: list[int]) -> NDArray[np.int32]:
+    return np.array(values, dtype=np.int32)

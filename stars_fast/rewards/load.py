@@ -1,0 +1,305 @@
+"""From whatever the user calls a reward model to a scorer, or to an error that says what to change.
+
+Everything that can be known before the first round is checked here: the files, the head, the
+tokenizer, the context length, the architecture.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TypeAlias
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from stars_fast.errors import ModelLoadError, UnsupportedModelError
+from stars_fast.models.load import check_model_directory
+from stars_fast.models.paged import PagedModel
+from stars_fast.models.pool import default_num_pages
+from stars_fast.models.selfcheck import check_numbers
+from stars_fast.rewards.base import RewardModel, Scorer
+from stars_fast.rewards.callable import CallableScorer, RewardFunction
+from stars_fast.rewards.causal import CausalScorer
+from stars_fast.rewards.encoder import EncoderScorer, encoder_context
+from stars_fast.rewards.head import check_labels, linear_head
+from stars_fast.rewards.text import CallableTemplate, TemplateLike, make_template
+from stars_fast.rewards.tokens import RetokenizedText, SharedTokens, TokenSource
+from stars_fast.rewards.vocabulary import check_vocabulary, embedding_rows, same_tokens
+
+__all__ = ["RewardModelLike", "load_scorer"]
+
+RewardModelLike: TypeAlias = (
+    "str | os.PathLike[str] | PreTrainedModel | RewardModel | RewardFunction"
+)
+# Of the free memory on a GPU, once the language model's pool is there.
+_POOL_SHARE = 0.6
+_CALLABLE_ADVICE = (
+    "pass as reward_model a function f(prompts, responses) -> list[float] that loads and calls it"
+)
+
+
+def load_scorer(
+    reward_model: RewardModelLike,
+    *,
+    lm_tokenizer: PreTrainedTokenizerBase | None,
+    reward_tokenizer: PreTrainedTokenizerBase | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str = "auto",
+    template: TemplateLike = None,
+    num_pages: int | None = None,
+    page_size: int = 16,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    max_rows: int = 256,
+) -> Scorer:
+    """Make the scorer of a reward model.
+
+    Parameters
+    ----------
+    reward_model : str, path, PreTrainedModel, callable or RewardModel
+        A local directory or hub id of a transformers sequence classifier with one label; such a
+        model, loaded (it stays on its device and in its dtype, and is put in eval mode); a function
+        `f(prompts, responses) -> list[float]`; or an object with such a method `score`.
+    lm_tokenizer : transformers tokenizer or None
+        The language model's. Where the reward model's agrees with it token for token, response ids
+        are used as they are; otherwise texts are tokenised again. Without one there are no texts,
+        which is for reward functions alone.
+    reward_tokenizer : transformers tokenizer, optional
+        The reward model's. By default it is loaded from where the model came from.
+    device : torch.device or str, optional
+        Where to put a model that is loaded here; the CPU by default.
+    dtype : torch.dtype or str
+        Its dtype; "auto" is the one it was saved in.
+    template : None, str or callable
+        The text that the reward model reads, see `stars_fast.rewards.text`.
+    num_pages : int, optional
+        Pages of a causal reward model's cache; by default see `default_num_pages`.
+    page_size : int
+        Tokens per page.
+    trust_remote_code : bool
+        Whether the tokenizer may bring its own code. The model may not: give it as a function.
+    allow_pickle : bool
+        Whether weights may be loaded from other files than safetensors.
+    max_rows : int
+        Most rows of one forward pass.
+
+    Raises
+    ------
+    ModelLoadError
+        If files are missing or damaged, the checkpoint has no trained head, or there is no
+        tokenizer.
+    UnsupportedModelError
+        If the architecture or its head cannot be used.
+    ValueError
+        If tokenizer, template or a number does not fit.
+    TypeError
+        If `reward_model` or `template` is of none of these kinds.
+    """
+    if not isinstance(reward_model, str | os.PathLike | PreTrainedModel):
+        return _python_scorer(reward_model, template)
+    if lm_tokenizer is None:
+        raise ValueError(
+            "a reward model that is not a function needs the language model's tokenizer, and none "
+            "was found beside the language model: pass tokenizer"
+        )
+    if isinstance(reward_model, str | os.PathLike):
+        source = os.fspath(reward_model)
+        config = _load_config(source, allow_pickle)
+        tokenizer = reward_tokenizer or _load_tokenizer(source, trust_remote_code)
+        model = _load_model(source, config, device, dtype, allow_pickle)
+    else:
+        model = reward_model
+        model.train(False)
+        check_labels(type(model).__name__, model.config.num_labels)
+        tokenizer = reward_tokenizer or _tokenizer_of(model, trust_remote_code)
+    if _is_encoder(model):
+        return _encoder_scorer(model, tokenizer, template)
+    return _causal_scorer(model, tokenizer, lm_tokenizer, template, num_pages, page_size, max_rows)
+
+
+def _python_scorer(reward_model: object, template: TemplateLike) -> Scorer:
+    if isinstance(reward_model, torch.nn.Module):
+        raise TypeError(
+            f"reward_model is a {type(reward_model).__name__}, not a transformers model: "
+            + _CALLABLE_ADVICE
+        )
+    score = getattr(reward_model, "score", reward_model)
+    if not callable(score):
+        raise TypeError(
+            "reward_model must be a directory or hub id, a transformers sequence classifier, a "
+            "callable, or an object with a method 'score', got "
+            f"{type(reward_model).__name__}"
+        )
+    if template is not None:
+        raise ValueError(
+            "reward_template is for transformers models; a reward function gets prompts and "
+            "responses and builds its own text"
+        )
+    return CallableScorer(score)
+
+
+def _encoder_scorer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: TemplateLike
+) -> Scorer:
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            "the reward model's tokenizer has no padding token, which an encoder needs: set "
+            "pad_token in its tokenizer_config.json"
+        )
+    check_vocabulary(tokenizer, embedding_rows(model), pads=True)
+    return EncoderScorer(
+        model,
+        tokenizer,
+        make_template(template, tokenizer, pairs=True),
+        context=encoder_context(model, tokenizer),
+    )
+
+
+def _causal_scorer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    lm_tokenizer: PreTrainedTokenizerBase,
+    template: TemplateLike,
+    num_pages: int | None,
+    page_size: int,
+    max_rows: int,
+) -> Scorer:
+    rows = embedding_rows(model)
+    check_vocabulary(tokenizer, rows, pads=False)
+    chosen = make_template(template, tokenizer, pairs=False)
+    head = linear_head(model)
+    try:
+        check_numbers(model)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{error} As a reward model: {_CALLABLE_ADVICE}") from error
+    if num_pages is None:
+        num_pages = default_num_pages(
+            model, page_size=page_size, max_rows=max_rows, gpu_share=_POOL_SHARE
+        )
+    paged = PagedModel(model, num_pages=num_pages, page_size=page_size)
+    source: TokenSource
+    if not isinstance(chosen, CallableTemplate) and same_tokens(lm_tokenizer, tokenizer):
+        source = SharedTokens(tokenizer, chosen, rows)
+    else:
+        source = RetokenizedText(tokenizer, chosen)
+    return CausalScorer(
+        paged,
+        head,
+        source,
+        pad_token_id=model.config.get_text_config().pad_token_id,
+        num_pages=num_pages,
+        page_size=page_size,
+        max_rows=max_rows,
+    )
+
+
+def _is_encoder(model: PreTrainedModel) -> bool:
+    """Whether the model is of a masked-LM family, and so bidirectional."""
+    config = model.config
+    decoder = getattr(config, "is_decoder", False) or config.is_encoder_decoder
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder
+
+
+def _load_config(source: str, allow_pickle: bool) -> PretrainedConfig:
+    """Load the configuration and refuse what it says cannot be used."""
+    check_model_directory(source, allow_pickle=allow_pickle)
+    try:
+        fields, _ = PretrainedConfig.get_config_dict(source)
+    except OSError as error:
+        raise ModelLoadError(f"reward model {source!r}: {error}") from error
+    names = fields.get("architectures") or ["a model without a class name"]
+    native = set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
+    if fields.get("auto_map") and names[0] not in native:
+        raise UnsupportedModelError(
+            f"reward model {source!r} is {names[0]}, which needs its own remote code: "
+            + _CALLABLE_ADVICE
+        )
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"reward model {source!r}: {error}") from error
+    if config.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        raise UnsupportedModelError(
+            f"reward model {source!r} is {names[0]}, and transformers has no sequence classifier "
+            f"of that family: {_CALLABLE_ADVICE}"
+        )
+    if names[0] in native:  # of anything else the head is missing, which is the better message
+        check_labels(f"reward model {source!r}", config.num_labels)
+    return config
+
+
+def _load_model(
+    source: str,
+    config: PretrainedConfig,
+    device: torch.device | str | None,
+    dtype: torch.dtype | str,
+    allow_pickle: bool,
+) -> PreTrainedModel:
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            use_safetensors=None if allow_pickle else True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        hint = "" if allow_pickle else " (only safetensors are loaded unless allow_pickle=True)"
+        raise ModelLoadError(f"reward model {source!r}: {error}{hint}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelLoadError(
+            f"reward model {source!r} has no weights for {', '.join(missing[:4])}"
+            f"{' and others' if len(missing) > 4 else ''} of {type(model).__name__}; transformers "
+            "would make them up at random. Its config.json names "
+            f"{', '.join(config.architectures or ['no architecture'])}: is it a language model, or "
+            f"one with a head of its own? If the latter, {_CALLABLE_ADVICE}"
+        )
+    heads = ("score.", "classifier.")
+    unread = sorted(key for key in report["unexpected_keys"] if key.startswith(heads))
+    if unread:
+        raise ModelLoadError(
+            f"reward model {source!r} has head weights that {type(model).__name__} does not read "
+            f"({', '.join(unread)}): {_CALLABLE_ADVICE}"
+        )
+    loaded: PreTrainedModel = model.to(device or "cpu").eval()
+    return loaded
+
+
+def _tokenizer_of(model: PreTrainedModel, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    if not model.name_or_path:
+        raise ValueError(
+            f"reward_model is a {type(model).__name__} made in memory, so its tokenizer is not "
+            "known: pass reward_tokenizer"
+        )
+    return _load_tokenizer(model.name_or_path, trust_remote_code)
+
+
+def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    advice = (
+        "save the reward model's own tokenizer there (tokenizer.save_pretrained), or pass "
+        "reward_tokenizer"
+    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise ModelLoadError(
+            f"reward model {source!r} has no tokenizer that can be loaded; {advice} ({error})"
+        ) from error
+    # Without files, transformers makes up a tokenizer of a few special tokens.
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    if len(set(tokenizer.get_vocab().values()) - special) < 3:
+        raise ModelLoadError(f"reward model {source!r} has no tokenizer files; {advice}")
+    return tokenizer

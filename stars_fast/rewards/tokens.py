@@ -1,0 +1,297 @@
+"""From scoring jobs to the token ids that a causal reward model reads.
+
+Two ways. Where the reward model has the language model's tokenizer, the response ids are used
+as they are, between the template's ids: nothing is tokenised twice, and what the reward model
+reads is what the language model wrote. Otherwise the whole text is tokenised again for
+every job, since a new segment may change the last tokens of the text before it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from stars_fast.rewards.base import Prompt, ScoreJob
+from stars_fast.rewards.text import FramedPrompt, PlainTemplate, RenderedPrompt, Template
+
+__all__ = ["Ids", "RetokenizedText", "SharedTokens", "TextEncoder", "TokenPrompt", "TokenSource"]
+__all__ += ["common_length"]
+
+Ids = NDArray[np.int64]
+
+
+def common_length(left: Ids, right: Ids) -> int:
+    """Return how many leading ids are equal."""
+    length = min(len(left), len(right))
+    different = np.flatnonzero(left[:length] != right[:length])
+    return int(different[0]) if len(different) else length
+
+
+@dataclass(frozen=True)
+class TokenPrompt:
+    """What is known of a request's tokens before any response.
+
+    Parameters
+    ----------
+    empty_ids : int64 [N]
+        The ids of r(x), the template with an empty response.
+    stem : int
+        How many of them every response is expected to share: those before the response.
+    """
+
+    empty_ids: Ids
+    stem: int
+
+    @property
+    def tail(self) -> int:
+        """Number of ids behind the response: run for every job, kept for none."""
+        return len(self.empty_ids) - self.stem
+
+
+class TextEncoder:
+    """A tokenizer for many texts at once.
+
+    Text that begins with the BOS token gets no second one where the tokenizer adds its own: prompts
+    that a chat template wrote often bring theirs.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+        The reward model's.
+    add_special_tokens : bool
+        Whether the tokenizer puts its tokens around each text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> None:
+        self.tokenizer = tokenizer
+        self.add_special_tokens = add_special_tokens
+        bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+        full: list[int] = tokenizer("a", add_special_tokens=add_special_tokens)["input_ids"]
+        start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+        self.head = full[:start]
+        self.tail = full[start + len(bare) :]
+        adds_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in self.head
+        self._bos: str = tokenizer.bos_token if adds_bos else ""
+
+    def single_bos(self, text: str) -> str:
+        """Return the text without the BOS that the tokenizer is going to add."""
+        return text.removeprefix(self._bos) if self._bos else text
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        """Return the ids of each text, never truncated."""
+        if not texts:
+            return []
+        batch = self.tokenizer(
+            [self.single_bos(text) for text in texts],
+            add_special_tokens=self.add_special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return [np.asarray(ids, dtype=np.int64) for ids in batch["input_ids"]]
+
+
+class TokenSource(ABC):
+    """Turns prompts and jobs into ids of the reward model."""
+
+    needs_text: bool
+    """Whether the response's text is read, not its ids."""
+
+    @abstractmethod
+    def bind(self, prompt: Prompt) -> TokenPrompt:
+        """Return the prompt's part; ValueError if it gives no text or no tokens."""
+
+    @abstractmethod
+    def encode(
+        self, prompts: Sequence[TokenPrompt], jobs: Sequence[ScoreJob]
+    ) -> list[Ids | Exception]:
+        """Return the ids of each job, or its error. `prompts[i]` is what `bind` gave for job i."""
+
+
+@dataclass(frozen=True)
+class _SharedPrompt(TokenPrompt):
+    prefix: Ids
+    suffix: Ids
+
+
+class SharedTokens(TokenSource):
+    """Response ids as the language model wrote them, between the template's own ids.
+
+    With the plain template the prompt's ids are the language model's too. Special tokens at the end
+    of a response (EOS, an end-of-turn token) are left out where the template closes the turn
+    itself.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+        The reward model's, known to agree with the language model's.
+    template : Template
+        One whose prompts are framed: every one but a callable's.
+    vocab_size : int
+        Rows of the reward model's embedding; higher ids are an error of their job.
+    """
+
+    needs_text = False
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: Template, vocab_size: int
+    ) -> None:
+        self._template = template
+        self._vocab_size = vocab_size
+        self._encoder = TextEncoder(tokenizer, add_special_tokens=False)
+        around = TextEncoder(tokenizer, template.add_special_tokens)
+        self._head, self._tail, self._single_bos = around.head, around.tail, around.single_bos
+        self._special = special_ids(tokenizer)
+
+    def bind(self, prompt: Prompt) -> TokenPrompt:
+        """Return the ids around the response."""
+        if isinstance(self._template, PlainTemplate):
+            prefix, suffix = prompt.token_ids, self._tail
+            self._check(np.asarray(prefix, dtype=np.int64), "prompt_token_ids")
+        else:
+            framed = self._template.bind(prompt)
+            assert isinstance(framed, FramedPrompt)
+            before, behind = self._encoder.encode([self._single_bos(framed.prefix), framed.suffix])
+            prefix, suffix = [*self._head, *before], [*behind, *self._tail]
+        empty = np.array([*prefix, *suffix], dtype=np.int64)
+        if not len(empty):
+            raise ValueError("the prompt is empty: the reward model has no token to read")
+        stem = len(prefix)
+        return _SharedPrompt(empty, stem, prefix=empty[:stem], suffix=empty[stem:])
+
+    def encode(
+        self, prompts: Sequence[TokenPrompt], jobs: Sequence[ScoreJob]
+    ) -> list[Ids | Exception]:
+        """Return prefix, response and suffix ids of each job."""
+        encoded: list[Ids | Exception] = []
+        for prompt, job in zip(prompts, jobs, strict=True):
+            assert isinstance(prompt, _SharedPrompt)
+            response = np.asarray(job.response_ids, dtype=np.int64)
+            try:
+                self._check(response, "response_ids")
+            except ValueError as error:
+                encoded.append(error)
+                continue
+            if prompt.tail:
+                end = len(response)
+                while end and int(response[end - 1]) in self._special:
+                    end -= 1
+                response = response[:end]
+            encoded.append(np.concatenate((prompt.prefix, response, prompt.suffix)))
+        return encoded
+
+    def _check(self, ids: Ids, name: str) -> None:
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
+            raise ValueError(
+                f"{name} must lie in [0, {self._vocab_size}), the reward model's vocabulary, got "
+                f"{int(ids.min())} to {int(ids.max())}"
+            )
+
+
+@dataclass(frozen=True)
+class _TextPrompt(TokenPrompt):
+    rendered: RenderedPrompt
+    # Up to the last special token before the response, ids and text do not depend on what follows.
+    fixed_ids: int
+    fixed_text: int
+
+
+class RetokenizedText(TokenSource):
+    """The template's text, tokenised anew for each job, those of all jobs in one call.
+
+    Tokenizers cut text at special tokens before anything else, so where a chat template has one
+    before the response, only the text from there on is tokenised again; the ids are the same.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+        The reward model's.
+    template : Template
+        Any but a pair.
+    """
+
+    needs_text = True
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+        self._template = template
+        self._encoder = TextEncoder(tokenizer, template.add_special_tokens)
+        self._special = special_ids(tokenizer)
+
+    def bind(self, prompt: Prompt) -> TokenPrompt:
+        """Tokenise the template with an empty and with a short response."""
+        rendered = self._template.bind(prompt)
+        texts = [_whole_text(rendered, response) for response in ("", "a")]
+        empty, probe = self._encoder.encode(texts)
+        if not len(empty):
+            raise ValueError("the prompt is empty: the reward model has no token to read")
+        stem = common_length(empty, probe)
+        fixed_ids, fixed_text = self._fixed_part(rendered, texts[0], stem)
+        bound = _TextPrompt(
+            empty, stem, rendered=rendered, fixed_ids=fixed_ids, fixed_text=fixed_text
+        )
+        rest = self._encoder.encode([texts[1][fixed_text:]])[0]
+        if fixed_ids and not np.array_equal(self._join(bound, rest), probe):
+            return _TextPrompt(empty, stem, rendered=rendered, fixed_ids=0, fixed_text=0)
+        return bound
+
+    def encode(
+        self, prompts: Sequence[TokenPrompt], jobs: Sequence[ScoreJob]
+    ) -> list[Ids | Exception]:
+        """Render and tokenise each job."""
+        encoded: list[Ids | Exception] = []
+        texts: list[str] = []
+        places: list[int] = []
+        for prompt, job in zip(prompts, jobs, strict=True):
+            assert isinstance(prompt, _TextPrompt)
+            try:
+                text = _whole_text(prompt.rendered, job.response_text)
+            except ValueError as error:
+                encoded.append(error)
+                continue
+            places.append(len(encoded))
+            texts.append(text[prompt.fixed_text :])
+            encoded.append(prompt.empty_ids)
+        for place, ids in zip(places, self._encoder.encode(texts), strict=True):
+            prompt = prompts[place]
+            assert isinstance(prompt, _TextPrompt)
+            encoded[place] = self._join(prompt, ids)
+        return encoded
+
+    @staticmethod
+    def _join(prompt: _TextPrompt, rest: Ids) -> Ids:
+        if not prompt.fixed_ids:
+            return rest
+        return np.concatenate((prompt.empty_ids[: prompt.fixed_ids], rest))
+
+    def _fixed_part(self, rendered: RenderedPrompt, text: str, stem: int) -> tuple[int, int]:
+        """Return how many ids and characters stand before the last special token of the prefix."""
+        tokenizer = self._encoder.tokenizer
+        fixed = isinstance(rendered, FramedPrompt) and not self._encoder.add_special_tokens
+        if not (fixed and tokenizer.is_fast):
+            return 0, 0
+        assert isinstance(rendered, FramedPrompt)
+        batch = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        ids, offsets = batch["input_ids"], batch["offset_mapping"]
+        for i in range(stem - 1, 0, -1):
+            if ids[i] in self._special and offsets[i][1] <= len(rendered.prefix):
+                return i, int(offsets[i][0])
+        return 0, 0
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the ids of tokens that stand for no text: BOS, EOS, end of turn and the like."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset({*added, *tokenizer.all_special_ids} - {tokenizer.unk_token_id})
+
+
+def _whole_text(rendered: RenderedPrompt, response: str) -> str:
+    text = rendered.text(response)
+    assert isinstance(text, str)  # pairs are for encoders, and refused before
+    return text

@@ -1,0 +1,95 @@
+"""Ids of jobs: special tokens, BOS, and the part of a text that need not be tokenised again."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers.tiny_tokenizers import CHAT_TEMPLATES, TEXTS, bpe_tokenizer
+from tokenizers import processors
+
+from stars_fast.rewards import Prompt, ScoreJob
+from stars_fast.rewards.text import make_template
+from stars_fast.rewards.tokens import RetokenizedText, SharedTokens, TextEncoder, common_length
+
+PROMPT = Prompt("What is rice?", bpe_tokenizer()("What is rice?")["input_ids"], None)
+
+
+def job(ids: list[int], text: str) -> ScoreJob:
+    return ScoreJob(0, 0, ids, text)
+
+
+def test_common_length() -> None:
+    ids = np.arange(5)
+    assert common_length(ids, np.arange(3)) == 3
+    assert common_length(ids, np.array([0, 1, 9, 3])) == 2
+    assert common_length(ids, np.array([], dtype=np.int64)) == 0
+
+
+def test_text_with_bos_gets_no_second_one() -> None:
+    tokenizer = bpe_tokenizer()
+    encoder = TextEncoder(tokenizer, add_special_tokens=True)
+    bare, with_bos = encoder.encode(["It costs", "<s>It costs"])
+    assert bare.tolist() == with_bos.tolist() == tokenizer("It costs")["input_ids"]
+    without = TextEncoder(tokenizer, add_special_tokens=False)
+    assert without.encode(["<s>It costs"])[0].tolist() == bare.tolist()
+
+
+def test_tokenizer_that_adds_eos() -> None:
+    tokenizer = bpe_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    source = SharedTokens(
+        tokenizer, make_template("{prompt}|{response}", tokenizer, pairs=False), 400
+    )
+    bound = source.bind(PROMPT)
+    assert bound.tail == 1
+    (ids,) = source.encode([bound], [job([50, 51], "")])
+    assert isinstance(ids, np.ndarray)
+    before = tokenizer("What is rice?|")["input_ids"]
+    assert ids.tolist() == [*before[:-1], 50, 51, 1]
+
+
+@pytest.mark.parametrize("chat", CHAT_TEMPLATES)
+@pytest.mark.parametrize("messages", [1, 3])
+def test_only_the_text_behind_the_last_special_token_is_tokenised(chat: str, messages: int) -> None:
+    tokenizer = bpe_tokenizer(340, chat=chat)
+    question = {"role": "user", "content": TEXTS[0]}
+    answer = {"role": "assistant", "content": TEXTS[1]}
+    conversation = [question, answer, question][:messages]
+    source = RetokenizedText(tokenizer, make_template("chat", tokenizer, pairs=False))
+    bound = source.bind(Prompt("", [1], conversation))
+    seen = []
+    tokenize = source._encoder.encode
+
+    def recorded(texts: list[str]) -> list[np.ndarray]:
+        seen.extend(texts)
+        return tokenize(texts)
+
+    source._encoder.encode = recorded  # type: ignore[method-assign, assignment]
+    responses = ["", "a", "\n\nYes", " <|im_end|> no", "naïve 日本 🙂", *TEXTS]
+    encoded = source.encode([bound] * len(responses), [job([9], text) for text in responses])
+    for response, ids in zip(responses, encoded, strict=True):
+        whole = tokenizer.apply_chat_template([*conversation, {**answer, "content": response}])
+        assert isinstance(ids, np.ndarray)
+        assert ids.tolist() == whole["input_ids"]
+    assert all(
+        len(text) < len(response) + 40 for text, response in zip(seen, responses, strict=True)
+    )
+
+
+def test_template_function_that_raises_fails_its_job_alone() -> None:
+    tokenizer = bpe_tokenizer(340)
+
+    def template(prompt: str, response: str) -> str:
+        if "no" in response:
+            raise KeyError("no")
+        return prompt + response
+
+    source = RetokenizedText(tokenizer, make_template(template, tokenizer, pairs=False))
+    bound = source.bind(PROMPT)
+    good, bad = source.encode([bound] * 2, [job([9], "yes"), job([9], "no")])
+    assert isinstance(bad, ValueError)
+    assert "reward_template raised KeyError: 'no'" in str(bad)
+    assert isinstance(good, np.ndarray)
+    assert good.tolist() == tokenizer("What is rice?yes")["input_ids"]
