@@ -25,9 +25,7 @@ class OutOfPagesError(MemoryError):
 class RequestTooLargeError(ValueError):
     """A request that could not run even with the whole pool to itself."""
 
-def philox4x32(
-    counters: npt.ArrayLike, keys: npt.ArrayLike
-) -> npt.NDArray[np.uint32]:
+def philox4x32(counters: npt.ArrayLike, keys: npt.ArrayLike) -> npt.NDArray[np.uint32]:
     """Philox4x32-10 of counters [n, 4] and keys [n, 2], uint32 -> words [n, 4]."""
 
 def accept_uniform(seed: int, position: int, attempt: int) -> float:
@@ -143,7 +141,7 @@ class Plan:
     def draft(self) -> Batch: ...
     @property
     def prefill_tokens(self) -> npt.NDArray[np.int64]:
-        """[prefill.num_tokens]"""
+        """Token ids to prefill, [prefill.num_tokens]."""
 
     @property
     def request(self) -> npt.NDArray[np.int64]:

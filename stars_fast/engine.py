@@ -1,0 +1,520 @@
+"""The engine: requests in, aligned text out, a round at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stars_fast import _core
+from stars_fast.calibration import calibration_of
+from stars_fast.errors import RewardError
+from stars_fast.loop import Loop
+from stars_fast.models.load import load_causal_lm
+from stars_fast.models.paged import PagedModel
+from stars_fast.models.pool import default_num_pages
+from stars_fast.models.selfcheck import check_numbers
+from stars_fast.outputs import Calibration, CompletionOutput, RequestOutput
+from stars_fast.params import StarsParams
+from stars_fast.prompts import PromptLike, PromptReader, as_prompt_list
+from stars_fast.requests import Request, samples_per_response
+from stars_fast.rewards.base import Scorer
+from stars_fast.rewards.load import RewardModelLike, load_scorer
+from stars_fast.rewards.text import TemplateLike
+from stars_fast.seeds import derive_seed
+
+#: Part of a round's time taken to grow with its rows until it has been seen: a CPU is bound by
+#: arithmetic, a GPU by reading the weights.
+ROW_COST_PRIOR = {"cpu": 1.0, "cuda": 0.1}
+
+#: Part of a GPU's free memory that the language model's pool takes by default.
+LM_POOL_SHARE = 0.5
+
+
+class Engine:
+    """Aligns a language model to a reward model while it decodes (STARS, arXiv 2511.03827).
+
+    Parameters
+    ----------
+    model
+        A local directory, a hub id, or a loaded transformers causal LM. A loaded model is left as
+        it is: its attention is switched only while the engine's own passes run.
+    reward_model
+        A directory, a hub id, a loaded sequence classifier, a callable
+        ``f(prompts: list[str], responses: list[str]) -> list[float]``, an object with such a method
+        `score`, or None: then only ``method="vanilla"`` can be run.
+    tokenizer
+        The language model's; None loads it from `model` where that is a directory or id.
+    device, dtype
+        Where and in what precision the models run; None is the GPU if there is one, else the CPU;
+        ``"auto"`` is the precision the weights are stored in.
+    page_size
+        Tokens of a KV page, at least 1. Segments whose length it divides fork without a copy.
+    num_pages
+        Pages of the language model's pool; None: enough for `max_rows` rows, within half of a GPU's
+        free memory or an eighth of the machine's. Allocated once.
+    max_rows
+        Candidates drafted in one round at most, and requests that run at once.
+    seed
+        Seeds of requests that have none follow from it and from the number of requests before.
+    reward_template
+        The text that the reward model reads: None (its chat template, else prompt and response
+        joined), ``"chat"``, ``"plain"``, text with ``{prompt}`` and ``{response}``, or a callable
+        (prompt, response) -> text.
+    reward_tokenizer
+        The reward model's; None loads it from where the model came from.
+    reward_num_pages
+        Pages of the reward model's pool; None: as `num_pages`, from what is left.
+    reward_device
+        Device of the reward model; None: that of the language model.
+    prefix_caching
+        Share full prompt pages between requests with the same prefix.
+    max_prefill_tokens
+        Prompt tokens run in one round at most.
+    trust_remote_code, allow_pickle
+        Off unless asked for: run code that comes with a model; load weights that are not
+        safetensors.
+
+    Notes
+    -----
+    One thread at a time.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | PreTrainedModel,
+        reward_model: RewardModelLike | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        page_size: int = 16,
+        num_pages: int | None = None,
+        max_rows: int = 256,
+        seed: int = 0,
+        reward_template: TemplateLike = None,
+        reward_tokenizer: PreTrainedTokenizerBase | None = None,
+        reward_num_pages: int | None = None,
+        reward_device: str | torch.device | None = None,
+        prefix_caching: bool = True,
+        max_prefill_tokens: int = 8192,
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
+    ) -> None:
+        if page_size < 1:
+            raise ValueError(f"page_size must be at least 1, got {page_size}")
+        if max_rows < 1:
+            raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+        if num_pages is not None and num_pages < 2:
+            raise ValueError(f"num_pages must be at least 2 or None, got {num_pages}")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+        loaded, found_tokenizer = load_causal_lm(
+            model,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+        )
+        self.tokenizer = tokenizer if tokenizer is not None else found_tokenizer
+        if num_pages is None:
+            num_pages = default_num_pages(
+                loaded, page_size=page_size, max_rows=max_rows, gpu_share=LM_POOL_SHARE
+            )
+        check_numbers(loaded)
+        self._lm = PagedModel(loaded, num_pages=num_pages, page_size=page_size)
+        self._scheduler = _core.Scheduler(
+            num_pages=num_pages,
+            page_size=page_size,
+            max_rows=max_rows,
+            max_prefill_tokens=max_prefill_tokens,
+            prefix_caching=prefix_caching,
+            row_cost_prior=ROW_COST_PRIOR.get(self._lm.device.type, 1.0),
+        )
+        self._scorer: Scorer | None = None
+        if reward_model is not None:
+            self._scorer = load_scorer(
+                reward_model,
+                lm_tokenizer=self.tokenizer,
+                reward_tokenizer=reward_tokenizer,
+                device=reward_device if reward_device is not None else self._lm.device,
+                dtype=dtype,
+                template=reward_template,
+                num_pages=reward_num_pages,
+                page_size=page_size,
+                trust_remote_code=trust_remote_code,
+                allow_pickle=allow_pickle,
+                max_rows=max_rows,
+            )
+        self._loop = Loop(self._lm, self._scheduler, self._scorer, self.tokenizer)
+        self._reader = PromptReader(self.tokenizer, self._lm.vocab_size, self._lm.max_length)
+        self._eos_ids = _eos_token_ids(loaded, self.tokenizer)
+        self._seed = seed
+        self._num_seeded = 0
+        self._requests: dict[str, Request] = {}
+        self._owners: dict[int, Request] = {}  # by response handle
+        self.calibration: Calibration | None = None
+
+    @classmethod
+    def demo(cls, **options: Any) -> Engine:
+        """Return an engine on the small review models that ship with the package.
+
+        `options` are those of the constructor, `model` and `reward_model` left out.
+        """
+        from stars_fast import demo
+
+        return cls(str(demo.model_dir()), str(demo.reward_model_dir()), **options)
+
+    # Whole batches
+
+    def generate(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        params: StarsParams | Sequence[StarsParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Run prompts to their end.
+
+        Parameters
+        ----------
+        prompts
+            One prompt or a list: text, token ids or chat messages.
+        params
+            For all prompts, or one for each. ``target_reward="auto"`` calibrates on these prompts
+            first, unless the engine is calibrated already.
+        use_tqdm
+            Show a progress bar.
+
+        Returns
+        -------
+        list[RequestOutput]
+            In the order of the prompts. A request that cannot be run has its `error` set and
+            harms no other.
+
+        Raises
+        ------
+        ValueError
+            If `params` is a list of another length than `prompts`, or requests added by
+            `add_request` are under way.
+        """
+        if self.has_unfinished():
+            raise ValueError("generate: requests added by add_request are unfinished; step() first")
+        texts = as_prompt_list(prompts)
+        each = _params_of_each(params, len(texts))
+        if self.calibration is None:
+            uncalibrated = [i for i, p in enumerate(each) if p.target_reward == "auto"]
+            if uncalibrated:
+                self.calibrate(
+                    [texts[i] for i in uncalibrated],
+                    params=each[uncalibrated[0]],
+                    use_tqdm=use_tqdm,
+                )
+        done: dict[str, RequestOutput] = {}
+        names = [f"generate-{i}" for i in range(len(texts))]
+        with tqdm(total=len(texts), disable=not use_tqdm, unit="request", desc="generate") as bar:
+            for name, text, one in zip(names, texts, each, strict=True):
+                try:
+                    self.add_request(name, text, one)
+                except (ValueError, TypeError) as error:
+                    done[name] = _refused(name, text, error)
+                    bar.update()
+            try:
+                while self.has_unfinished():
+                    for output in self.step():
+                        if output.finished:
+                            done[output.request_id] = output
+                            bar.update()
+            except BaseException:
+                for name in names:
+                    self.abort(name)
+                raise
+        return [done[name] for name in names]
+
+    def score(
+        self, prompts: PromptLike | Sequence[PromptLike], responses: Sequence[str]
+    ) -> list[float]:
+        """Return the reward of each response to its prompt.
+
+        Raises
+        ------
+        ValueError
+            Without a reward model, if the counts differ, or if a prompt is bad.
+        RewardError
+            If the reward model fails on one of them.
+        """
+        texts = as_prompt_list(prompts)
+        if len(texts) != len(responses):
+            raise ValueError(f"score: {len(texts)} prompts but {len(responses)} responses")
+        pairs = []
+        for text, response in zip(texts, responses, strict=True):
+            ids: list[int] = []
+            if self.tokenizer is not None and response:
+                ids = list(self.tokenizer(response, add_special_tokens=False)["input_ids"])
+            pairs.append((self._reader.read(text, 0), ids, response))
+        scores = self._loop.score_whole(pairs)
+        for number, score in enumerate(scores):
+            if isinstance(score, Exception):
+                raise RewardError(f"score: response {number}: {score}") from score
+        return [float(score) for score in scores if not isinstance(score, Exception)]
+
+    def calibrate(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        quantile: float = 0.9,
+        samples_per_prompt: int = 4,
+        params: StarsParams | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> Calibration:
+        """Find a target reward: a quantile of the rewards of unaligned samples.
+
+        Parameters
+        ----------
+        prompts
+            Prompts like those that will be aligned.
+        quantile
+            In (0, 1).
+        samples_per_prompt
+            At least 1.
+        params
+            Whose sampling parameters to use; None: the defaults.
+        use_tqdm
+            Show a progress bar.
+
+        Returns
+        -------
+        Calibration
+            Also kept as `calibration`: what ``target_reward="auto"`` and None stand for.
+        """
+        if not 0.0 < quantile < 1.0:
+            raise ValueError(f"quantile must be in (0, 1), got {quantile}")
+        if samples_per_prompt < 1:
+            raise ValueError(f"samples_per_prompt must be at least 1, got {samples_per_prompt}")
+        if self._scorer is None:
+            raise ValueError("calibrate needs a reward model: pass Engine(..., reward_model=...)")
+        plain = dataclasses.replace(
+            params or StarsParams(),
+            method="vanilla",
+            target_reward=None,
+            n=samples_per_prompt,
+            trace=False,
+        )
+        # Its own seeds, so that calibrating does not shift those of the requests that follow.
+        texts = as_prompt_list(prompts)
+        each = [
+            dataclasses.replace(plain, seed=derive_seed(self._seed ^ _CALIBRATION_SALT, i + 1))
+            for i in range(len(texts))
+        ]
+        outputs = self.generate(texts, each, use_tqdm=use_tqdm)
+        usable = [output for output in outputs if output.error is None]
+        if not usable:
+            errors = "; ".join(sorted({output.error or "" for output in outputs}))
+            raise ValueError(f"calibrate: no prompt could be sampled: {errors or 'none given'}")
+        pairs = [
+            (self._reader.read(output.prompt_token_ids, 0), sample.token_ids, sample.text)
+            for output in usable
+            for sample in output.outputs
+        ]
+        rewards = []
+        for score in self._loop.score_whole(pairs):
+            if isinstance(score, Exception):
+                raise RewardError(f"calibrate: {score}") from score
+            rewards.append(score)
+        self.calibration = calibration_of(rewards, quantile)
+        return self.calibration
+
+    # One request at a time, for serving stacks
+
+    def add_request(
+        self, request_id: str, prompt: PromptLike, params: StarsParams | None = None
+    ) -> None:
+        """Queue a request; `step` runs it.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If the id is in use, the prompt is bad, or the parameters do not fit the models; the
+            message names what is wrong. Nothing is queued then.
+        """
+        if request_id in self._requests:
+            raise ValueError(f"request_id {request_id!r} is in use")
+        params = self._resolve(params or StarsParams())
+        request = Request(request_id, self._reader.read(prompt, params.max_tokens), params)
+        seed = params.seed
+        if seed is None:
+            self._num_seeded += 1
+            seed = derive_seed(self._seed, self._num_seeded)
+        stop_ids = (() if params.ignore_eos else self._eos_ids) + tuple(params.stop_token_ids or ())
+        try:
+            for index in range(params.n * samples_per_response(params)):
+                response = self._loop.start(
+                    request.prompt, params, seed=derive_seed(seed, index), stop_token_ids=stop_ids
+                )
+                request.responses.append(response)
+                self._owners[response.handle] = request
+        except BaseException:
+            self._drop(request)
+            raise
+        request.unchosen = params.method == "best_of_n"
+        self._requests[request_id] = request
+
+    def step(self) -> list[RequestOutput]:
+        """Run one round.
+
+        Returns
+        -------
+        list[RequestOutput]
+            A copy of every request with a newly accepted segment, finished or not, and of every
+            request that failed. Requests of ``best_of_n`` appear once, when they are finished.
+        """
+        changed: dict[str, Request] = {}
+        for response in self._loop.step():
+            request = self._owners.get(response.handle)
+            if request is None:
+                continue  # a sibling failed in this round
+            if response.error is not None:
+                request.error = response.error
+                self._drop(request)
+            changed[request.request_id] = request
+        self._choose(changed.values())
+        shown = [
+            request for request in changed.values() if request.finished or not request.unchosen
+        ]
+        for request in shown:
+            if request.finished:
+                self._drop(request)
+        return [request.to_output() for request in shown]
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Stop a request and free its pages.
+
+        Returns
+        -------
+        RequestOutput or None
+            What it had committed, finish reason ``"abort"``; None if no such request is unfinished.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        self._drop(request)
+        request.unchosen = False
+        return request.to_output()
+
+    def has_unfinished(self) -> bool:
+        """Whether any request is queued or running."""
+        return bool(self._requests)
+
+    def stats(self) -> dict[str, float]:
+        """Return counters since the engine was made.
+
+        ``rounds``, ``drafted_tokens``, ``accepted_tokens``, ``prefill_tokens``,
+        ``cached_prompt_tokens``, ``attempts``, ``segments``, ``fallbacks``, ``preemptions`` and
+        ``page_copies`` of the scheduler; ``pages_used`` and ``pages_free`` of the language model's
+        pool; ``requests_running`` and ``requests_waiting``; what the scorer counts (``rm_tokens``
+        and others); ``seconds_plan``, ``_fork``, ``_prefill``, ``_draft``, ``_score``, ``_commit``.
+        """
+        scheduler = self._scheduler
+        scorer = {} if self._scorer is None else self._scorer.stats()
+        return {
+            **scheduler.stats,
+            "pages_used": scheduler.pages_used,
+            "pages_free": scheduler.pages_free,
+            "requests_running": scheduler.num_running,
+            "requests_waiting": scheduler.num_waiting,
+            **scorer,
+            **{f"seconds_{phase}": value for phase, value in self._loop.seconds.items()},
+        }
+
+    def _resolve(self, params: StarsParams) -> StarsParams:
+        """Check the parameters against the models, and put a number for the target reward."""
+        vocab_size = self._lm.vocab_size
+        if params.top_k > vocab_size:
+            raise ValueError(f"top_k must be at most the vocabulary, {vocab_size}: {params.top_k}")
+        for token in params.stop_token_ids or ():
+            if token >= vocab_size:
+                raise ValueError(f"stop_token_ids must be in [0, {vocab_size}), got {token}")
+        if params.stop_texts and self.tokenizer is None:
+            raise ValueError("stop needs a tokenizer: pass Engine(..., tokenizer=...)")
+        if params.method == "vanilla":
+            return params
+        if self._scorer is None:
+            raise ValueError(
+                f"method={params.method!r} needs a reward model: pass Engine(..., reward_model=...)"
+            )
+        if params.method == "stars" and not isinstance(params.target_reward, int | float):
+            if self.calibration is None:
+                raise ValueError(
+                    f"target_reward={params.target_reward!r} needs Engine.calibrate first: "
+                    "call it, or give a number"
+                )
+            return dataclasses.replace(params, target_reward=self.calibration.target_reward)
+        return params
+
+    def _choose(self, requests: Iterable[Request]) -> None:
+        """Score the whole responses of ``best_of_n`` requests that have drawn them all."""
+        ready = [
+            request
+            for request in requests
+            if request.unchosen
+            and request.error is None
+            and all(response.finished for response in request.responses)
+        ]
+        texts = [
+            (request.prompt, response.output.token_ids, response.output.text)
+            for request in ready
+            for response in request.responses
+        ]
+        scores = iter(self._loop.score_whole(texts) if texts else [])
+        for request in ready:
+            request.unchosen = False
+            for response, score in zip(request.responses, scores, strict=False):
+                if isinstance(score, Exception):
+                    request.error = f"reward: {score}"
+                else:
+                    response.output.reward = score
+
+    def _drop(self, request: Request) -> None:
+        """Forget a request; what still runs of it is aborted."""
+        for response in request.responses:
+            self._loop.abort(response)
+            self._owners.pop(response.handle, None)
+        self._requests.pop(request.request_id, None)
+
+
+#: Sets the draws of calibration apart from those of requests.
+_CALIBRATION_SALT = 0xCA11B8A7E
+
+
+def _params_of_each(
+    params: StarsParams | Sequence[StarsParams] | None, count: int
+) -> list[StarsParams]:
+    if params is None or isinstance(params, StarsParams):
+        return [params or StarsParams()] * count
+    if len(params) != count:
+        raise ValueError(
+            f"params must be one for all or one per prompt ({count}), got {len(params)}"
+        )
+    return list(params)
+
+
+def _refused(request_id: str, prompt: PromptLike, error: Exception) -> RequestOutput:
+    text = prompt if isinstance(prompt, str) else None
+    outputs = [CompletionOutput(0, finish_reason="error")]
+    return RequestOutput(request_id, text, [], outputs, finished=True, error=str(error))
+
+
+def _eos_token_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[int, ...]:
+    """Return the end-of-sequence ids that `model.generate` would stop at."""
+    for owner in (getattr(model, "generation_config", None), model.config, tokenizer):
+        found = getattr(owner, "eos_token_id", None)
+        if found is not None:
+            return tuple(found) if isinstance(found, list | tuple) else (int(found),)
+    return ()

@@ -1,0 +1,116 @@
+"""A response on its way: committed tokens, the candidate that leads, stop texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from stars_fast.drafter import RowSampling
+from stars_fast.outputs import Attempt, CompletionOutput, Segment
+from stars_fast.params import StarsParams
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A drafted segment with what is known of it.
+
+    Attributes
+    ----------
+    branch
+        Its id at the scorer; -1 if it was not scored.
+    attempt
+        Number of the attempt within the segment.
+    reward, threshold
+        Of the accept test; None where there is none.
+    stop_text_at
+        Where in the response's text the stop text that ends this candidate begins, None if none
+        does.
+    """
+
+    branch: int
+    attempt: int
+    token_ids: list[int]
+    logprobs: list[float]
+    reward: float | None = None
+    threshold: float | None = None
+    stop_text_at: int | None = None
+
+
+@dataclass
+class Response:
+    """One response, known to the scheduler and the scorer by its handle.
+
+    Attributes
+    ----------
+    kept
+        The best of the rejected candidates of the segment at hand, if any.
+    rejected
+        Tested attempts of the segment at hand, filled with ``trace`` only.
+    error
+        Why it failed, None if it did not.
+    """
+
+    handle: int
+    params: StarsParams
+    sampling: RowSampling
+    output: CompletionOutput
+    kept: Candidate | None = None
+    rejected: list[Attempt] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def scored(self) -> bool:
+        """Whether its segments are scored and tested."""
+        return self.params.method == "stars"
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing will be added."""
+        return self.output.finish_reason is not None
+
+    def commit(self, candidate: Candidate, segment: Segment) -> None:
+        """Append a candidate as the segment that it became."""
+        self.output.token_ids.extend(candidate.token_ids)
+        self.output.logprobs.extend(candidate.logprobs)
+        self.output.reward = candidate.reward
+        rejected = [a for a in self.rejected if a.number != candidate.attempt]
+        self.output.segments.append(replace(segment, rejected=tuple(rejected)))
+        self.kept = None
+        self.rejected.clear()
+
+
+def decode(tokenizer: PreTrainedTokenizerBase | None, token_ids: list[int]) -> str:
+    """Return the text of a response, special tokens left out; empty without a tokenizer."""
+    if tokenizer is None:
+        return ""
+    return str(tokenizer.decode(token_ids, skip_special_tokens=True))
+
+
+def find_stop(
+    tokenizer: PreTrainedTokenizerBase,
+    committed: list[int],
+    segment: list[int],
+    stops: Sequence[str],
+) -> tuple[int, int] | None:
+    """Return where a stop text ends the response, if the segment completes one.
+
+    Returns
+    -------
+    tuple[int, int] or None
+        The fewest tokens of the segment that complete a stop text, and where that text begins in
+        the response's text.
+    """
+    if _first_stop(decode(tokenizer, committed + segment), stops) is None:
+        return None
+    for kept in range(1, len(segment) + 1):
+        begin = _first_stop(decode(tokenizer, committed + segment[:kept]), stops)
+        if begin is not None:
+            return kept, begin
+    return None
+
+
+def _first_stop(text: str, stops: Sequence[str]) -> int | None:
+    found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
+    return min(found, default=None)

@@ -1,0 +1,26 @@
+"""The pool is allocated once; steady rounds allocate no KV."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from helpers.tiny_lm import letter_model, letter_tokenizer
+
+from stars_fast import Engine, StarsParams
+
+
+def test_steady_rounds_allocate_no_kv() -> None:
+    engine = Engine(letter_model(), tokenizer=letter_tokenizer(), num_pages=400, page_size=4)
+    params = StarsParams(
+        method="vanilla", segment_length=4, max_tokens=40, top_k=0, ignore_eos=True, seed=1
+    )
+    model = engine._lm
+
+    def addresses() -> list[int]:
+        pools = [*model._k_pages, *model._v_pages, *model._workspace._buffers.values()]
+        return [tensor.data_ptr() for tensor in pools]
+
+    engine.generate(["ab"] * 8, params, use_tqdm=False)
+    before = addresses()
+    engine.generate(["ba"] * 8, dataclasses.replace(params, seed=2), use_tqdm=False)
+    assert addresses() == before
