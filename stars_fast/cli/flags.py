@@ -1,0 +1,143 @@
+"""Command line flags made from the fields of `StarsParams`, so that the two cannot drift apart."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields, replace
+from inspect import cleandoc
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from stars_fast.params import StarsParams
+
+#: Fields that the commands set themselves: each request's seed follows from the run's ``--seed``.
+RUN_FIELDS = frozenset({"seed"})
+
+_PREFIX = "params."
+_SCALARS = (int, float, str)
+
+
+def add_params_flags(
+    parser: argparse.ArgumentParser,
+    defaults: Mapping[str, object],
+    skip: frozenset[str] = RUN_FIELDS,
+) -> None:
+    """Add a flag for each field of `StarsParams`.
+
+    Parameters
+    ----------
+    parser
+        Changed: gets an argument group.
+    defaults
+        Fields whose default here is another than that of `StarsParams`; shown in the help.
+    skip
+        Fields that get no flag.
+    """
+    hints = get_type_hints(StarsParams)
+    texts = field_texts(StarsParams.__doc__ or "")
+    group = parser.add_argument_group("parameters of a request")
+    for field in fields(StarsParams):
+        if field.name in skip:
+            continue
+        assert field.default is not MISSING
+        default = defaults.get(field.name, field.default)
+        shown = "none" if default is None else str(default)
+        text = " ".join(filter(None, (texts.get(field.name), f"(default: {shown})")))
+        group.add_argument(
+            "--" + field.name.replace("_", "-"),
+            dest=_PREFIX + field.name,
+            default=argparse.SUPPRESS,
+            help=text.replace("%", "%%"),
+            **_flag_kind(hints[field.name]),
+        )
+
+
+def params_from(args: argparse.Namespace, defaults: Mapping[str, object]) -> StarsParams:
+    """The parameters that the flags ask for.
+
+    Raises
+    ------
+    ValueError, TypeError
+        From `StarsParams`, naming the parameter.
+    """
+    given = {
+        name.removeprefix(_PREFIX): value
+        for name, value in vars(args).items()
+        if name.startswith(_PREFIX)
+    }
+    return with_fields(StarsParams(), {**defaults, **given})
+
+
+def with_fields(params: StarsParams, values: Mapping[str, object]) -> StarsParams:
+    """`params` with some fields replaced.
+
+    Raises
+    ------
+    ValueError, TypeError
+        A name that is no field, or what `StarsParams` refuses.
+    """
+    known = [field.name for field in fields(StarsParams)]
+    for name in values:
+        if name not in known:
+            raise ValueError(f"unknown parameter {name!r}; the parameters are {', '.join(known)}")
+    changes: dict[str, Any] = dict(values)
+    return replace(params, **changes)
+
+
+def field_texts(docstring: str) -> dict[str, str]:
+    """Field descriptions of the ``Parameters`` section of a numpy-style docstring.
+
+    Of fields that share one description the first carries it and the others point to it.
+    """
+    section = re.search(
+        r"^Parameters\n-+\n(.*?)(?=^\S[^\n]*\n-+\n|\Z)",
+        cleandoc(docstring),
+        re.MULTILINE | re.DOTALL,
+    )
+    texts: dict[str, str] = {}
+    for entry in re.split(r"^(?=\S)", section[1] if section else "", flags=re.MULTILINE):
+        heading, _, body = entry.partition("\n")
+        first, *others = re.split(r"\s*,\s*", heading.partition(" : ")[0].strip())
+        if first:
+            texts[first] = " ".join(body.replace("`", "").split())
+            texts |= {name: f"See --{first.replace('_', '-')}." for name in others}
+    return texts
+
+
+def _flag_kind(hint: object) -> dict[str, Any]:
+    """Keyword arguments of ``add_argument`` for a field of type `hint`."""
+    members = _union_members(hint)
+    if members == [bool]:
+        return {"action": argparse.BooleanOptionalAction}
+    words = [word for m in members if get_origin(m) is Literal for word in get_args(m)]
+    elements = [get_args(m)[0] for m in members if get_args(m) and get_origin(m) is not Literal]
+    kinds = [kind for kind in _SCALARS if kind in members or kind in elements]
+    if not kinds:
+        return {"choices": words}
+    metavar = "|".join([*(kind.__name__.upper() for kind in kinds), *words])
+    flag: dict[str, Any] = {"type": _reader(kinds, words, metavar), "metavar": metavar}
+    return flag | {"action": "append"} if elements else flag
+
+
+def _union_members(hint: object) -> list[object]:
+    if get_origin(hint) in (Union, types.UnionType):
+        return [member for member in get_args(hint) if member is not type(None)]
+    return [hint]
+
+
+def _reader(
+    kinds: list[type[int] | type[float] | type[str]], words: list[str], metavar: str
+) -> Callable[[str], int | float | str]:
+    def read(text: str) -> int | float | str:
+        if text in words:
+            return text
+        for kind in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+        raise argparse.ArgumentTypeError(f"expected {metavar}, got {text!r}")
+
+    return read

@@ -1,0 +1,294 @@
+"""Lines of the input file, lines of the output file, and what is done already in the latter.
+
+An input line is a JSON object with one of ``prompt`` (text), ``messages`` (chat) and
+``prompt_token_ids``; ``id`` (text or integer) and ``params`` (fields of `StarsParams`) are
+optional. Empty lines are skipped. An output line is the object that `result_record` or
+`error_record` makes; output lines come in the order in which requests finish.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+from stars_fast.cli.errors import LineError, UsageError
+from stars_fast.cli.flags import with_fields
+from stars_fast.outputs import CompletionOutput, RequestOutput, Segment
+from stars_fast.params import StarsParams
+
+PromptValue: TypeAlias = "str | list[int] | list[dict[str, str]]"
+
+_PROMPT_KEYS = ("prompt", "messages", "prompt_token_ids")
+_KEYS = (*_PROMPT_KEYS, "id", "params")
+_OUTPUT_KEYS = {"id", "line", "prompt", "outputs", "error"}
+
+
+@dataclass(frozen=True)
+class InputRecord:
+    """One request of the input: its line number from 1, and what the line says."""
+
+    line: int
+    id: str | int | None
+    prompt: PromptValue
+    params: StarsParams
+
+
+def parse_line(raw: bytes, line: int, base: StarsParams) -> InputRecord | None:
+    """Read one input line; None if it is blank.
+
+    Parameters
+    ----------
+    raw
+        The line, UTF-8.
+    line
+        Its number, from 1.
+    base
+        Parameters of the request where the line does not say otherwise.
+
+    Raises
+    ------
+    LineError
+        Not a JSON object, an unknown key, a value of the wrong kind, or parameters that
+        `StarsParams` refuses.
+    """
+    try:
+        text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
+        if not text:
+            return None
+        value = json.loads(text)
+        # Half a surrogate pair can be written in JSON but is not text: no tokenizer takes it.
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise LineError(line, "JSON nested too deeply") from None
+    except UnicodeError as error:
+        raise LineError(line, f"not UTF-8 text: {error}") from None
+    except ValueError as error:
+        raise LineError(line, f"not JSON: {error}") from None
+    try:
+        return _record(value, line, base)
+    except (ValueError, TypeError) as error:
+        raise LineError(line, str(error)) from None
+
+
+def _record(value: object, line: int, base: StarsParams) -> InputRecord:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {_short(value)}")
+    for key in value:
+        if key not in _KEYS:
+            raise ValueError(f"unknown key {key!r}; the keys are {', '.join(_KEYS)}")
+    given = [key for key in _PROMPT_KEYS if key in value]
+    if len(given) != 1:
+        found = " and ".join(given) or "none of them"
+        raise ValueError(f"expected one of {', '.join(_PROMPT_KEYS)}, got {found}")
+    name = value.get("id")
+    if isinstance(name, bool) or not isinstance(name, (str, int, type(None))):
+        raise ValueError(f"id must be text or an integer, got {_short(name)}")
+    changes = value.get("params", {})
+    if not isinstance(changes, dict):
+        raise ValueError(f"params must be an object, got {_short(changes)}")
+    prompt = _PROMPT_READERS[given[0]](value[given[0]])
+    return InputRecord(line, name, prompt, with_fields(base, changes))
+
+
+def _text(value: object) -> PromptValue:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"prompt must be text that is not empty, got {_short(value)}")
+    return value
+
+
+def _messages(value: object) -> PromptValue:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"messages must be a list that is not empty, got {_short(value)}")
+    for message in value:
+        if (
+            not isinstance(message, dict)
+            or not {"role", "content"} <= message.keys()
+            or not all(isinstance(part, str) for part in message.values())
+        ):
+            raise ValueError(
+                f"each message must be an object with role and content, all text, "
+                f"got {_short(message)}"
+            )
+    return value
+
+
+def _token_ids(value: object) -> PromptValue:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"prompt_token_ids must be a list that is not empty, got {_short(value)}")
+    for token in value:
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            raise ValueError(
+                f"prompt_token_ids must be integers of at least 0, got {_short(token)}"
+            )
+    return value
+
+
+_PROMPT_READERS = {"prompt": _text, "messages": _messages, "prompt_token_ids": _token_ids}
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def result_record(request: InputRecord, output: RequestOutput) -> dict[str, Any]:
+    """The output line of a request that has finished."""
+    return {
+        "id": request.id,
+        "line": request.line,
+        "prompt": request.prompt,
+        "outputs": [_completion(completion) for completion in output.outputs],
+        "error": output.error,
+    }
+
+
+def error_record(line: int, request: InputRecord | None, reason: str) -> dict[str, Any]:
+    """The output line of an input line that is no request (`request` None) or was refused."""
+    return {
+        "id": request.id if request else None,
+        "line": line,
+        "prompt": request.prompt if request else None,
+        "outputs": [],
+        "error": reason,
+    }
+
+
+def _completion(completion: CompletionOutput) -> dict[str, Any]:
+    return {
+        "index": completion.index,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "reward": _finite(completion.reward),
+        "finish_reason": completion.finish_reason,
+        "segments": [_segment(segment) for segment in completion.segments],
+    }
+
+
+def _segment(segment: Segment) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "start": segment.start,
+        "end": segment.end,
+        "reward": _finite(segment.reward),
+        "threshold": _finite(segment.threshold),
+        "attempts": segment.attempts,
+        "accepted": segment.accepted,
+    }
+    if segment.rejected:
+        record["rejected"] = [
+            {
+                "number": attempt.number,
+                "token_ids": list(attempt.token_ids),
+                "reward": _finite(attempt.reward),
+            }
+            for attempt in segment.rejected
+        ]
+    return record
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def write_record(stream: BinaryIO, record: dict[str, Any]) -> None:
+    """Append one line and flush it, so that it outlives this process."""
+    stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+    stream.flush()
+
+
+class Done:
+    """Lines of an input whose results an output file holds already."""
+
+    def __init__(self) -> None:
+        self._fingerprints: dict[int, bytes] = {}
+
+    def __len__(self) -> int:
+        return len(self._fingerprints)
+
+    def add(self, line: int, id: str | int | None, prompt: PromptValue) -> None:
+        """Remember input line `line` with its id and prompt."""
+        self._fingerprints[line] = _fingerprint(id, prompt)
+
+    def has(self, request: InputRecord) -> bool:
+        """Whether `request` is done.
+
+        Raises
+        ------
+        UsageError
+            Its line is done, but with another id or prompt: the output is of another input.
+        """
+        fingerprint = self._fingerprints.get(request.line)
+        if fingerprint is None:
+            return False
+        if fingerprint != _fingerprint(request.id, request.prompt):
+            raise UsageError(
+                f"the output file holds a result for input line {request.line} with another id or "
+                "prompt: it was made from another input"
+            )
+        return True
+
+
+def _fingerprint(id: str | int | None, prompt: PromptValue) -> bytes:
+    return hashlib.blake2b(json.dumps([id, prompt]).encode(), digest_size=8).digest()
+
+
+def read_done(path: Path) -> Done:
+    """Read what an interrupted run has left, and make the file fit to be appended to.
+
+    The file is changed: a torn last line is cut off, and error records are dropped, as these
+    requests will run again. A file that does not exist is an empty one.
+
+    Raises
+    ------
+    UsageError
+        A line before the last one is no output record; the file is then left as it was.
+    """
+    done = Done()
+    if not path.exists():
+        return done
+    changed = False
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            whole = raw.endswith(b"\n")  # only a last line can lack its newline
+            record = _output_record(raw)
+            if record is None and whole:
+                raise UsageError(f"{path}, line {number}, is not a result of this command")
+            if record is None or record["error"] is not None:
+                changed = True
+                continue
+            changed = changed or not whole
+            done.add(record["line"], record["id"], record["prompt"])
+    if changed:
+        _keep_results(path)
+    return done
+
+
+def _keep_results(path: Path) -> None:
+    """Drop every line but whole results, by way of a second file: an interruption loses nothing."""
+    target = path.resolve()
+    partial = target.with_name(target.name + ".partial")
+    with target.open("rb") as old, partial.open("wb") as new:
+        for raw in old:
+            record = _output_record(raw)
+            if record is not None and record["error"] is None:
+                new.write(raw.rstrip(b"\n") + b"\n")
+        new.flush()
+        os.fsync(new.fileno())
+    shutil.copymode(target, partial)
+    partial.replace(target)
+
+
+def _output_record(raw: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not record.keys() >= _OUTPUT_KEYS:
+        return None
+    return record if isinstance(record["line"], int) else None

@@ -1,0 +1,135 @@
+"""Flags made from the fields of StarsParams."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+
+import pytest
+
+from stars_fast.cli.flags import (
+    RUN_FIELDS,
+    add_params_flags,
+    field_texts,
+    params_from,
+    with_fields,
+)
+from stars_fast.params import StarsParams
+
+# For every field with a flag: what is typed, and what it means.
+EXAMPLES = {
+    "method": (["--method", "best_of_n"], "best_of_n"),
+    "segment_length": (["--segment-length", "15"], 15),
+    "target_reward": (["--target-reward", "-1.5"], -1.5),
+    "beta": (["--beta", "0.25"], 0.25),
+    "alpha": (["--alpha", "1"], 1.0),
+    "max_attempts": (["--max-attempts", "3"], 3),
+    "candidates": (["--candidates", "8"], 8),
+    "acceptance": (["--acceptance", "hard"], "hard"),
+    "temperature": (["--temperature", "0"], 0.0),
+    "top_k": (["--top-k", "0"], 0),
+    "top_p": (["--top-p", "0.9"], 0.9),
+    "min_p": (["--min-p", "0.05"], 0.05),
+    "max_tokens": (["--max-tokens", "7"], 7),
+    "stop": (["--stop", "END", "--stop", "12"], ("END", "12")),
+    "stop_token_ids": (["--stop-token-ids", "5", "--stop-token-ids", "6"], (5, 6)),
+    "ignore_eos": (["--ignore-eos"], True),
+    "n": (["--n", "2"], 2),
+    "trace": (["--trace"], True),
+}
+
+
+def parse(*argv: str, defaults: dict[str, object] | None = None) -> StarsParams:
+    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    add_params_flags(parser, defaults or {})
+    return params_from(parser.parse_args(argv), defaults or {})
+
+
+def test_no_flag_leaves_the_defaults() -> None:
+    assert parse() == StarsParams()
+
+
+def test_every_field_is_in_the_examples() -> None:
+    assert EXAMPLES.keys() == {field.name for field in fields(StarsParams)} - RUN_FIELDS
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_flag_sets_its_field_alone(name: str) -> None:
+    argv, value = EXAMPLES[name]
+    params = parse(*argv)
+    assert getattr(params, name) == value
+    assert type(getattr(params, name)) is type(value)
+    default = StarsParams()
+    others = [field.name for field in fields(StarsParams) if field.name != name]
+    assert [getattr(params, other) for other in others] == [
+        getattr(default, other) for other in others
+    ]
+
+
+@pytest.mark.parametrize("name", ["target_reward", "candidates"])
+def test_auto_is_a_word(name: str) -> None:
+    assert getattr(parse("--" + name.replace("_", "-"), "auto"), name) == "auto"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--top-k", "many"], "--top-k.*expected INT, got 'many'"),
+        (["--candidates", "some"], r"--candidates.*expected INT\|auto"),
+        (["--target-reward", "high"], r"--target-reward.*expected FLOAT\|auto"),
+        (["--method", "dpo"], "--method.*dpo"),
+    ],
+)
+def test_what_cannot_be_read_names_the_flag(argv: list[str], message: str) -> None:
+    with pytest.raises(argparse.ArgumentError, match=message):
+        parse(*argv)
+
+
+def test_what_stars_params_refuses_names_the_parameter() -> None:
+    with pytest.raises(ValueError, match=r"top_p must be in \(0, 1\], got 1.5"):
+        parse("--top-p", "1.5")
+
+
+def test_defaults_of_a_command_give_way_to_flags() -> None:
+    defaults: dict[str, object] = {"target_reward": "auto", "segment_length": 8}
+    assert parse(defaults=defaults) == StarsParams(target_reward="auto", segment_length=8)
+    params = parse("--target-reward", "2", defaults=defaults)
+    assert (params.target_reward, params.segment_length) == (2.0, 8)
+
+
+def test_help_describes_every_field_and_shows_the_default() -> None:
+    parser = argparse.ArgumentParser()
+    add_params_flags(parser, {"target_reward": "auto"})
+    text = " ".join(parser.format_help().split())
+    assert "K: tokens of a segment, at least 1. (default: 32)" in text
+    assert "See --temperature. (default: 40)" in text
+    assert "2511.03827" in text
+    assert "calibrated to" in text
+    described = field_texts(StarsParams.__doc__ or "")
+    assert described.keys() == {field.name for field in fields(StarsParams)}
+    assert all(described.values())
+
+
+def test_field_texts_stop_at_the_next_section() -> None:
+    text = """Title.
+
+    Parameters
+    ----------
+    a : int
+        First, ``50 %``.
+    b, c
+        Both
+        lines.
+
+    Raises
+    ------
+    ValueError
+        Never.
+    """
+    assert field_texts(text) == {"a": "First, 50 %.", "b": "Both lines.", "c": "See --b."}
+    assert field_texts("") == {}
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown parameter 'temprature'; .*temperature"):
+        with_fields(StarsParams(), {"temprature": 1.0})
