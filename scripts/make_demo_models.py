@@ -315,7 +315,9 @@ def response_losses(
 
 
 def correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Pearson correlation."""
+    """Pearson correlation; 0 where one side is constant."""
+    if np.ptp(a) == 0.0 or np.ptp(b) == 0.0:
+        return 0.0
     return float(np.corrcoef(a, b)[0, 1])
 
 

@@ -110,7 +110,7 @@ def test_reward_follows_gold_but_is_not_gold(
     sample = list(itertools.islice(reviews(HELD_OUT_SEED, held_out=True), 256))
     scores = rewards(rm, tokenizer, [review.text for review in sample])
     correlation = np.corrcoef(scores, [review.gold for review in sample])[0, 1]
-    assert 0.8 < correlation < 0.995
+    assert 0.9 < correlation < 0.995
     assert 0.8 < scores.std() < 3.0  # beta of about 0.7 means something on this scale
 
 
@@ -124,7 +124,7 @@ def test_reward_is_useful_in_the_middle_of_a_review(
         if len(words) > 30:
             texts.append(f"{review.prompt} {' '.join(words[:30])}")
     gold = [gold_score(text) for text in texts]
-    assert np.corrcoef(rewards(rm, tokenizer, texts), gold)[0, 1] > 0.6
+    assert np.corrcoef(rewards(rm, tokenizer, texts), gold)[0, 1] > 0.8
 
 
 def test_language_model_writes_reviews(
