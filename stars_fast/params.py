@@ -155,6 +155,8 @@ def _number(
 def _stop_texts(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
     if value is None:
         return None
+    if not isinstance(value, (str, Sequence)):
+        raise TypeError(f"stop must be text or a sequence of texts, got {value!r}")
     texts = (value,) if isinstance(value, str) else tuple(value)
     for text in texts:
         if not isinstance(text, str) or not text:

@@ -47,7 +47,7 @@ class Runner:
         """
         while True:
             while not self.requests.ended and len(self._pending) < limit:
-                item = self.requests.take(wait=True)
+                item = self.requests.take(wait=not self._pending)
                 if item is None:
                     break
                 self._begin(item)

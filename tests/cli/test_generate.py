@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,21 @@ def test_requests_come_from_standard_input(
     assert len(capfd.readouterr().out.splitlines()) == 2
 
 
+@pytest.fixture
+def deadline() -> Iterator[None]:
+    """A test that would wait for ever fails instead."""
+
+    def give_up(*args: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("deadline")
 def test_an_answer_comes_before_the_next_question_is_there(
     engines: list[ScriptedEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ def engine(reward: Any = count_a, **options: Any) -> Engine:
         ("seed", "one", TypeError),
         ("n", 0, ValueError),
         ("stop", [""], ValueError),
+        ("stop", 5, TypeError),
         ("stop_token_ids", [-1], ValueError),
         ("target_reward", math.inf, ValueError),
         ("target_reward", "high", TypeError),
