@@ -16,9 +16,8 @@ from stars_fast.models.paged import PagedModel
 
 _PAGE_SIZE = 4
 _PREFIX, _FORKS, _NEW = 6, 2, 3  # tokens of the prefix, candidates, tokens of each
-# Mean absolute difference over the standard deviation of the reference; low precisions are
-# compared loosely, as rounding alone may send a token to another expert of a mixture.
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+# Mean absolute difference of a token's results over the standard deviation of the reference.
+_TOLERANCE = 1e-4
 _LOW_PRECISION_TOLERANCE = 0.1
 
 
@@ -105,14 +104,18 @@ def check_numbers(model: PreTrainedModel) -> None:
     if got.ndim == 2:
         want = want[:, -1]
 
-    difference = float((got.float() - want.float()).abs().mean())
+    differences = (got.float() - want.float()).abs().mean(dim=-1)
+    if model.dtype in (torch.float32, torch.float64):
+        difference, tolerance = float(differences.max()), _TOLERANCE
+    else:
+        # Rounding alone may send a token to another expert of a mixture, but not most tokens.
+        difference, tolerance = float(differences.median()), _LOW_PRECISION_TOLERANCE
     spread = float(want.float().std())
-    tolerance = _TOLERANCE.get(model.dtype, _LOW_PRECISION_TOLERANCE)
     if not difference <= tolerance * max(spread, torch.finfo(torch.float32).tiny):
         raise unsupported(
             model,
-            f"its results differ from its own eager attention by {difference:.3g} on average, "
-            f"where they spread by {spread:.3g}",
+            f"its results differ from its own eager attention by {difference:.3g}, where "
+            f"they spread by {spread:.3g}",
         )
 
 

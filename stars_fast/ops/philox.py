@@ -36,21 +36,23 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
     Tensor
         int64 ``[..., 4]``, four words in [0, 2**32), of the shape of `counter`.
     """
-    even = torch.stack((counter[..., 0], counter[..., 2]))  # (c0, c2): the words to multiply
-    odd = torch.stack((counter[..., 1], counter[..., 3]))  # (c1, c3)
-    round_key = torch.stack((key[..., 0], key[..., 1]))
-    shape = (2,) + (1,) * (even.ndim - 1)
-    multiplier = torch.tensor(_MULTIPLIERS, device=counter.device).view(shape)
-    weyl = torch.tensor(_WEYL, device=counter.device).view(shape[: round_key.ndim])
+    words = _rounds(*counter.unbind(-1), *key.unbind(-1))
+    return torch.stack(words, dim=-1)
+
+
+def _rounds(
+    c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The ten rounds on separate words, int64 tensors that broadcast with one another."""
     for _ in range(_ROUNDS):
-        # The 64-bit product wraps as a signed integer, which keeps its bits; the junk that the
-        # arithmetic shift leaves above bit 31 is masked off. Bits above 31 of `odd` go with it.
-        product = (even * multiplier).flip(0)
-        even = ((product >> 32) ^ odd ^ round_key) & _MASK
-        odd = product
-        round_key = round_key + weyl
-    odd = odd & _MASK
-    return torch.stack((even[0], odd[0], even[1], odd[1]), dim=-1)
+        # The 64-bit products wrap as signed integers, which keeps their bits. What they leave
+        # above bit 31 of c1 and c3 is masked off when it reaches c0 and c2.
+        product0, product2 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0 = ((product2 >> 32) ^ (c1 ^ k0)).bitwise_and_(_MASK)
+        c2 = ((product0 >> 32) ^ (c3 ^ k1)).bitwise_and_(_MASK)
+        c1, c3 = product2, product0
+        k0, k1 = k0 + _WEYL[0], k1 + _WEYL[1]
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 def gumbel_from_words(words: Tensor) -> Tensor:
@@ -94,30 +96,25 @@ def token_noise(seed: Tensor, position: Tensor, attempt: Tensor, vocab_index: Te
     Tensor
         float32 ``[R, W]``.
     """
-    words = philox4x32(_counters(vocab_index >> 2, position, attempt), _keys(seed))
+    words = _token_words(vocab_index >> 2, seed, position, attempt)
     return gumbel_from_words(words.gather(-1, (vocab_index & 3).unsqueeze(-1)).squeeze(-1))
 
 
 def token_noise_all(seed: Tensor, position: Tensor, attempt: Tensor, vocab_size: int) -> Tensor:
     """Gumbel noise of the whole vocabulary, float32 ``[R, vocab_size]``; see `token_noise`."""
     blocks = torch.arange((vocab_size + 3) // 4, device=seed.device).expand(seed.shape[0], -1)
-    words = philox4x32(_counters(blocks, position, attempt), _keys(seed))
+    words = _token_words(blocks, seed, position, attempt)
     return gumbel_from_words(words.flatten(1)[:, :vocab_size])
 
 
-def _keys(seed: Tensor) -> Tensor:
-    """Keys ``[R, 1, 2]`` of int64 seeds ``[R]``."""
-    return torch.stack((seed & _MASK, (seed >> 32) & _MASK), dim=-1).unsqueeze(1)
-
-
-def _counters(block: Tensor, position: Tensor, attempt: Tensor) -> Tensor:
-    """Token-draw counters ``[R, W, 4]`` of blocks ``[R, W]`` of four vocabulary entries."""
-    return torch.stack(
-        (
-            block,
-            position.to(torch.int64).unsqueeze(1).expand_as(block),
-            attempt.to(torch.int64).unsqueeze(1).expand_as(block),
-            torch.full_like(block, _PURPOSE_TOKEN),
-        ),
-        dim=-1,
+def _token_words(block: Tensor, seed: Tensor, position: Tensor, attempt: Tensor) -> Tensor:
+    """Words ``[R, W, 4]`` of the token draws of blocks ``[R, W]`` of four vocabulary entries."""
+    words = _rounds(
+        block,
+        position.to(torch.int64).unsqueeze(1),
+        attempt.to(torch.int64).unsqueeze(1),
+        torch.full_like(block, _PURPOSE_TOKEN),
+        (seed & _MASK).unsqueeze(1),
+        ((seed >> 32) & _MASK).unsqueeze(1),
     )
+    return torch.stack(words, dim=-1)

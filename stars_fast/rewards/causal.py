@@ -79,6 +79,9 @@ class CausalScorer(Scorer):
     least recently used first, then the caches of candidates already scored, oldest first, then the
     jobs are split over several forward passes.
 
+    Numbers that are not finite in one candidate's hidden states may make the rewards of its
+    request's other candidates of that pass errors too, never those of another request.
+
     Parameters
     ----------
     model : PagedModel
@@ -115,6 +118,7 @@ class CausalScorer(Scorer):
         self._source = source
         self.needs_text = source.needs_text
         self._pad = pad_token_id
+        self._context = model.max_length
         self._max_rows = max_rows
         self._max_batch_tokens = max_batch_tokens
         self._cache = SequenceCache(num_pages=num_pages, page_size=page_size)
@@ -136,8 +140,8 @@ class CausalScorer(Scorer):
             f"the prompt has {len(bound.empty_ids)} tokens in the reward model's template and up "
             f"to {max_response_tokens} follow",
         )
-        self._requests[request] = _Request(bound, committed=bound.empty_ids[: bound.stem])
         self._cache.open(request)
+        self._requests[request] = _Request(bound, committed=bound.empty_ids[: bound.stem])
 
     def score(self, jobs: Sequence[ScoreJob]) -> list[float | Exception]:
         """Run what is new of each job; see `Scorer.score`."""
@@ -243,11 +247,10 @@ class CausalScorer(Scorer):
         return _Row(place, job.request, job.branch, ids[:end], keep, not job.response_ids)
 
     def _check_length(self, tokens: int, what: str) -> None:
-        context = self._model.max_length
-        if context is not None and tokens > context:
+        if self._context is not None and tokens > self._context:
             raise ValueError(
-                f"{what}: more than the reward model's context of {context} tokens; shorten the "
-                "prompt or lower max_tokens"
+                f"{what}: more than the reward model's context of {self._context} tokens; shorten "
+                "the prompt or lower max_tokens"
             )
         if tokens > self._pool_tokens:
             raise ValueError(
@@ -259,8 +262,8 @@ class CausalScorer(Scorer):
         """Cut the rows into forward passes: requests kept together, like lengths side by side."""
         longest: dict[int, int] = {}
         for row in rows:
-            row.start = self._fork_point(row)
-            longest[row.request] = max(longest.get(row.request, 0), len(row.ids) - row.start)
+            new = len(row.ids) - max(self._fork_point(row), self._restorable(row))
+            longest[row.request] = max(longest.get(row.request, 1), new)
         chunk: list[_Row] = []
         for row in sorted(rows, key=lambda row: (longest[row.request], row.request)):
             padded = (len(chunk) + 1) * longest[row.request]
@@ -321,11 +324,7 @@ class CausalScorer(Scorer):
         """
         targets: dict[int, int] = {}
         for row in rows:
-            state = self._requests[row.request]
-            cached = self._cache.length(row.request)
-            if cached >= len(state.committed) or (row.is_prompt and cached == 0):
-                continue
-            shared = common_length(row.ids, state.committed)
+            shared = self._restorable(row)
             targets[row.request] = min(targets.get(row.request, shared), shared)
         missing = {
             request: target
@@ -334,8 +333,8 @@ class CausalScorer(Scorer):
         }
         for request in missing:
             state = self._requests[request]
-            for branch in list(state.branches):
-                self._drop(state, branch)
+            for branch in state.branches.values():
+                self._release(branch)
         while missing:
             pieces = list(self._pieces(missing))
             hidden = self._forward(pieces, protected)
@@ -349,6 +348,15 @@ class CausalScorer(Scorer):
                 if len(piece.ids) == missing[piece.request]:
                     del missing[piece.request]
                     self._seal(piece.request)
+
+    def _restorable(self, row: _Row) -> int:
+        """Return how many ids of the row `_restore` caches if they are not; 0: none are missing."""
+        committed = self._requests[row.request].committed
+        cached = self._cache.length(row.request)
+        alone = row.is_prompt and cached == 0 and len(row.ids) <= self._max_batch_tokens
+        if alone or cached >= len(committed):
+            return 0
+        return common_length(row.ids, committed)
 
     def _pieces(self, missing: dict[int, int]) -> Iterator[_Row]:
         """Yield the next piece of each missing prefix, as far as one forward pass goes."""
@@ -423,9 +431,7 @@ class CausalScorer(Scorer):
             self._evict(idle)
             return True
         if self._loose:
-            row, branch = self._loose.popitem(last=False)
-            self._cache.drop(row)
-            branch.row = NO_PAGES
+            self._release(next(iter(self._loose.values())))
             return True
         other = next((request for request in self._resident if request not in protected), None)
         if other is None:
@@ -437,9 +443,7 @@ class CausalScorer(Scorer):
         """Drop every page of a request; what it holds will be computed again."""
         state = self._requests[request]
         for branch in state.branches.values():
-            if branch.row != NO_PAGES:
-                self._loose.pop(branch.row)
-                branch.row = NO_PAGES
+            self._release(branch)
         self._cache.close(request)
         self._cache.open(request)
         state.sealed = False
@@ -448,9 +452,15 @@ class CausalScorer(Scorer):
 
     def _drop(self, state: _Request, branch: int) -> None:
         dropped = state.branches.pop(branch, None)
-        if dropped is not None and dropped.row != NO_PAGES:
-            self._loose.pop(dropped.row)
-            self._cache.drop(dropped.row)
+        if dropped is not None:
+            self._release(dropped)
+
+    def _release(self, branch: _Branch) -> None:
+        """Give up a branch's pages; what it holds will be computed again if it is accepted."""
+        if branch.row != NO_PAGES:
+            del self._loose[branch.row]
+            self._cache.drop(branch.row)
+            branch.row = NO_PAGES
 
 
 def _int64(values: list[int]) -> NDArray[np.int64]:

@@ -70,11 +70,7 @@ class TextEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> None:
         self.tokenizer = tokenizer
         self.add_special_tokens = add_special_tokens
-        bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-        full: list[int] = tokenizer("a", add_special_tokens=add_special_tokens)["input_ids"]
-        start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
-        self.head = full[:start]
-        self.tail = full[start + len(bare) :]
+        self.head, self.tail = _added_ids(tokenizer) if add_special_tokens else ([], [])
         adds_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in self.head
         self._bos: str = tokenizer.bos_token if adds_bos else ""
 
@@ -283,6 +279,17 @@ class RetokenizedText(TokenSource):
             if ids[i] in self._special and offsets[i][1] <= len(rendered.prefix):
                 return i, int(offsets[i][0])
         return 0, 0
+
+
+def _added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the ids that the tokenizer puts before and behind a text."""
+    for text in ("a", "1", "."):  # a small vocabulary may lack some of them
+        bare: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        full: list[int] = tokenizer(text)["input_ids"]
+        for start in range(len(full) if bare else 0):
+            if full[start : start + len(bare)] == bare:
+                return full[:start], full[start + len(bare) :]
+    return tokenizer("")["input_ids"], []
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -184,8 +184,10 @@ def test_rejects_every_planted_change(engine: Engine) -> None:
     assert p_value(soft, closed_form(SOFT)) > 1e-3
     planted = {
         "beta": (soft, dataclasses.replace(SOFT, beta=0.8)),
-        "schedule": (soft, dataclasses.replace(SOFT, alpha=0.6)),
-        "budget": (soft, dataclasses.replace(SOFT, target=1.1)),
+        "schedule without slope": (soft, dataclasses.replace(SOFT, alpha=1.0)),
+        "schedule from r(x)": (soft, dataclasses.replace(SOFT, alpha=0.0)),
+        "hard schedule": (hard, dataclasses.replace(HARD, alpha=0.2)),
+        "target": (soft, dataclasses.replace(SOFT, target=1.6)),
         "attempts": (soft, dataclasses.replace(SOFT, attempts=2)),
         "fallback": (soft, dataclasses.replace(SOFT, fallback_is_best=False)),
         "hard fallback": (hard, dataclasses.replace(HARD, fallback_is_best=False)),

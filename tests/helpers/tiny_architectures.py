@@ -75,7 +75,9 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "mixtral": lambda: transformers.MixtralConfig(
         **_GROUPED, num_local_experts=4, num_experts_per_tok=2
     ),
-    "gpt_bigcode": lambda: transformers.GPTBigCodeConfig(**_COMMON, n_inner=48),
+    "starcoder2": lambda: transformers.Starcoder2Config(
+        **_COMMON, num_key_value_heads=1, sliding_window=2 * WINDOW
+    ),
     "deepseek_v3": lambda: transformers.DeepseekV3Config(  # keys wider than values
         **_COMMON,
         num_key_value_heads=4,

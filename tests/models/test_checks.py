@@ -190,7 +190,7 @@ def test_layouts() -> None:
     assert windows == [7, 0, 7]
     layout = attention_layout(tiny_lm("deepseek_v3"))[0]
     assert (layout.kv_heads, layout.key_dim, layout.value_dim) == (4, 12, 6)
-    assert attention_layout(tiny_lm("gpt_bigcode"))[0].kv_heads == 1
+    assert attention_layout(tiny_lm("starcoder2"))[0].kv_heads == 1
 
 
 def test_max_length() -> None:

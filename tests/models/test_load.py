@@ -153,9 +153,9 @@ def test_an_encoder_decoder(tmp_path: Path) -> None:
 
 
 def test_an_encoder(tmp_path: Path) -> None:
-    config = transformers.DebertaV2Config(
-        vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
+    config = transformers.DistilBertConfig(
+        vocab_size=61, dim=32, hidden_dim=48, n_layers=1, n_heads=4
     )
-    transformers.DebertaV2Model(config).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="'deberta-v2'.*no causal language model"):
+    transformers.DistilBertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="'distilbert'.*no causal language model"):
         load_causal_lm(tmp_path)

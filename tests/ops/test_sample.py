@@ -155,13 +155,14 @@ def test_the_oracle_is_the_warper_where_nothing_ties(top_p: float) -> None:
     assert torch.equal(StableTopP(top_p)(None, logits), TopPLogitsWarper(top_p)(None, logits))
 
 
-def test_ties_of_top_p_keep_the_highest_index() -> None:
-    """As removing from the low end of a stable ascending sort does."""
+@pytest.mark.parametrize(("top_p", "want"), [(0.6, {1, 2, 3}), (0.5, {2, 3}), (0.2, {3})])
+def test_ties_of_top_p_keep_the_highest_index(top_p: float, want: set[int]) -> None:
+    """As removing from the low end of a stable ascending sort does; 0.5 is met exactly."""
     logits = torch.zeros((400, 4))
-    token = rows(logits, top_p=0.6).draw()[0]
-    assert set(token.tolist()) == {1, 2, 3}
-    kept = warped(logits, 1.0, 0, 0.6, 0.0)[0] > -torch.inf
-    assert kept.tolist() == [False, True, True, True]
+    token = rows(logits, top_p=top_p).draw()[0]
+    assert set(token.tolist()) == want
+    kept = warped(logits, 1.0, 0, top_p, 0.0)[0] > -torch.inf
+    assert set(kept.nonzero().flatten().tolist()) == want
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 50])
@@ -175,6 +176,26 @@ def test_top_k_keeps_ties(top_k: int) -> None:
     torch.testing.assert_close(
         truncated, torch.full((64,), -torch.log(torch.tensor(4999.0)).item())
     )
+
+
+def test_top_k_keeps_ties_far_apart() -> None:
+    """One of the largest entries in every hundred, nowhere two of them close together."""
+    logits = torch.full((300, 4000), -1.0)
+    logits[:, ::100] = 1.0
+    token = rows(logits, top_k=3).draw()[0]
+    assert set(token.tolist()) == set(range(0, 4000, 100))
+
+
+@pytest.mark.parametrize("vocab_size", [5000, 5024, 32_000])
+def test_a_large_vocabulary(vocab_size: int) -> None:
+    logits = 3 * torch.randn((40, vocab_size), generator=torch.Generator().manual_seed(8))
+    batch = rows(logits, temperature=0.8, top_k=40)
+    token, _, truncated, _ = batch.draw()
+    want = warped(logits, 0.8, 40, 1.0, 0.0)
+    noise = token_noise_all(batch.seed, batch.position, batch.attempt, vocab_size)
+    assert torch.equal(token, (want + noise).argmax(-1))
+    want_log_p = want.log_softmax(-1).gather(1, token.unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(truncated, want_log_p)
 
 
 @pytest.mark.parametrize(

@@ -58,10 +58,10 @@ def test_short_pool(model: PreTrainedModel, spare_pages: int) -> None:
     scorer = plain_scorer(model, 1 + -(-(longest + 30) // PAGE) + spare_pages)
     walk = walk_of(scorer, requests=5, seed=spare_pages)
     walk.prompt_round()
-    for _ in range(12):
+    for _ in range(8):
         walk.step()
         scorer._cache.check()
-        for request in [r for r, ids in walk.committed.items() if len(ids) > 20]:
+        for request in [r for r, ids in walk.committed.items() if len(ids) > 10]:
             walk.restart(request)
     walk.check(lambda item: reference(model, item))
     assert (scorer.stats()["rm_evictions"] > 0) == (spare_pages < 60)
@@ -80,8 +80,7 @@ def test_rounds_split_over_passes(model: PreTrainedModel, limits: dict[str, int]
     def measured(batch: Any, input_ids: torch.Tensor) -> torch.Tensor:
         nonlocal widest
         widest = max(widest, batch.num_rows)
-        if batch.num_rows > 1:
-            assert batch.num_rows * batch.max_new <= limits.get("max_batch_tokens", 1 << 30)
+        assert batch.num_rows * batch.max_new <= limits.get("max_batch_tokens", 1 << 30)
         return extend(batch, input_ids)
 
     scorer._model.extend = measured  # type: ignore[method-assign]
@@ -106,6 +105,29 @@ def test_committed_text_is_restored_once_for_all_candidates(model: PreTrainedMod
     for job, reward in zip(jobs, rewards, strict=True):
         want = plain_reward(model, [*prompt.token_ids, *job.response_ids])
         assert reward == pytest.approx(want, abs=1e-4)
+
+
+def test_restored_prompts_run_within_the_limit_and_rows_together(model: PreTrainedModel) -> None:
+    scorer = plain_scorer(model, 300, max_batch_tokens=30)
+    passes = []
+    extend = scorer._model.extend
+
+    def recorded(batch: Any, input_ids: torch.Tensor) -> torch.Tensor:
+        passes.append((batch.num_rows, batch.max_new))
+        return extend(batch, input_ids)
+
+    scorer._model.extend = recorded  # type: ignore[method-assign]
+    prompts = [text_prompt(LM, question) for question in QUESTIONS]
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    assert min(lengths) < 15 < 30 < max(lengths)
+    for request, prompt in enumerate(prompts):
+        scorer.start(request, prompt, 20)
+    jobs = [ScoreJob(i % 3, i, [100 + i], "") for i in range(9)]
+    for job, reward in zip(jobs, scorer.score(jobs), strict=True):
+        want = plain_reward(model, [*prompts[job.request].token_ids, *job.response_ids])
+        assert reward == pytest.approx(want, abs=1e-4)
+    assert all(rows * width <= 30 for rows, width in passes)
+    assert passes[-1] == (9, 1)  # the prompts cached, every candidate in one pass
 
 
 def test_accepting_a_branch_whose_pages_are_gone(model: PreTrainedModel) -> None:
@@ -135,7 +157,9 @@ def test_losers_free_their_pages_and_one_kept_branch_holds_its_own(model: PreTra
     for branch in (1, 5):
         jobs = [ScoreJob(0, branch + i, [100 + branch + i] * 5, "") for i in range(4)]
         scorer.score(jobs)
+        rows = scorer.stats()["rm_pages_used"]
         scorer.keep(0, branch + 2)
+        assert rows - scorer.stats()["rm_pages_used"] == (0 if branch == 1 else 2)
         scorer.prune(0)
         assert scorer.stats()["rm_pages_used"] == prompt_pages + 2  # 5 tokens
     tokens = scorer.stats()["rm_tokens"]
@@ -178,7 +202,8 @@ def test_scored_candidates_give_way_before_committed_text(model: PreTrainedModel
     assert scorer.stats()["rm_tokens"] == tokens + 8 * PAGE
 
 
-def test_cached_text_is_a_prefix_of_the_committed_one() -> None:
+@pytest.mark.parametrize("losing_pages", [False, True])
+def test_cached_text_is_a_prefix_of_the_committed_one(losing_pages: bool) -> None:
     # With another tokenizer a new segment may change the last tokens of the text before it.
     letters, tokenizer = bpe_tokenizer(280), bpe_tokenizer(400)
     model = reward_model("llama", tokenizer)
@@ -192,7 +217,14 @@ def test_cached_text_is_a_prefix_of_the_committed_one() -> None:
     retracted = 0
     for _ in range(20):
         before = scorer._requests[0].committed.tolist()
-        walk.step()
+        walk.score([walk.job(0, [*walk.committed[0], 20])])
+        scorer.prune(0)
+        job = walk.job(0, walk.committed[0] + walk.draw())
+        walk.score([job])
+        if losing_pages:
+            scorer._busy = frozenset({0})
+            assert scorer._free(scorer._busy)
+        walk.accept(0, job.branch, job.response_ids)
         committed = scorer._requests[0].committed.tolist()
         cached = scorer._cache.tokens(0)
         assert cached == committed[: len(cached)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers.tiny_tokenizers import CHAT_TEMPLATES, TEXTS, bpe_tokenizer
-from tokenizers import processors
+from tokenizers import Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast
 
 from stars_fast.rewards import Prompt, ScoreJob
 from stars_fast.rewards.text import make_template
@@ -50,10 +51,14 @@ def test_tokenizer_that_adds_eos() -> None:
     assert ids.tolist() == [*before[:-1], 50, 51, 1]
 
 
-@pytest.mark.parametrize("chat", CHAT_TEMPLATES)
+@pytest.mark.parametrize("chat", [*CHAT_TEMPLATES, "words"])
 @pytest.mark.parametrize("messages", [1, 3])
 def test_only_the_text_behind_the_last_special_token_is_tokenised(chat: str, messages: int) -> None:
-    tokenizer = bpe_tokenizer(340, chat=chat)
+    tokenizer = bpe_tokenizer(400, chat=chat if chat in CHAT_TEMPLATES else None)
+    if chat == "words":  # ordinary text before the response, with which it may merge
+        tokenizer.chat_template = (
+            "{% for m in messages %}<s>The cam{{ m['content'] }}</s>{% endfor %}"
+        )
     question = {"role": "user", "content": TEXTS[0]}
     answer = {"role": "assistant", "content": TEXTS[1]}
     conversation = [question, answer, question][:messages]
@@ -67,7 +72,7 @@ def test_only_the_text_behind_the_last_special_token_is_tokenised(chat: str, mes
         return tokenize(texts)
 
     source._encoder.encode = recorded  # type: ignore[method-assign, assignment]
-    responses = ["", "a", "\n\nYes", " <|im_end|> no", "naïve 日本 🙂", *TEXTS]
+    responses = ["", "a", "era", "\n\nYes", " <|im_end|> no", "naïve 日本 🙂", *TEXTS]
     encoded = source.encode([bound] * len(responses), [job([9], text) for text in responses])
     for response, ids in zip(responses, encoded, strict=True):
         whole = tokenizer.apply_chat_template([*conversation, {**answer, "content": response}])
@@ -93,3 +98,14 @@ def test_template_function_that_raises_fails_its_job_alone() -> None:
     assert "reward_template raised KeyError: 'no'" in str(bad)
     assert isinstance(good, np.ndarray)
     assert good.tolist() == tokenizer("What is rice?yes")["input_ids"]
+
+
+def test_small_vocabularies() -> None:
+    # No "a" in it, and unknown letters give nothing.
+    backend = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, ".": 2, "x": 3}, []))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    encoder = TextEncoder(PreTrainedTokenizerFast(tokenizer_object=backend), True)
+    assert (encoder.head, encoder.tail) == ([0], [1])
+    assert encoder.encode(["x"])[0].tolist() == [0, 3, 1]
