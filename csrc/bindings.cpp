@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <utility>
 #include <vector>
 
 #include "acceptance.h"
@@ -166,16 +165,16 @@ std::shared_ptr<Decision> commit(Scheduler& scheduler, const Input<std::int64_t>
 
 void bind_scheduler(py::module_& module) {
   py::class_<Scheduler>(module, "Scheduler")
-      .def(
-          py::init([](std::int32_t num_pages, std::int32_t page_size, std::int32_t max_rows,
-                      std::int32_t max_prefill_tokens, bool prefix_caching, double row_cost_prior) {
-            return std::make_unique<Scheduler>(SchedulerOptions{num_pages, page_size, max_rows,
-                                                                max_prefill_tokens, prefix_caching,
-                                                                row_cost_prior});
-          }),
-          py::kw_only(), py::arg("num_pages"), py::arg("page_size") = 16, py::arg("max_rows") = 256,
-          py::arg("max_prefill_tokens") = 8192, py::arg("prefix_caching") = true,
-          py::arg("row_cost_prior") = 1.0)
+      .def(py::init([](std::int32_t num_pages, std::int32_t page_size, std::int32_t max_rows,
+                       std::int32_t max_prefill_tokens, bool prefix_caching,
+                       double fixed_cost_rows) {
+             return std::make_unique<Scheduler>(SchedulerOptions{num_pages, page_size, max_rows,
+                                                                 max_prefill_tokens, prefix_caching,
+                                                                 fixed_cost_rows});
+           }),
+           py::kw_only(), py::arg("num_pages"), py::arg("page_size") = 16,
+           py::arg("max_rows") = 256, py::arg("max_prefill_tokens") = 8192,
+           py::arg("prefix_caching") = true, py::arg("fixed_cost_rows") = 16.0)
       .def(
           "add",
           [](Scheduler& self, std::int64_t request, const Input<std::int64_t>& prompt, bool scored,

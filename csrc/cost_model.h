@@ -11,7 +11,7 @@ class CostModel {
  public:
   // `prior_share`: the part of a round's time taken to grow with its rows until observed, in [0,
   // 1].
-  explicit CostModel(double prior_share) : prior_share_(prior_share) {}
+  explicit CostModel(double prior_share) : fixed_rows_(prior_share) {}
 
   void observe(double rows, double seconds) {
     if (!(seconds > 0.0) || !(rows > 0.0)) {
@@ -27,29 +27,25 @@ class CostModel {
     covariance_ = (1.0 - rate) * (covariance_ + rate * row_step * time_step);
   }
 
-  // Time of a round of `rows` rows, in units of the time that one more row adds: at least `rows`.
+  // Time of a round of `rows` rows, in units of the time that one more row adds.
   // What an extra row must gain is the round's gain divided by this.
   [[nodiscard]] double relative_time(double rows) const {
     if (weight_ == 0.0) {
-      return prior_share_ > 0.0 ? rows / prior_share_ : kFree;
+      return rows + fixed_rows_;
     }
-    const double proportional = mean_seconds_ / mean_rows_;
+    const double prior = mean_seconds_ / (mean_rows_ + fixed_rows_);
     const double doubt = kDoubt * mean_rows_ * kDoubt * mean_rows_;
-    const double slope =
-        std::clamp((covariance_ + doubt * prior_share_ * proportional) / (variance_ + doubt), 0.0,
-                   proportional);
-    if (slope <= proportional / kFree) {
-      return kFree;
-    }
+    const double slope = std::clamp((covariance_ + doubt * prior) / (variance_ + doubt),
+                                    mean_seconds_ / kFree, mean_seconds_ / mean_rows_);
     return (mean_seconds_ + slope * (rows - mean_rows_)) / slope;
   }
 
  private:
   static constexpr double kForget = 0.97;
   static constexpr double kDoubt = 0.1;  // spread of the row counts below which the prior rules
-  static constexpr double kFree = 1e9;
+  static constexpr double kFree = 1e9;   // rows that cost as much as a round, at most
 
-  double prior_share_;
+  double fixed_rows_;
   double weight_ = 0.0;
   double mean_rows_ = 0.0;
   double mean_seconds_ = 0.0;

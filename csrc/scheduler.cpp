@@ -73,12 +73,11 @@ std::int32_t Scheduler::Request::draft_length() const {
 Scheduler::Scheduler(const SchedulerOptions& options)
     : options_(options),
       pool_(options.num_pages, options.page_size),
-      cost_(options.row_cost_prior) {
+      cost_(options.fixed_cost_rows) {
   require(options.max_rows >= 1, "max_rows", options.max_rows, "at least 1");
   require(options.max_prefill_tokens >= 1, "max_prefill_tokens", options.max_prefill_tokens,
           "at least 1");
-  require(options.row_cost_prior >= 0.0 && options.row_cost_prior <= 1.0, "row_cost_prior",
-          options.row_cost_prior, "in [0, 1]");
+  require(options.fixed_cost_rows >= 0.0, "fixed_cost_rows", options.fixed_cost_rows, "at least 0");
 }
 
 void Scheduler::validate(std::size_t prompt_length, const RequestOptions& options) const {

@@ -28,7 +28,7 @@ struct SchedulerOptions {
   std::int32_t max_rows = 256;             // rows of a round, and requests that run at once
   std::int32_t max_prefill_tokens = 8192;  // tokens of prompts run in one round
   bool prefix_caching = true;
-  double row_cost_prior = 1.0;  // part of a round's time taken to grow with its rows, until learned
+  double fixed_cost_rows = 16.0;  // rows that cost as much as a round's fixed part, until learned
 };
 
 struct RequestOptions {

@@ -221,7 +221,7 @@ class Scheduler:
         max_rows: int = 256,
         max_prefill_tokens: int = 8192,
         prefix_caching: bool = True,
-        row_cost_prior: float = 1.0,
+        fixed_cost_rows: float = 16.0,
     ) -> None: ...
     def add(
         self,

@@ -28,9 +28,8 @@ from stars_fast.rewards.load import RewardModelLike, load_scorer
 from stars_fast.rewards.text import TemplateLike
 from stars_fast.seeds import derive_seed
 
-#: Part of a round's time taken to grow with its rows until it has been seen: a CPU is bound by
-#: arithmetic, a GPU by reading the weights.
-ROW_COST_PRIOR = {"cpu": 1.0, "cuda": 0.1}
+#: Rows that cost as much as the fixed part of a round (reading the weights), until it has been seen.
+FIXED_COST_ROWS = {"cpu": 16.0, "cuda": 256.0}
 
 #: Part of a GPU's free memory that the language model's pool takes by default.
 LM_POOL_SHARE = 0.5
@@ -134,7 +133,7 @@ class Engine:
             max_rows=max_rows,
             max_prefill_tokens=max_prefill_tokens,
             prefix_caching=prefix_caching,
-            row_cost_prior=ROW_COST_PRIOR.get(self._lm.device.type, 1.0),
+            fixed_cost_rows=FIXED_COST_ROWS.get(self._lm.device.type, 16.0),
         )
         self._scorer: Scorer | None = None
         if reward_model is not None:

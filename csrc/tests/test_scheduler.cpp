@@ -1,4 +1,5 @@
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <new>
 #include <random>
@@ -9,7 +10,7 @@
 
 namespace {
 
-std::atomic<long> allocations{0};
+std::atomic<std::int64_t> allocations{0};
 
 }  // namespace
 
@@ -87,7 +88,7 @@ void steady_rounds_do_not_allocate() {
   for (int i = 0; i < 200; ++i) {
     run();
   }
-  const long before = allocations;
+  const std::int64_t before = allocations;
   for (int i = 0; i < 20; ++i) {
     run();
   }

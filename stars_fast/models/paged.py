@@ -19,6 +19,7 @@ from stars_fast.models.interface import (
     attention_configs,
     attention_implementation,
 )
+from stars_fast.models.linear import OneDnnLinears
 from stars_fast.models.probe import LayerLayout, attention_layout
 from stars_fast.ops.attention import AttentionPlan, attend, plan_attention
 from stars_fast.ops.pages import copy_pages, kv_append
@@ -38,7 +39,8 @@ class PagedModel:
     """A causal LM, or a sequence classifier on a causal backbone, on a pool of KV pages.
 
     The pool is allocated here, once. The model itself is not changed: its attention
-    implementation is switched while a forward runs and restored after. One thread at a time may
+    implementation, and on a CPU its linear layers, are switched while a forward runs and restored
+    after. One thread at a time may
     use the model, through this object or otherwise.
 
     Parameters
@@ -76,6 +78,7 @@ class PagedModel:
         self._k_pages = [self._new_pool(x, x.key_dim) for x in self._layouts]
         self._v_pages = [self._new_pool(x, x.value_dim) for x in self._layouts]
         self._workspace = Workspace()
+        self._linears = OneDnnLinears(model)
 
     def _new_pool(self, layout: LayerLayout, dim: int) -> Tensor:
         shape = (self.num_pages, self.page_size, layout.kv_heads, dim)
@@ -230,7 +233,7 @@ class PagedModel:
     ) -> Tensor:
         """First output of a forward on packed tokens ``[T]``, without its batch dimension."""
         ids = input_ids.unsqueeze(0)
-        with attention_implementation(self._configs, STARS_PAGED):
+        with attention_implementation(self._configs, STARS_PAGED), self._linears.active():
             output = module(
                 input_ids=ids,
                 # Padding is not expressed through the mask; some models ask for one all the same.

@@ -21,7 +21,7 @@ def test_greedy_vanilla_equals_generate(name: str) -> None:
     )
     outputs = engine.generate(PROMPTS, params, use_tqdm=False)
     # Enough different tokens to tell a wrong context from a right one.
-    assert len({token for output in outputs for token in output.outputs[0].token_ids}) > 4
+    assert len({token for output in outputs for token in output.outputs[0].token_ids}) > 3
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         ids = torch.tensor([prompt])
         with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,14 +114,19 @@ def test_before_and_after_a_prefix_hit(expected: list[list[int]]) -> None:
     assert run(PROMPTS, PARAMS, prefix_caching=False) == expected
 
 
-def test_in_the_next_process(expected: list[list[int]]) -> None:
+def test_in_the_next_process(expected: list[list[int]], tmp_path: Path) -> None:
+    tests = Path(__file__).parents[1]
     script = (
-        f"import sys; sys.path.insert(0, {str(__file__).rsplit('/', 2)[0]!r})\n"
+        f"import sys; sys.path.insert(0, {str(tests)!r})\n"
         "from engine.test_same_tokens import run, PROMPTS, PARAMS\n"
         "print(run(PROMPTS, PARAMS))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,  # in the checkout, its source folder would hide the installed package
     )
     assert done.stdout.strip() == str(expected)
 
