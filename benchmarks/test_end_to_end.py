@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from baselines import Baseline
-from models import SMALL, TINY, id_tokenizer, language_model, prompts, reward_model
+from bench_models import SMALL, TINY, id_tokenizer, language_model, prompts, reward_model
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from stars_fast import Engine, StarsParams

@@ -28,7 +28,7 @@ from stars_fast.rewards.load import RewardModelLike, load_scorer
 from stars_fast.rewards.text import TemplateLike
 from stars_fast.seeds import derive_seed
 
-#: Rows that cost as much as the fixed part of a round (reading the weights), until it has been seen.
+#: Rows that cost as much as a round's fixed part (reading the weights), until that is measured.
 FIXED_COST_ROWS = {"cpu": 16.0, "cuda": 256.0}
 
 #: Part of a GPU's free memory that the language model's pool takes by default.

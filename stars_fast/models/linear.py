@@ -71,7 +71,7 @@ class OneDnnLinears:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
         product = torch.ops.mkldnn._linear_pointwise.default
 
-        def forward(input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear has
+        def forward(input: Tensor) -> Tensor:
             result: Tensor = product(input, weight, bias, "none", [], "")
             return result
 
