@@ -324,7 +324,7 @@ void bind_page_pool(py::module_& module) {
           },
           py::arg("table"), py::arg("token_ids"))
       .def("clear_cache", &PagePool::clear_cache)
-      .def("check", &PagePool::check)
+      .def("check", py::overload_cast<>(&PagePool::check, py::const_))
       .def_property_readonly("num_pages", &PagePool::num_pages)
       .def_property_readonly("page_size", &PagePool::page_size)
       .def_property_readonly("available", &PagePool::available)

@@ -218,4 +218,15 @@ void PagePool::check() const {
   }
 }
 
+void PagePool::check(const std::vector<std::int32_t>& held) const {
+  check();
+  for (std::size_t page = 1; page < info_.size(); ++page) {
+    if (info_[page].count != held[page]) {
+      throw std::logic_error("page " + std::to_string(page) + " counts " +
+                             std::to_string(info_[page].count) + " holders, tables say " +
+                             std::to_string(held[page]));
+    }
+  }
+}
+
 }  // namespace stars_fast

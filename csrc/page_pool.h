@@ -60,6 +60,8 @@ class PagePool {
 
   // Throws std::logic_error unless free + evictable + held is all pages.
   void check() const;
+  // The same, and unless each page's count is what its holders say: held[page] of them.
+  void check(const std::vector<std::int32_t>& held) const;
 
  private:
   static constexpr std::int32_t kNone = -1;

@@ -193,7 +193,6 @@ Copies SequenceCache::take_copies() {
 }
 
 void SequenceCache::check() const {
-  pool_.check();
   std::vector<std::int32_t> held(static_cast<std::size_t>(pool_.num_pages()), 0);
   for (const auto& [id, item] : sequences_) {
     for (const std::int32_t page : item.sequence.pages) {
@@ -208,13 +207,7 @@ void SequenceCache::check() const {
       ++held[static_cast<std::size_t>(page)];
     }
   }
-  for (std::int32_t page = 1; page < pool_.num_pages(); ++page) {
-    if (pool_.count(page) != held[static_cast<std::size_t>(page)]) {
-      throw std::logic_error("page " + std::to_string(page) + " counts " +
-                             std::to_string(pool_.count(page)) + " holders, tables say " +
-                             std::to_string(held[static_cast<std::size_t>(page)]));
-    }
-  }
+  pool_.check(held);
 }
 
 }  // namespace stars_fast

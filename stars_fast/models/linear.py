@@ -7,7 +7,6 @@ layers are redirected while a forward of ours runs.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+
+from stars_fast.models.machine import memory_bytes
 
 #: Rows that the layout is chosen for: those of a small decode step. Others run well on it too.
 _ROWS = 16
@@ -47,7 +48,7 @@ class OneDnnLinears:
     def __init__(self, model: nn.Module) -> None:
         modules = [module for module in model.modules() if _fits(module)]
         size = sum(module.weight.nbytes for module in modules)
-        self._packs = size <= _MEMORY_SHARE * _machine_bytes()
+        self._packs = size <= _MEMORY_SHARE * memory_bytes()
         self._layers = [_Layer(m, _version(m), self._forward(m)) for m in modules]
 
     @contextmanager
@@ -99,7 +100,3 @@ def _available() -> bool:
 def _version(module: nn.Linear) -> tuple[int, int]:
     weight = module.weight
     return weight.data_ptr(), 0 if weight.is_inference() else weight._version
-
-
-def _machine_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

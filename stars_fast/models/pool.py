@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from transformers import PreTrainedModel
 
 from stars_fast.models.checks import max_length
+from stars_fast.models.machine import memory_bytes
 from stars_fast.models.paged import PagedModel
 
 _UNKNOWN_CONTEXT = 4096
@@ -45,5 +44,4 @@ def _memory_budget(device: torch.device, gpu_share: float) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * gpu_share)
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(total // 8, _CPU_BYTES)
+    return min(memory_bytes() // 8, _CPU_BYTES)
