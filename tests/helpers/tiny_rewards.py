@@ -93,7 +93,9 @@ def reward_model(
     config.initializer_range = config.init_std = 0.3
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_config(config)
+        # Eager: some versions of transformers leave Gemma 2's soft cap out under sdpa.
+        attention = {"attn_implementation": "eager"} if family in CAUSAL_CONFIGS else {}
+        model = AutoModelForSequenceClassification.from_config(config, **attention)
     return model.eval()
 
 
