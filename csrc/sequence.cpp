@@ -46,13 +46,9 @@ void Sequence::clear_hole() {
   hole_length = 0;
 }
 
-std::int32_t branch_slot(const Sequence& sequence, std::int32_t start) {
-  return sequence.slot(start);
-}
-
 std::int32_t branch_pages(const PagePool& pool, const Sequence& sequence, std::int32_t start,
                           std::int32_t length) {
-  const std::int32_t offset = branch_slot(sequence, start) % pool.page_size();
+  const std::int32_t offset = sequence.slot(start) % pool.page_size();
   return pool.pages_for(offset + length);
 }
 
@@ -60,7 +56,7 @@ void open_branch(PagePool& pool, const Sequence& sequence, std::int32_t start, s
                  Branch& branch) {
   allocate(pool, branch_pages(pool, sequence, start, length), branch.pages);
   branch.start = start;
-  branch.first_slot = branch_slot(sequence, start);
+  branch.first_slot = sequence.slot(start);
   branch.length = length;
 }
 

@@ -51,8 +51,6 @@ struct Branch {
   std::vector<std::int32_t> pages;
 };
 
-// The slot, along the sequence's table, at which a branch from `start` begins.
-[[nodiscard]] std::int32_t branch_slot(const Sequence& sequence, std::int32_t start);
 // Pages that a branch of `length` tokens from `start` takes.
 [[nodiscard]] std::int32_t branch_pages(const PagePool& pool, const Sequence& sequence,
                                         std::int32_t start, std::int32_t length);
