@@ -15,7 +15,7 @@ _BLOCK = 256
 
 
 @triton.jit
-def philox4x32_10(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def philox4x32_10(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
     """Words of counters (c0, c1, c2, c3) under keys (k0, k1): uint32 blocks, four of them back."""
     for _ in tl.static_range(10):
         high0 = tl.umulhi(c0, 0xD2511F53)
@@ -32,7 +32,7 @@ def philox4x32_10(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]  # no
 
 
 @triton.jit
-def philox4x32_kernel(counter_ptr, key_ptr, out_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, N803
+def philox4x32_kernel(counter_ptr, key_ptr, out_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One counter and key per lane: int64 ``[n, 4]`` and ``[n, 2]`` to int64 ``[n, 4]``."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = at < n

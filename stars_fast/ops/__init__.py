@@ -1,12 +1,14 @@
 """Operators on tensors: sampling, page copies, KV appends and paged attention.
 
-Each is one ``torch.library`` custom operator, namespace ``stars_fast``, whose PyTorch form here
-serves every device.
+Each is one ``torch.library`` custom operator, namespace ``stars_fast``: PyTorch code here, which
+is the oracle, and a Triton kernel in `stars_fast.kernels`, which runs on CUDA devices; see
+`stars_fast.ops.backend`.
 """
 
 from stars_fast.ops.attention import paged_attention
+from stars_fast.ops.backend import backend
 from stars_fast.ops.pages import copy_pages, kv_append
 from stars_fast.ops.philox import philox4x32
 from stars_fast.ops.sample import sample
 
-__all__ = ["copy_pages", "kv_append", "paged_attention", "philox4x32", "sample"]
+__all__ = ["backend", "copy_pages", "kv_append", "paged_attention", "philox4x32", "sample"]

@@ -9,6 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stars_fast.ops.backend import uses_triton
+
+_FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
 
 @torch.library.custom_op("stars_fast::copy_pages", mutates_args=("k_pages", "v_pages"))
 def copy_pages(
@@ -16,17 +20,22 @@ def copy_pages(
 ) -> None:
     """Copy the first ``count[i]`` tokens of page ``src[i]`` to page ``dst[i]``, in every layer.
 
-    All sources are read before any destination is written. Changes `k_pages` and `v_pages` in
-    place and nothing else in them.
+    Changes `k_pages` and `v_pages` in place and nothing else in them.
 
     Parameters
     ----------
     k_pages, v_pages : list of Tensor
         One ``[num_pages, page_size, kv_heads, head_dim]`` per layer, contiguous.
     src, dst, count : Tensor
-        int32 ``[C]``; `dst` holds no page twice; ``0 <= count <= page_size``.
+        int32 ``[C]``; ``0 <= count <= page_size``. No page is a target twice, or both a source and
+        a target: the order of the copies is not defined.
     """
     if src.numel() == 0 or not k_pages:
+        return
+    if uses_triton(src.device):
+        from stars_fast.kernels import pages as kernels
+
+        kernels.copy_pages(kernels.pool_table([*k_pages, *v_pages]), src, dst, count)
         return
     page_size = k_pages[0].shape[1]
     offset = torch.arange(page_size, device=src.device)
@@ -35,11 +44,19 @@ def copy_pages(
     dst_slots = (dst.to(torch.int64).unsqueeze(1) * page_size + offset)[wanted]
     for pages in (*k_pages, *v_pages):
         tokens = pages.flatten(0, 1)
-        tokens.index_copy_(0, dst_slots, tokens.index_select(0, src_slots))
+        tokens[dst_slots] = tokens[src_slots]
 
 
 @torch.library.custom_op("stars_fast::kv_append", mutates_args=("k_pages", "v_pages"))
-def kv_append(k_pages: Tensor, v_pages: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
+def kv_append(
+    k_pages: Tensor,
+    v_pages: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
     """Write the keys and values of new tokens of one layer to their slots, in place.
 
     Parameters
@@ -47,10 +64,24 @@ def kv_append(k_pages: Tensor, v_pages: Tensor, key: Tensor, value: Tensor, slot
     k_pages, v_pages : Tensor
         ``[num_pages, page_size, kv_heads, head_dim]``, contiguous.
     key, value : Tensor
-        ``[T, kv_heads, head_dim]`` of the pool's dtype.
+        ``[T, kv_heads, head_dim]``; rounded to the pool's dtype.
     slots : Tensor
         int64 ``[T]``. Slot 0, on the null page, may occur many times; what it then holds is
         unspecified. Every other slot occurs at most once.
+    k_scale, v_scale : Tensor or None
+        float32 ``[kv_heads]``, for float8_e4m3fn pools: the key or value over its head's scale is
+        stored, clamped to what the type can hold.
     """
-    k_pages.flatten(0, 1).index_copy_(0, slots, key)
-    v_pages.flatten(0, 1).index_copy_(0, slots, value)
+    if uses_triton(key.device):
+        from stars_fast.kernels import pages as kernels
+
+        kernels.kv_append(k_pages, v_pages, key, value, slots, k_scale, v_scale)
+        return
+    for pages, new, scale in ((k_pages, key, k_scale), (v_pages, value, v_scale)):
+        stored = new
+        if scale is not None:
+            stored = (new.to(torch.float32) / scale[:, None]).clamp_(-_FP8_MAX, _FP8_MAX)
+        flat, stored = pages.flatten(0, 1), stored.to(pages.dtype)
+        if pages.dtype == torch.float8_e4m3fn:  # few operators know the type: move its bytes
+            flat, stored = flat.view(torch.uint8), stored.view(torch.uint8)
+        flat.index_copy_(0, slots, stored)
