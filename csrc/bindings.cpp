@@ -166,15 +166,16 @@ std::shared_ptr<Decision> commit(Scheduler& scheduler, const Input<std::int64_t>
 void bind_scheduler(py::module_& module) {
   py::class_<Scheduler>(module, "Scheduler")
       .def(py::init([](std::int32_t num_pages, std::int32_t page_size, std::int32_t max_rows,
-                       std::int32_t max_prefill_tokens, bool prefix_caching,
-                       double fixed_cost_rows) {
+                       std::int32_t max_prefill_tokens, bool prefix_caching, double fixed_cost_rows,
+                       std::int32_t lanes) {
              return std::make_unique<Scheduler>(SchedulerOptions{num_pages, page_size, max_rows,
                                                                  max_prefill_tokens, prefix_caching,
-                                                                 fixed_cost_rows});
+                                                                 fixed_cost_rows, lanes});
            }),
            py::kw_only(), py::arg("num_pages"), py::arg("page_size") = 16,
            py::arg("max_rows") = 256, py::arg("max_prefill_tokens") = 8192,
-           py::arg("prefix_caching") = true, py::arg("fixed_cost_rows") = 16.0)
+           py::arg("prefix_caching") = true, py::arg("fixed_cost_rows") = 16.0,
+           py::arg("lanes") = 1)
       .def(
           "add",
           [](Scheduler& self, std::int64_t request, const Input<std::int64_t>& prompt, bool scored,

@@ -73,11 +73,15 @@ std::int32_t Scheduler::Request::draft_length() const {
 Scheduler::Scheduler(const SchedulerOptions& options)
     : options_(options),
       pool_(options.num_pages, options.page_size),
-      cost_(options.fixed_cost_rows) {
+      cost_(options.fixed_cost_rows),
+      newest_(options.lanes == 2 ? 1 : 0) {
   require(options.max_rows >= 1, "max_rows", options.max_rows, "at least 1");
   require(options.max_prefill_tokens >= 1, "max_prefill_tokens", options.max_prefill_tokens,
           "at least 1");
   require(options.fixed_cost_rows >= 0.0, "fixed_cost_rows", options.fixed_cost_rows, "at least 0");
+  require(options.lanes == 1 || options.lanes == 2, "lanes", options.lanes, "1 or 2");
+  flights_.resize(static_cast<std::size_t>(options.lanes));
+  newest().lane = newest_;  // so that the first plan serves lane 0
 }
 
 void Scheduler::validate(std::size_t prompt_length, const RequestOptions& options) const {
@@ -139,6 +143,7 @@ void Scheduler::add(std::int64_t id, const std::int64_t* prompt, std::size_t pro
   request.sequence.cached = 0;
   request.sequence.set_hole(request.prompt_length - 1, options_.page_size);
   waiting_.push_back({slot, request.generation});
+  ++num_waiting_;
 }
 
 Scheduler::Request& Scheduler::find(std::int64_t id) {
@@ -164,13 +169,15 @@ bool Scheduler::abort(std::int64_t id) {
   }
   const Slot slot = found->second;
   Request& request = at(slot);
-  if (planned_ && request.running) {
+  if (request.in_flight) {
     request.doomed = true;  // the device may still write to its pages
     by_id_.erase(found);
     return true;
   }
   if (request.running) {
     running_.erase(std::find(running_.begin(), running_.end(), slot));
+  } else {
+    --num_waiting_;
   }
   forget(slot);
   return true;
@@ -192,36 +199,62 @@ std::int32_t Scheduler::pages_to_draft(const Request& request) const {
 }
 
 std::shared_ptr<const Plan> Scheduler::plan() {
-  if (planned_) {
+  if (num_out_ == options_.lanes) {
     throw std::logic_error("plan: the last plan has not been committed or cancelled");
   }
-  recycle(plan_);
-  std::swap(plan_->copies, copies_);
+  const std::int32_t lane = other(newest().lane);  // with two lanes, one that has no plan out
+  newest_ = other(newest_);
+  Flight& flight = newest();
+  flight.lane = lane;
+  flight.drafting.clear();
+  flight.prefilling.clear();
+  flight.num_rows = 0;
+  Plan& plan = *recycle(flight.plan);
+  // Sources and targets of the copies owed were held until the commit that owes them, so no plan
+  // that is out reads or writes them by another name; pages freed since are given out by this plan
+  // at the earliest, whose copies run first. Two commits owe copies to one plan only if theirs were
+  // out at once, each holding its pages: no page is a target twice, or both source and target.
+  std::swap(plan.copies, copies_);
   copies_.clear();
-  stats_.page_copies += static_cast<std::int64_t>(plan_->copies.count.size());
-  drafting_.clear();
-  prefilling_.clear();
-  num_rows_ = 0;
-  reserved_ = 0;
-  preempted_ = false;
+  stats_.page_copies += static_cast<std::int64_t>(plan.copies.count.size());
+  short_of_pages_ = false;
   prefill_budget_ = options_.max_prefill_tokens;
 
   keep_running();
   admit();
+  if (num_out_ == 0 && flight.drafting.empty() && flight.prefilling.empty()) {
+    flight.lane = other(lane);
+    keep_running();
+    admit();
+  }
   list_prefill();
   allot_rows();
   open_rows();
-  stats_.prefill_tokens += plan_->prefill.num_tokens;
-  planned_ = true;
-  return plan_;
+  stats_.prefill_tokens += plan.prefill.num_tokens;
+  ++num_out_;
+  return flight.plan;
 }
 
 void Scheduler::keep_running() {
-  // Oldest first; the youngest, at the back, may be preempted under way.
+  const std::int32_t lane = newest().lane;
+  reserved_ = 0;
+  returning_ = 0;
+  // Oldest first, of both lanes, so that the oldest of all waits for pages one round at most; the
+  // younger ones, further back, may be preempted under way.
   for (std::size_t i = 0; i < running_.size(); ++i) {
     const Slot slot = running_[i];
-    if (make_room(pages_to_draft(at(slot)), slot)) {
-      start(slot);
+    const Request& request = at(slot);
+    if (request.in_flight) {
+      // One of several rows may win and keep its pages: the others leave enough for the next.
+      returning_ += request.doomed || request.wanted_rows > 1 ? 0
+                    : request.wanted_rows == 1                ? row_pages(request)
+                                                              : pages_to_draft(request);
+    } else if (const std::int32_t pages = pages_to_draft(request); make_room(pages, slot)) {
+      if (request.lane == lane) {
+        start(slot);
+      } else {
+        reserved_ += pages;
+      }
     }
   }
 }
@@ -235,8 +268,14 @@ bool Scheduler::make_room(std::int32_t pages, Slot for_request) {
       drop_best_pages(at(*holder));
       continue;
     }
-    const bool itself = running_.back() == for_request;
-    preempt_youngest();
+    short_of_pages_ = true;
+    const auto youngest = std::find_if(running_.rbegin(), running_.rend(),
+                                       [this](Slot slot) { return !at(slot).in_flight; });
+    const bool itself = *youngest == for_request;
+    if (itself && youngest != running_.rbegin()) {
+      return false;  // sits out, its pages kept: a younger one in flight gives way when it is back
+    }
+    preempt(std::prev(youngest.base()));
     if (itself) {
       return false;
     }
@@ -244,40 +283,56 @@ bool Scheduler::make_room(std::int32_t pages, Slot for_request) {
   return true;
 }
 
-void Scheduler::preempt_youngest() {
-  const Slot slot = running_.back();
-  running_.pop_back();
+void Scheduler::preempt(std::vector<Slot>::iterator position) {
+  const Slot slot = *position;
+  running_.erase(position);
   Request& request = at(slot);
   request.running = false;
   release(request);
-  // Everyone who waits is younger than everyone who runs, so the front is the place.
+  // It has run already: before those that have not.
   waiting_.push_front({slot, request.generation});
-  plan_->preempted.push_back(request.id);
-  preempted_ = true;
+  ++num_waiting_;
+  newest().plan->preempted.push_back(request.id);
   ++stats_.preemptions;
 }
 
 void Scheduler::admit() {
-  while (!waiting_.empty() && !preempted_ && prefill_budget_ > 0 &&
-         running_.size() < static_cast<std::size_t>(options_.max_rows)) {
+  const std::int32_t lane = newest().lane;
+  std::int32_t lead = 0;  // of this lane's requests over the other's
+  std::int32_t size = 0;
+  for (const Slot slot : running_) {
+    const bool mine = at(slot).lane == lane;
+    size += mine ? 1 : 0;
+    lead += at(slot).doomed ? 0 : mine ? 1 : -1;
+  }
+  while (!waiting_.empty() && !short_of_pages_ && prefill_budget_ > 0 && size < options_.max_rows) {
     const Waiting next = waiting_.front();
     Request& request = at(next.slot);
     if (request.generation != next.generation) {
       waiting_.pop_front();  // aborted while it waited
       continue;
     }
+    // As many as this lane leads by are left to the other lane, and room for them.
+    const std::int32_t left = options_.lanes == 1 ? 0 : std::max(lead, 0);
+    if (left >= num_waiting_) {
+      return;
+    }
     PagePool::Hit hit;
     if (options_.prefix_caching) {
       hit = pool_.peek(request.tokens.data(), request.prompt_length - 1);
     }
     const std::int32_t spare = running_.empty() ? 0 : pool_.num_pages() / 100;
-    const std::int32_t needed = pages_to_draft(request) - hit.pages + hit.evictable;
-    if (pool_.available() - reserved_ < needed + spare) {
+    const std::int64_t needed = pages_to_draft(request) - hit.pages + hit.evictable;
+    if (pool_.available() - reserved_ - returning_ < needed * (1 + left) + spare) {
       return;
     }
     waiting_.pop_front();
+    --num_waiting_;
     running_.push_back(next.slot);
+    ++size;
+    ++lead;
     request.running = true;
+    request.lane = lane;
     request.sequence.pages.reserve(
         static_cast<std::size_t>(pool_.pages_for(request.prompt_length) +
                                  pool_.pages_for(request.options.schedule.max_tokens) + 1));
@@ -286,7 +341,9 @@ void Scheduler::admit() {
 }
 
 void Scheduler::start(Slot slot) {
+  Flight& flight = newest();
   Request& request = at(slot);
+  request.in_flight = true;
   if (options_.prefix_caching && request.sequence.pages.empty()) {
     pool_.match(request.tokens.data(), request.prompt_length - 1, request.sequence.pages);
     request.sequence.cached =
@@ -299,9 +356,9 @@ void Scheduler::start(Slot slot) {
   if (request.sequence.cached == request.prefix_length()) {
     request.wanted_rows = 1;
     reserved_ += row_pages(request);
-    drafting_.push_back(slot);
+    flight.drafting.push_back(slot);
     if (request.options.scored && std::isnan(request.prompt_reward)) {
-      plan_->unscored.push_back(request.id);
+      flight.plan->unscored.push_back(request.id);
     }
   }
 }
@@ -315,7 +372,7 @@ void Scheduler::prefill(Slot slot) {
     return;
   }
   prefill_budget_ -= chunk;
-  prefilling_.push_back({slot, begin, chunk});
+  newest().prefilling.push_back({slot, begin, chunk});
   extend(pool_, sequence, begin + chunk);
   sequence.cached += chunk;
   if (options_.prefix_caching) {
@@ -329,19 +386,21 @@ void Scheduler::prefill(Slot slot) {
 }
 
 void Scheduler::list_prefill() {
+  const Flight& flight = newest();
+  Plan& plan = *flight.plan;
   std::int32_t columns = 0;
   std::int32_t width = 0;
-  for (const Chunk& chunk : prefilling_) {
+  for (const Chunk& chunk : flight.prefilling) {
     columns = std::max(columns, chunk.length);
     width = std::max(width, pool_.pages_for(at(chunk.slot).sequence.extent(chunk.begin)));
   }
-  plan_->prefill.begin(columns, width, options_.page_size);
-  for (const Chunk& chunk : prefilling_) {
+  plan.prefill.begin(columns, width, options_.page_size);
+  for (const Chunk& chunk : flight.prefilling) {
     const Request& request = at(chunk.slot);
-    plan_->prefill.add_group(request.sequence, chunk.begin);
-    plan_->prefill.add_extension(request.sequence, chunk.begin, chunk.length);
+    plan.prefill.add_group(request.sequence, chunk.begin);
+    plan.prefill.add_extension(request.sequence, chunk.begin, chunk.length);
     const auto first = request.tokens.begin() + chunk.begin;
-    plan_->prefill_tokens.insert(plan_->prefill_tokens.end(), first, first + chunk.length);
+    plan.prefill_tokens.insert(plan.prefill_tokens.end(), first, first + chunk.length);
   }
 }
 
@@ -360,11 +419,12 @@ void Scheduler::allot_rows() {
     const double gain = request.pass_rate * std::pow(1.0 - request.pass_rate, request.wanted_rows);
     return Gain{request.options.candidates == 0 ? gain : kFixed + gain, position};
   };
-  auto rows = static_cast<std::int32_t>(drafting_.size());
+  const std::vector<Slot>& drafting = newest().drafting;
+  auto rows = static_cast<std::int32_t>(drafting.size());
   double round_gain = 0.0;
   gains_.clear();
-  for (std::size_t i = 0; i < drafting_.size(); ++i) {
-    const Request& request = at(drafting_[i]);
+  for (std::size_t i = 0; i < drafting.size(); ++i) {
+    const Request& request = at(drafting[i]);
     round_gain += request.options.scored ? request.pass_rate : 1.0;
     if (request.wanted_rows < row_limit(request)) {
       gains_.push_back(gain_of(request, i));
@@ -375,13 +435,13 @@ void Scheduler::allot_rows() {
     std::pop_heap(gains_.begin(), gains_.end());
     const Gain gain = gains_.back();
     gains_.pop_back();
-    Request& request = at(drafting_[gain.position]);
+    Request& request = at(drafting[gain.position]);
     const bool is_auto = request.options.candidates == 0;
     if (is_auto && gain.value * cost_.relative_time(rows) <= round_gain) {
       return;  // and so for every gain that is left
     }
     const std::int32_t pages = row_pages(request);
-    if (pool_.available() - reserved_ < pages) {
+    if (pool_.available() - reserved_ - returning_ < pages) {
       continue;
     }
     reserved_ += pages;
@@ -395,47 +455,51 @@ void Scheduler::allot_rows() {
 }
 
 void Scheduler::open_rows() {
+  Flight& flight = newest();
+  Plan& plan = *flight.plan;
   std::int32_t columns = 0;
   std::int32_t width = 0;
-  for (const Slot slot : drafting_) {
+  for (const Slot slot : flight.drafting) {
     const Request& request = at(slot);
     columns = std::max(columns, request.draft_length());
     width = std::max(width, pool_.pages_for(request.sequence.extent(request.sequence.cached)));
   }
-  plan_->draft.begin(columns, width, options_.page_size);
-  for (const Slot slot : drafting_) {
+  plan.draft.begin(columns, width, options_.page_size);
+  for (const Slot slot : flight.drafting) {
     Request& request = at(slot);
-    plan_->draft.add_group(request.sequence, request.sequence.cached);
-    request.first_row = num_rows_;
+    plan.draft.add_group(request.sequence, request.sequence.cached);
+    request.first_row = flight.num_rows;
     request.num_rows = static_cast<std::size_t>(request.wanted_rows);
     for (std::int32_t i = 0; i < request.wanted_rows; ++i) {
-      if (num_rows_ == rows_.size()) {
-        rows_.emplace_back();
+      if (flight.num_rows == flight.rows.size()) {
+        flight.rows.emplace_back();
       }
-      Branch& row = rows_[num_rows_++];
+      Branch& row = flight.rows[flight.num_rows++];
       open_branch(pool_, request.sequence, request.sequence.cached, request.draft_length(), row);
-      plan_->draft.add_row(row.start, row.length, row.first_slot, row.pages.data());
-      plan_->request.push_back(request.id);
-      plan_->attempt.push_back(request.attempt + i);
-      plan_->seed.push_back(static_cast<std::int64_t>(request.options.seed));
-      plan_->position.push_back(request.response_length());
-      plan_->first_token.push_back(request.tokens.back());
+      plan.draft.add_row(row.start, row.length, row.first_slot, row.pages.data());
+      plan.request.push_back(request.id);
+      plan.attempt.push_back(request.attempt + i);
+      plan.seed.push_back(static_cast<std::int64_t>(request.options.seed));
+      plan.position.push_back(request.response_length());
+      plan.first_token.push_back(request.tokens.back());
     }
   }
 }
 
 std::shared_ptr<const Decision> Scheduler::commit(const RoundResult& result) {
-  if (!planned_) {
+  if (num_out_ == 0) {
     throw std::logic_error("commit: there is no plan to commit");
   }
-  require(result.rows == num_rows_, "number of rows", result.rows, "that of the plan");
-  require(num_rows_ == 0 || result.stride >= static_cast<std::size_t>(plan_->draft.max_new),
+  Flight& flight = oldest();
+  const std::size_t num_rows = flight.num_rows;
+  require(result.rows == num_rows, "number of rows", result.rows, "that of the plan");
+  require(num_rows == 0 || result.stride >= static_cast<std::size_t>(flight.plan->draft.max_new),
           "tokens per row", result.stride, "at least the plan's max_new");
-  for (std::size_t row = 0; row < num_rows_; ++row) {
-    require(result.lengths[row] >= 1 && result.lengths[row] <= rows_[row].length, "row length",
-            result.lengths[row], "in [1, the planned length]");
+  for (std::size_t row = 0; row < num_rows; ++row) {
+    require(result.lengths[row] >= 1 && result.lengths[row] <= flight.rows[row].length,
+            "row length", result.lengths[row], "in [1, the planned length]");
   }
-  for (const Slot slot : drafting_) {
+  for (const Slot slot : flight.drafting) {
     const Request& request = at(slot);
     if (request.options.scored && !request.doomed && std::isnan(request.prompt_reward)) {
       throw std::invalid_argument("request " + std::to_string(request.id) +
@@ -443,18 +507,18 @@ std::shared_ptr<const Decision> Scheduler::commit(const RoundResult& result) {
     }
   }
   recycle(decision_);
-  decision_->outcome.assign(num_rows_, static_cast<std::int8_t>(RowOutcome::kPruned));
-  decision_->threshold.assign(num_rows_, std::numeric_limits<double>::quiet_NaN());
-  for (const Slot slot : drafting_) {
-    decide(at(slot), result);
+  decision_->outcome.assign(num_rows, static_cast<std::int8_t>(RowOutcome::kPruned));
+  decision_->threshold.assign(num_rows, std::numeric_limits<double>::quiet_NaN());
+  for (const Slot slot : flight.drafting) {
+    decide(flight, at(slot), result);
   }
-  cost_.observe(static_cast<double>(num_rows_), result.seconds);
-  ++stats_.rounds;
-  finish_round();
+  cost_.observe(static_cast<double>(num_rows), result.seconds);
+  stats_.rounds += flight.plan->empty() ? 0 : 1;
+  end_oldest();
   return decision_;
 }
 
-void Scheduler::decide(Request& request, const RoundResult& result) {
+void Scheduler::decide(Flight& flight, Request& request, const RoundResult& result) {
   const std::size_t end = request.first_row + request.num_rows;
   for (std::size_t row = request.first_row; row < end; ++row) {
     stats_.drafted_tokens += result.lengths[row];
@@ -488,7 +552,7 @@ void Scheduler::decide(Request& request, const RoundResult& result) {
     if (passed) {
       const std::int64_t* drafted = result.tokens + row * result.stride;
       token_scratch_.assign(drafted, drafted + result.lengths[row]);
-      promote(pool_, request.sequence, rows_[row], result.lengths[row], copies_);
+      promote(pool_, request.sequence, flight.rows[row], result.lengths[row], copies_);
       advance(request, token_scratch_, result.stopped[row] != 0, EventKind::kAccepted,
               static_cast<std::int32_t>(row));
       return;
@@ -500,7 +564,7 @@ void Scheduler::decide(Request& request, const RoundResult& result) {
     }
   }
   if (improved != end) {
-    keep_best(request, improved, result);
+    keep_best(request, flight.rows[improved], improved, result);
   }
   if (request.attempt == request.options.max_attempts) {
     Best& best = request.best;
@@ -515,13 +579,14 @@ void Scheduler::decide(Request& request, const RoundResult& result) {
   }
 }
 
-void Scheduler::keep_best(Request& request, std::size_t row, const RoundResult& result) {
+void Scheduler::keep_best(Request& request, Branch& branch, std::size_t row,
+                          const RoundResult& result) {
   drop_best_pages(request);
   const std::int64_t* drafted = result.tokens + row * result.stride;
   request.best.tokens.assign(drafted, drafted + result.lengths[row]);
   request.best.stopped = result.stopped[row] != 0;
   request.best.has_pages = true;
-  std::swap(request.best.branch, rows_[row]);
+  std::swap(request.best.branch, branch);
   decision_->outcome[row] = static_cast<std::int8_t>(RowOutcome::kKept);
 }
 
@@ -556,40 +621,58 @@ void Scheduler::record(const Request& request, EventKind kind, std::int32_t row,
 }
 
 void Scheduler::cancel() {
-  if (!planned_) {
+  if (num_out_ == 0) {
     throw std::logic_error("cancel: there is no plan to cancel");
   }
-  for (const Chunk& chunk : prefilling_) {
-    release(at(chunk.slot));
+  // The copies may have run or not, and cannot be owed again: once they have run, the drafts may
+  // have written over their sources. Whoever holds a target starts over, and so does everyone in
+  // flight beside a prefill, for what that would have written may have been matched.
+  std::vector<bool> doubtful(static_cast<std::size_t>(pool_.num_pages()));
+  bool prefilled = false;
+  for (std::int32_t i = 0; i < num_out_; ++i) {
+    const Flight& flight = flights_[static_cast<std::size_t>(i == 0 ? newest_ : other(newest_))];
+    for (const std::int32_t page : flight.plan->copies.target) {
+      doubtful[static_cast<std::size_t>(page)] = true;
+    }
+    prefilled = prefilled || !flight.prefilling.empty();
   }
-  // What this plan's prefills would have written, others may have matched.
   for (const Slot slot : running_) {
-    if (at(slot).wanted_rows > 0 && !prefilling_.empty()) {
-      release(at(slot));
+    Request& request = at(slot);
+    const std::vector<std::int32_t>& pages = request.sequence.pages;
+    const bool holds = std::any_of(pages.begin(), pages.end(), [&doubtful](std::int32_t page) {
+      return doubtful[static_cast<std::size_t>(page)];
+    });
+    if (holds || (prefilled && request.in_flight)) {
+      release(request);
     }
   }
-  copies_.append(plan_->copies);
-  finish_round();
+  while (num_out_ > 0) {
+    end_oldest();
+  }
   pool_.clear_cache();
 }
 
-void Scheduler::finish_round() {
-  for (std::size_t row = 0; row < num_rows_; ++row) {
-    pool_.release_from(rows_[row].pages, 0);
+void Scheduler::end_oldest() {
+  Flight& flight = oldest();
+  for (std::size_t row = 0; row < flight.num_rows; ++row) {
+    pool_.release_from(flight.rows[row].pages, 0);
   }
-  num_rows_ = 0;
+  flight.num_rows = 0;
   for (const Slot slot : running_) {
     Request& request = at(slot);
-    request.num_rows = 0;
-    request.wanted_rows = 0;
-    if (request.doomed) {
-      forget(slot);
+    if (request.in_flight && request.lane == flight.lane) {
+      request.in_flight = false;
+      request.num_rows = 0;
+      request.wanted_rows = 0;
+      if (request.doomed) {
+        forget(slot);
+      }
     }
   }
   running_.erase(std::remove_if(running_.begin(), running_.end(),
                                 [this](Slot slot) { return !at(slot).running; }),
                  running_.end());
-  planned_ = false;
+  --num_out_;
 }
 
 void Scheduler::drop_best_pages(Request& request) {
@@ -616,7 +699,8 @@ void Scheduler::forget(Slot slot) {
 }
 
 void Scheduler::check() const {
-  std::vector<std::int32_t> held(static_cast<std::size_t>(pool_.num_pages()), 0);
+  const auto num_pages = static_cast<std::size_t>(pool_.num_pages());
+  std::vector<std::int32_t> held(num_pages, 0);
   const auto hold = [&held](const std::vector<std::int32_t>& pages) {
     for (const std::int32_t page : pages) {
       ++held[static_cast<std::size_t>(page)];
@@ -629,8 +713,27 @@ void Scheduler::check() const {
       throw std::logic_error("request " + std::to_string(request.id) + " holds pages and waits");
     }
   }
-  for (std::size_t row = 0; row < num_rows_; ++row) {
-    hold(rows_[row].pages);
+  const auto check_copies = [num_pages](const Copies& copies) {
+    std::vector<std::int32_t> targets(num_pages, 0);
+    for (const std::int32_t page : copies.target) {
+      if (++targets[static_cast<std::size_t>(page)] > 1) {
+        throw std::logic_error("page " + std::to_string(page) + " is the target of two copies");
+      }
+    }
+    for (const std::int32_t page : copies.source) {
+      if (targets[static_cast<std::size_t>(page)] > 0) {
+        throw std::logic_error("page " + std::to_string(page) + " is copied and copied to");
+      }
+    }
+  };
+  check_copies(copies_);
+  for (const Flight& flight : flights_) {
+    for (std::size_t row = 0; row < flight.num_rows; ++row) {
+      hold(flight.rows[row].pages);
+    }
+    if (flight.plan != nullptr) {
+      check_copies(flight.plan->copies);
+    }
   }
   pool_.check(held);
 }

@@ -25,10 +25,11 @@ class RequestTooLarge : public std::invalid_argument {
 struct SchedulerOptions {
   std::int32_t num_pages = 0;
   std::int32_t page_size = 16;
-  std::int32_t max_rows = 256;             // rows of a round, and requests that run at once
+  std::int32_t max_rows = 256;             // rows of a round, and running requests of a lane
   std::int32_t max_prefill_tokens = 8192;  // tokens of prompts run in one round
   bool prefix_caching = true;
   double fixed_cost_rows = 16.0;  // rows that cost as much as a round's fixed part, until learned
+  std::int32_t lanes = 1;         // 1 or 2: plans that may be out at once
 };
 
 struct RequestOptions {
@@ -54,6 +55,7 @@ struct Plan {
   std::vector<std::int64_t> unscored;     // requests of the round whose prompt reward is not set
   std::vector<std::int64_t> preempted;    // requests that lost their pages in this plan
 
+  [[nodiscard]] bool empty() const { return prefill.num_rows() + draft.num_rows() == 0; }
   void clear();
 };
 
@@ -90,7 +92,7 @@ struct RoundResult {
 };
 
 struct SchedulerStats {
-  std::int64_t rounds = 0;
+  std::int64_t rounds = 0;  // empty plans are none
   std::int64_t drafted_tokens = 0;
   std::int64_t accepted_tokens = 0;
   std::int64_t prefill_tokens = 0;
@@ -102,8 +104,11 @@ struct SchedulerStats {
   std::int64_t page_copies = 0;
 };
 
-// Requests wait, run and end; plan() and commit() alternate. One thread at a time.
-// Time and memory of a round grow with the rows of that round, not with the requests that wait.
+// Requests wait, run and end. A plan is out from plan() until its commit() or a cancel(), and its
+// work must be issued to the device in the order of the plans. Each running request belongs to a
+// lane; lanes take turns, and a plan moves the requests of one, so that with two lanes a round can
+// be drafted while the round before, of other requests, is scored. One thread at a time.
+// Time and memory of a round grow with the requests that run, not with those that wait.
 class Scheduler {
  public:
   explicit Scheduler(const SchedulerOptions& options);
@@ -114,29 +119,30 @@ class Scheduler {
            const RequestOptions& options);
   // Forgets a request, whatever its state. False if there is none of that id.
   bool abort(std::int64_t id);
-  // Throws std::logic_error if the last plan has not been committed or cancelled.
+  // With another plan out it may be empty, if its lane has nothing to do, and is committed in its
+  // turn all the same; with none out it is empty only if nothing is unfinished. Throws
+  // std::logic_error if as many plans are out as there are lanes.
   std::shared_ptr<const Plan> plan();
   // r(x) of a request listed in Plan::unscored; needed before its first commit.
   void set_prompt_reward(std::int64_t id, double reward);
-  // Tests the rows in attempt order and moves the requests on. Throws std::invalid_argument,
-  // nothing changed, if the result does not fit the plan.
+  // Commits the oldest plan that is out: tests the rows in attempt order and moves the requests on.
+  // Throws std::invalid_argument, nothing changed, if the result does not fit the plan.
   std::shared_ptr<const Decision> commit(const RoundResult& result);
-  // Gives the plan back undone: its rows are drafted again by a later plan. The prefix cache is
-  // emptied, for its newest pages may never have been written.
+  // Gives every plan that is out back undone: their rows are drafted again by later plans. What
+  // may never have been written, or not whole, is prefilled again, and the prefix cache is emptied.
   void cancel();
 
   [[nodiscard]] bool has_unfinished() const { return !by_id_.empty(); }
   [[nodiscard]] std::int64_t num_running() const {
-    return static_cast<std::int64_t>(running_.size());
+    return static_cast<std::int64_t>(by_id_.size()) - num_waiting_;
   }
-  [[nodiscard]] std::int64_t num_waiting() const {
-    return static_cast<std::int64_t>(by_id_.size()) - num_running();
-  }
+  [[nodiscard]] std::int64_t num_waiting() const { return num_waiting_; }
   // Tokens of a request: its prompt, then its committed response.
   [[nodiscard]] const std::vector<std::int32_t>& tokens(std::int64_t id) const;
   [[nodiscard]] const PagePool& pool() const { return pool_; }
   [[nodiscard]] const SchedulerStats& stats() const { return stats_; }
-  // Throws std::logic_error unless every page's count equals the tables that hold it.
+  // Throws std::logic_error unless every page's count equals the tables that hold it, and no page
+  // is the target of two copies of a plan or both source and target.
   void check() const;
 
  private:
@@ -161,7 +167,9 @@ class Scheduler {
     double prompt_reward = std::numeric_limits<double>::quiet_NaN();
     double pass_rate = 0.0;  // estimate of an attempt's chance to pass
     bool running = false;
-    bool doomed = false;  // ends with the round: finished, failed, or aborted while a plan is out
+    bool in_flight = false;  // part of a plan that is out: keeps its pages until that ends
+    bool doomed = false;     // ends with the round: finished, failed, or aborted in flight
+    std::int32_t lane = 0;
     std::int32_t wanted_rows = 0;
     std::size_t first_row = 0;
     std::size_t num_rows = 0;
@@ -189,12 +197,27 @@ class Scheduler {
 
   struct Gain {  // of one more row for a request
     double value;
-    std::size_t position;  // in drafting_
+    std::size_t position;  // in Flight::drafting
     bool operator<(const Gain& other) const {
       return value < other.value || (value == other.value && position > other.position);
     }
   };
 
+  // A plan that is out, or the buffers of one that was.
+  struct Flight {
+    std::int32_t lane = 0;
+    std::vector<Slot> drafting;  // requests of the round, in row order
+    std::vector<Chunk> prefilling;
+    std::vector<Branch> rows;  // of the round; grows only
+    std::size_t num_rows = 0;
+    std::shared_ptr<Plan> plan;
+  };
+
+  [[nodiscard]] std::int32_t other(std::int32_t lane) const { return options_.lanes - 1 - lane; }
+  Flight& newest() { return flights_[static_cast<std::size_t>(newest_)]; }
+  Flight& oldest() {  // of those that are out
+    return flights_[static_cast<std::size_t>(num_out_ == 2 ? other(newest_) : newest_)];
+  }
   Request& at(Slot slot) { return requests_[static_cast<std::size_t>(slot)]; }
   [[nodiscard]] const Request& at(Slot slot) const {
     return requests_[static_cast<std::size_t>(slot)];
@@ -213,16 +236,16 @@ class Scheduler {
   void allot_rows();
   void open_rows();
   bool make_room(std::int32_t pages, Slot for_request);
-  void preempt_youngest();
+  void preempt(std::vector<Slot>::iterator position);
 
   // The parts of commit().
-  void decide(Request& request, const RoundResult& result);
-  void keep_best(Request& request, std::size_t row, const RoundResult& result);
+  void decide(Flight& flight, Request& request, const RoundResult& result);
+  void keep_best(Request& request, Branch& branch, std::size_t row, const RoundResult& result);
   void advance(Request& request, const std::vector<std::int32_t>& segment, bool stopped,
                EventKind kind, std::int32_t row);
   void record(const Request& request, EventKind kind, std::int32_t row, std::int32_t start,
               std::int32_t length, Finish finish);
-  void finish_round();
+  void end_oldest();
 
   void drop_best_pages(Request& request);
   void release(Request& request);
@@ -237,21 +260,22 @@ class Scheduler {
   std::unordered_map<std::int64_t, Slot> by_id_;
   std::vector<Slot> running_;  // oldest first
   std::deque<Waiting> waiting_;
+  std::int64_t num_waiting_ = 0;  // waiting_ without those aborted
 
-  bool planned_ = false;
-  std::int32_t prefill_budget_ = 0;
-  std::int32_t reserved_ = 0;  // pages promised to the rows of this plan
-  bool preempted_ = false;
+  std::vector<Flight> flights_;  // [lanes]
+  std::int32_t newest_ = 0;      // index of the last plan's
+  std::int32_t num_out_ = 0;
+  Copies copies_;  // owed by commits since the last plan
+  std::shared_ptr<Decision> decision_;
   double global_pass_rate_ = 0.5;
-  std::vector<Slot> drafting_;  // requests of the round, in row order
-  std::vector<Chunk> prefilling_;
-  std::vector<Branch> rows_;  // of the round; grows only
-  std::size_t num_rows_ = 0;
+
+  // Of the plan being made.
+  std::int32_t prefill_budget_ = 0;
+  std::int32_t reserved_ = 0;   // pages promised to its rows, and to requests whose turn is next
+  std::int32_t returning_ = 0;  // pages that requests in flight will ask for when they come back
+  bool short_of_pages_ = false;
   std::vector<Gain> gains_;
   std::vector<std::int32_t> token_scratch_;
-  Copies copies_;  // owed by commits since the last plan
-  std::shared_ptr<Plan> plan_;
-  std::shared_ptr<Decision> decision_;
 };
 
 }  // namespace stars_fast

@@ -133,7 +133,10 @@ class Plan:
     def copies(
         self,
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """(source page, target page, slots), each [C]."""
+        """(source page, target page, slots), each [C].
+
+        No page is a target twice, or both source and target: they may run side by side.
+        """
 
     @property
     def prefill(self) -> Batch: ...
@@ -211,7 +214,14 @@ class Decision:
 
 @final
 class Scheduler:
-    """The accept/reject loop over paged requests; `plan` and `commit` alternate."""
+    """The accept/reject loop over paged requests.
+
+    A plan is out from `plan` until its `commit` or a `cancel`; up to `lanes` (1 or 2) may be out
+    at once, of different requests, and their work must be issued to the device in the order of
+    the plans. Every running request belongs to a lane, that of the plan that started it, until it
+    ends or is preempted; the lanes take turns, and waiting requests keep them equally filled.
+    Raises ValueError for an option out of range.
+    """
 
     def __init__(
         self,
@@ -222,6 +232,7 @@ class Scheduler:
         max_prefill_tokens: int = 8192,
         prefix_caching: bool = True,
         fixed_cost_rows: float = 16.0,
+        lanes: int = 1,
     ) -> None: ...
     def add(
         self,
@@ -245,13 +256,22 @@ class Scheduler:
         """
 
     def abort(self, request: int) -> bool:
-        """Forgets a request in any state; False if there is none of that id."""
+        """Forgets a request in any state; False if there is none of that id.
+
+        One in flight (part of a plan that is out) keeps its rows and pages until that plan ends.
+        """
 
     def plan(self) -> Plan:
-        """Raises RuntimeError if the last plan was neither committed nor cancelled."""
+        """The next lane's round.
+
+        With another plan out it may be empty (no rows, no prefill), if its lane has nothing to do;
+        it is committed in its turn all the same. With none out it is empty only if nothing is
+        unfinished. Its arrays stay as they are for as long as they are held. Raises RuntimeError if
+        `lanes` plans are out.
+        """
 
     def set_prompt_reward(self, request: int, reward: float) -> None:
-        """r(x) of a request of `Plan.unscored`, before the round's commit."""
+        """r(x) of a request of `Plan.unscored`, before the commit of its plan."""
 
     def commit(
         self,
@@ -261,8 +281,9 @@ class Scheduler:
         rewards: npt.ArrayLike,
         seconds: float = 0.0,
     ) -> Decision:
-        """Tests the rows in attempt order and moves the requests on.
+        """Commits the oldest plan that is out.
 
+        Tests the rows in attempt order and moves the requests on.
         `tokens` int64 [R, >= L], `lengths` int32 [R], `stopped` uint8 [R] (the row's last token
         ends the response), `rewards` float64 [R] (not finite: the row has no valid result, and the
         request fails when the row's turn comes), `seconds`: time of the round per token position.
@@ -270,13 +291,19 @@ class Scheduler:
         """
 
     def cancel(self) -> None:
-        """Gives the plan back undone, and empties the prefix cache."""
+        """Gives every plan that is out back undone, and empties the prefix cache.
+
+        What their copies and prefills were to write is prefilled again.
+        """
 
     def tokens(self, request: int) -> list[int]:
         """Prompt and committed response. Raises IndexError for an unknown request."""
 
     def check(self) -> None:
-        """Raises RuntimeError unless every page's count equals the tables that hold it."""
+        """Raises RuntimeError unless every page's count equals the tables that hold it.
+
+        The same if a page is the target of two copies of a plan, or both source and target.
+        """
 
     @property
     def has_unfinished(self) -> bool: ...

@@ -1,6 +1,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <memory>
 #include <new>
 #include <random>
 #include <vector>
@@ -56,62 +57,87 @@ stars_fast::RoundResult fill(Round& round, const stars_fast::Plan& plan, Reward 
   return result;
 }
 
-stars_fast::Scheduler with_requests(std::int64_t count, std::int32_t max_tokens,
-                                    std::int32_t candidates, std::int32_t num_pages) {
+struct Load {
+  std::int64_t requests = 0;
+  std::int32_t max_tokens = 0;
+  std::int32_t candidates = 0;
+  std::int32_t num_pages = 0;
+  std::int32_t lanes = 1;
+  std::int32_t segment_length = 16;
+};
+
+stars_fast::Scheduler with_requests(const Load& load) {
   stars_fast::SchedulerOptions options;
-  options.num_pages = num_pages;
+  options.num_pages = load.num_pages;
+  options.lanes = load.lanes;
   stars_fast::Scheduler scheduler(options);
   const std::vector<std::int64_t> prompt(40, 1);
-  for (std::int64_t id = 0; id < count; ++id) {
+  for (std::int64_t id = 0; id < load.requests; ++id) {
     stars_fast::RequestOptions request;
-    request.segment_length = 16;
-    request.candidates = candidates;
+    request.segment_length = load.segment_length;
+    request.candidates = load.candidates;
     request.seed = static_cast<std::uint64_t>(id);
-    request.schedule = {1.0, 0.5, 0.5, max_tokens, true};
+    request.schedule = {1.0, 0.5, 0.5, load.max_tokens, true};
     scheduler.add(id, prompt.data(), prompt.size(), request);
   }
   return scheduler;
 }
 
-void steady_rounds_do_not_allocate() {
-  auto scheduler = with_requests(32, 1 << 20, 4, 1 << 22);
-  std::mt19937 random(3);
-  Round round;
-  const auto run = [&] {
-    const auto plan = scheduler.plan();
-    for (const std::int64_t id : plan->unscored) {
+// Keeps as many plans out as there are lanes; one attempt in `one_in` passes.
+class Rounds {
+ public:
+  Rounds(std::int32_t lanes, unsigned seed, unsigned one_in)
+      : plans_(static_cast<std::size_t>(lanes)), random_(seed), one_in_(one_in) {}
+
+  // Plans, and commits the oldest plan once all are out.
+  std::shared_ptr<const stars_fast::Decision> step(stars_fast::Scheduler& scheduler) {
+    auto& newest = plans_[next_++ % plans_.size()];
+    newest.reset();  // whose buffers the plan takes
+    newest = scheduler.plan();
+    for (const std::int64_t id : newest->unscored) {
       scheduler.set_prompt_reward(id, 0.0);
     }
-    const auto result = fill(round, *plan, [&random] { return random() % 4 == 0 ? 2.0 : -2.0; });
-    scheduler.commit(result);
-  };
-  for (int i = 0; i < 200; ++i) {
-    run();
+    const auto& oldest = plans_[next_ % plans_.size()];
+    if (oldest == nullptr) {
+      return nullptr;
+    }
+    const auto reward = [this] { return random_() % one_in_ == 0 ? 2.0 : -2.0; };
+    return scheduler.commit(fill(round_, *oldest, reward));
+  }
+
+ private:
+  std::vector<std::shared_ptr<const stars_fast::Plan>> plans_;
+  std::mt19937 random_;
+  unsigned one_in_;
+  Round round_;
+  std::size_t next_ = 0;
+};
+
+void steady_rounds_do_not_allocate(std::int32_t lanes) {
+  auto scheduler = with_requests({32, 1 << 20, 4, 1 << 22, lanes});
+  Rounds rounds(lanes, 3, 4);
+  for (int i = 0; i < 200 * lanes; ++i) {
+    rounds.step(scheduler);
   }
   const std::int64_t before = allocations;
-  for (int i = 0; i < 20; ++i) {
-    run();
+  for (int i = 0; i < 20 * lanes; ++i) {
+    rounds.step(scheduler);
   }
   // Page tables and buffers grow with the responses, in rare large steps: not once a row (2,560).
   CHECK(allocations - before < 100);
 }
 
-void shortage_preempts_and_everyone_ends() {
-  auto scheduler = with_requests(20, 64, 0, 40);
-  std::mt19937 random(4);
-  Round round;
+void shortage_preempts_and_everyone_ends(std::int32_t lanes, std::int32_t segment_length) {
+  auto scheduler = with_requests({20, 64, 0, 40, lanes, segment_length});
+  Rounds rounds(lanes, 4, 3);
   std::size_t ended = 0;
   for (int i = 0; i < 5000 && scheduler.has_unfinished(); ++i) {
-    const auto plan = scheduler.plan();
+    const auto decision = rounds.step(scheduler);
     scheduler.check();
-    for (const std::int64_t id : plan->unscored) {
-      scheduler.set_prompt_reward(id, 0.0);
-    }
-    const auto result = fill(round, *plan, [&random] { return random() % 3 == 0 ? 2.0 : -2.0; });
-    const auto decision = scheduler.commit(result);
-    scheduler.check();
-    for (const std::int8_t finish : decision->finish) {
-      ended += finish == static_cast<std::int8_t>(stars_fast::Finish::kNone) ? 0 : 1;
+    if (decision != nullptr) {
+      for (const std::int8_t finish : decision->finish) {
+        ended += finish == static_cast<std::int8_t>(stars_fast::Finish::kNone) ? 0 : 1;
+      }
     }
   }
   CHECK(ended == 20);
@@ -119,9 +145,25 @@ void shortage_preempts_and_everyone_ends() {
   CHECK(scheduler.pool().used() == 0);
 }
 
+// Requests of two plans that are out are other ones, and each lane has half of them.
+void lanes_halve_the_requests() {
+  auto scheduler = with_requests({32, 64, 2, 1 << 12, 2});
+  const auto first = scheduler.plan();
+  const auto second = scheduler.plan();
+  CHECK(first->draft.num_groups() == 16 && second->draft.num_groups() == 16);
+  CHECK(first->request.front() == 0 && first->request.back() == 15);
+  CHECK(second->request.front() == 16 && second->request.back() == 31);
+  scheduler.cancel();
+  CHECK(scheduler.plan()->request.front() == 0);
+}
+
 }  // namespace
 
 void test_scheduler() {
-  steady_rounds_do_not_allocate();
-  shortage_preempts_and_everyone_ends();
+  for (const std::int32_t lanes : {1, 2}) {
+    steady_rounds_do_not_allocate(lanes);
+    shortage_preempts_and_everyone_ends(lanes, 16);
+    shortage_preempts_and_everyone_ends(lanes, 11);
+  }
+  lanes_halve_the_requests();
 }
