@@ -1,4 +1,26 @@
 """Triton kernels, each beside the launcher that checks its arguments.
 
 The PyTorch form of each operator, in `stars_fast.ops`, is the oracle of its kernel's tests.
+Launchers run on the current stream of the current CUDA device, which must be that of their
+tensors, and never wait for it: any of them may be captured in a CUDA graph. With
+``TRITON_INTERPRET=1`` in the environment they run on the CPU.
 """
+
+from stars_fast.kernels.attention import attention, paged_attention
+from stars_fast.kernels.attention_plan import AttentionPlan, PlanCapacity
+from stars_fast.kernels.pages import PoolTable, copy_pages, kv_append, pool_table
+from stars_fast.kernels.philox import philox4x32
+from stars_fast.kernels.sample import sample
+
+__all__ = [
+    "AttentionPlan",
+    "PlanCapacity",
+    "PoolTable",
+    "attention",
+    "copy_pages",
+    "kv_append",
+    "paged_attention",
+    "philox4x32",
+    "pool_table",
+    "sample",
+]

@@ -22,6 +22,9 @@ from triton.compiler import ASTSource, CompiledKernel
 #: Guide, table of technical specifications per compute capability).
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
+#: Compute capabilities that kernels are compiled for.
+ARCHITECTURES = tuple(SHARED_LIMIT)
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -42,8 +45,8 @@ class Variant:
         As the launcher passes them.
     aligned
         Arguments that the launcher's usual input makes divisible by 16.
-    min_capability
-        The first compute capability that has the instructions; fp8 needs 90 (89 in hardware).
+    capabilities
+        Those of `ARCHITECTURES` on which the launcher can choose it.
     """
 
     name: str
@@ -53,7 +56,7 @@ class Variant:
     num_warps: int = 4
     num_stages: int = 3
     aligned: frozenset[str] = frozenset()
-    min_capability: int = 80
+    capabilities: tuple[int, ...] = ARCHITECTURES
 
 
 @dataclass(frozen=True)

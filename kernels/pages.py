@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stars_fast.kernels.aot import Variant
+from stars_fast.kernels.aot import ARCHITECTURES, Variant
 
 _COPY_BLOCK = 512  # chunks that a program moves at once: four accesses a thread
 _WARPS = 4
@@ -126,10 +126,12 @@ def kv_append_kernel(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True)
 class PoolTable:
-    """Where the pools of all layers lie, on their device; made once, valid while they live.
+    """Where the pools of all layers lie, on their device.
 
     Attributes
     ----------
+    pools
+        Themselves, so that they outlive their addresses.
     address
         int64 ``[P]``, the first byte of each pool.
     chunks
@@ -142,6 +144,7 @@ class PoolTable:
         Bytes of a token over all pools.
     """
 
+    pools: tuple[Tensor, ...]
     address: Tensor
     chunks: Tensor
     chunk_bytes: int
@@ -179,6 +182,7 @@ def pool_table(pools: Sequence[Tensor]) -> PoolTable:
     addresses = [pool.data_ptr() for pool in pools]
     chunk = next(size for size in _CHUNKS if all(n % size == 0 for n in (*token_bytes, *addresses)))
     return PoolTable(
+        pools=tuple(pools),
         address=torch.tensor(addresses, dtype=torch.int64).to(first.device),
         chunks=torch.tensor([n // chunk for n in token_bytes], dtype=torch.int32).to(first.device),
         chunk_bytes=chunk,
@@ -368,7 +372,7 @@ def variants() -> list[Variant]:
                         **({} if scaled else {"k_scale_ptr": None, "v_scale_ptr": None}),
                     },
                     num_warps=_WARPS,
-                    min_capability=90 if scaled else 80,
+                    capabilities=(90, 100) if scaled else ARCHITECTURES,
                     aligned=frozenset(
                         {"k_ptr", "v_ptr", "key_ptr", "value_ptr"}
                         | {f"{name}_stride" for name in strides}

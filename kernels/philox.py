@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stars_fast.kernels.aot import Variant
+
 _BLOCK = 256
 
 
@@ -81,3 +83,20 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
         grid = (triton.cdiv(n, _BLOCK),)
         philox4x32_kernel[grid](counter.contiguous(), key.contiguous(), out, n, BLOCK=_BLOCK)
     return out
+
+
+def variants() -> list[Variant]:
+    """Return the form that the launcher chooses."""
+    return [
+        Variant(
+            "philox4x32",
+            philox4x32_kernel,
+            {
+                **dict.fromkeys(("counter_ptr", "key_ptr", "out_ptr"), "*i64"),
+                "n": "i32",
+                "BLOCK": "constexpr",
+            },
+            {"BLOCK": _BLOCK},
+            aligned=frozenset({"counter_ptr", "key_ptr", "out_ptr"}),
+        )
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -49,82 +50,248 @@ class Draft:
     logprobs: npt.NDArray[np.float32]
     bad_step: npt.NDArray[np.int64]
 
+    @classmethod
+    def of_no_rows(cls) -> Draft:
+        """Return what a round draws whose requests are all still in their prefill."""
+        none = np.zeros(0, np.int64)
+        return cls(
+            tokens=np.zeros((0, 0), np.int64),
+            lengths=none.astype(np.int32),
+            stopped=none.astype(np.bool_),
+            logprobs=np.zeros((0, 0), np.float32),
+            bad_step=none,
+        )
 
-def draft(model: PagedModel, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Draft:
-    """Draw the segment of every row of the plan.
+
+class Drafter(Protocol):
+    """Draws the segments of a round."""
+
+    def draft(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Draft:
+        """Draw the segment of every row of the plan, whose prefill must have run.
+
+        There is at least one row. The KV of the drawn tokens is written to the model's pages.
+        `sampling` has one entry per row of ``plan.draft``.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class RowParameters:
+    """What the rows of a round draw with, on the device, ``[R]`` each.
+
+    Attributes
+    ----------
+    temperature, top_p, min_p
+        float32.
+    top_k
+        int32.
+    seed, position, attempt
+        int64; `position` is that of the row's first new token in the response.
+    lengths
+        int64, tokens to draw.
+    stop_ids
+        int64 ``[R, S]``, padded with -1, which no token is.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seed: Tensor
+    position: Tensor
+    attempt: Tensor
+    lengths: Tensor
+    stop_ids: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, stop_ids: int, device: torch.device) -> RowParameters:
+        """Rows of no tokens, for `write`."""
+
+        def column(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(rows, dtype=dtype, device=device)
+
+        return cls(
+            temperature=column(torch.float32),
+            top_k=column(torch.int32),
+            top_p=column(torch.float32).fill_(1.0),
+            min_p=column(torch.float32),
+            seed=column(torch.int64),
+            position=column(torch.int64),
+            attempt=column(torch.int64),
+            lengths=column(torch.int64),
+            stop_ids=torch.full((rows, stop_ids), -1, dtype=torch.int64, device=device),
+        )
+
+    def write(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> None:
+        """Store the rows of a round, in one transfer; rows past them get a length of 0."""
+        width = len(_COLUMNS) + self.stop_ids.shape[1]
+        table = np.zeros((self.lengths.shape[0], width), np.int64)
+        table[:, len(_COLUMNS) :] = -1
+        rows = len(sampling)
+        values: dict[str, npt.NDArray[np.integer]] = {
+            "temperature": _bits([s.temperature for s in sampling]),
+            "top_k": np.array([s.top_k for s in sampling]),
+            "top_p": _bits([s.top_p for s in sampling]),
+            "min_p": _bits([s.min_p for s in sampling]),
+            "seed": plan.seed,
+            "position": plan.position,
+            "attempt": plan.attempt,
+            "lengths": plan.draft.new_lengths,
+        }
+        for at, name in enumerate(_COLUMNS):
+            table[:rows, at] = values[name]
+        for row, s in enumerate(sampling):
+            table[row, len(_COLUMNS) : len(_COLUMNS) + len(s.stop_token_ids)] = s.stop_token_ids
+        moved = torch.from_numpy(table).to(self.lengths.device)
+        for at, name in enumerate(_COLUMNS):
+            column = moved[:, at]
+            getattr(self, name).copy_(column.view(torch.float64) if name in _FLOATS else column)
+        self.stop_ids.copy_(moved[:, len(_COLUMNS) :])
+
+
+#: Columns of the table that `RowParameters.write` moves, and those of them that are float64 bits.
+_COLUMNS = (
+    "temperature", "top_k", "top_p", "min_p", "seed", "position", "attempt", "lengths",
+)  # fmt: skip
+_FLOATS = frozenset({"temperature", "top_p", "min_p"})
+
+
+def _bits(values: list[float]) -> npt.NDArray[np.int64]:
+    return np.array(values, np.float64).view(np.int64)
+
+
+class Progress:
+    """What the rows of a round have drawn so far, on the device.
+
+    Parameters
+    ----------
+    parameters
+        Of the rows.
+    max_new
+        L, columns of the results.
+    """
+
+    def __init__(self, parameters: RowParameters, max_new: int) -> None:
+        rows, device = parameters.lengths.shape[0], parameters.lengths.device
+        self._parameters = parameters
+        self._tokens = torch.zeros((rows, max_new), dtype=torch.int64, device=device)
+        self._logprobs = torch.zeros((rows, max_new), dtype=torch.float32, device=device)
+        self._ended_at = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._stopped = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._bad_step = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.live = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.begin()
+
+    def begin(self) -> None:
+        """Start a round, once the parameters are written."""
+        self._ended_at.copy_(self._parameters.lengths)
+        self._stopped.fill_(False)
+        self._bad_step.fill_(-1)
+        torch.gt(self._parameters.lengths, 0, out=self.live)
+
+    def draw(self, logits: Tensor, step: Tensor) -> Tensor:
+        """Draw the next token of every row that has not ended.
+
+        Parameters
+        ----------
+        logits
+            ``[R, vocab]``.
+        step
+            int64 ``[R]``, the number of tokens drawn before, the same for every row.
+
+        Returns
+        -------
+        Tensor
+            int64 ``[R]``, the tokens; 0 where a row has ended.
+        """
+        p = self._parameters
+        token: Tensor
+        token, logprob, _, _, ok = ops.sample(
+            logits,
+            p.temperature,
+            p.top_k,
+            p.top_p,
+            p.min_p,
+            p.seed,
+            p.position + step,
+            p.attempt,
+            self.live,
+        )
+        column = step.unsqueeze(1)
+        self._tokens.scatter_(1, column, token.unsqueeze(1))
+        self._logprobs.scatter_(1, column, logprob.unsqueeze(1))
+        bad = ~ok & (self._bad_step < 0)
+        self._bad_step.copy_(torch.where(bad, step, self._bad_step))
+        stops = self.live & (token.unsqueeze(1) == p.stop_ids).any(dim=1)
+        self._stopped |= stops
+        self._ended_at.copy_(torch.where(stops, step + 1, self._ended_at))
+        torch.gt(self._ended_at, step + 1, out=self.live)
+        return token
+
+    def read(self, rows: int, steps: int) -> Draft:
+        """Return the first `rows` rows and `steps` columns, in one transfer."""
+        packed = torch.cat(
+            (
+                self._tokens[:rows, :steps].to(torch.int32),  # ids are below 2**31
+                self._logprobs[:rows, :steps].view(torch.int32),
+                self._ended_at[:rows, None].to(torch.int32),
+                self._stopped[:rows, None].to(torch.int32),
+                self._bad_step[:rows, None].to(torch.int32),
+            ),
+            dim=1,
+        )
+        host = _to_host(packed).numpy()
+        return Draft(
+            tokens=host[:, :steps].astype(np.int64),
+            lengths=np.ascontiguousarray(host[:, 2 * steps]),
+            stopped=host[:, 2 * steps + 1].astype(np.bool_),
+            logprobs=np.ascontiguousarray(host[:, steps : 2 * steps]).view(np.float32),
+            bad_step=host[:, 2 * steps + 2].astype(np.int64),
+        )
+
+
+class EagerDrafter:
+    """Runs the steps one by one.
 
     Parameters
     ----------
     model
-        The language model; the KV of the drawn tokens is written to its pages.
-    plan
-        The round; its prefill must have run.
-    sampling
-        One entry per row of ``plan.draft``.
+        The language model.
     """
-    batch = plan.draft
-    rows, steps = batch.num_rows, batch.max_new
-    device = model.device
-    if rows == 0:  # every request of the round is still in its prefill
-        nothing = np.zeros(0, np.int64)
-        return Draft(
-            np.zeros((0, 0), np.int64),
-            nothing.astype(np.int32),
-            nothing.astype(np.bool_),
-            np.zeros((0, 0), np.float32),
-            nothing,
-        )
-    lengths = torch.from_numpy(batch.new_lengths).to(device)
-    temperature, top_k, top_p, min_p = _parameter_tensors(sampling, device)
-    stop_ids = _stop_tensor(sampling, device)
-    seed = torch.from_numpy(plan.seed).to(device)
-    position = torch.from_numpy(plan.position).to(device)
-    attempt = torch.from_numpy(plan.attempt).to(device)
 
-    tokens = torch.zeros((rows, steps), dtype=torch.int64, device=device)
-    logprobs = torch.zeros((rows, steps), dtype=torch.float32, device=device)
-    ended_at = lengths.clone()  # tokens of the row once it is over
-    stopped = torch.zeros(rows, dtype=torch.bool, device=device)
-    bad_step = torch.full((rows,), -1, dtype=torch.int64, device=device)
-    ids = torch.from_numpy(plan.first_token).to(device)
-    state = model.begin_decode(batch)
-    for step in range(steps):
-        logits = model.decode_step(state, step, ids)
-        ids, logprob, _, ok = ops.sample(
-            logits, temperature, top_k, top_p, min_p, seed, position + step, attempt
-        )
-        tokens[:, step] = ids
-        logprobs[:, step] = logprob
-        live = ended_at > step
-        bad_step = torch.where(live & ~ok & (bad_step < 0), step, bad_step)
-        stops = live & (ids.unsqueeze(1) == stop_ids).any(dim=1)
-        stopped |= stops
-        ended_at = torch.where(stops, step + 1, ended_at)
-        # On the CPU a look at the rows is free, on a GPU it would be a host sync.
-        if device.type == "cpu" and bool((ended_at <= step + 1).all()):
-            break
-    return Draft(
-        tokens.cpu().numpy(),
-        ended_at.cpu().numpy(),
-        stopped.cpu().numpy(),
-        logprobs.cpu().numpy(),
-        bad_step.cpu().numpy(),
-    )
+    def __init__(self, model: PagedModel) -> None:
+        self._model = model
+
+    def draft(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Draft:
+        """Draw the segments of a round; see `Drafter.draft`."""
+        batch = plan.draft
+        rows, steps = batch.num_rows, batch.max_new
+        device = self._model.device
+        parameters = RowParameters.empty(rows, most_stop_ids(sampling), device)
+        parameters.write(plan, sampling)
+        progress = Progress(parameters, steps)
+        ids = torch.from_numpy(plan.first_token).to(device)
+        step = torch.zeros(rows, dtype=torch.int64, device=device)
+        state = self._model.begin_decode(batch)
+        for number in range(steps):
+            ids = progress.draw(self._model.decode_step(state, number, ids), step)
+            step += 1
+            # On the CPU a look at the rows is free, on a GPU it would be a host sync.
+            if device.type == "cpu" and not bool(progress.live.any()):
+                break
+        return progress.read(rows, steps)
 
 
-def _parameter_tensors(
-    sampling: Sequence[RowSampling], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    values = np.array([(s.temperature, s.top_k, s.top_p, s.min_p) for s in sampling], np.float64)
-    table = torch.from_numpy(values).to(device)
-    floats = table.to(torch.float32)
-    return floats[:, 0], table[:, 1].to(torch.int32), floats[:, 2], floats[:, 3]
+def most_stop_ids(sampling: Sequence[RowSampling]) -> int:
+    """Return the width that the rows' stop tokens need, at least 1."""
+    return max(1, *(len(s.stop_token_ids) for s in sampling))
 
 
-def _stop_tensor(sampling: Sequence[RowSampling], device: torch.device) -> Tensor:
-    """Return int64 ``[R, S]``, padded with -1, which no token is."""
-    width = max(1, *(len(s.stop_token_ids) for s in sampling))
-    table = np.full((len(sampling), width), -1, np.int64)
-    for row, s in enumerate(sampling):
-        table[row, : len(s.stop_token_ids)] = s.stop_token_ids
-    return torch.from_numpy(table).to(device)
+def _to_host(packed: Tensor) -> Tensor:
+    """Copy to the host through pinned memory, where that is a matter."""
+    if packed.device.type != "cuda":
+        return packed
+    host: Tensor = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+    host.copy_(packed, non_blocking=True)
+    torch.cuda.current_stream(packed.device).synchronize()
+    return host

@@ -13,12 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_fast import _core
 from stars_fast.calibration import calibration_of
+from stars_fast.clock import PhaseClock
+from stars_fast.drafter import Drafter, EagerDrafter
 from stars_fast.errors import RewardError
-from stars_fast.loop import Loop
+from stars_fast.loop import PHASES, Loop
 from stars_fast.models.load import load_causal_lm
 from stars_fast.models.paged import PagedModel
-from stars_fast.models.pool import default_num_pages
+from stars_fast.models.pool import KvDtype, default_num_pages
 from stars_fast.models.selfcheck import check_numbers
+from stars_fast.ops.backend import Backend
 from stars_fast.outputs import Calibration, CompletionOutput, RequestOutput
 from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptLike, PromptReader, as_prompt_list
@@ -75,6 +78,19 @@ class Engine:
         Share full prompt pages between requests with the same prefix.
     max_prefill_tokens
         Prompt tokens run in one round at most.
+    backend
+        Form of the operators: ``"auto"``, Triton on a CUDA device and PyTorch elsewhere;
+        ``"pytorch"``; or ``"triton"``, which on a CPU is for tests of the kernels.
+    kv_dtype
+        What the pages of both models hold: ``"auto"``, the dtype of their keys and values, or
+        ``"fp8"``, half the memory of bfloat16, on the Triton backend.
+    overlap_scoring
+        Draft a round while the one before, of other requests, is being scored on a thread of its
+        own; None: where the reward model is on another device. It pays where the two do not share
+        a processor: another GPU, or a reward function that asks a server.
+    device_timing
+        Take the seconds of `stats` from CUDA events, phase by phase as the device sees them, at a
+        few microseconds a phase. Off, the host's clock charges a phase with its waits.
     trust_remote_code, allow_pickle
         Off unless asked for: run code that comes with a model; load weights that are not
         safetensors.
@@ -102,6 +118,10 @@ class Engine:
         reward_device: str | torch.device | None = None,
         prefix_caching: bool = True,
         max_prefill_tokens: int = 8192,
+        backend: Backend = "auto",
+        kv_dtype: KvDtype = "auto",
+        overlap_scoring: bool | None = None,
+        device_timing: bool = False,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
     ) -> None:
@@ -123,18 +143,20 @@ class Engine:
         self.tokenizer = tokenizer if tokenizer is not None else found_tokenizer
         if num_pages is None:
             num_pages = default_num_pages(
-                loaded, page_size=page_size, max_rows=max_rows, gpu_share=LM_POOL_SHARE
+                loaded,
+                page_size=page_size,
+                max_rows=max_rows,
+                gpu_share=LM_POOL_SHARE,
+                kv_dtype=kv_dtype,
             )
-        check_numbers(loaded)
-        self._lm = PagedModel(loaded, num_pages=num_pages, page_size=page_size)
-        self._scheduler = _core.Scheduler(
-            num_pages=num_pages,
-            page_size=page_size,
-            max_rows=max_rows,
-            max_prefill_tokens=max_prefill_tokens,
-            prefix_caching=prefix_caching,
-            fixed_cost_rows=FIXED_COST_ROWS.get(self._lm.device.type, 16.0),
+        check_numbers(loaded, backend=backend)
+        self._lm = PagedModel(
+            loaded, num_pages=num_pages, page_size=page_size, backend=backend, kv_dtype=kv_dtype
         )
+        if device_timing and self._lm.device.type != "cuda":
+            raise ValueError(
+                f"device_timing must be False for a model on {self._lm.device}: CUDA has the events"
+            )
         self._scorer: Scorer | None = None
         if reward_model is not None:
             self._scorer = load_scorer(
@@ -149,8 +171,31 @@ class Engine:
                 trust_remote_code=trust_remote_code,
                 allow_pickle=allow_pickle,
                 max_rows=max_rows,
+                backend=backend,
+                kv_dtype=kv_dtype,
             )
-        self._loop = Loop(self._lm, self._scheduler, self._scorer, self.tokenizer)
+        if overlap_scoring is None:
+            elsewhere = None if self._scorer is None else self._scorer.device
+            overlap_scoring = elsewhere is not None and elsewhere != self._lm.device
+        self._scheduler = _core.Scheduler(
+            num_pages=num_pages,
+            page_size=page_size,
+            max_rows=max_rows,
+            max_prefill_tokens=max_prefill_tokens,
+            prefix_caching=prefix_caching,
+            fixed_cost_rows=FIXED_COST_ROWS.get(self._lm.device.type, 16.0),
+            lanes=2 if overlap_scoring else 1,
+        )
+        self._clock = PhaseClock(PHASES, self._lm.device if device_timing else None)
+        self._loop = Loop(
+            self._lm,
+            make_drafter(self._lm),
+            self._scheduler,
+            self._scorer,
+            self.tokenizer,
+            self._clock,
+            overlap=overlap_scoring,
+        )
         self._reader = PromptReader(self.tokenizer, self._lm.vocab_size, self._lm.max_length)
         self._eos_ids = _eos_token_ids(loaded, self.tokenizer)
         self._seed = seed
@@ -414,20 +459,22 @@ class Engine:
 
         ``rounds``, ``drafted_tokens``, ``accepted_tokens``, ``prefill_tokens``,
         ``cached_prompt_tokens``, ``attempts``, ``segments``, ``fallbacks``, ``preemptions`` and
-        ``page_copies`` of the scheduler; ``pages_used`` and ``pages_free`` of the language model's
-        pool; ``requests_running`` and ``requests_waiting``; what the scorer counts (``rm_tokens``
-        and others); ``seconds_plan``, ``_fork``, ``_prefill``, ``_draft``, ``_score``, ``_commit``.
+        ``page_copies`` of the scheduler; ``copied_bytes`` that those wrote; ``pages_used`` and
+        ``pages_free`` of the language model's pool; ``requests_running`` and ``requests_waiting``;
+        what the scorer counts (``rm_tokens`` and others); ``seconds_plan``, ``_fork``,
+        ``_prefill``, ``_draft``, ``_score``, ``_commit``.
         """
         scheduler = self._scheduler
         scorer = {} if self._scorer is None else self._scorer.stats()
         return {
             **scheduler.stats,
+            "copied_bytes": self._lm.copied_bytes,
             "pages_used": scheduler.pages_used,
             "pages_free": scheduler.pages_free,
             "requests_running": scheduler.num_running,
             "requests_waiting": scheduler.num_waiting,
             **scorer,
-            **{f"seconds_{phase}": value for phase, value in self._loop.seconds.items()},
+            **{f"seconds_{phase}": value for phase, value in self._clock.seconds().items()},
         }
 
     def _resolve(self, params: StarsParams) -> StarsParams:
@@ -488,6 +535,15 @@ class Engine:
 
 #: Sets the draws of calibration apart from those of requests.
 _CALIBRATION_SALT = 0xCA11B8A7E
+
+
+def make_drafter(model: PagedModel) -> Drafter:
+    """Return the drafter that suits a model's backend."""
+    if not model.on_kernels:
+        return EagerDrafter(model)
+    from stars_fast.captured_drafter import CapturedDrafter  # Triton is for Linux only
+
+    return CapturedDrafter(model)
 
 
 def _params_of_each(

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Sequence
+from concurrent import futures
+from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast import _core
-from stars_fast.drafter import Draft, RowSampling, draft
+from stars_fast.clock import PhaseClock
+from stars_fast.drafter import Draft, Drafter, RowSampling
 from stars_fast.models.paged import PagedModel
 from stars_fast.outputs import Attempt, CompletionOutput, FinishReason, Segment
 from stars_fast.params import StarsParams
-from stars_fast.responses import Candidate, Response, decode, find_stop
+from stars_fast.responses import Candidate, Response, decode
 from stars_fast.rewards.base import Prompt, ScoreJob, Scorer
+from stars_fast.round import Round, cut_candidates, score_round
 
 PHASES = ("plan", "fork", "prefill", "draft", "score", "commit")
 
@@ -30,20 +32,6 @@ _FINISH: dict[int, FinishReason | None] = {
 }
 
 
-@dataclass
-class _Round:
-    """What the device phases of a round produced, a row each."""
-
-    draft: Draft
-    responses: list[Response]
-    candidates: list[Candidate]
-    lengths: npt.NDArray[np.int32]
-    stopped: npt.NDArray[np.uint8]
-    rewards: npt.NDArray[np.float64]
-    errors: dict[int, str]  # why a row has no valid result
-    seconds_per_step: float
-
-
 class Loop:
     """Runs responses round by round.
 
@@ -51,29 +39,44 @@ class Loop:
     ----------
     model
         The language model on pages.
+    drafter
+        Draws segments with it.
     scheduler
         Owns the page tables of `model` and decides.
     scorer
         The reward model; None: responses that need one must not be started.
     tokenizer
         For texts; None leaves them empty.
+    clock
+        Of `PHASES`.
+    overlap
+        Score a round on a thread of its own while the next one, of other requests, is drafted; the
+        scheduler has two lanes then.
     """
 
     def __init__(
         self,
         model: PagedModel,
+        drafter: Drafter,
         scheduler: _core.Scheduler,
         scorer: Scorer | None,
         tokenizer: PreTrainedTokenizerBase | None,
+        clock: PhaseClock,
+        *,
+        overlap: bool = False,
     ) -> None:
         self._model = model
+        self._drafter = drafter
         self._scheduler = scheduler
         self._scorer = scorer
         self._tokenizer = tokenizer
         self._responses: dict[int, Response] = {}
         self._handles = itertools.count()
         self._branches = itertools.count()
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._clock = clock
+        self._worker = futures.ThreadPoolExecutor(1, "stars-fast-score") if overlap else None
+        self._scoring: futures.Future[Round] | None = None
+        self._planned: deque[_core.Plan] = deque()  # out, the oldest first
 
     @property
     def has_unfinished(self) -> bool:
@@ -95,6 +98,7 @@ class Loop:
         ValueError
             If it does not fit the page pool or the reward model; nothing is queued then.
         """
+        self.wait_for_scoring()
         handle = next(self._handles)
         scored = params.method == "stars"
         target = params.target_reward if scored else 0.0
@@ -137,136 +141,116 @@ class Loop:
 
     def abort(self, response: Response) -> None:
         """Stop a response; its finish reason becomes ``"abort"`` unless it has one."""
+        self.wait_for_scoring()
         if self._scheduler.abort(response.handle):
             self._end(response, "abort")
 
     def step(self) -> list[Response]:
         """Run one round; return the responses with a new segment and those that failed.
 
-        If a phase raises, the round is undone and can be run again.
+        Where scoring overlaps, those are of the round before, and the new one is being scored when
+        this returns. If a phase raises, the rounds under way are undone and can be run again.
         """
         with torch.inference_mode():
-            with self._clock("plan"):
+            with self._clock.phase("plan"):
                 plan = self._scheduler.plan()
-            failed: list[Response] = []
+            self._planned.append(plan)
             try:
-                done = self._run(plan, failed)
+                return self._run(plan)
             except BaseException:
-                self._scheduler.cancel()
-                self._prune(plan)
+                self._undo()
                 raise
-            with self._clock("commit"):
-                return failed + self._commit(plan, done)
 
-    # The phases on the device
+    def wait_for_scoring(self) -> None:
+        """Wait until the scorer is free, so that another thread may call it."""
+        if self._scoring is not None:
+            futures.wait([self._scoring])
 
-    def _run(self, plan: _core.Plan, failed: list[Response]) -> _Round:
-        with self._clock("fork"):
+    # The phases of a round
+
+    def _run(self, plan: _core.Plan) -> list[Response]:
+        done = self._draft(plan)
+        if self._worker is None:
+            return self._finish(self._score(done))
+        changed = self._finish_scoring()
+        self._scoring = self._worker.submit(self._score, done)
+        return changed
+
+    def _draft(self, plan: _core.Plan) -> Round:
+        with self._clock.phase("fork"):
             self._model.copy_pages(*plan.copies)
-        with self._clock("prefill"):
+        with self._clock.phase("prefill"):
             if plan.prefill.num_rows:
                 ids = torch.from_numpy(plan.prefill_tokens).to(self._model.device)
                 self._model.prefill(plan.prefill, ids)
         begun = time.perf_counter()
         responses = [self._responses[handle] for handle in plan.request.tolist()]
-        with self._clock("draft"):
-            drafted = draft(self._model, plan, [r.sampling for r in responses])
-        drafting = time.perf_counter() - begun
-        with self._clock("score"):
-            self._score_prompts(plan, failed)
-            begun = time.perf_counter()
-            done = self._candidates(plan, drafted, responses)
-            self._score(done)
-        steps = max(1, plan.draft.max_new)
-        done.seconds_per_step = (drafting + time.perf_counter() - begun) / steps
+        with self._clock.phase("draft"):
+            drafted = Draft.of_no_rows()
+            if responses:
+                drafted = self._drafter.draft(plan, [r.sampling for r in responses])
+        seconds = time.perf_counter() - begun
+        done = cut_candidates(plan, drafted, responses, self._branches, self._tokenizer)
+        done.seconds["draft"] = seconds
         return done
 
-    def _candidates(self, plan: _core.Plan, drafted: Draft, responses: list[Response]) -> _Round:
-        rows = len(responses)
-        done = _Round(
-            draft=drafted,
-            responses=responses,
-            candidates=[],
-            lengths=drafted.lengths.copy(),
-            stopped=drafted.stopped.astype(np.uint8),
-            rewards=np.zeros(rows),
-            errors={},
-            seconds_per_step=0.0,
-        )
-        attempts = plan.attempt.tolist()
-        for row, response in enumerate(responses):
-            length = int(done.lengths[row])
-            ids = drafted.tokens[row, :length].tolist()
-            stop_at = None
-            if response.params.stop_texts and self._tokenizer is not None:
-                committed = response.output.token_ids
-                found = find_stop(self._tokenizer, committed, ids, response.params.stop_texts)
-                if found is not None:
-                    length, stop_at = found
-                    done.lengths[row], done.stopped[row] = length, 1
-            done.candidates.append(
-                Candidate(
-                    branch=next(self._branches),
-                    attempt=attempts[row],
-                    token_ids=ids[:length],
-                    logprobs=drafted.logprobs[row, :length].tolist(),
-                    stop_text_at=stop_at,
-                )
-            )
-            bad = int(drafted.bad_step[row])
-            if 0 <= bad < length:
-                at = len(response.output.token_ids) + bad
-                done.errors[row] = (
-                    f"the model's logits at response position {at} are NaN or infinite"
-                )
-                done.rewards[row] = np.nan
+    def _score(self, done: Round) -> Round:
+        """Score a round, on the worker's thread where scoring overlaps."""
+        begun = time.perf_counter()
+        if self._scorer is not None:
+            # Ends with the rewards on the host, so the host's clock is right on any device.
+            with torch.inference_mode(), self._clock.phase("score", on_host=True):
+                score_round(done, self._scorer, self._branches, self._tokenizer)
+        done.seconds["score"] = time.perf_counter() - begun
         return done
 
-    def _score_prompts(self, plan: _core.Plan, failed: list[Response]) -> None:
-        """Set r(x) of the round's new requests; end those whose r(x) cannot be had."""
-        handles = plan.unscored.tolist()
-        jobs = [ScoreJob(handle, next(self._branches), [], "") for handle in handles]
-        if not jobs:
-            return
-        for handle, job, reward in zip(handles, jobs, self.scorer.score(jobs), strict=True):
+    def _finish_scoring(self) -> list[Response]:
+        """Commit the round that is being scored, if there is one."""
+        if self._scoring is None:
+            return []
+        scoring, self._scoring = self._scoring, None
+        return self._finish(scoring.result())
+
+    def _finish(self, done: Round) -> list[Response]:
+        """Commit the oldest round that is out; its rewards are known."""
+        with self._clock.phase("commit"):
+            failed = self._set_prompt_rewards(done)
+            changed = failed + self._commit(done)
+        self._planned.popleft()
+        return changed
+
+    def _undo(self) -> None:
+        """Give back every round that is out."""
+        self.wait_for_scoring()
+        self._scoring = None
+        self._scheduler.cancel()
+        for plan in self._planned:
+            self._prune(plan)
+        self._planned.clear()
+
+    def _set_prompt_rewards(self, done: Round) -> list[Response]:
+        """Set r(x) of the round's new requests; end and return those whose r(x) cannot be had."""
+        failed = []
+        for handle, reward in done.prompt_rewards.items():
+            response = self._responses.get(handle)
+            if response is None:
+                continue  # aborted meanwhile
             if isinstance(reward, Exception):
-                response = self._responses[handle]
                 response.error = f"reward of the prompt: {reward}"
                 self._scheduler.abort(handle)
                 self._end(response, "error")
                 failed.append(response)
             else:
                 self._scheduler.set_prompt_reward(handle, reward)
-                self.scorer.accept(handle, job.branch)
-
-    def _score(self, done: _Round) -> None:
-        rows = [
-            row
-            for row, response in enumerate(done.responses)
-            if response.scored and not response.finished and row not in done.errors
-        ]
-        if not rows:
-            return
-        jobs = [self._job(done.responses[row], done.candidates[row]) for row in rows]
-        for row, reward in zip(rows, self.scorer.score(jobs), strict=True):
-            if isinstance(reward, Exception):
-                done.errors[row] = f"reward: {reward}"
-                done.rewards[row] = np.nan
-            else:
-                done.rewards[row] = reward
-
-    def _job(self, response: Response, candidate: Candidate) -> ScoreJob:
-        ids = response.output.token_ids + candidate.token_ids
-        text = ""
-        if self.scorer.needs_text:
-            text = decode(self._tokenizer, ids)[: candidate.stop_text_at]
-        return ScoreJob(response.handle, candidate.branch, ids, text)
+        return failed
 
     # What the scheduler decided
 
-    def _commit(self, plan: _core.Plan, done: _Round) -> list[Response]:
+    def _commit(self, done: Round) -> list[Response]:
+        spent = done.seconds.values()
+        seconds = max(spent) if self._worker is not None else sum(spent)
         decision = self._scheduler.commit(
-            done.draft.tokens, done.lengths, done.stopped, done.rewards, done.seconds_per_step
+            done.draft.tokens, done.lengths, done.stopped, done.rewards, seconds / done.steps
         )
         thresholds = decision.threshold.tolist()
         self._settle_rows(done, decision.outcome.tolist(), thresholds)
@@ -308,11 +292,11 @@ class Loop:
             self._write_text(response, candidate, _FINISH[finish])
             if finish != _core.FINISH_NONE:
                 self._end(response, _FINISH[finish])
-        self._prune(plan)
+        self._prune(done.plan)
         return changed
 
     def _settle_rows(
-        self, done: _Round, outcomes: Sequence[int], thresholds: Sequence[float]
+        self, done: Round, outcomes: Sequence[int], thresholds: Sequence[float]
     ) -> None:
         """Remember the best of the rejected, and with ``trace`` every rejected attempt."""
         for row, response in enumerate(done.responses):
@@ -353,6 +337,7 @@ class Loop:
         self, texts: Sequence[tuple[Prompt, list[int], str]]
     ) -> list[float | Exception]:
         """Return the reward of each (prompt, response ids, response text), or its error."""
+        self.wait_for_scoring()
         jobs: list[ScoreJob] = []
         errors: dict[int, Exception] = {}
         for number, (prompt, ids, text) in enumerate(texts):
@@ -370,11 +355,3 @@ class Loop:
             for job in jobs:
                 self.scorer.finish(job.request)
         return [errors[i] if i in errors else next(scored) for i in range(len(texts))]
-
-    @contextmanager
-    def _clock(self, phase: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] += time.perf_counter() - begun

@@ -8,8 +8,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
+ON_GPU = Path("/dev/nvidiactl").exists()
+
 # Before torch and triton are imported, and without importing either: the tests of the core run
 # without them.
 os.environ["OMP_NUM_THREADS"] = "1"
-if not Path("/dev/nvidiactl").exists():
+if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    for item in items:
+        if not ON_GPU and item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import torch
@@ -19,17 +22,27 @@ from stars_fast.models.interface import (
     attention_configs,
     attention_implementation,
 )
+from stars_fast.models.kv_scales import ScaleProbe
 from stars_fast.models.linear import OneDnnLinears
-from stars_fast.models.probe import LayerLayout, attention_layout
+from stars_fast.models.pool import KvDtype, Pools
+from stars_fast.models.probe import attention_layout
 from stars_fast.ops.attention import AttentionPlan, attend, plan_attention
+from stars_fast.ops.backend import Backend, check_backend, uses_triton
+from stars_fast.ops.backend import backend as choose_backend
 from stars_fast.ops.pages import copy_pages, kv_append
+
+if TYPE_CHECKING:  # Triton is for Linux only
+    from stars_fast.models.kernel_attention import DecodeCapacity, KernelDecode
+
+_SCALE_TOKENS = 64  # of the text on which float8 scales are measured
 
 
 @dataclass(frozen=True)
 class DecodeState:
     """A round of decode steps under way, made by `PagedModel.begin_decode`."""
 
-    attention: DecodeAttention
+    attention: LayerAttention
+    begin_step: Callable[[int], None]
     first_position: Tensor  # int64 [1, R]
     ones: Tensor  # int64 [1, R], an attention mask that hides nothing
     max_new: int
@@ -51,52 +64,89 @@ class PagedModel:
         Pages of the pool, the null page included, >= 2.
     page_size : int
         Tokens per page, >= 1.
+    backend : str
+        Form of the operators: ``"auto"``, ``"pytorch"`` or ``"triton"``, see
+        `stars_fast.ops.backend`.
+    kv_dtype : str
+        What pages hold: ``"auto"``, the dtype of the model's own keys and values, or ``"fp8"``,
+        float8_e4m3fn with a scale per head, for the Triton backend.
 
     Raises
     ------
     UnsupportedModelError
         If the architecture cannot run on paged attention.
     ValueError
-        If `num_pages` or `page_size` is out of range or the model is in training mode.
+        If a number is out of range, `backend` or `kv_dtype` is unknown or not to be had on the
+        model's device, or the model is in training mode.
     """
 
-    def __init__(self, model: PreTrainedModel, *, num_pages: int, page_size: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        num_pages: int,
+        page_size: int,
+        backend: Backend = "auto",
+        kv_dtype: KvDtype = "auto",
+    ) -> None:
         if num_pages < 2:
             raise ValueError(
                 f"num_pages must be at least 2 (one is the null page), got {num_pages}"
             )
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
+        check_backend(backend)
+        if kv_dtype not in get_args(KvDtype):
+            raise ValueError(
+                f"kv_dtype must be one of {', '.join(get_args(KvDtype))}, got {kv_dtype!r}"
+            )
         check_architecture(model)
         if model.training:
             raise ValueError("model must be in eval mode: call model.eval() first")
         self.model = model
         self.num_pages = num_pages
         self.page_size = page_size
-        self._layouts = attention_layout(model)
+        self._backend: Backend = backend
+        with self.on_backend():
+            #: Whether operators run as Triton kernels.
+            self.on_kernels = uses_triton(model.device)
+        if kv_dtype == "fp8" and not self.on_kernels:
+            raise ValueError(
+                f"kv_dtype='fp8' needs the Triton backend, which backend={backend!r} is not on "
+                f"{model.device}"
+            )
         self._configs = attention_configs(model)
-        self._k_pages = [self._new_pool(x, x.key_dim) for x in self._layouts]
-        self._v_pages = [self._new_pool(x, x.value_dim) for x in self._layouts]
+        self._pools = Pools.allocate(
+            attention_layout(model),
+            num_pages=num_pages,
+            page_size=page_size,
+            device=model.device,
+            kv_dtype=kv_dtype,
+        )
+        #: Bytes that `copy_pages` has written since the model was made.
+        self.copied_bytes = 0
         self._workspace = Workspace()
         self._linears = OneDnnLinears(model)
+        if kv_dtype == "fp8":
+            self._measure_scales()
 
-    def _new_pool(self, layout: LayerLayout, dim: int) -> Tensor:
-        shape = (self.num_pages, self.page_size, layout.kv_heads, dim)
-        return torch.zeros(shape, dtype=layout.dtype, device=self.model.device)
+    def on_backend(self) -> AbstractContextManager[None]:
+        """Run operators in the form that the model's do."""
+        return choose_backend(self._backend)
 
-    @staticmethod
-    def page_bytes(model: PreTrainedModel, page_size: int) -> int:
-        """KV bytes of one page over all layers, keys and values."""
-        check_architecture(model)
-        return page_size * sum(
-            layer.kv_heads * (layer.key_dim + layer.value_dim) * layer.dtype.itemsize
-            for layer in attention_layout(model)
+    @torch.inference_mode()
+    def _measure_scales(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.vocab_size, (_SCALE_TOKENS,), generator=generator)
+        positions = torch.arange(_SCALE_TOKENS, device=self.device).unsqueeze(0)
+        self._forward(
+            self.model.base_model, ids.to(self.device), positions, ScaleProbe(self._pools)
         )
 
     @property
     def device(self) -> torch.device:
         """Device of the pool and of the model's input."""
-        return self._k_pages[0].device
+        return self._pools.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,7 +156,7 @@ class PagedModel:
     @property
     def num_layers(self) -> int:
         """Layers with keys and values."""
-        return len(self._layouts)
+        return len(self._pools.layouts)
 
     @property
     def vocab_size(self) -> int:
@@ -155,27 +205,33 @@ class PagedModel:
             )
         offset = _ragged_arange(new)
         row = np.repeat(np.arange(batch.num_rows), new)
+        slots = torch.from_numpy(batch.slots[row, offset]).to(self.device)
+        positions = torch.from_numpy(start[row].astype(np.int64) + offset).to(self.device)
+        with self.on_backend():
+            attention = self._extend_attention(batch, slots)
+            return self._forward(
+                self.model.base_model, input_ids, positions.unsqueeze(0), attention
+            )
+
+    def _extend_attention(self, batch: BatchLike, slots: Tensor) -> LayerAttention:
+        if self.on_kernels:
+            from stars_fast.models.kernel_attention import extend_attention
+
+            return extend_attention(self._pools, batch, slots)
+        new = batch.new_lengths
         plan = plan_attention(
             batch.group_pages,
             batch.hole_start,
             batch.hole_end,
             batch.row_group,
-            start,
+            batch.row_start,
             new,
             new,
             batch.slots,
             page_size=self.page_size,
             device=self.device,
         )
-        attention = _ExtendAttention(
-            plan,
-            self._layouts,
-            self._k_pages,
-            self._v_pages,
-            torch.from_numpy(batch.slots[row, offset]).to(self.device),
-        )
-        positions = torch.from_numpy(start[row].astype(np.int64) + offset).to(self.device)
-        return self._forward(self.model.base_model, input_ids, positions.unsqueeze(0), attention)
+        return _ExtendAttention(plan, self._pools, slots)
 
     @torch.inference_mode()
     def begin_decode(self, batch: BatchLike) -> DecodeState:
@@ -183,11 +239,26 @@ class PagedModel:
 
         A round begun from this model ends when another begins.
         """
-        attention = DecodeAttention(
-            batch, self._layouts, self._k_pages, self._v_pages, self._workspace
-        )
         start = torch.from_numpy(batch.row_start.astype(np.int64)).to(self.device).unsqueeze(0)
-        return DecodeState(attention, start, torch.ones_like(start), batch.max_new)
+        ones = torch.ones_like(start)
+        if self.on_kernels:
+            from stars_fast.models.kernel_attention import DecodeCapacity
+
+            shared = -(-batch.num_rows // batch.num_groups)
+            decode = self.new_decode(DecodeCapacity.of(batch), shared)
+            decode.write(batch)
+            return DecodeState(decode.attention, decode.seek, start, ones, batch.max_new)
+        pools = self._pools
+        attention = DecodeAttention(
+            batch, pools.layouts, pools.k_pages, pools.v_pages, self._workspace
+        )
+        return DecodeState(attention, attention.begin_step, start, ones, batch.max_new)
+
+    def new_decode(self, capacity: DecodeCapacity, queries_per_group: int) -> KernelDecode:
+        """Return the attention of decode steps through the kernels; see `KernelDecode`."""
+        from stars_fast.models.kernel_attention import KernelDecode
+
+        return KernelDecode(self._pools, capacity, queries_per_group)
 
     @torch.inference_mode()
     def decode_step(self, state: DecodeState, j: int, input_ids: Tensor) -> Tensor:
@@ -209,10 +280,34 @@ class PagedModel:
         """
         if not 0 <= j < state.max_new:
             raise ValueError(f"j must be in [0, {state.max_new}), got {j}")
-        state.attention.begin_step(j)
-        return self._forward(
-            self.model, input_ids, state.first_position + j, state.attention, state.ones
-        )
+        state.begin_step(j)
+        with self.on_backend():
+            return self.forward_decode(
+                input_ids, state.first_position + j, state.attention, state.ones
+            )
+
+    def forward_decode(
+        self, input_ids: Tensor, positions: Tensor, attention: LayerAttention, ones: Tensor
+    ) -> Tensor:
+        """Run one token of every row, on the backend that is chosen; nothing waits for the device.
+
+        Parameters
+        ----------
+        input_ids : Tensor
+            int64 ``[R]``.
+        positions : Tensor
+            int64 ``[1, R]``.
+        attention : LayerAttention
+            Begun for this step.
+        ones : Tensor
+            int64 ``[1, R]``, an attention mask that hides nothing.
+
+        Returns
+        -------
+        Tensor
+            Logits ``[R, vocab]``.
+        """
+        return self._forward(self.model, input_ids, positions, attention, ones)
 
     @torch.inference_mode()
     def copy_pages(
@@ -220,8 +315,10 @@ class PagedModel:
     ) -> None:
         """Copy the first ``count[i]`` tokens of page ``src[i]`` to page ``dst[i]``, all layers."""
         if len(src):
+            self.copied_bytes += int(count.sum()) * self._pools.token_bytes
             tensors = (torch.tensor(x, device=self.device) for x in (src, dst, count))
-            copy_pages(self._k_pages, self._v_pages, *tensors)
+            with self.on_backend():
+                copy_pages(self._pools.k_pages, self._pools.v_pages, *tensors)
 
     def _forward(
         self,
@@ -249,12 +346,10 @@ class PagedModel:
 
 @dataclass
 class _ExtendAttention:
-    """The `LayerAttention` of one extend."""
+    """The `LayerAttention` of one extend in PyTorch."""
 
     plan: AttentionPlan
-    layouts: list[LayerLayout]
-    k_pages: list[Tensor]
-    v_pages: list[Tensor]
+    pools: Pools
     slots: Tensor  # int64 [T]
     layer: int = 0
 
@@ -270,15 +365,15 @@ class _ExtendAttention:
     ) -> Tensor:
         layer = self.layer
         self.layer += 1
-        k_pages, v_pages = self.k_pages[layer], self.v_pages[layer]
-        kv_append(k_pages, v_pages, key.to(k_pages.dtype), value.to(v_pages.dtype), self.slots)
+        k_pages, v_pages = self.pools.k_pages[layer], self.pools.v_pages[layer]
+        kv_append(k_pages, v_pages, key, value, self.slots)
         return attend(
             self.plan,
             query,
             k_pages,
             v_pages,
             scaling=scaling,
-            window=self.layouts[layer].window,
+            window=self.pools.layouts[layer].window,
             softcap=softcap,
             sinks=sinks,
         )

@@ -1,21 +1,119 @@
-"""How many pages a model's pool gets where the user does not say."""
+"""The KV pools of a model: their tensors, and how many pages they get where nobody says."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from stars_fast.models.checks import max_length
+from stars_fast.models.checks import check_architecture, max_length
 from stars_fast.models.machine import memory_bytes
-from stars_fast.models.paged import PagedModel
+from stars_fast.models.probe import LayerLayout, attention_layout
+
+KvDtype = Literal["auto", "fp8"]
+
+FP8 = torch.float8_e4m3fn
 
 _UNKNOWN_CONTEXT = 4096
 _CPU_BYTES = 4 << 30
 _MIN_PAGES = 64
 
 
+@dataclass(frozen=True)
+class Pools:
+    """The KV pools of a model and what its layers ask for; lists have an entry per layer.
+
+    Attributes
+    ----------
+    layouts
+        Shapes and windows.
+    k_pages, v_pages
+        ``[num_pages, page_size, kv_heads, dim]``.
+    k_scales, v_scales
+        float32 ``[kv_heads]`` of float8 pools, which hold keys and values over them; None in any
+        other.
+    """
+
+    layouts: Sequence[LayerLayout]
+    k_pages: list[Tensor]
+    v_pages: list[Tensor]
+    k_scales: list[Tensor | None]
+    v_scales: list[Tensor | None]
+
+    @classmethod
+    def allocate(
+        cls,
+        layouts: Sequence[LayerLayout],
+        *,
+        num_pages: int,
+        page_size: int,
+        device: torch.device,
+        kv_dtype: KvDtype = "auto",
+    ) -> Pools:
+        """Return pools of zeros, ``"auto"`` in the dtype of the model's own keys and values."""
+
+        def pool(layout: LayerLayout, dim: int) -> Tensor:
+            shape = (num_pages, page_size, layout.kv_heads, dim)
+            return torch.zeros(shape, dtype=_stored(layout, kv_dtype), device=device)
+
+        def scales() -> list[Tensor | None]:
+            if kv_dtype == "auto":
+                return [None] * len(layouts)
+            return [torch.ones(layout.kv_heads, device=device) for layout in layouts]
+
+        return cls(
+            layouts=layouts,
+            k_pages=[pool(layout, layout.key_dim) for layout in layouts],
+            v_pages=[pool(layout, layout.value_dim) for layout in layouts],
+            k_scales=scales(),
+            v_scales=scales(),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pools are."""
+        return self.k_pages[0].device
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token over all layers, keys and values."""
+        return sum(x[0, 0].numel() * x.element_size() for x in (*self.k_pages, *self.v_pages))
+
+    @property
+    def head_dim(self) -> int:
+        """The widest of any layer's keys and values."""
+        return max(max(layout.key_dim, layout.value_dim) for layout in self.layouts)
+
+    @property
+    def heads_per_kv(self) -> set[int]:
+        """The distinct numbers of query heads per KV head."""
+        return {layout.heads // layout.kv_heads for layout in self.layouts}
+
+
+def _stored(layout: LayerLayout, kv_dtype: KvDtype) -> torch.dtype:
+    return FP8 if kv_dtype == "fp8" else layout.dtype
+
+
+def page_bytes(model: PreTrainedModel, page_size: int, kv_dtype: KvDtype = "auto") -> int:
+    """Return the bytes of one page over all layers, keys and values."""
+    check_architecture(model)
+    return page_size * sum(
+        layer.kv_heads * (layer.key_dim + layer.value_dim) * _stored(layer, kv_dtype).itemsize
+        for layer in attention_layout(model)
+    )
+
+
 def default_num_pages(
-    model: PreTrainedModel, *, page_size: int, max_rows: int, gpu_share: float
+    model: PreTrainedModel,
+    *,
+    page_size: int,
+    max_rows: int,
+    gpu_share: float,
+    kv_dtype: KvDtype = "auto",
 ) -> int:
     """Return enough pages for `max_rows` full contexts, or as many as the memory budget holds.
 
@@ -32,11 +130,13 @@ def default_num_pages(
         Rows of one forward pass.
     gpu_share : float
         In (0, 1].
+    kv_dtype : str
+        ``"auto"`` or ``"fp8"``.
     """
     context = max_length(model) or _UNKNOWN_CONTEXT
     # Each row ends in a page of its own, and page 0 is scratch.
     wanted = max_rows * (-(-context // page_size) + 1) + 1
-    budget = _memory_budget(model.device, gpu_share) // PagedModel.page_bytes(model, page_size)
+    budget = _memory_budget(model.device, gpu_share) // page_bytes(model, page_size, kv_dtype)
     return max(min(wanted, budget), _MIN_PAGES)
 
 

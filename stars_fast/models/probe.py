@@ -49,8 +49,8 @@ class LayerLayout:
 
     Attributes
     ----------
-    kv_heads : int
-        Key and value heads.
+    heads, kv_heads : int
+        Query heads, and key and value heads.
     key_dim, value_dim : int
         Size of a key and of a value head.
     window : int
@@ -59,6 +59,7 @@ class LayerLayout:
         Of keys and values.
     """
 
+    heads: int
     kv_heads: int
     key_dim: int
     value_dim: int
@@ -155,7 +156,14 @@ def _probe_attention(
             f"its head counts do not group: {heads} query, {kv_heads} key, {value.shape[1]} value"
         )
     stars_calls.append(
-        LayerLayout(kv_heads, key.shape[-1], value.shape[-1], attention_mask.window, value.dtype)
+        LayerLayout(
+            heads=heads,
+            kv_heads=kv_heads,
+            key_dim=key.shape[-1],
+            value_dim=value.shape[-1],
+            window=attention_mask.window,
+            dtype=value.dtype,
+        )
     )
     out = value.repeat_interleave(heads // kv_heads, dim=1)
     return out.transpose(1, 2).contiguous(), None

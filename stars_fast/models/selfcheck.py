@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from stars_fast.models.checks import has_lm_head, unsupported
 from stars_fast.models.interface import attention_configs, attention_implementation
 from stars_fast.models.paged import PagedModel
+from stars_fast.ops.backend import Backend
 
 _PAGE_SIZE = 4
 _PREFIX, _FORKS, _NEW = 6, 2, 3  # tokens of the prefix, candidates, tokens of each
@@ -72,19 +73,19 @@ def _batch(prefix_pages: list[int], start: int, pages: list[list[int]], new: int
 
 
 @torch.inference_mode()
-def check_numbers(model: PreTrainedModel) -> None:
+def check_numbers(model: PreTrainedModel, *, backend: Backend = "auto") -> None:
     """Compare a prefix, a fork into two candidates and their extension with the plain forward.
 
     A language model is compared by the logits of its decode steps, any other model by the hidden
-    states of an extend. Runs a few random tokens; leaves the model and the global random state as
-    they were.
+    states of an extend. Runs a few random tokens on the operators of `backend`; leaves the model
+    and the global random state as they were.
 
     Raises
     ------
     UnsupportedModelError
         With the architecture and the size of the difference.
     """
-    paged = PagedModel(model, num_pages=8, page_size=_PAGE_SIZE)
+    paged = PagedModel(model, num_pages=8, page_size=_PAGE_SIZE, backend=backend)
     generator = torch.Generator().manual_seed(0)
     count = _PREFIX + _FORKS * _NEW
     # Ids from the middle of the vocabulary: padding and other special tokens lie at its ends.

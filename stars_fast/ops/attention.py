@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stars_fast.ops.backend import uses_triton
 from stars_fast.ops.tiling import IntArray, Tile, prefix_slots, tile_rows
 
 # Rows of a block see each other's keys masked out, so blocks stay short against a usual prefix.
@@ -307,6 +308,13 @@ def paged_attention(
     Tensor
         ``[T, heads, head_dim of v_pages]`` in the dtype of `query`; the softmax is in float32.
     """
+    if uses_triton(query.device):
+        from stars_fast.kernels import paged_attention as kernel
+
+        return kernel(
+            query, k_pages, v_pages, group_pages, hole_start, hole_end, row_group, row_start,
+            new_lengths, query_lengths, slots, scaling, window, softcap, sinks,
+        )  # fmt: skip
     plan = plan_attention(
         group_pages.cpu().numpy(),
         hole_start.cpu().numpy(),

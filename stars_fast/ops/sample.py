@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stars_fast.ops.backend import uses_triton
 from stars_fast.ops.philox import token_noise, token_noise_all
 
-_CHUNK = 32  # entries per chunk of the two-level top-k
+_CHUNK = 32  # entries per chunk of the two-level top-k and of the sums of entropies
 
 
 @torch.library.custom_op("stars_fast::sample", mutates_args=())
@@ -30,7 +31,8 @@ def sample(
     seed: Tensor,
     position: Tensor,
     attempt: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    live: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Draw one token per row.
 
     The filters apply in the order temperature, top_k, top_p, min_p with the tie rules of
@@ -55,6 +57,9 @@ def sample(
     position, attempt : Tensor
         int32 or int64 ``[R]``, position in the response and attempt number: with `seed`, all that
         the noise depends on.
+    live : Tensor, optional
+        bool ``[R]``; nothing of a row that is not live is read, and its results are token 0, three
+        times 0.0, and true.
 
     Returns
     -------
@@ -64,10 +69,49 @@ def sample(
         float32 ``[R]``, log-probability of `token` under the raw distribution.
     truncated_logprob : Tensor
         float32 ``[R]``, under the truncated distribution (0 at temperature 0).
+    entropy : Tensor
+        float32 ``[R]``, of the raw distribution, in nats; CARDS (arXiv 2406.16306) ends segments
+        where it is high.
     ok : Tensor
         bool ``[R]``, false where the row holds a NaN, +inf or nothing but -inf; its token is then
-        0 and its log-probabilities are NaN.
+        0, its log-probabilities and its entropy are NaN.
     """
+    arguments = (logits, temperature, top_k, top_p, min_p, seed, position, attempt)
+    if uses_triton(logits.device):
+        from stars_fast.kernels import sample as kernel
+
+        return kernel(*arguments, live)
+    if live is None or bool(live.all()):
+        return _sample_all(*arguments)
+    rows = live.nonzero().squeeze(1)
+    results = _nothing_drawn(logits)
+    for result, part in zip(results, _sample_all(*(x[rows] for x in arguments)), strict=True):
+        result[rows] = part
+    return results
+
+
+def _nothing_drawn(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The results of rows that are not live."""
+    rows = logits.shape[0]
+    return (
+        logits.new_zeros(rows, dtype=torch.int64),
+        logits.new_zeros(rows, dtype=torch.float32),
+        logits.new_zeros(rows, dtype=torch.float32),
+        logits.new_zeros(rows, dtype=torch.float32),
+        logits.new_ones(rows, dtype=torch.bool),
+    )
+
+
+def _sample_all(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    attempt: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     logits = logits.to(torch.float32)
     peak = logits.amax(dim=-1)  # NaN if any entry is, so one test covers NaN, +inf and all -inf
     ok = torch.isfinite(peak)
@@ -104,12 +148,27 @@ def sample(
         truncated_logprob[rows] = log_p
 
     # log_softmax reduces each row on its own, in an order that the number of rows cannot change.
-    logprob = logits.log_softmax(dim=-1).gather(1, token.unsqueeze(1)).squeeze(1)
+    log_p = logits.log_softmax(dim=-1)
+    logprob = log_p.gather(1, token.unsqueeze(1)).squeeze(1)
+    entropy = _entropy(log_p)
     if not every_ok:
         token = torch.where(ok, token, 0)
         logprob = torch.where(ok, logprob, torch.nan)
         truncated_logprob = torch.where(ok, truncated_logprob, torch.nan)
-    return token, logprob, truncated_logprob, ok
+        entropy = torch.where(ok, entropy, torch.nan)
+    return token, logprob, truncated_logprob, entropy, ok
+
+
+def _entropy(log_p: Tensor) -> Tensor:
+    """Entropy ``[R]`` of distributions ``[R, V]`` given by their logarithms, which it overwrites.
+
+    In two steps, because PyTorch splits a long sum over threads if it is the only one.
+    """
+    p = log_p.exp()
+    terms = log_p.clamp_(min=torch.finfo(log_p.dtype).min).mul_(p)  # -inf * 0 counts as 0
+    chunks = -(-terms.shape[1] // _CHUNK)
+    terms = F.pad(terms, (0, -terms.shape[1] % _CHUNK)).view(len(terms), chunks, _CHUNK)
+    return terms.sum(dim=-1).sum(dim=-1).neg_()
 
 
 @sample.register_fake
@@ -122,10 +181,12 @@ def _(
     seed: Tensor,
     position: Tensor,
     attempt: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    live: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = logits.shape[0]
     return (
         logits.new_empty(rows, dtype=torch.int64),
+        logits.new_empty(rows, dtype=torch.float32),
         logits.new_empty(rows, dtype=torch.float32),
         logits.new_empty(rows, dtype=torch.float32),
         logits.new_empty(rows, dtype=torch.bool),
@@ -137,8 +198,10 @@ def _draw_full(
 ) -> tuple[Tensor, Tensor]:
     """Draw rows that have neither top-k nor top-p: noise over the vocabulary, no sort."""
     if bool((min_p > 0).any()):
-        relative = (scaled - scaled.amax(dim=-1, keepdim=True)).exp_()
-        scaled = scaled.masked_fill(relative < min_p.unsqueeze(1), -torch.inf)
+        # In float64, as where entries are sorted.
+        relative = (scaled - scaled.amax(dim=-1, keepdim=True)).to(torch.float64).exp_()
+        removed = relative < min_p.to(torch.float64).unsqueeze(1)
+        scaled = scaled.masked_fill(removed, -torch.inf)
     noise = token_noise_all(seed, position, attempt, scaled.shape[1])
     token = noise.add_(scaled).argmax(dim=-1)
     log_p = scaled.log_softmax(dim=-1).gather(1, token.unsqueeze(1)).squeeze(1)

@@ -21,6 +21,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
+
 from stars_fast.errors import RewardError
 
 __all__ = ["Prompt", "PromptRewards", "RewardModel", "ScoreJob", "Scorer", "finite_reward"]
@@ -87,6 +89,8 @@ class Scorer(ABC):
 
     #: Whether `ScoreJob.response_text` is read; where it is not, it may be left empty.
     needs_text: bool = True
+    #: Where the reward model is; None where it is a function, which may be anywhere.
+    device: torch.device | None = None
 
     @abstractmethod
     def start(self, request: int, prompt: Prompt, max_response_tokens: int) -> None:

@@ -117,6 +117,7 @@ class CausalScorer(Scorer):
         self._head = head
         self._source = source
         self.needs_text = source.needs_text
+        self.device = model.device
         self._pad = pad_token_id
         self._context = model.max_length
         self._max_rows = max_rows
@@ -231,11 +232,12 @@ class CausalScorer(Scorer):
         self._resident.pop(request, None)
 
     def stats(self) -> dict[str, int]:
-        """Return the counters of `Scorer.stats`, evictions and the pool's pages."""
+        """Return the counters of `Scorer.stats`, evictions, the pool's pages, bytes copied."""
         return {
             **self._counts,
             "rm_pages_used": self._cache.pages_used,
             "rm_pages_free": self._cache.pages_free,
+            "rm_copied_bytes": self._model.copied_bytes,
         }
 
     def _row(self, place: int, job: ScoreJob, ids: Ids, tail: int) -> _Row:

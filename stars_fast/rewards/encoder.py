@@ -61,6 +61,7 @@ class EncoderScorer(Scorer):
         max_batch_tokens: int = 16384,
     ) -> None:
         self._model = model
+        self.device = model.device
         self._tokenizer = tokenizer
         self._template = template
         self._encoder = TextEncoder(tokenizer, template.add_special_tokens)

@@ -26,8 +26,9 @@ from transformers.models.auto.modeling_auto import (
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.load import check_model_directory
 from stars_fast.models.paged import PagedModel
-from stars_fast.models.pool import default_num_pages
+from stars_fast.models.pool import KvDtype, default_num_pages
 from stars_fast.models.selfcheck import check_numbers
+from stars_fast.ops.backend import Backend
 from stars_fast.rewards.base import RewardModel, Scorer
 from stars_fast.rewards.callable import CallableScorer, RewardFunction
 from stars_fast.rewards.causal import CausalScorer
@@ -62,6 +63,8 @@ def load_scorer(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     max_rows: int = 256,
+    backend: Backend = "auto",
+    kv_dtype: KvDtype = "auto",
 ) -> Scorer:
     """Make the scorer of a reward model.
 
@@ -93,6 +96,8 @@ def load_scorer(
         Whether weights may be loaded from other files than safetensors.
     max_rows : int
         Most rows of one forward pass.
+    backend, kv_dtype : str
+        Of a causal reward model, see `stars_fast.models.paged.PagedModel`.
 
     Raises
     ------
@@ -125,7 +130,17 @@ def load_scorer(
         tokenizer = reward_tokenizer or _tokenizer_of(model, trust_remote_code)
     if _is_encoder(model):
         return _encoder_scorer(model, tokenizer, template)
-    return _causal_scorer(model, tokenizer, lm_tokenizer, template, num_pages, page_size, max_rows)
+    return _causal_scorer(
+        model,
+        tokenizer,
+        lm_tokenizer,
+        template,
+        num_pages=num_pages,
+        page_size=page_size,
+        max_rows=max_rows,
+        backend=backend,
+        kv_dtype=kv_dtype,
+    )
 
 
 def _python_scorer(reward_model: object, template: TemplateLike) -> Scorer:
@@ -171,23 +186,32 @@ def _causal_scorer(
     tokenizer: PreTrainedTokenizerBase,
     lm_tokenizer: PreTrainedTokenizerBase,
     template: TemplateLike,
+    *,
     num_pages: int | None,
     page_size: int,
     max_rows: int,
+    backend: Backend,
+    kv_dtype: KvDtype,
 ) -> Scorer:
     rows = embedding_rows(model)
     check_vocabulary(tokenizer, rows, pads=False)
     chosen = make_template(template, tokenizer, pairs=False)
     head = linear_head(model)
     try:
-        check_numbers(model)
+        check_numbers(model, backend=backend)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{error} As a reward model: {_CALLABLE_ADVICE}") from error
     if num_pages is None:
         num_pages = default_num_pages(
-            model, page_size=page_size, max_rows=max_rows, gpu_share=_POOL_SHARE
+            model,
+            page_size=page_size,
+            max_rows=max_rows,
+            gpu_share=_POOL_SHARE,
+            kv_dtype=kv_dtype,
         )
-    paged = PagedModel(model, num_pages=num_pages, page_size=page_size)
+    paged = PagedModel(
+        model, num_pages=num_pages, page_size=page_size, backend=backend, kv_dtype=kv_dtype
+    )
     source: TokenSource
     if not isinstance(chosen, CallableTemplate) and same_tokens(lm_tokenizer, tokenizer):
         source = SharedTokens(tokenizer, chosen, rows)

@@ -17,7 +17,7 @@ def test_steady_rounds_allocate_no_kv() -> None:
     model = engine._lm
 
     def addresses() -> list[int]:
-        pools = [*model._k_pages, *model._v_pages, *model._workspace._buffers.values()]
+        pools = [*model._pools.k_pages, *model._pools.v_pages, *model._workspace._buffers.values()]
         return [tensor.data_ptr() for tensor in pools]
 
     engine.generate(["ab"] * 8, params, use_tqdm=False)

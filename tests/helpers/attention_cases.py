@@ -109,3 +109,21 @@ def plain_attention(
             total = total + sinks[head].double().exp()
         out.append((weights / total) @ values[:, kv_head])
     return torch.stack(out)
+
+
+def pools(
+    shape: Shape,
+    batch: ManualBatch,
+    page_size: int,
+    num_pages: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values in the slots that a batch names; NaN in all others."""
+    named = {slot for row in range(batch.num_rows) for slot in row_slots(batch, row, page_size)}
+    used = torch.tensor(sorted(named))
+    result = []
+    for dim in (shape.key_dim, shape.value_dim):
+        flat = torch.full((num_pages * page_size, shape.kv_heads, dim), torch.nan)
+        flat[used] = torch.randn((len(used), shape.kv_heads, dim), generator=generator)
+        result.append(flat.view(num_pages, page_size, shape.kv_heads, dim))
+    return result[0], result[1]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from stars_fast.models.paged import PagedModel
+from stars_fast.ops.backend import Backend
 
 
 @dataclass
@@ -75,10 +76,16 @@ class PageDriver:
     """Sequences on a `PagedModel`, with checks of every result against eager attention."""
 
     def __init__(
-        self, model: PreTrainedModel, *, page_size: int, num_pages: int = 96, tolerance: float
+        self,
+        model: PreTrainedModel,
+        *,
+        page_size: int,
+        num_pages: int = 96,
+        tolerance: float,
+        backend: Backend = "auto",
     ) -> None:
         self.model = model
-        self.paged = PagedModel(model, num_pages=num_pages, page_size=page_size)
+        self.paged = PagedModel(model, num_pages=num_pages, page_size=page_size, backend=backend)
         self.page_size = page_size
         self.free = list(range(1, num_pages))
         self.tolerance = tolerance
@@ -89,7 +96,7 @@ class PageDriver:
     # Pages
 
     def _poison(self, pages: list[int]) -> None:
-        for pool in (*self.paged._k_pages, *self.paged._v_pages):
+        for pool in (*self.paged._pools.k_pages, *self.paged._pools.v_pages):
             pool[pages] = torch.nan
 
     def _take(self, count: int) -> list[int]:

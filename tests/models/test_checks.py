@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stars_fast.errors import UnsupportedModelError
 from stars_fast.models.checks import max_length
-from stars_fast.models.paged import PagedModel
+from stars_fast.models.pool import page_bytes
 from stars_fast.models.probe import attention_layout
 from stars_fast.models.selfcheck import check_numbers
 
@@ -102,7 +102,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
 def test_refused_by_name_and_reason(name: str) -> None:
     make, reason = REFUSED[name]
     model = make().eval()
-    for check in (check_numbers, lambda m: PagedModel.page_bytes(m, 16)):
+    for check in (check_numbers, lambda m: page_bytes(m, 16)):
         with pytest.raises(UnsupportedModelError, match=rf"(?s){name} \(model type .*{reason}"):
             check(model)
 

@@ -49,7 +49,9 @@ def test_agrees_with_the_operator(shape_name: str, batch_name: str, dtype: torch
     k = draw(512, PAGE_SIZE, shape.kv_heads, shape.key_dim)
     v = draw(512, PAGE_SIZE, shape.kv_heads, shape.value_dim)
     k[0], v[0] = torch.nan, torch.nan
-    layout = LayerLayout(shape.kv_heads, shape.key_dim, shape.value_dim, shape.window, dtype)
+    layout = LayerLayout(
+        shape.heads, shape.kv_heads, shape.key_dim, shape.value_dim, shape.window, dtype
+    )
     sinks = draw(shape.heads) if shape.sinks else None
     decode = DecodeAttention(batch, [layout], [k], [v], Workspace())
     tables = [
@@ -90,7 +92,7 @@ def test_workspace_is_used_again() -> None:
         page_size=PAGE_SIZE, num_pages=64,
     )  # fmt: skip
     pool = torch.zeros(64, PAGE_SIZE, 2, 8)
-    layouts = [LayerLayout(2, 8, 8, 0, torch.float32)] * 2
+    layouts = [LayerLayout(2, 2, 8, 8, 0, torch.float32)] * 2
     workspace = Workspace()
 
     def addresses() -> dict[str, int]:

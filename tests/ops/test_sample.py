@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from helpers.sample_cases import FILTERS, Rows, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -17,51 +18,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from stars_fast.ops import sample
 from stars_fast.ops.philox import token_noise_all
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Arguments of `sample`, one entry per row."""
-
-    logits: Tensor
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    min_p: Tensor
-    seed: Tensor
-    position: Tensor
-    attempt: Tensor
-
-    def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return sample(*vars(self).values())
-
-    def pick(self, index: Tensor) -> Rows:
-        return Rows(*(x[index] for x in vars(self).values()))
-
-
-def rows(
-    logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    seed: int = 0,
-) -> Rows:
-    """Rows with the same parameters and seeds `seed`, `seed` + 1, ..."""
-    n = logits.shape[0]
-    return Rows(
-        logits,
-        torch.full((n,), temperature),
-        torch.full((n,), top_k, dtype=torch.int32),
-        torch.full((n,), top_p),
-        torch.full((n,), min_p),
-        torch.arange(seed, seed + n),
-        torch.full((n,), 3),
-        torch.full((n,), 1, dtype=torch.int32),
-    )
 
 
 class StableTopP(TopPLogitsWarper):
@@ -86,21 +43,6 @@ def warped(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: 
     return scores
 
 
-FILTERS = [
-    (1.0, 0, 1.0, 0.0),
-    (0.7, 0, 1.0, 0.0),
-    (0.8, 40, 1.0, 0.0),
-    (1.3, 1, 1.0, 0.0),
-    (1.0, 5, 0.8, 0.0),
-    (1.0, 0, 0.9, 0.0),
-    (0.5, 0, 0.3, 0.0),
-    (1.0, 0, 1.0, 0.05),
-    (1.5, 20, 0.95, 0.1),
-    (1.0, 0, 0.7, 0.3),
-    (1.0, 10_000, 0.5, 0.0),
-]
-
-
 @pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), FILTERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("coarse", [False, True], ids=["smooth", "ties"])
@@ -111,7 +53,7 @@ def test_agrees_with_the_warpers_of_transformers(
     logits = 3 * torch.randn((200, 101), generator=generator)
     logits = ((logits * 2).round() / 2 if coarse else logits).to(dtype)
     batch = rows(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=2**40)
-    token, logprob, truncated, ok = batch.draw()
+    token, logprob, truncated, _, ok = batch.draw()
 
     want = warped(logits, temperature, top_k, top_p, min_p)
     noise = token_noise_all(batch.seed, batch.position, batch.attempt, 101)
@@ -140,7 +82,7 @@ def test_ties_and_masked_entries(
     hidden[:, seed % 32] = False
     logits = logits.masked_fill(hidden, -torch.inf)
     batch = rows(logits, top_k=top_k, top_p=top_p, seed=seed)
-    token, _, _, ok = batch.draw()
+    token, _, _, _, ok = batch.draw()
     assert ok.all()
     kept = warped(logits, 1.0, top_k, top_p, 0.0) > -torch.inf
     # A sum that meets top_p exactly may round to either side of it, in transformers as here.
@@ -170,7 +112,7 @@ def test_top_k_keeps_ties(top_k: int) -> None:
     """Thousands of equal entries; all of them can be drawn."""
     logits = torch.zeros((64, 5000))
     logits[:, 7] = -1.0
-    token, _, truncated, _ = rows(logits, top_k=top_k).draw()
+    token, _, truncated, _, _ = rows(logits, top_k=top_k).draw()
     assert len(set(token.tolist())) > 55
     assert 7 not in token
     torch.testing.assert_close(
@@ -190,7 +132,7 @@ def test_top_k_keeps_ties_far_apart() -> None:
 def test_a_large_vocabulary(vocab_size: int) -> None:
     logits = 3 * torch.randn((40, vocab_size), generator=torch.Generator().manual_seed(8))
     batch = rows(logits, temperature=0.8, top_k=40)
-    token, _, truncated, _ = batch.draw()
+    token, _, truncated, _, _ = batch.draw()
     want = warped(logits, 0.8, 40, 1.0, 0.0)
     noise = token_noise_all(batch.seed, batch.position, batch.attempt, vocab_size)
     assert torch.equal(token, (want + noise).argmax(-1))
@@ -262,7 +204,7 @@ def test_a_row_depends_on_itself_alone() -> None:
 
 def test_greedy_takes_the_lowest_index_of_the_largest() -> None:
     logits = torch.tensor([[0.0, 5.0, 5.0, 1.0], [2.0, 2.0, 2.0, 2.0], [-1.0, -2.0, -3.0, 0.0]])
-    token, logprob, truncated, ok = rows(logits, temperature=0.0, top_k=2, top_p=0.5).draw()
+    token, logprob, truncated, _, ok = rows(logits, temperature=0.0, top_k=2, top_p=0.5).draw()
     assert token.tolist() == [1, 0, 3]
     assert truncated.tolist() == [0.0, 0.0, 0.0]
     assert ok.all()
@@ -270,7 +212,7 @@ def test_greedy_takes_the_lowest_index_of_the_largest() -> None:
 
 
 def test_a_temperature_that_overflows_is_greedy() -> None:
-    token, _, truncated, ok = rows(torch.tensor([[1.0, 3.0, 2.0]]), temperature=1e-39).draw()
+    token, _, truncated, _, ok = rows(torch.tensor([[1.0, 3.0, 2.0]]), temperature=1e-39).draw()
     assert (token.item(), truncated.item(), ok.item()) == (1, 0.0, True)
 
 
@@ -282,7 +224,7 @@ def test_rows_without_a_distribution_are_reported(top_k: int) -> None:
     logits[2] = -torch.inf
     logits[3, :7] = -torch.inf
     good = rows(torch.zeros((5, 8)), top_k=top_k).draw()
-    token, logprob, truncated, ok = rows(logits, top_k=top_k).draw()
+    token, logprob, truncated, _, ok = rows(logits, top_k=top_k).draw()
     assert ok.tolist() == [False, False, False, True, True]
     assert token.tolist() == [0, 0, 0, 7, good[0][4].item()]
     assert logprob[:3].isnan().all()
@@ -302,6 +244,22 @@ def test_strided_rows_and_untouched_inputs() -> None:
         assert torch.equal(a, b)
 
 
+def test_a_long_row_has_the_same_sums_in_a_batch() -> None:
+    """PyTorch splits one long sum over its threads; the results must not show it."""
+    logits = torch.randn((3, 100_000), generator=torch.Generator().manual_seed(6))
+    batch = rows(logits)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        whole, first = batch.draw(), batch.pick(torch.tensor([0])).draw()
+    finally:
+        torch.set_num_threads(threads)
+    for got, want in zip(first, whole, strict=True):
+        assert torch.equal(got, want[:1])
+
+
 def test_operator_is_well_formed() -> None:
     batch = _mixed_rows().pick(torch.arange(7, 24))  # without NaN, which equals nothing
-    torch.library.opcheck(torch.ops.stars_fast.sample.default, tuple(vars(batch).values()))
+    torch.library.opcheck(torch.ops.stars_fast.sample.default, batch.arguments())
+    batch = replace(batch, live=torch.arange(17) % 3 > 0)
+    torch.library.opcheck(torch.ops.stars_fast.sample.default, batch.arguments())

@@ -1,0 +1,339 @@
+"""Check and time everything that runs on a GPU, in one call of less than ten minutes.
+
+    python benchmarks/gpu.py [--out results/NAME.json] [--commit ID] [--skip STEP ...]
+
+Steps, in order; a step that fails is reported and the next one runs:
+
+``tests``     the tests of the operators, kernels, models and engine, on the GPU
+``memory``    compute-sanitizer, memcheck and racecheck, over the kernels on small shapes
+``engine``    the engine's tokens on the GPU in float32 against the CPU's
+``kernels``   each kernel's time, its share of the measured bandwidth, and its peers' times
+
+Without a GPU the same steps run in Triton's interpreter on small shapes, as far as that goes:
+nothing is timed for the record then, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ON_GPU = Path("/dev/nvidiactl").exists()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch  # noqa: E402 - after the choice of the interpreter
+from kernel_cases import FULL, TINY, Case, Job, all_cases  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+PACKAGES = ("torch", "triton", "transformers", "numpy", "stars_fast", "flash-attn", "flashinfer")
+REPEATS = 30 if ON_GPU else 1
+
+TESTS = ["tests/ops", "tests/kernels", "tests/models/test_paged.py", "tests/engine"]
+
+
+def main() -> int:
+    """Run the steps; return how many failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Verbatim)
+    parser.add_argument("--out", type=Path, help="where to write the figures, from benchmarks/")
+    parser.add_argument("--commit", default=None, help="if the checkout has no .git")
+    parser.add_argument("--skip", nargs="*", default=[], choices=list(STEPS))
+    parser.add_argument("--small", action="store_true", help="run every kernel once, and no more")
+    options = parser.parse_args()
+    if options.small:
+        return run_small()
+
+    record: dict[str, Any] = {
+        "command": "python benchmarks/gpu.py " + " ".join(sys.argv[1:]),
+        "commit": options.commit or _commit(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        **machine(),
+    }
+    failed = []
+    for name, step in STEPS.items():
+        if name in options.skip:
+            continue
+        print(f"\n=== {name}", flush=True)
+        begun = time.perf_counter()
+        try:
+            record[name] = step()
+        except Exception as error:  # noqa: BLE001 - the other steps are worth having
+            failed.append(name)
+            record[name] = {"failed": f"{type(error).__name__}: {error}"}
+            print(f"FAILED: {record[name]['failed'][-2000:]}")
+        print(f"=== {name}: {time.perf_counter() - begun:.0f} s", flush=True)
+        if options.out is not None and ON_GPU:
+            target = HERE / options.out
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print("\nfailed: " + (", ".join(failed) or "nothing"))
+    return len(failed)
+
+
+class _Verbatim(argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+# The machine
+
+
+def machine() -> dict[str, Any]:
+    """Return the device, the versions, and on a GPU its measured ceilings."""
+    found: dict[str, Any] = {"python": sys.version.split()[0], "versions": {}}
+    for package in PACKAGES:
+        try:
+            found["versions"][package] = version(package)
+        except PackageNotFoundError:
+            found["versions"][package] = None
+    if not ON_GPU:
+        print("no GPU: Triton's interpreter, small shapes, no figures")
+        return found | {"device": "none"}
+    properties = torch.cuda.get_device_properties(DEVICE)
+    found["device"] = properties.name
+    found["multiprocessors"] = properties.multi_processor_count
+    found["copy_bytes_per_second"] = copy_bandwidth()
+    found["bf16_operations_per_second"] = matrix_rate()
+    print(
+        f"{found['device']}: copies {found['copy_bytes_per_second'] / 1e12:.2f} TB/s (read + "
+        f"written), bfloat16 products {found['bf16_operations_per_second'] / 1e12:.0f} TFLOP/s"
+    )
+    return found
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a large copy on the device."""
+    source = torch.randn(1 << 29, device=DEVICE)  # 2 GiB
+    target = torch.empty_like(source)
+    seconds = statistics.median(timed(lambda _: target.copy_(source), 1, repeats=20))
+    return 2 * source.nbytes / seconds
+
+
+def matrix_rate() -> float:
+    """Operations per second of a large product of random bfloat16 matrices."""
+    a, b = (torch.randn((8192, 8192), device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / statistics.median(timed(lambda _: a @ b, 1, repeats=20))
+
+
+# Time
+
+
+def timed(job: Job, sets: int, repeats: int = REPEATS) -> list[float]:
+    """Seconds of single calls, input sets in turn, after a warm-up of each."""
+    for number in range(max(3, sets) if ON_GPU else 1):
+        job(number % sets)
+    if not ON_GPU:
+        begun = time.perf_counter()
+        job(0)
+        return [time.perf_counter() - begun]
+    # Events around each call, all calls queued: the host's time between launches counts where the
+    # device waits for it, as it would in a caller's loop.
+    events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
+    torch.cuda.synchronize()
+    for number, (begin, end) in enumerate(events):
+        begin.record()
+        job(number % sets)
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) / 1000 for begin, end in events]
+
+
+def replayed(job: Job, sets: int) -> list[float] | None:
+    """Seconds of a call inside a CUDA graph of one call of each set; None if it has none."""
+    if not ON_GPU:
+        return None
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        job(0)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    calls = max(8, sets)
+    try:
+        with torch.cuda.graph(graph):
+            for number in range(calls):
+                job(number % sets)
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return [seconds / calls for seconds in timed(lambda _: graph.replay(), 1, repeats=20)]
+
+
+def percentiles(seconds: list[float] | None) -> dict[str, float] | None:
+    """Return microseconds at 20, 50 and 80 %."""
+    if seconds is None:
+        return None
+    ordered = sorted(seconds)
+    at = {q: ordered[min(len(ordered) - 1, int(len(ordered) * q / 100))] for q in (20, 50, 80)}
+    return {f"p{q}": value * 1e6 for q, value in at.items()}
+
+
+# Steps
+
+
+def run_tests() -> dict[str, Any]:
+    """Run the tests, all on the device that is here."""
+    tests = TESTS if ON_GPU else [*TESTS[:2]]
+    return {"closing line": _run([sys.executable, "-m", "pytest", "-q", *tests])}
+
+
+def run_sanitizer() -> dict[str, Any]:
+    """Run compute-sanitizer over every kernel, on small shapes."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None or not ON_GPU:
+        print("skipped: no compute-sanitizer, or no GPU")
+        return {"skipped": "no compute-sanitizer, or no GPU"}
+    lines = {}
+    for check in ("memcheck", "racecheck"):
+        command = [tool, "--tool", check, "--error-exitcode", "9", "--target-processes", "all"]
+        command += [sys.executable, __file__, "--small"]
+        # Without the caching allocator, so that each tensor's end is the end of its memory.
+        lines[check] = _run(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    return lines
+
+
+def run_small() -> int:
+    """Check every case on small shapes."""
+    for case in all_cases(TINY, DEVICE):
+        case.check()
+    if ON_GPU:
+        torch.cuda.synchronize()
+    print("every kernel ran")
+    return 0
+
+
+def compare_engines() -> dict[str, Any]:
+    """Run the demo's prompts on the GPU and on the CPU, in float32, with the same seeds."""
+    from stars_fast import Engine, StarsParams
+
+    prompts = ["Write a review of a kettle.", "Write a review of a film."] * (8 if ON_GPU else 1)
+    tokens = 64 if ON_GPU else 8
+    settings = [
+        StarsParams(
+            segment_length=16 if ON_GPU else 4,
+            target_reward=0.5,
+            beta=0.3,
+            max_tokens=tokens,
+            max_attempts=4,
+            top_p=1.0 if i % 2 else 0.95,
+            seed=i,
+        )
+        for i in range(len(prompts))
+    ]
+    found = {}
+    for name, options in {
+        "cpu": {"device": "cpu", "backend": "pytorch"},
+        "kernels": {"device": DEVICE, "backend": "triton"},
+    }.items():
+        engine = Engine.demo(dtype=torch.float32, max_rows=64, num_pages=1024, **options)
+        outputs = engine.generate(prompts, settings, use_tqdm=False)
+        assert [output.error for output in outputs] == [None] * len(outputs)
+        found[name] = [output.outputs[0].token_ids for output in outputs]
+    same = sum(a == b for a, b in zip(found["cpu"], found["kernels"], strict=True))
+    print(f"{same} of {len(prompts)} responses of {tokens} tokens are the same")
+    # A near tie may fall the other way, and what follows it then differs.
+    assert same >= 0.9 * len(prompts), found
+    return {"responses": len(prompts), "tokens": tokens, "same": same}
+
+
+def time_kernels() -> list[dict[str, Any]]:
+    """Check and time each case and its peers."""
+    bandwidth = copy_bandwidth() if ON_GPU else 0.0
+    rate = matrix_rate() if ON_GPU else 0.0
+    rows = []
+    for case in all_cases(FULL if ON_GPU else TINY, DEVICE):
+        case.check()
+        row = _time_case(case, bandwidth, rate)
+        rows.append(row)
+        print(_line(row), flush=True)
+        del case
+        gc.collect()
+        if ON_GPU:
+            torch.cuda.empty_cache()
+    return rows
+
+
+def _time_case(case: Case, bandwidth: float, rate: float) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": case.name,
+        "least_bytes": case.least_bytes,
+        "operations": case.operations,
+        "ours": percentiles(timed(case.ours, case.sets)),
+        "ours_in_a_graph": percentiles(replayed(case.ours, case.sets)),
+        "others": {},
+    }
+    for name, job in case.others.items():
+        try:
+            row["others"][name] = percentiles(timed(job, case.sets))
+        except (RuntimeError, TypeError, ValueError) as error:
+            row["others"][name] = {"failed": f"{type(error).__name__}: {error}"}
+    if ON_GPU:
+        least = max(case.least_bytes / bandwidth, case.operations / rate)
+        best = row["ours_in_a_graph"] or row["ours"]
+        row["least_microseconds"] = least * 1e6
+        row["share_of_the_least"] = least * 1e6 / best["p50"]
+    return row
+
+
+def _line(row: dict[str, Any]) -> str:
+    """One row of the table: microseconds at the median."""
+    if not ON_GPU:
+        return f"{row['name']:<58} ran and agrees"
+    shown = [f"{row['name']:<58} least {row['least_microseconds']:9.1f} us"]
+    shown.append(f"ours {row['ours']['p50']:9.1f}")
+    if row["ours_in_a_graph"]:
+        shown.append(f"in a graph {row['ours_in_a_graph']['p50']:9.1f}")
+    shown.append(f"({row['share_of_the_least']:.0%})")
+    for name, times in row["others"].items():
+        shown.append(f"{name} {times['p50']:.1f}" if "p50" in times else f"{name} failed")
+    return "  ".join(shown)
+
+
+def _run(command: list[str], **environment: str) -> str:
+    """Run a command, show how it ended, and return its last line."""
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+    closing = (done.stdout.strip().splitlines() or ["no output"])[-1]
+    print(closing)
+    if done.returncode:
+        print((done.stdout + done.stderr)[-6000:])
+        raise RuntimeError(f"exit {done.returncode}: {closing}")
+    return closing
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
+
+
+STEPS: dict[str, Callable[[], Any]] = {
+    "tests": run_tests,
+    "memory": run_sanitizer,
+    "engine": compare_engines,
+    "kernels": time_kernels,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

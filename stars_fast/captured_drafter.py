@@ -1,0 +1,145 @@
+"""Drafting on a GPU: a step is one CUDA graph, a round its replays and one transfer each way.
+
+Rounds differ in their rows, prefixes and lengths. All of that is written to tensors that never
+move, and a graph is captured for *buckets* of rows only: a round runs in the smallest bucket that
+holds it, its spare rows on the null page, neither sampled nor counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from stars_fast import _core
+from stars_fast.cuda_graph import StepGraph
+from stars_fast.drafter import Draft, Progress, RowParameters, RowSampling, most_stop_ids
+from stars_fast.models.kernel_attention import DecodeCapacity, KernelDecode
+from stars_fast.models.paged import PagedModel
+
+# What a bucket holds at least, so that few rounds outgrow one.
+_NEW_TOKENS = 64
+_PREFIX_TOKENS = 2048
+_STOP_IDS = 4
+
+
+class CapturedDrafter:
+    """Runs the steps of a round as replays of a captured one.
+
+    Parameters
+    ----------
+    model
+        The language model, on the Triton backend.
+    """
+
+    def __init__(self, model: PagedModel) -> None:
+        self._model = model
+        self._buckets: dict[tuple[int, int], _Bucket] = {}
+        self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+
+    @property
+    def captures(self) -> dict[tuple[int, int], bool]:
+        """Of each bucket made, (rows, rows that share a prefix): whether it is a CUDA graph."""
+        return {key: bucket.graph.captured for key, bucket in self._buckets.items()}
+
+    def draft(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Draft:
+        """Draw the segments of a round; see `Drafter.draft`."""
+        with self._model.on_backend():
+            bucket = self._bucket(plan, most_stop_ids(sampling))
+            bucket.write(plan, sampling)
+            bucket.graph.run(plan.draft.max_new)
+            return bucket.progress.read(plan.draft.num_rows, plan.draft.max_new)
+
+    def _bucket(self, plan: _core.Plan, stop_ids: int) -> _Bucket:
+        batch = plan.draft
+        needed = replace(DecodeCapacity.of(batch), rows=bucket_rows(batch.num_rows))
+        shared = bucket_rows(-(-batch.num_rows // batch.num_groups))
+        key = needed.rows, shared
+        bucket = self._buckets.get(key)
+        if bucket is None or not bucket.holds(needed, stop_ids):
+            width = max(_NEW_TOKENS, needed.new_tokens)
+            prefix = max(_PREFIX_TOKENS, needed.prefix_tokens)
+            pages = -(-prefix // self._model.page_size) + 2  # a hole, and one begun
+            roomy = DecodeCapacity(
+                rows=needed.rows,
+                page_entries=_power_of_two(max(needed.page_entries, needed.rows * pages)),
+                new_tokens=_power_of_two(width),
+                prefix_tokens=_power_of_two(prefix),
+            )
+            stops = _power_of_two(max(_STOP_IDS, stop_ids))
+            # The old graph first: the new one takes its memory.
+            self._buckets.pop(key, None)
+            del bucket
+            bucket = _Bucket.make(self._model, roomy, shared, stops, self._pool)
+            self._buckets[key] = bucket
+        return bucket
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """A captured step and the tensors that it works on."""
+
+    capacity: DecodeCapacity
+    decode: KernelDecode
+    parameters: RowParameters
+    progress: Progress
+    ids: torch.Tensor  # int64 [rows], fed next
+    first_position: torch.Tensor  # int64 [rows]
+    graph: StepGraph
+
+    @classmethod
+    def make(
+        cls,
+        model: PagedModel,
+        capacity: DecodeCapacity,
+        shared: int,
+        stop_ids: int,
+        pool: Any,  # noqa: ANN401 - see StepGraph
+    ) -> _Bucket:
+        """Allocate and capture; the spare rows of the null page do for the first steps."""
+        rows, device = capacity.rows, model.device
+        decode = model.new_decode(capacity, shared)
+        parameters = RowParameters.empty(rows, stop_ids, device)
+        progress = Progress(parameters, capacity.new_tokens)
+        ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        first_position = torch.zeros(rows, dtype=torch.int64, device=device)
+        ones = torch.ones((1, rows), dtype=torch.int64, device=device)
+
+        def step() -> None:
+            at = decode.step.to(torch.int64)
+            decode.begin_step()
+            positions = (first_position + at).unsqueeze(0)
+            logits = model.forward_decode(ids, positions, decode.attention, ones)
+            ids.copy_(progress.draw(logits, at))
+            decode.end_step()
+
+        graph = StepGraph(step, device, pool)
+        return cls(capacity, decode, parameters, progress, ids, first_position, graph)
+
+    def holds(self, needed: DecodeCapacity, stop_ids: int) -> bool:
+        """Whether a round fits."""
+        return self.capacity.holds(needed) and self.parameters.stop_ids.shape[1] >= stop_ids
+
+    def write(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> None:
+        """Put a round in place."""
+        rows = plan.draft.num_rows
+        self.decode.write(plan.draft)
+        self.parameters.write(plan, sampling)
+        self.progress.begin()
+        self.ids[:rows].copy_(torch.from_numpy(plan.first_token))
+        self.first_position[:rows].copy_(torch.from_numpy(plan.draft.row_start))
+        self.ids[rows:].zero_()
+        self.first_position[rows:].zero_()
+
+
+def bucket_rows(rows: int) -> int:
+    """Return the rows of the bucket for `rows` rows: a power of two, or 1.5 times one from 8 on."""
+    above = _power_of_two(rows)
+    between = above * 3 // 4
+    return between if above > 8 and rows <= between else above
+
+
+def _power_of_two(at_least: int) -> int:
+    return 1 << max(0, at_least - 1).bit_length()

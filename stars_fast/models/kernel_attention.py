@@ -1,0 +1,215 @@
+"""Attention of a forward through the Triton kernels: append to the pages, then attend over them.
+
+A plan holds the batch on the device, see `stars_fast.kernels.attention_plan`. Layers differ in
+their number of query heads per KV head only rarely, but they may, so there is a plan for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stars_fast.kernels.attention import attention, choose_tiles
+from stars_fast.kernels.attention_plan import AttentionPlan, PlanCapacity
+from stars_fast.kernels.pages import kv_append
+from stars_fast.models.batch import BatchLike
+from stars_fast.models.pool import Pools
+
+
+class KernelAttention:
+    """The `LayerAttention` of one forward, or of many that write their plans and slots anew.
+
+    Parameters
+    ----------
+    pools
+        Of the model.
+    plans
+        By query heads per KV head.
+    """
+
+    def __init__(self, pools: Pools, plans: Mapping[int, AttentionPlan]) -> None:
+        self._pools = pools
+        self._plans = plans
+        self._slots = torch.zeros(0, dtype=torch.int64, device=pools.device)
+        self._layer = 0
+
+    def begin(self, slots: Tensor) -> None:
+        """Start a forward whose new tokens go to `slots`, int64 ``[T]``."""
+        self._slots = slots
+        self._layer = 0
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        softcap: float,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Attention of the next layer, see `LayerAttention`."""
+        layer, pools = self._layer, self._pools
+        self._layer += 1
+        layout = pools.layouts[layer]
+        pages = pools.k_pages[layer], pools.v_pages[layer]
+        scales = pools.k_scales[layer], pools.v_scales[layer]
+        kv_append(*pages, _inner(key), _inner(value), self._slots, *scales)
+        return attention(
+            _inner(query),
+            *pages,
+            self._plans[layout.heads // layout.kv_heads],
+            scaling=scaling,
+            window=layout.window,
+            softcap=softcap,
+            sinks=sinks,
+            k_scale=scales[0],
+            v_scale=scales[1],
+        )
+
+
+def extend_attention(pools: Pools, batch: BatchLike, slots: Tensor) -> KernelAttention:
+    """Return the attention of one extend; `slots` are those of its packed tokens."""
+    new = batch.new_lengths
+    most = max(1, batch.num_tokens // max(1, batch.num_groups))
+    plans = {}
+    for heads in pools.heads_per_kv:
+        tiles = choose_tiles(most, heads, pools.head_dim, pools.layouts[0].dtype)
+        plans[heads] = AttentionPlan.build(
+            batch.group_pages,
+            batch.hole_start,
+            batch.hole_end,
+            batch.row_group,
+            batch.row_start,
+            new,
+            new,
+            batch.slots,
+            heads_per_kv=heads,
+            device=pools.device,
+            **tiles._asdict(),
+        )
+    attending = KernelAttention(pools, plans)
+    attending.begin(slots)
+    return attending
+
+
+@dataclass(frozen=True)
+class DecodeCapacity:
+    """The largest round that a `KernelDecode` can hold.
+
+    Attributes
+    ----------
+    rows
+        Candidates; each may be a group of its own.
+    page_entries
+        Entries of all groups' page tables together.
+    new_tokens
+        Of a row.
+    prefix_tokens
+        Of a group.
+    """
+
+    rows: int
+    page_entries: int
+    new_tokens: int
+    prefix_tokens: int
+
+    @classmethod
+    def of(cls, batch: BatchLike) -> DecodeCapacity:
+        """Return what a batch needs."""
+        return cls(
+            rows=batch.num_rows,
+            page_entries=batch.group_pages.size,
+            new_tokens=batch.max_new,
+            prefix_tokens=int(batch.row_start.max()),
+        )
+
+    def holds(self, other: DecodeCapacity) -> bool:
+        """Whether rounds of another capacity fit."""
+        return all(mine >= getattr(other, name) for name, mine in vars(self).items())
+
+
+class KernelDecode:
+    """The attention of the decode steps of round after round, on tensors that never move.
+
+    Parameters
+    ----------
+    pools
+        Of the model.
+    capacity
+        The largest round.
+    queries_per_group
+        About the number of rows that share a prefix; for the choice of tiles.
+    """
+
+    def __init__(
+        self,
+        pools: Pools,
+        capacity: DecodeCapacity,
+        queries_per_group: int,
+    ) -> None:
+        self._plans: dict[int, AttentionPlan] = {}
+        for heads in pools.heads_per_kv:
+            tiles = choose_tiles(
+                queries_per_group, heads, pools.head_dim, pools.layouts[0].dtype
+            )._asdict()
+            self._plans[heads] = AttentionPlan.allocate(
+                PlanCapacity.of_decode(
+                    rows=capacity.rows,
+                    groups=capacity.rows,
+                    pages=capacity.page_entries,
+                    own=capacity.new_tokens,
+                    max_prefix=capacity.prefix_tokens,
+                    heads_per_kv=heads,
+                    **tiles,
+                ),
+                heads_per_kv=heads,
+                device=pools.device,
+                **tiles,
+            )
+        self._one = next(iter(self._plans.values()))
+        self.attention = KernelAttention(pools, self._plans)
+
+    @property
+    def step(self) -> Tensor:
+        """int32 ``[rows]``: the tokens of the round that have been run."""
+        return self._one.query_own
+
+    def write(self, batch: BatchLike) -> None:
+        """Start a round; rows of the capacity past those of the batch run on the null page."""
+        for plan in self._plans.values():
+            plan.write(
+                batch.group_pages,
+                batch.hole_start,
+                batch.hole_end,
+                batch.row_group,
+                batch.row_start,
+                batch.new_lengths,
+                torch.ones(batch.num_rows, dtype=torch.int32).numpy(),
+                batch.slots,
+                query_own=torch.zeros(batch.num_rows, dtype=torch.int32).numpy(),
+            )
+
+    def seek(self, step: int) -> None:
+        """Start the forward of every row's token number `step`, counted from 0."""
+        for plan in self._plans.values():
+            plan.query_own.fill_(step)
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Start the forward of the next token of every row."""
+        own = self.step.to(torch.int64).unsqueeze(1)
+        self.attention.begin(self._one.slots.gather(1, own).squeeze(1))
+
+    def end_step(self) -> None:
+        """Move every row on by one token."""
+        for plan in self._plans.values():
+            plan.query_own.add_(1)
+
+
+def _inner(x: Tensor) -> Tensor:
+    """Return the tensor with a last stride of 1, as the kernels need it."""
+    return x if x.stride(-1) == 1 else x.contiguous()

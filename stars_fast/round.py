@@ -1,0 +1,154 @@
+"""A round under way: what was planned and drawn, and the rewards that it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase
+
+from stars_fast import _core
+from stars_fast.drafter import Draft
+from stars_fast.responses import Candidate, Response, decode, find_stop
+from stars_fast.rewards.base import ScoreJob, Scorer
+
+
+@dataclass
+class Round:
+    """A plan and what the device phases made of it; lists have an entry per row.
+
+    Attributes
+    ----------
+    plan
+        Out until the round is committed.
+    draft
+        What was drawn.
+    responses, candidates
+        Whose row it is, and the segment in it, cut at a stop text.
+    lengths, stopped, rewards
+        As `commit` of the scheduler takes them; a reward is NaN where there is none.
+    errors
+        Why a row has no valid result.
+    prompt_rewards
+        r(x) of the plan's new requests by handle, or why there is none.
+    seconds
+        That its drafting, and its scoring, took.
+    """
+
+    plan: _core.Plan
+    draft: Draft
+    responses: list[Response]
+    candidates: list[Candidate]
+    lengths: npt.NDArray[np.int32]
+    stopped: npt.NDArray[np.uint8]
+    rewards: npt.NDArray[np.float64]
+    errors: dict[int, str]
+    prompt_rewards: dict[int, float | Exception] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Token positions drafted, at least 1."""
+        return max(1, self.plan.draft.max_new)
+
+
+def cut_candidates(
+    plan: _core.Plan,
+    draft: Draft,
+    responses: list[Response],
+    branches: Iterator[int],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Round:
+    """Return the round with its candidates: cut at stop texts, bad logits noted as errors.
+
+    `branches` gives each an id at the scorer.
+    """
+    rows = len(responses)
+    done = Round(
+        plan=plan,
+        draft=draft,
+        responses=responses,
+        candidates=[],
+        lengths=draft.lengths.copy(),
+        stopped=draft.stopped.astype(np.uint8),
+        rewards=np.zeros(rows),
+        errors={},
+    )
+    attempts = plan.attempt.tolist()
+    for row, response in enumerate(responses):
+        length = int(done.lengths[row])
+        ids = draft.tokens[row, :length].tolist()
+        stop_at = None
+        if response.params.stop_texts and tokenizer is not None:
+            committed = response.output.token_ids
+            found = find_stop(tokenizer, committed, ids, response.params.stop_texts)
+            if found is not None:
+                length, stop_at = found
+                done.lengths[row], done.stopped[row] = length, 1
+        done.candidates.append(
+            Candidate(
+                branch=next(branches),
+                attempt=attempts[row],
+                token_ids=ids[:length],
+                logprobs=draft.logprobs[row, :length].tolist(),
+                stop_text_at=stop_at,
+            )
+        )
+        bad = int(draft.bad_step[row])
+        if 0 <= bad < length:
+            at = len(response.output.token_ids) + bad
+            done.errors[row] = f"the model's logits at response position {at} are NaN or infinite"
+            done.rewards[row] = np.nan
+    return done
+
+
+def score_round(
+    done: Round,
+    scorer: Scorer,
+    branches: Iterator[int],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Fill in the rewards: r(x) of new requests, then the candidates of scored responses.
+
+    Touches nothing but the round and the scorer, so it may run beside the next round's draft.
+    """
+    handles = done.plan.unscored.tolist()
+    if handles:
+        jobs = [ScoreJob(handle, next(branches), [], "") for handle in handles]
+        for job, reward in zip(jobs, scorer.score(jobs), strict=True):
+            done.prompt_rewards[job.request] = reward
+            if not isinstance(reward, Exception):
+                scorer.accept(job.request, job.branch)
+
+    rows = [
+        row
+        for row, response in enumerate(done.responses)
+        if response.scored
+        and not response.finished
+        and row not in done.errors
+        and not isinstance(done.prompt_rewards.get(response.handle), Exception)
+    ]
+    if not rows:
+        return
+    jobs = [_job(done.responses[row], done.candidates[row], scorer, tokenizer) for row in rows]
+    for row, reward in zip(rows, scorer.score(jobs), strict=True):
+        if isinstance(reward, Exception):
+            done.errors[row] = f"reward: {reward}"
+            done.rewards[row] = np.nan
+        else:
+            done.rewards[row] = reward
+
+
+def _job(
+    response: Response,
+    candidate: Candidate,
+    scorer: Scorer,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> ScoreJob:
+    ids: Sequence[int] = response.output.token_ids + candidate.token_ids
+    text = ""
+    if scorer.needs_text:
+        text = decode(tokenizer, list(ids))[: candidate.stop_text_at]
+    return ScoreJob(response.handle, candidate.branch, list(ids), text)

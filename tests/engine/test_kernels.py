@@ -1,0 +1,186 @@
+"""The engine on the Triton kernels: same tokens, in rounds that fit no bucket and others."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_lm import small_model
+from helpers.tiny_rewards import reward_model
+from helpers.tiny_tokenizers import bpe_tokenizer
+
+from stars_fast import Engine, StarsParams, captured_drafter
+from stars_fast.captured_drafter import CapturedDrafter, bucket_rows
+from stars_fast.cuda_graph import StepGraph
+from stars_fast.outputs import RequestOutput
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PROMPTS = ["The film was slow at first, but", "A terrible kettle"]
+PARAMS = StarsParams(
+    segment_length=2,
+    max_tokens=5,
+    max_attempts=4,
+    target_reward=2.0,
+    beta=0.6,
+    candidates=2,
+    temperature=1.0,
+    top_k=30,
+    top_p=0.95,
+    ignore_eos=True,
+)
+
+
+def engine(**options: Any) -> Engine:
+    tokenizer = bpe_tokenizer()
+    settings = {"num_pages": 100, "page_size": 8, "max_rows": 8}
+    return Engine(
+        small_model().to(DEVICE),
+        reward_model("llama", tokenizer).to(DEVICE),
+        tokenizer=tokenizer,
+        reward_template="plain",
+        reward_tokenizer=tokenizer,
+        **(settings | options),
+    )
+
+
+def run(engine: Engine, *changes: dict[str, Any]) -> list[RequestOutput]:
+    each = [
+        dataclasses.replace(PARAMS, seed=50 + i, **change)
+        for i, change in enumerate(changes or ({}, {}))
+    ]
+    outputs = engine.generate(PROMPTS[: len(each)], each, use_tqdm=False)
+    assert [output.error for output in outputs] == [None] * len(each)
+    return outputs
+
+
+def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def test_same_tokens_as_the_pytorch_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With buckets so small that rounds outgrow them in every way, and copies of half pages."""
+    monkeypatch.setattr(captured_drafter, "_NEW_TOKENS", 2)
+    monkeypatch.setattr(captured_drafter, "_PREFIX_TOKENS", 4)
+    monkeypatch.setattr(captured_drafter, "_STOP_IDS", 1)
+    changes: tuple[dict[str, Any], ...] = (
+        {"stop_token_ids": [7, 11, 60]},
+        {"segment_length": 3, "candidates": 1, "top_p": 1.0, "top_k": 0},
+    )
+    made = []
+    make = captured_drafter._Bucket.make
+    monkeypatch.setattr(
+        captured_drafter._Bucket,
+        "make",
+        lambda *args: made.append(args[1]) or make(*args),
+    )
+    want = run(engine(backend="pytorch"), *changes)
+    triton = engine(backend="triton")
+    got = run(triton, *changes)
+    assert tokens(got) == tokens(want)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(
+            torch.tensor(a.outputs[0].logprobs), torch.tensor(b.outputs[0].logprobs)
+        )
+        assert [s.attempts for s in a.outputs[0].segments] == [
+            s.attempts for s in b.outputs[0].segments
+        ]
+    assert triton.stats()["page_copies"] > 0
+    drafter = triton._loop._drafter
+    assert isinstance(drafter, CapturedDrafter)
+    assert len(made) > len(drafter.captures)  # some were outgrown
+    assert set(drafter.captures.values()) == {DEVICE.type == "cuda"}
+
+
+def test_a_stop_token_ends_a_row_and_not_its_neighbours() -> None:
+    vanilla = {"method": "vanilla", "target_reward": None, "max_tokens": 4, "segment_length": 4}
+    stop = tokens(run(engine(backend="pytorch"), vanilla))[0][1]
+    stopped = vanilla | {"stop_token_ids": [stop]}
+    want = run(engine(backend="pytorch"), stopped, vanilla)
+    got = run(engine(backend="triton"), stopped, vanilla)
+    assert [output.outputs[0].finish_reason for output in got] == ["stop", "length"]
+    assert tokens(got) == tokens(want)
+    assert tokens(got)[0][-1] == stop
+
+
+def test_float8_pages() -> None:
+    """Half the memory; the rounding of 3 bits shows in the log-probabilities, but not much."""
+    vanilla = {"method": "vanilla", "target_reward": None, "temperature": 0.0}
+    exact = engine(backend="triton")
+    rounded = engine(backend="triton", kv_dtype="fp8")
+    pages = exact._lm._pools.k_pages[0], rounded._lm._pools.k_pages[0]
+    assert pages[0].nbytes == 4 * pages[1].nbytes
+    scales = rounded._lm._pools.k_scales[0]
+    assert scales is not None
+    assert (scales != 1).all()
+    a, b = (run(e, vanilla)[0].outputs[0] for e in (exact, rounded))
+    # Of the first token, whose context is the same on both sides.
+    assert a.logprobs[0] != b.logprobs[0]
+    assert abs(a.logprobs[0] - b.logprobs[0]) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "cuda"}, "backend must be one of auto, pytorch, triton, got 'cuda'"),
+        ({"kv_dtype": "int8"}, "kv_dtype must be one of auto, fp8, got 'int8'"),
+        ({"kv_dtype": "fp8", "backend": "pytorch"}, "kv_dtype='fp8' needs the Triton backend"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine(**options)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="what a CPU cannot do")
+def test_what_needs_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="device_timing must be False for a model on cpu"):
+        engine(device_timing=True)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="backend='triton' on cpu needs TRITON_INTERPRET=1"):
+        engine(backend="triton")
+
+
+def test_buckets() -> None:
+    rows = range(1, 300)
+    found = [bucket_rows(n) for n in rows]
+    assert all(bucket >= n for n, bucket in zip(rows, found, strict=True))
+    assert sorted(set(found))[:12] == [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128]
+
+
+def test_a_step_runs_as_often_as_asked() -> None:
+    count = torch.zeros((), dtype=torch.int64, device=DEVICE)
+
+    def step() -> None:
+        count.add_(1)
+
+    graph = StepGraph(step, DEVICE)
+    count.zero_()
+    graph.run(5)
+    assert count.item() == 5
+    assert graph.captured == (DEVICE.type == "cuda")
+
+
+@pytest.mark.gpu
+def test_a_step_that_waits_for_the_device_runs_eagerly(caplog: pytest.LogCaptureFixture) -> None:
+    count = torch.zeros((), device=DEVICE)
+
+    def step() -> None:
+        count.add_(1 + 0 * count.item())
+
+    graph = StepGraph(step, DEVICE)
+    count.zero_()
+    graph.run(3)
+    assert not graph.captured
+    assert count.item() == 3
+    assert "without a CUDA graph" in caplog.text
+
+
+@pytest.mark.gpu
+def test_device_timing_adds_up() -> None:
+    timed = engine(device_timing=True)
+    run(timed)
+    seconds = {name: x for name, x in timed.stats().items() if name.startswith("seconds_")}
+    assert seconds["seconds_draft"] > 0
+    assert all(value >= 0 for value in seconds.values())
