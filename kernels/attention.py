@@ -209,11 +209,11 @@ def _config(plan_rows: int, head_dim: int, dtype: torch.dtype, pages: str = "") 
     """
     if dtype == torch.float32:  # no tensor core takes it as it is: bound by arithmetic
         block_n = 16 if head_dim > 64 else 32
-        num_warps = 8 if head_dim > 64 and pages != "bits" else 4
+        num_warps = 8 if head_dim > 64 and not (pages == "bits" and head_dim > 128) else 4
         return _Config(16, block_n, num_warps, num_stages=1)
     wide = head_dim > 128
     block_m = min(plan_rows, _NARROW_ROWS) if wide or pages == "bits" else plan_rows
-    block_n = 64 >> (wide + (pages != ""))
+    block_n = 64 >> (wide + (pages == "bits" or (pages == "fp8" and block_m == 64)))
     num_warps = 4 if block_m == 16 or (block_m == 64 and head_dim <= 64) else 8
     return _Config(block_m, block_n, num_warps, num_stages=4 if num_warps == 4 else 3)
 

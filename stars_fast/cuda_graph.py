@@ -67,7 +67,8 @@ def _captured(step: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph | Non
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, pool=pool):
+        # Another thread may be scoring meanwhile: what it does is no fault of this capture.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             step()
     except RuntimeError as error:
         torch.cuda.synchronize()

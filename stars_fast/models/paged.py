@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
@@ -130,9 +130,14 @@ class PagedModel:
         if kv_dtype == "fp8":
             self._measure_scales()
 
-    def on_backend(self) -> AbstractContextManager[None]:
-        """Run operators in the form that the model's do."""
-        return choose_backend(self._backend)
+    @contextlib.contextmanager
+    def on_backend(self) -> Iterator[None]:
+        """Run operators in the form, and on the device, that the model's do."""
+        guard: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if self.model.device.type == "cuda":
+            guard = torch.cuda.device(self.model.device)
+        with choose_backend(self._backend), guard:
+            yield
 
     @torch.inference_mode()
     def _measure_scales(self) -> None:

@@ -151,7 +151,7 @@ class PageDriver:
         """Extend every sequence by candidates; checks the hidden states."""
         forked = [(s, [self._fork(s, tokens) for tokens in rows]) for s, rows in groups]
         ids = [t for _, rows in forked for row in rows for t in row.tokens]
-        hidden = self.paged.extend(self.batch(forked), torch.tensor(ids))
+        hidden = self.paged.extend(self.batch(forked), self._tensor(ids))
         flat = [(s, row) for s, rows in forked for row in rows]
         assert hidden.shape[0] == len(flat)
         for got, (sequence, row) in zip(hidden, flat, strict=True):
@@ -167,7 +167,7 @@ class PageDriver:
         logits = []
         for j in range(batch.max_new):
             step = [row.tokens[min(j, len(row.tokens) - 1)] for _, row in flat]
-            logits.append(self.paged.decode_step(state, j, torch.tensor(step)))
+            logits.append(self.paged.decode_step(state, j, self._tensor(step)))
         for r, (sequence, row) in enumerate(flat):
             want = self._eager(sequence.tokens + row.tokens, hidden=False)
             for j in range(len(row.tokens)):
@@ -253,11 +253,14 @@ class PageDriver:
         module = self.model.base_model if hidden else self.model
         before = self.model.config._attn_implementation
         self.model.set_attn_implementation("eager")
-        ids = torch.tensor([tokens])
+        ids = self._tensor([tokens])
         with torch.inference_mode():
             output = module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         self.model.set_attn_implementation(before)
         return output[0][0]
+
+    def _tensor(self, ids: list[int] | list[list[int]]) -> torch.Tensor:
+        return torch.tensor(ids, device=self.paged.device)
 
     def _compare(self, got: torch.Tensor, want: torch.Tensor) -> None:
         self.compared += 1
