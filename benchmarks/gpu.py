@@ -56,9 +56,13 @@ def main() -> int:
     parser.add_argument("--commit", default=None, help="if the checkout has no .git")
     parser.add_argument("--skip", nargs="*", default=[], choices=list(STEPS))
     parser.add_argument("--small", action="store_true", help="run every kernel once, and no more")
+    parser.add_argument("--table", type=Path, help="print a recorded file as Markdown, and no more")
     options = parser.parse_args()
     if options.small:
         return run_small()
+    if options.table is not None:
+        print(markdown(json.loads((HERE / options.table).read_text(encoding="utf-8"))))
+        return 0
 
     record: dict[str, Any] = {
         "command": "python benchmarks/gpu.py " + " ".join(sys.argv[1:]),
@@ -303,6 +307,29 @@ def _line(row: dict[str, Any]) -> str:
     for name, times in row["others"].items():
         shown.append(f"{name} {times['p50']:.1f}" if "p50" in times else f"{name} failed")
     return "  ".join(shown)
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """Return the kernels of a recorded file as a table: microseconds at the median."""
+    versions = record["versions"]
+    bandwidth = record["copy_bytes_per_second"] / 1e12
+    machine = f"{record['device']}, copies {bandwidth:.2f} TB/s, commit {record['commit'][:10]}"
+    lines = [
+        f"{machine}, torch {versions['torch']}, triton {versions['triton']}; `{record['command']}`",
+        "",
+        "| | least | ours | share of the least | others |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in record["kernels"]:
+        best = row["ours_in_a_graph"] or row["ours"]
+        others = ", ".join(
+            f"{name} {times['p50']:.0f}" for name, times in row["others"].items() if "p50" in times
+        )
+        lines.append(
+            f"| {row['name']} | {row['least_microseconds']:.1f} | {best['p50']:.1f} "
+            f"| {row['share_of_the_least']:.0%} | {others} |"
+        )
+    return "\n".join(lines)
 
 
 def _run(command: list[str], **environment: str) -> str:

@@ -7,7 +7,7 @@ holds it, its spare rows on the null page, neither sampled nor counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from stars_fast import _core
 from stars_fast.cuda_graph import StepGraph
 from stars_fast.drafter import Draft, Progress, RowParameters, RowSampling, most_stop_ids
+from stars_fast.kernels.attention import Tiles
 from stars_fast.models.kernel_attention import DecodeCapacity, KernelDecode
 from stars_fast.models.paged import PagedModel
 
@@ -23,6 +24,8 @@ from stars_fast.models.paged import PagedModel
 _NEW_TOKENS = 64
 _PREFIX_TOKENS = 2048
 _STOP_IDS = 4
+
+_Key = tuple[int, tuple[tuple[int, Tiles], ...]]  # rows, and tiles by query heads per KV head
 
 
 class CapturedDrafter:
@@ -36,12 +39,12 @@ class CapturedDrafter:
 
     def __init__(self, model: PagedModel) -> None:
         self._model = model
-        self._buckets: dict[tuple[int, int], _Bucket] = {}
+        self._buckets: dict[_Key, _Bucket] = {}
         self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
 
     @property
-    def captures(self) -> dict[tuple[int, int], bool]:
-        """Of each bucket made, (rows, rows that share a prefix): whether it is a CUDA graph."""
+    def captures(self) -> dict[_Key, bool]:
+        """Of each bucket made, by its rows and its tiles: whether it is a CUDA graph."""
         return {key: bucket.graph.captured for key, bucket in self._buckets.items()}
 
     def draft(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Draft:
@@ -55,8 +58,8 @@ class CapturedDrafter:
     def _bucket(self, plan: _core.Plan, stop_ids: int) -> _Bucket:
         batch = plan.draft
         needed = replace(DecodeCapacity.of(batch), rows=bucket_rows(batch.num_rows))
-        shared = bucket_rows(-(-batch.num_rows // batch.num_groups))
-        key = needed.rows, shared
+        tiles = self._model.decode_tiles(-(-batch.num_rows // batch.num_groups))
+        key = needed.rows, tuple(tiles.items())
         bucket = self._buckets.get(key)
         if bucket is None or not bucket.holds(needed, stop_ids):
             width = max(_NEW_TOKENS, needed.new_tokens)
@@ -72,7 +75,7 @@ class CapturedDrafter:
             # The old graph first: the new one takes its memory.
             self._buckets.pop(key, None)
             del bucket
-            bucket = _Bucket.make(self._model, roomy, shared, stops, self._pool)
+            bucket = _Bucket.make(self._model, roomy, tiles, stops, self._pool)
             self._buckets[key] = bucket
         return bucket
 
@@ -94,13 +97,13 @@ class _Bucket:
         cls,
         model: PagedModel,
         capacity: DecodeCapacity,
-        shared: int,
+        tiles: Mapping[int, Tiles],
         stop_ids: int,
         pool: Any,  # noqa: ANN401 - see StepGraph
     ) -> _Bucket:
         """Allocate and capture; the spare rows of the null page do for the first steps."""
         rows, device = capacity.rows, model.device
-        decode = model.new_decode(capacity, shared)
+        decode = model.new_decode(capacity, tiles)
         parameters = RowParameters.empty(rows, stop_ids, device)
         progress = Progress(parameters, capacity.new_tokens)
         ids = torch.zeros(rows, dtype=torch.int64, device=device)

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from stars_fast.kernels.attention import attention, choose_tiles
+from stars_fast.kernels.attention import Tiles, attention, choose_tiles
 from stars_fast.kernels.attention_plan import AttentionPlan, PlanCapacity
 from stars_fast.kernels.pages import kv_append
 from stars_fast.models.batch import BatchLike
@@ -71,13 +72,20 @@ class KernelAttention:
         )
 
 
+def tiles_of(pools: Pools, queries_per_group: int) -> dict[int, Tiles]:
+    """Return the tiles, by query heads per KV head, for groups with about that many queries."""
+    return {
+        heads: choose_tiles(queries_per_group, heads, pools.head_dim, pools.layouts[0].dtype)
+        for heads in sorted(pools.heads_per_kv)
+    }
+
+
 def extend_attention(pools: Pools, batch: BatchLike, slots: Tensor) -> KernelAttention:
     """Return the attention of one extend; `slots` are those of its packed tokens."""
     new = batch.new_lengths
     most = max(1, batch.num_tokens // max(1, batch.num_groups))
     plans = {}
-    for heads in pools.heads_per_kv:
-        tiles = choose_tiles(most, heads, pools.head_dim, pools.layouts[0].dtype)
+    for heads, tiles in tiles_of(pools, most).items():
         plans[heads] = AttentionPlan.build(
             batch.group_pages,
             batch.hole_start,
@@ -141,21 +149,18 @@ class KernelDecode:
         Of the model.
     capacity
         The largest round.
-    queries_per_group
-        About the number of rows that share a prefix; for the choice of tiles.
+    tiles
+        From `tiles_of`, for about as many queries as rows that share a prefix.
     """
 
     def __init__(
         self,
         pools: Pools,
         capacity: DecodeCapacity,
-        queries_per_group: int,
+        tiles: Mapping[int, Tiles],
     ) -> None:
         self._plans: dict[int, AttentionPlan] = {}
-        for heads in pools.heads_per_kv:
-            tiles = choose_tiles(
-                queries_per_group, heads, pools.head_dim, pools.layouts[0].dtype
-            )._asdict()
+        for heads, tile in tiles.items():
             self._plans[heads] = AttentionPlan.allocate(
                 PlanCapacity.of_decode(
                     rows=capacity.rows,
@@ -164,11 +169,11 @@ class KernelDecode:
                     own=capacity.new_tokens,
                     max_prefix=capacity.prefix_tokens,
                     heads_per_kv=heads,
-                    **tiles,
+                    **tile._asdict(),
                 ),
                 heads_per_kv=heads,
                 device=pools.device,
-                **tiles,
+                **tile._asdict(),
             )
         self._one = next(iter(self._plans.values()))
         self.attention = KernelAttention(pools, self._plans)
@@ -188,9 +193,9 @@ class KernelDecode:
                 batch.row_group,
                 batch.row_start,
                 batch.new_lengths,
-                torch.ones(batch.num_rows, dtype=torch.int32).numpy(),
+                np.ones(batch.num_rows, np.int32),
                 batch.slots,
-                query_own=torch.zeros(batch.num_rows, dtype=torch.int32).numpy(),
+                query_own=np.zeros(batch.num_rows, np.int32),
             )
 
     def seek(self, step: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
@@ -32,6 +32,7 @@ from stars_fast.ops.backend import backend as choose_backend
 from stars_fast.ops.pages import copy_pages, kv_append
 
 if TYPE_CHECKING:  # Triton is for Linux only
+    from stars_fast.kernels.attention import Tiles
     from stars_fast.models.kernel_attention import DecodeCapacity, KernelDecode
 
 _SCALE_TOKENS = 64  # of the text on which float8 scales are measured
@@ -249,8 +250,8 @@ class PagedModel:
         if self.on_kernels:
             from stars_fast.models.kernel_attention import DecodeCapacity
 
-            shared = -(-batch.num_rows // batch.num_groups)
-            decode = self.new_decode(DecodeCapacity.of(batch), shared)
+            tiles = self.decode_tiles(-(-batch.num_rows // batch.num_groups))
+            decode = self.new_decode(DecodeCapacity.of(batch), tiles)
             decode.write(batch)
             return DecodeState(decode.attention, decode.seek, start, ones, batch.max_new)
         pools = self._pools
@@ -259,11 +260,17 @@ class PagedModel:
         )
         return DecodeState(attention, attention.begin_step, start, ones, batch.max_new)
 
-    def new_decode(self, capacity: DecodeCapacity, queries_per_group: int) -> KernelDecode:
+    def decode_tiles(self, rows_per_group: int) -> dict[int, Tiles]:
+        """Return the tiles for a round with about that many candidates of a request."""
+        from stars_fast.models.kernel_attention import tiles_of
+
+        return tiles_of(self._pools, rows_per_group)
+
+    def new_decode(self, capacity: DecodeCapacity, tiles: Mapping[int, Tiles]) -> KernelDecode:
         """Return the attention of decode steps through the kernels; see `KernelDecode`."""
         from stars_fast.models.kernel_attention import KernelDecode
 
-        return KernelDecode(self._pools, capacity, queries_per_group)
+        return KernelDecode(self._pools, capacity, tiles)
 
     @torch.inference_mode()
     def decode_step(self, state: DecodeState, j: int, input_ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Every form of every kernel, compiled for each architecture: no spills, and it fits the chip."""
+"""Kernels compiled for each architecture: no registers spilled, and they fit the chip."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "kernel_report.py"
 
 
-def test_every_form_fits_every_architecture(tmp_path: Path) -> None:
+def test_forms_fit_every_architecture(tmp_path: Path) -> None:
     """In a process of its own: nothing is compiled in one that interprets kernels.
 
-    Without attention in float16, which takes the same instructions as bfloat16: the script alone
-    does those.
+    Of attention, bfloat16 with heads of 128 stands here for all; ``.ci/run`` does every form.
     """
     target = tmp_path / "forms.json"
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    others = [f"attention {x}" for x in ("fp16", "fp32")] + [
+        "bf16 d64",
+        "bf16 d256",
+        "fp8e4nv",
+        "u8",
+    ]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--json", str(target), "--skip", "attention fp16"],
+        [sys.executable, str(SCRIPT), "--json", str(target), "--skip", *others],
         env=environment,
         capture_output=True,
         text=True,
@@ -34,5 +39,7 @@ def test_every_form_fits_every_architecture(tmp_path: Path) -> None:
     assert [row for row in rows if not row["fits"]] == []
     assert done.returncode == 0
     assert {row["capability"] for row in rows} == {80, 90, 100}
-    for kernel in ("philox", "copy_pages", "kv_append", "sample_reduce", "sample_finish", "merge"):
+    for kernel in (
+        "philox", "copy_pages", "kv_append", "sample_reduce", "sample_finish", "attention", "merge",
+    ):  # fmt: skip
         assert any(kernel in row["name"] for row in rows), kernel
