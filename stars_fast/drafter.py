@@ -216,6 +216,7 @@ class Progress:
             p.position + step,
             p.attempt,
             self.live,
+            with_entropy=False,
         )
         column = step.unsqueeze(1)
         self._tokens.scatter_(1, column, token.unsqueeze(1))

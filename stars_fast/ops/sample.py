@@ -32,6 +32,7 @@ def sample(
     position: Tensor,
     attempt: Tensor,
     live: Tensor | None = None,
+    with_entropy: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Draw one token per row.
 
@@ -60,6 +61,8 @@ def sample(
     live : Tensor, optional
         bool ``[R]``; nothing of a row that is not live is read, and its results are token 0, three
         times 0.0, and true.
+    with_entropy : bool
+        Whether `entropy` is wanted: in PyTorch it takes longer than the draw.
 
     Returns
     -------
@@ -71,7 +74,7 @@ def sample(
         float32 ``[R]``, under the truncated distribution (0 at temperature 0).
     entropy : Tensor
         float32 ``[R]``, of the raw distribution, in nats; CARDS (arXiv 2406.16306) ends segments
-        where it is high.
+        where it is high. Unspecified without `with_entropy`.
     ok : Tensor
         bool ``[R]``, false where the row holds a NaN, +inf or nothing but -inf; its token is then
         0, its log-probabilities and its entropy are NaN.
@@ -82,10 +85,11 @@ def sample(
 
         return kernel(*arguments, live)
     if live is None or bool(live.all()):
-        return _sample_all(*arguments)
+        return _sample_all(*arguments, with_entropy=with_entropy)
     rows = live.nonzero().squeeze(1)
     results = _nothing_drawn(logits)
-    for result, part in zip(results, _sample_all(*(x[rows] for x in arguments)), strict=True):
+    drawn = _sample_all(*(x[rows] for x in arguments), with_entropy=with_entropy)
+    for result, part in zip(results, drawn, strict=True):
         result[rows] = part
     return results
 
@@ -111,6 +115,8 @@ def _sample_all(
     seed: Tensor,
     position: Tensor,
     attempt: Tensor,
+    *,
+    with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     logits = logits.to(torch.float32)
     peak = logits.amax(dim=-1)  # NaN if any entry is, so one test covers NaN, +inf and all -inf
@@ -150,7 +156,7 @@ def _sample_all(
     # log_softmax reduces each row on its own, in an order that the number of rows cannot change.
     log_p = logits.log_softmax(dim=-1)
     logprob = log_p.gather(1, token.unsqueeze(1)).squeeze(1)
-    entropy = _entropy(log_p)
+    entropy = _entropy(log_p) if with_entropy else torch.zeros_like(logprob)
     if not every_ok:
         token = torch.where(ok, token, 0)
         logprob = torch.where(ok, logprob, torch.nan)
@@ -182,6 +188,7 @@ def _(
     position: Tensor,
     attempt: Tensor,
     live: Tensor | None = None,
+    with_entropy: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = logits.shape[0]
     return (
