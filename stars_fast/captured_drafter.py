@@ -113,7 +113,9 @@ class _Bucket:
         def step() -> None:
             at = decode.step.to(torch.int64)
             decode.begin_step()
-            positions = (first_position + at).unsqueeze(0)
+            # A row that has ended goes no further: the context may end there, too.
+            ahead = torch.minimum(at, parameters.lengths - 1).clamp_(min=0)
+            positions = (first_position + ahead).unsqueeze(0)
             logits = model.forward_decode(ids, positions, decode.attention, ones)
             ids.copy_(progress.draw(logits, at))
             decode.end_step()

@@ -61,7 +61,8 @@ class Engine:
         Pages of the language model's pool; None: enough for `max_rows` rows, within half of a GPU's
         free memory or an eighth of the machine's. Allocated once.
     max_rows
-        Candidates drafted in one round at most, and requests that run at once.
+        Candidates drafted in one round at most, and requests that run at once; twice as many run
+        where scoring overlaps, in two halves.
     seed
         Seeds of requests that have none follow from it and from the number of requests before.
     reward_template

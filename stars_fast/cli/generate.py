@@ -74,6 +74,11 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     models.add_argument("--dtype", default="auto", help="such as bfloat16 (default: the model's)")
     models.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
     models.add_argument(
+        "--reward-device",
+        help="of the reward model (default: that of the model); on another one than the model's, "
+        "scoring runs beside the next draft",
+    )
+    models.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that comes with a model"
     )
     models.add_argument(
@@ -90,6 +95,12 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         type=int,
         metavar="INT",
         help="pages of the model's pool (default: as memory allows)",
+    )
+    memory.add_argument(
+        "--kv-dtype",
+        choices=["auto", "fp8"],
+        default="auto",
+        help="what pages hold; fp8 is half of bfloat16, on a GPU (default: the model's dtype)",
     )
     memory.add_argument(
         "--max-rows", type=int, default=256, metavar="INT", help="rows of a round (default: 256)"
@@ -212,7 +223,7 @@ def _done_before(output: Path | None, *, resume: bool) -> Done:
 
 def _settings(args: argparse.Namespace, base: StarsParams) -> dict[str, Any]:
     """What a calibrated target depends on."""
-    models = ("model", "reward_model", "reward_template", "dtype")
+    models = ("model", "reward_model", "reward_template", "dtype", "kv_dtype")
     flags = (*models, "seed", "calibration_prompts", "calibration_quantile")
     sampling = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "ignore_eos")
     return {
@@ -268,7 +279,9 @@ def _load_engine(args: argparse.Namespace) -> Engine:
             reward_model=args.reward_model,
             reward_template=args.reward_template,
             device=args.device,
+            reward_device=args.reward_device,
             dtype=args.dtype,
+            kv_dtype=args.kv_dtype,
             page_size=args.page_size,
             num_pages=args.num_pages,
             max_rows=args.max_rows,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 
 class BatchLike(Protocol):
-    """G groups, R rows, up to L new tokens each. Valid until the scheduler's next plan.
+    """G groups, R rows, up to L new tokens each. Valid as long as it is held.
 
     Attributes
     ----------

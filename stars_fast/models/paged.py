@@ -45,6 +45,7 @@ class DecodeState:
     attention: LayerAttention
     begin_step: Callable[[int], None]
     first_position: Tensor  # int64 [1, R]
+    last_step: Tensor  # int64 [1, R], of each row's new tokens
     ones: Tensor  # int64 [1, R], an attention mask that hides nothing
     max_new: int
 
@@ -54,8 +55,7 @@ class PagedModel:
 
     The pool is allocated here, once. The model itself is not changed: its attention
     implementation, and on a CPU its linear layers, are switched while a forward runs and restored
-    after. One thread at a time may
-    use the model, through this object or otherwise.
+    after. One thread at a time may use the model, through this object or otherwise.
 
     Parameters
     ----------
@@ -246,6 +246,7 @@ class PagedModel:
         A round begun from this model ends when another begins.
         """
         start = torch.from_numpy(batch.row_start.astype(np.int64)).to(self.device).unsqueeze(0)
+        last = torch.from_numpy(batch.new_lengths.astype(np.int64) - 1).to(self.device).unsqueeze(0)
         ones = torch.ones_like(start)
         if self.on_kernels:
             from stars_fast.models.kernel_attention import DecodeCapacity
@@ -253,12 +254,12 @@ class PagedModel:
             tiles = self.decode_tiles(-(-batch.num_rows // batch.num_groups))
             decode = self.new_decode(DecodeCapacity.of(batch), tiles)
             decode.write(batch)
-            return DecodeState(decode.attention, decode.seek, start, ones, batch.max_new)
+            return DecodeState(decode.attention, decode.seek, start, last, ones, batch.max_new)
         pools = self._pools
         attention = DecodeAttention(
             batch, pools.layouts, pools.k_pages, pools.v_pages, self._workspace
         )
-        return DecodeState(attention, attention.begin_step, start, ones, batch.max_new)
+        return DecodeState(attention, attention.begin_step, start, last, ones, batch.max_new)
 
     def decode_tiles(self, rows_per_group: int) -> dict[int, Tiles]:
         """Return the tiles for a round with about that many candidates of a request."""
@@ -293,10 +294,10 @@ class PagedModel:
         if not 0 <= j < state.max_new:
             raise ValueError(f"j must be in [0, {state.max_new}), got {j}")
         state.begin_step(j)
+        # A row that has ended goes no further: the context may end there, too.
+        positions = state.first_position + state.last_step.clamp(max=j)
         with self.on_backend():
-            return self.forward_decode(
-                input_ids, state.first_position + j, state.attention, state.ones
-            )
+            return self.forward_decode(input_ids, positions, state.attention, state.ones)
 
     def forward_decode(
         self, input_ids: Tensor, positions: Tensor, attention: LayerAttention, ones: Tensor

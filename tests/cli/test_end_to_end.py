@@ -135,6 +135,7 @@ def test_bad_requests_are_recorded_and_harm_no_other(tmp_path: Path) -> None:
         (["--model", MODELS[1], "--reward-model", "{tmp}/none"], "{tmp}/none"),
         ([*MODELS, "--page-size", "0"], "page_size must be at least 1, got 0"),
         ([*MODELS, "--dtype", "float7"], "dtype"),
+        ([*MODELS, "--device", "cpu", "--kv-dtype", "fp8"], "kv_dtype='fp8' needs the Triton"),
     ],
 )
 def test_models_that_cannot_be_loaded_are_named(
@@ -158,7 +159,7 @@ def test_the_flags_have_the_defaults_of_the_engine() -> None:
         for name, parameter in inspect.signature(Engine).parameters.items()
         if name in args and name != "model"
     }
-    assert len(defaults) == 10
+    assert len(defaults) == 12
     assert {name: args[name] for name in defaults} == defaults
 
 
