@@ -42,6 +42,8 @@ class Shape:
 
 #: About 14 million parameters.
 SMALL = Shape(16384, 288, 768, 10, 6, 6)
+#: About 1.2 billion parameters, the shape of Llama-3.2-1B.
+ONE_BILLION = Shape(128_256, 2048, 8192, 16, 32, 8)
 #: For a run in seconds.
 TINY = Shape(512, 64, 128, 2, 4, 2)
 

@@ -8,6 +8,7 @@ Steps, in order; a step that fails is reported and the next one runs:
 ``tests``     the tests of the operators, kernels, models and engine, on the GPU
 ``memory``    compute-sanitizer, memcheck and racecheck, over the kernels on small shapes
 ``engine``    the engine's tokens on the GPU in float32 against the CPU's
+``rounds``    decode steps of a 1.2B model, 64 rows: with the kernels, compiled, and without
 ``kernels``   each kernel's time, its share of the measured bandwidth, and its peers' times
 
 Without a GPU the same steps run in Triton's interpreter on small shapes, as far as that goes:
@@ -256,6 +257,42 @@ def compare_engines() -> dict[str, Any]:
     return {"responses": len(prompts), "tokens": tokens, "same": same}
 
 
+def time_rounds() -> list[dict[str, Any]]:
+    """Time unaligned rounds of the engine; the least is to read the weights once a step."""
+    from bench_models import ONE_BILLION, language_model, prompts
+    from bench_models import TINY as TINY_MODEL
+
+    from stars_fast import Engine, StarsParams
+
+    shape, dtype = (ONE_BILLION, torch.bfloat16) if ON_GPU else (TINY_MODEL, torch.float32)
+    model = language_model(shape).to(DEVICE, dtype)
+    weights = sum(p.nbytes for p in model.parameters())
+    steps = 128 if ON_GPU else 4
+    params = StarsParams(
+        method="vanilla", max_tokens=steps, segment_length=min(32, steps), seed=0, ignore_eos=True
+    )
+    asked = prompts(shape, 64 if ON_GPU else 2)
+    rows = []
+    for name, options in {
+        "kernels": {"backend": "triton"},
+        "kernels, compiled": {"backend": "triton", "compile_model": True},
+        "PyTorch's operators": {"backend": "pytorch"},
+    }.items():
+        engine = Engine(model, max_rows=64, num_pages=4096 if ON_GPU else 64, **options)
+        engine.generate(asked, params, use_tqdm=False)  # captures and compiles
+        begun = time.perf_counter()
+        engine.generate(asked, params, use_tqdm=False)
+        seconds = (time.perf_counter() - begun) / steps
+        rows.append({"name": name, "rows": len(asked), "milliseconds_per_step": seconds * 1e3})
+        if ON_GPU:
+            rows[-1]["least_milliseconds"] = weights / copy_bandwidth() * 1e3
+            rows[-1]["captured"] = str(getattr(engine._loop._drafter, "captures", None))
+        print(rows[-1] if ON_GPU else f"{name}: ran")
+        del engine
+        gc.collect()
+    return rows
+
+
 def time_kernels() -> list[dict[str, Any]]:
     """Check and time each case and its peers."""
     bandwidth = copy_bandwidth() if ON_GPU else 0.0
@@ -362,6 +399,7 @@ STEPS: dict[str, Callable[[], Any]] = {
     "tests": run_tests,
     "memory": run_sanitizer,
     "engine": compare_engines,
+    "rounds": time_rounds,
     "kernels": time_kernels,
 }
 

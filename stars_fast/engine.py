@@ -85,6 +85,9 @@ class Engine:
     kv_dtype
         What the pages of both models hold: ``"auto"``, the dtype of their keys and values, or
         ``"fp8"``, half the memory of bfloat16, on the Triton backend.
+    compile_model
+        Fuse the small operations of both models by `torch.compile`. Off by default: the first
+        rounds of each size wait for the compiler.
     overlap_scoring
         Draft a round while the one before, of other requests, is being scored on a thread of its
         own; None: where the reward model is on another device. It pays where the two do not share
@@ -121,6 +124,7 @@ class Engine:
         max_prefill_tokens: int = 8192,
         backend: Backend = "auto",
         kv_dtype: KvDtype = "auto",
+        compile_model: bool = False,
         overlap_scoring: bool | None = None,
         device_timing: bool = False,
         trust_remote_code: bool = False,
@@ -152,7 +156,12 @@ class Engine:
             )
         check_numbers(loaded, backend=backend)
         self._lm = PagedModel(
-            loaded, num_pages=num_pages, page_size=page_size, backend=backend, kv_dtype=kv_dtype
+            loaded,
+            num_pages=num_pages,
+            page_size=page_size,
+            backend=backend,
+            kv_dtype=kv_dtype,
+            compile_model=compile_model,
         )
         if device_timing and self._lm.device.type != "cuda":
             raise ValueError(
@@ -174,6 +183,7 @@ class Engine:
                 max_rows=max_rows,
                 backend=backend,
                 kv_dtype=kv_dtype,
+                compile_model=compile_model,
             )
         if overlap_scoring is None:
             elsewhere = None if self._scorer is None else self._scorer.device

@@ -79,6 +79,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "scoring runs beside the next draft",
     )
     models.add_argument(
+        "--compile-model", action="store_true", help="fuse small operations by torch.compile"
+    )
+    models.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that comes with a model"
     )
     models.add_argument(
@@ -282,6 +285,7 @@ def _load_engine(args: argparse.Namespace) -> Engine:
             reward_device=args.reward_device,
             dtype=args.dtype,
             kv_dtype=args.kv_dtype,
+            compile_model=args.compile_model,
             page_size=args.page_size,
             num_pages=args.num_pages,
             max_rows=args.max_rows,

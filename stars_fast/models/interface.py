@@ -8,9 +8,11 @@ who sees what.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -70,7 +72,10 @@ def stars_paged(
     ``[1, T, heads, head_dim]``. `attention_mask` and what is left in `kwargs` (the window among
     them) are known from the probe of the model, see `stars_fast.models.probe`.
     """
-    out = stars_attention(
+    attend = stars_attention
+    if torch.compiler.is_compiling():
+        attend = functools.partial(_outside, stars_attention)
+    out = attend(
         query.squeeze(0).transpose(0, 1),
         key.squeeze(0).transpose(0, 1),
         value.squeeze(0).transpose(0, 1),
@@ -79,6 +84,12 @@ def stars_paged(
         sinks=s_aux,
     )
     return out.unsqueeze(0), None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _outside(attention: LayerAttention, *tensors: Tensor, **options: Any) -> Tensor:
+    """Attend outside of what `torch.compile` makes: the pages and the layer count are state."""
+    return attention(*tensors, **options)
 
 
 def attention_configs(model: PreTrainedModel) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -71,6 +71,9 @@ class PagedModel:
     kv_dtype : str
         What pages hold: ``"auto"``, the dtype of the model's own keys and values, or ``"fp8"``,
         float8_e4m3fn with a scale per head, for the Triton backend.
+    compile_model : bool
+        Fuse what lies between the model's matrix products and its attention (norms, rotary
+        embeddings, gates) by `torch.compile`; the first passes wait for the compiler.
 
     Raises
     ------
@@ -89,6 +92,7 @@ class PagedModel:
         page_size: int,
         backend: Backend = "auto",
         kv_dtype: KvDtype = "auto",
+        compile_model: bool = False,
     ) -> None:
         if num_pages < 2:
             raise ValueError(
@@ -127,7 +131,10 @@ class PagedModel:
         #: Bytes that `copy_pages` has written since the model was made.
         self.copied_bytes = 0
         self._workspace = Workspace()
-        self._linears = OneDnnLinears(model)
+        self._linears = None if compile_model else OneDnnLinears(model)
+        self._compiled: dict[nn.Module, Callable[..., Any]] = {}
+        if compile_model:
+            self._compiled = {x: torch.compile(x) for x in (model, model.base_model)}
         if kv_dtype == "fp8":
             self._measure_scales()
 
@@ -343,8 +350,9 @@ class PagedModel:
     ) -> Tensor:
         """First output of a forward on packed tokens ``[T]``, without its batch dimension."""
         ids = input_ids.unsqueeze(0)
-        with attention_implementation(self._configs, STARS_PAGED), self._linears.active():
-            output = module(
+        linears = contextlib.nullcontext() if self._linears is None else self._linears.active()
+        with attention_implementation(self._configs, STARS_PAGED), linears:
+            output = self._compiled.get(module, module)(
                 input_ids=ids,
                 # Padding is not expressed through the mask; some models ask for one all the same.
                 attention_mask=torch.ones_like(ids) if ones is None else ones,

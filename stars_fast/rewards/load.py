@@ -65,6 +65,7 @@ def load_scorer(
     max_rows: int = 256,
     backend: Backend = "auto",
     kv_dtype: KvDtype = "auto",
+    compile_model: bool = False,
 ) -> Scorer:
     """Make the scorer of a reward model.
 
@@ -96,7 +97,7 @@ def load_scorer(
         Whether weights may be loaded from other files than safetensors.
     max_rows : int
         Most rows of one forward pass.
-    backend, kv_dtype : str
+    backend, kv_dtype, compile_model
         Of a causal reward model, see `stars_fast.models.paged.PagedModel`.
 
     Raises
@@ -140,6 +141,7 @@ def load_scorer(
         max_rows=max_rows,
         backend=backend,
         kv_dtype=kv_dtype,
+        compile_model=compile_model,
     )
 
 
@@ -192,6 +194,7 @@ def _causal_scorer(
     max_rows: int,
     backend: Backend,
     kv_dtype: KvDtype,
+    compile_model: bool,
 ) -> Scorer:
     rows = embedding_rows(model)
     check_vocabulary(tokenizer, rows, pads=False)
@@ -210,7 +213,12 @@ def _causal_scorer(
             kv_dtype=kv_dtype,
         )
     paged = PagedModel(
-        model, num_pages=num_pages, page_size=page_size, backend=backend, kv_dtype=kv_dtype
+        model,
+        num_pages=num_pages,
+        page_size=page_size,
+        backend=backend,
+        kv_dtype=kv_dtype,
+        compile_model=compile_model,
     )
     source: TokenSource
     if not isinstance(chosen, CallableTemplate) and same_tokens(lm_tokenizer, tokenizer):

@@ -104,6 +104,17 @@ def test_a_stop_token_ends_a_row_and_not_its_neighbours() -> None:
     assert tokens(got)[0][-1] == stop
 
 
+@pytest.mark.filterwarnings("default")  # the compiler's own
+def test_compiled_models() -> None:
+    """What is compiled is not all of one piece, but it is compiled, and around the kernels."""
+    changes: tuple[dict[str, Any], ...] = ({"max_tokens": 3}, {"max_tokens": 3, "candidates": 1})
+    want = run(engine(backend="pytorch"), *changes)
+    torch._dynamo.utils.counters.clear()
+    got = run(engine(backend="triton", compile_model=True), *changes)
+    assert tokens(got) == tokens(want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
 def test_float8_pages() -> None:
     """Half the memory; the rounding of 3 bits shows in the log-probabilities, but not much."""
     vanilla = {"method": "vanilla", "target_reward": None, "temperature": 0.0}
