@@ -52,7 +52,9 @@ TESTS = ["tests/ops", "tests/kernels", "tests/models/test_paged.py", "tests/engi
 
 def main() -> int:
     """Run the steps; return how many failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Verbatim)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="where to write the figures, from benchmarks/")
     parser.add_argument("--commit", default=None, help="if the checkout has no .git")
     parser.add_argument("--skip", nargs="*", default=[], choices=list(STEPS))
@@ -90,10 +92,6 @@ def main() -> int:
             target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print("\nfailed: " + (", ".join(failed) or "nothing"))
     return len(failed)
-
-
-class _Verbatim(argparse.RawDescriptionHelpFormatter):
-    pass
 
 
 # The machine

@@ -138,7 +138,7 @@ class PoolTable:
         int32 ``[P]``, chunks of one token.
     chunk_bytes
         16, 4, 2 or 1: what one access moves, the most that divides every token.
-    page_size, num_pages
+    page_size
         Of every pool.
     token_bytes
         Bytes of a token over all pools.
@@ -149,7 +149,6 @@ class PoolTable:
     chunks: Tensor
     chunk_bytes: int
     page_size: int
-    num_pages: int
     token_bytes: int
 
 
@@ -187,7 +186,6 @@ def pool_table(pools: Sequence[Tensor]) -> PoolTable:
         chunks=torch.tensor([n // chunk for n in token_bytes], dtype=torch.int32).to(first.device),
         chunk_bytes=chunk,
         page_size=first.shape[1],
-        num_pages=first.shape[0],
         token_bytes=sum(token_bytes),
     )
 

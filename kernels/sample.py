@@ -47,8 +47,8 @@ def sample(
 
     Launches two kernels on the current stream and allocates the results and about R * V / 4 +
     16384 R bytes for what passes between them; nothing waits for the device, so that a CUDA graph
-    can hold it. It moves R * V logits once, and R * V / 8 bytes of bounds out and
-    a few times back. Copies
+    can hold it. It moves R * V logits once, those of rows without filters a second time but from
+    the cache, and R * V / 8 bytes of bounds out and a few times back. Copies
     `logits` if their last dimension is not contiguous, and converts what has another dtype.
 
     Parameters

@@ -162,7 +162,7 @@ class Loop:
                 raise
 
     def wait_for_scoring(self) -> None:
-        """Wait until the scorer is free, so that another thread may call it."""
+        """Wait until the scorer is free, so that the caller's thread may use it."""
         if self._scoring is not None:
             futures.wait([self._scoring])
 
