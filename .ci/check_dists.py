@@ -44,7 +44,8 @@ def main(dist: Path) -> int:
         in_wheel = set(archive.namelist())
 
     expected_sdist = TOP_LEVEL.union(*map(sources, IN_SDIST))
-    expected_wheel = sources("stars_fast") | {f"stars_fast/{name}" for name in sources("kernels")}
+    mapped = {name for name in sources("kernels") | sources("benchmarks") if name.endswith(".py")}
+    expected_wheel = sources("stars_fast") | {f"stars_fast/{name}" for name in mapped}
     package = {name for name in in_wheel if ".dist-info/" not in name}
     cores = {name for name in package if name.startswith("stars_fast/_core.") and "pyi" not in name}
 

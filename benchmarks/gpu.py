@@ -22,13 +22,10 @@ import gc
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +34,14 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402 - after the choice of the interpreter
-from kernel_cases import FULL, TINY, Case, Job, all_cases  # noqa: E402
+
+from stars_fast.benchmarks.kernel_cases import FULL, TINY, Case, Job, all_cases  # noqa: E402
+from stars_fast.benchmarks.least import Machine, Work  # noqa: E402
+from stars_fast.benchmarks.measure import ceilings, header  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-PACKAGES = ("torch", "triton", "transformers", "numpy", "stars_fast", "flash-attn", "flashinfer")
 REPEATS = 30 if ON_GPU else 1
 
 # The machine's own packages may be older or newer than those of constraints.txt, and warn.
@@ -67,12 +66,8 @@ def main() -> int:
         print(markdown(json.loads((HERE / options.table).read_text(encoding="utf-8"))))
         return 0
 
-    record: dict[str, Any] = {
-        "command": "python benchmarks/gpu.py " + " ".join(sys.argv[1:]),
-        "commit": options.commit or _commit(),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        **machine(),
-    }
+    command = "python benchmarks/gpu.py " + " ".join(sys.argv[1:])
+    record: dict[str, Any] = {**header(command, DEVICE, options.commit), **machine()}
     failed = []
     for name, step in STEPS.items():
         if name in options.skip:
@@ -98,40 +93,20 @@ def main() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """Return the device, the versions, and on a GPU its measured ceilings."""
-    found: dict[str, Any] = {"python": sys.version.split()[0], "versions": {}}
-    for package in PACKAGES:
-        try:
-            found["versions"][package] = version(package)
-        except PackageNotFoundError:
-            found["versions"][package] = None
+    """Return a GPU's measured ceilings."""
     if not ON_GPU:
         print("no GPU: Triton's interpreter, small shapes, no figures")
-        return found | {"device": "none"}
-    properties = torch.cuda.get_device_properties(DEVICE)
-    found["device"] = properties.name
-    found["multiprocessors"] = properties.multi_processor_count
-    found["copy_bytes_per_second"] = copy_bandwidth()
-    found["bf16_operations_per_second"] = matrix_rate()
+        return {}
+    found = ceilings(DEVICE, torch.bfloat16)
     print(
-        f"{found['device']}: copies {found['copy_bytes_per_second'] / 1e12:.2f} TB/s (read + "
-        f"written), bfloat16 products {found['bf16_operations_per_second'] / 1e12:.0f} TFLOP/s"
+        f"{found.name}: copies {found.bytes_per_second / 1e12:.2f} TB/s (read + written), bfloat16 "
+        f"products {found.operations_per_second / 1e12:.0f} TFLOP/s"
     )
-    return found
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by a large copy on the device."""
-    source = torch.randn(1 << 29, device=DEVICE)  # 2 GiB
-    target = torch.empty_like(source)
-    seconds = statistics.median(timed(lambda _: target.copy_(source), 1, repeats=20))
-    return 2 * source.nbytes / seconds
-
-
-def matrix_rate() -> float:
-    """Operations per second of a large product of random bfloat16 matrices."""
-    a, b = (torch.randn((8192, 8192), device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / statistics.median(timed(lambda _: a @ b, 1, repeats=20))
+    return {
+        "multiprocessors": torch.cuda.get_device_properties(DEVICE).multi_processor_count,
+        "copy_bytes_per_second": found.bytes_per_second,
+        "bf16_operations_per_second": found.operations_per_second,
+    }
 
 
 # Time
@@ -240,10 +215,11 @@ def compare_engines() -> dict[str, Any]:
         for i in range(len(prompts))
     ]
     found = {}
-    for name, options in {
+    sides: dict[str, dict[str, Any]] = {
         "cpu": {"device": "cpu", "backend": "pytorch"},
         "kernels": {"device": DEVICE, "backend": "triton"},
-    }.items():
+    }
+    for name, options in sides.items():
         engine = Engine.demo(dtype=torch.float32, max_rows=64, num_pages=1024, **options)
         outputs = engine.generate(prompts, settings, use_tqdm=False)
         assert [output.error for output in outputs] == [None] * len(outputs)
@@ -257,25 +233,27 @@ def compare_engines() -> dict[str, Any]:
 
 def time_rounds() -> list[dict[str, Any]]:
     """Time unaligned rounds of the engine; the least is to read the weights once a step."""
-    from bench_models import ONE_BILLION, language_model, prompts
-    from bench_models import TINY as TINY_MODEL
-
     from stars_fast import Engine, StarsParams
+    from stars_fast.benchmarks.models import ONE_BILLION, language_model, prompts
+    from stars_fast.benchmarks.models import TINY as TINY_MODEL
 
     shape, dtype = (ONE_BILLION, torch.bfloat16) if ON_GPU else (TINY_MODEL, torch.float32)
-    model = language_model(shape).to(DEVICE, dtype)
+    model = language_model(shape)
+    torch.nn.Module.to(model, DEVICE, dtype)
     weights = sum(p.nbytes for p in model.parameters())
+    bandwidth = ceilings(DEVICE, dtype).bytes_per_second if ON_GPU else 0.0
     steps = 128 if ON_GPU else 4
     params = StarsParams(
         method="vanilla", max_tokens=steps, segment_length=min(32, steps), seed=0, ignore_eos=True
     )
     asked = prompts(shape, 64 if ON_GPU else 2)
     rows = []
-    for name, options in {
+    sides: dict[str, dict[str, Any]] = {
         "kernels": {"backend": "triton"},
         "kernels, compiled": {"backend": "triton", "compile_model": True},
         "PyTorch's operators": {"backend": "pytorch"},
-    }.items():
+    }
+    for name, options in sides.items():
         engine = Engine(model, max_rows=64, num_pages=4096 if ON_GPU else 64, **options)
         engine.generate(asked, params, use_tqdm=False)  # captures and compiles
         begun = time.perf_counter()
@@ -283,7 +261,7 @@ def time_rounds() -> list[dict[str, Any]]:
         seconds = (time.perf_counter() - begun) / steps
         rows.append({"name": name, "rows": len(asked), "milliseconds_per_step": seconds * 1e3})
         if ON_GPU:
-            rows[-1]["least_milliseconds"] = weights / copy_bandwidth() * 1e3
+            rows[-1]["least_milliseconds"] = weights / bandwidth * 1e3
             rows[-1]["captured"] = str(getattr(engine._loop._drafter, "captures", None))
         print(rows[-1] if ON_GPU else f"{name}: ran")
         del engine
@@ -293,12 +271,11 @@ def time_rounds() -> list[dict[str, Any]]:
 
 def time_kernels() -> list[dict[str, Any]]:
     """Check and time each case and its peers."""
-    bandwidth = copy_bandwidth() if ON_GPU else 0.0
-    rate = matrix_rate() if ON_GPU else 0.0
+    found = ceilings(DEVICE, torch.bfloat16, quick=not ON_GPU)
     rows = []
     for case in all_cases(FULL if ON_GPU else TINY, DEVICE):
         case.check()
-        row = _time_case(case, bandwidth, rate)
+        row = _time_case(case, found)
         rows.append(row)
         print(_line(row), flush=True)
         del case
@@ -308,7 +285,7 @@ def time_kernels() -> list[dict[str, Any]]:
     return rows
 
 
-def _time_case(case: Case, bandwidth: float, rate: float) -> dict[str, Any]:
+def _time_case(case: Case, machine: Machine) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": case.name,
         "least_bytes": case.least_bytes,
@@ -323,7 +300,7 @@ def _time_case(case: Case, bandwidth: float, rate: float) -> dict[str, Any]:
         except (RuntimeError, TypeError, ValueError) as error:
             row["others"][name] = {"failed": f"{type(error).__name__}: {error}"}
     if ON_GPU:
-        least = max(case.least_bytes / bandwidth, case.operations / rate)
+        least = Work(case.least_bytes, case.operations).seconds(machine)
         best = row["ours_in_a_graph"] or row["ours"]
         row["least_microseconds"] = least * 1e6
         row["share_of_the_least"] = least * 1e6 / best["p50"]
@@ -384,13 +361,6 @@ def _run(command: list[str], **environment: str) -> str:
         print((done.stdout + done.stderr)[-6000:])
         raise RuntimeError(f"exit {done.returncode}: {closing}")
     return closing
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
 
 
 STEPS: dict[str, Callable[[], Any]] = {

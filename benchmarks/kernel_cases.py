@@ -6,6 +6,7 @@ together larger than a GPU's cache, so that none is found there.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -191,12 +192,16 @@ def sample_cases(size: Size, rows: int, device: torch.device) -> Iterator[Case]:
 
         yield Case(
             name=f"sample {name} [{rows}, {size.vocab_size}] {_short(size.dtype)}",
-            ours=lambda i, arguments=arguments: sample(logits[i], *arguments),
+            ours=functools.partial(_sample_set, logits, arguments),
             check=check,
             least_bytes=bytes_each,
             others=_samplers(logits, temperature, top_k, top_p),
             sets=sets,
         )
+
+
+def _sample_set(logits: list[Tensor], arguments: tuple[Tensor, ...], number: int) -> Tensor:
+    return sample(logits[number], *arguments)[0]
 
 
 def _samplers(logits: list[Tensor], temperature: float, top_k: int, top_p: float) -> dict[str, Job]:
@@ -208,6 +213,7 @@ def _samplers(logits: list[Tensor], temperature: float, top_k: int, top_p: float
         warpers.append(TopKLogitsWarper(top_k))
     if top_p < 1:
         warpers.append(TopPLogitsWarper(top_p))
+    no_ids = torch.empty((1, 0), dtype=torch.int64)
 
     def by_torch(i: int) -> Tensor:
         scaled = logits[i].float() / temperature
@@ -222,7 +228,8 @@ def _samplers(logits: list[Tensor], temperature: float, top_k: int, top_p: float
     jobs: dict[str, Job] = {
         "torch": by_torch,
         "transformers": lambda i: torch.multinomial(
-            warpers(None, logits[i].float()).softmax(dim=-1), 1
+            warpers(no_ids, logits[i].float()).softmax(dim=-1),  # type: ignore[arg-type]
+            1,
         ),
     }
     if importlib.util.find_spec("flashinfer") is not None:
@@ -272,7 +279,7 @@ def fork_case(size: Size, device: torch.device) -> Case:
         check=check,
         least_bytes=2 * size.forks * half * table.token_bytes,
         others={
-            "reorder_cache": lambda _: cache.reorder_cache(index),
+            "reorder_cache": lambda _: cache.reorder_cache(index),  # type: ignore[arg-type]
             "batch_select_indices": lambda _: cache.batch_select_indices(index),
         },
     )
@@ -441,7 +448,8 @@ def _attention_case(
     scaling = size.head_dim**-0.5
 
     def run(i: int, plan: AttentionPlan = plan) -> Tensor:
-        return attention(query, *pools[i], plan, scaling=scaling)
+        k_pages, v_pages = pools[i]
+        return attention(query, k_pages, v_pages, plan, scaling=scaling)
 
     def check() -> None:
         # A few rows of the first and last group against PyTorch in float32.

@@ -14,11 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from baselines import Baseline
-from bench_models import SMALL, TINY, id_tokenizer, language_model, prompts, reward_model
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from stars_fast import Engine, StarsParams
+from stars_fast.benchmarks.baselines import Baseline
+from stars_fast.benchmarks.models import (
+    SMALL,
+    TINY,
+    id_tokenizer,
+    language_model,
+    prompts,
+    reward_model,
+)
 
 
 class Setting:
@@ -117,7 +124,8 @@ def test_vanilla_against_generate(benchmark: BenchmarkFixture, setting: Setting)
 
     def generate(**options: Any) -> torch.Tensor:
         with torch.inference_mode():
-            out = setting.model.generate(
+            model: Any = setting.model
+            out = model.generate(
                 ids, attention_mask=mask, max_new_tokens=length, pad_token_id=0, **options
             )
         return out[:, longest:]

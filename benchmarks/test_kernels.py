@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import FULL, TINY, all_cases
 from pytest_benchmark.fixture import BenchmarkFixture
+
+from stars_fast.benchmarks.kernel_cases import FULL, TINY, all_cases
 
 ON_GPU = torch.cuda.is_available()
 

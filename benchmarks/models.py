@@ -26,13 +26,13 @@ class Shape:
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
+    tie_word_embeddings: bool = True
 
     def config(self) -> LlamaConfig:
-        """Its configuration, tied embeddings, no end-of-sequence token."""
+        """Its configuration, without an end-of-sequence token."""
         return LlamaConfig(
             **vars(self),
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
+            max_position_embeddings=4096,
             bos_token_id=None,
             eos_token_id=None,
             pad_token_id=0,
@@ -44,6 +44,10 @@ class Shape:
 SMALL = Shape(16384, 288, 768, 10, 6, 6)
 #: About 1.2 billion parameters, the shape of Llama-3.2-1B.
 ONE_BILLION = Shape(128_256, 2048, 8192, 16, 32, 8)
+#: 6.7 billion parameters, the shape of Llama-2-7B: of the paper's language and reward models.
+LLAMA_2_7B = Shape(32_000, 4096, 11_008, 32, 32, 32, tie_word_embeddings=False)
+#: 8.0 billion parameters, the shape of Llama-3.1-8B.
+LLAMA_3_1_8B = Shape(128_256, 4096, 14_336, 32, 32, 8, tie_word_embeddings=False)
 #: For a run in seconds.
 TINY = Shape(512, 64, 128, 2, 4, 2)
 
