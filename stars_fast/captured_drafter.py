@@ -25,7 +25,8 @@ _NEW_TOKENS = 64
 _PREFIX_TOKENS = 2048
 _STOP_IDS = 4
 
-_Key = tuple[int, tuple[tuple[int, Tiles], ...]]  # rows, and tiles by query heads per KV head
+# Rows, tiles by query heads per KV head, and whether segments may end by entropy.
+_Key = tuple[int, tuple[tuple[int, Tiles], ...], bool]
 
 
 class CapturedDrafter:
@@ -44,22 +45,24 @@ class CapturedDrafter:
 
     @property
     def captures(self) -> dict[_Key, bool]:
-        """Of each bucket made, by its rows and its tiles: whether it is a CUDA graph."""
+        """Of each bucket made, by its key: whether it is a CUDA graph."""
         return {key: bucket.graph.captured for key, bucket in self._buckets.items()}
 
     def draft(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Draft:
         """Draw the segments of a round; see `Drafter.draft`."""
         with self._model.on_backend():
-            bucket = self._bucket(plan, most_stop_ids(sampling))
+            bucket = self._bucket(
+                plan, most_stop_ids(sampling), ragged=any(s.ragged for s in sampling)
+            )
             bucket.write(plan, sampling)
             bucket.graph.run(plan.draft.max_new)
             return bucket.progress.read(plan.draft.num_rows, plan.draft.max_new)
 
-    def _bucket(self, plan: _core.Plan, stop_ids: int) -> _Bucket:
+    def _bucket(self, plan: _core.Plan, stop_ids: int, *, ragged: bool) -> _Bucket:
         batch = plan.draft
         needed = replace(DecodeCapacity.of(batch), rows=bucket_rows(batch.num_rows))
         tiles = self._model.decode_tiles(-(-batch.num_rows // batch.num_groups))
-        key = needed.rows, tuple(tiles.items())
+        key = needed.rows, tuple(tiles.items()), ragged
         bucket = self._buckets.get(key)
         if bucket is None or not bucket.holds(needed, stop_ids):
             width = max(_NEW_TOKENS, needed.new_tokens)
@@ -75,7 +78,7 @@ class CapturedDrafter:
             # The old graph first: the new one takes its memory.
             self._buckets.pop(key, None)
             del bucket
-            bucket = _Bucket.make(self._model, roomy, tiles, stops, self._pool)
+            bucket = _Bucket.make(self._model, roomy, tiles, stops, self._pool, ragged=ragged)
             self._buckets[key] = bucket
         return bucket
 
@@ -100,12 +103,14 @@ class _Bucket:
         tiles: Mapping[int, Tiles],
         stop_ids: int,
         pool: Any,  # noqa: ANN401 - see StepGraph
+        *,
+        ragged: bool,
     ) -> _Bucket:
         """Allocate and capture; the spare rows of the null page do for the first steps."""
         rows, device = capacity.rows, model.device
         decode = model.new_decode(capacity, tiles)
         parameters = RowParameters.empty(rows, stop_ids, device)
-        progress = Progress(parameters, capacity.new_tokens)
+        progress = Progress(parameters, capacity.new_tokens, ragged=ragged)
         ids = torch.zeros(rows, dtype=torch.int64, device=device)
         first_position = torch.zeros(rows, dtype=torch.int64, device=device)
         ones = torch.ones((1, rows), dtype=torch.int64, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,6 +25,13 @@ class RowSampling:
     top_p: float
     min_p: float
     stop_token_ids: tuple[int, ...]
+    entropy_limit: float = math.inf  # ends a segment, see StarsParams.entropy_threshold
+    min_length: int = 1  # tokens before that
+
+    @property
+    def ragged(self) -> bool:
+        """Whether a segment may end early without ending the response."""
+        return not math.isinf(self.entropy_limit)
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ class RowParameters:
 
     Attributes
     ----------
-    temperature, top_p, min_p
+    temperature, top_p, min_p, entropy_limit
         float32.
     top_k
         int32.
@@ -89,6 +97,8 @@ class RowParameters:
         int64; `position` is that of the row's first new token in the response.
     lengths
         int64, tokens to draw.
+    min_length
+        int64, tokens to draw before `entropy_limit` counts.
     stop_ids
         int64 ``[R, S]``, padded with -1, which no token is.
     """
@@ -101,6 +111,8 @@ class RowParameters:
     position: Tensor
     attempt: Tensor
     lengths: Tensor
+    entropy_limit: Tensor
+    min_length: Tensor
     stop_ids: Tensor
 
     @classmethod
@@ -119,6 +131,8 @@ class RowParameters:
             position=column(torch.int64),
             attempt=column(torch.int64),
             lengths=column(torch.int64),
+            entropy_limit=column(torch.float32).fill_(math.inf),
+            min_length=column(torch.int64),
             stop_ids=torch.full((rows, stop_ids), -1, dtype=torch.int64, device=device),
         )
 
@@ -137,6 +151,8 @@ class RowParameters:
             "position": plan.position,
             "attempt": plan.attempt,
             "lengths": plan.draft.new_lengths,
+            "entropy_limit": _bits([s.entropy_limit for s in sampling]),
+            "min_length": np.array([s.min_length for s in sampling]),
         }
         for at, name in enumerate(_COLUMNS):
             table[:rows, at] = values[name]
@@ -152,8 +168,9 @@ class RowParameters:
 #: Columns of the table that `RowParameters.write` moves, and those of them that are float64 bits.
 _COLUMNS = (
     "temperature", "top_k", "top_p", "min_p", "seed", "position", "attempt", "lengths",
+    "entropy_limit", "min_length",
 )  # fmt: skip
-_FLOATS = frozenset({"temperature", "top_p", "min_p"})
+_FLOATS = frozenset({"temperature", "top_p", "min_p", "entropy_limit"})
 
 
 def _bits(values: list[float]) -> npt.NDArray[np.int64]:
@@ -169,11 +186,14 @@ class Progress:
         Of the rows.
     max_new
         L, columns of the results.
+    ragged
+        Whether rows may have an entropy limit.
     """
 
-    def __init__(self, parameters: RowParameters, max_new: int) -> None:
+    def __init__(self, parameters: RowParameters, max_new: int, *, ragged: bool) -> None:
         rows, device = parameters.lengths.shape[0], parameters.lengths.device
         self._parameters = parameters
+        self._ragged = ragged
         self._tokens = torch.zeros((rows, max_new), dtype=torch.int64, device=device)
         self._logprobs = torch.zeros((rows, max_new), dtype=torch.float32, device=device)
         self._ended_at = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -206,7 +226,7 @@ class Progress:
         """
         p = self._parameters
         token: Tensor
-        token, logprob, _, _, ok = ops.sample(
+        token, logprob, _, entropy, ok = ops.sample(
             logits,
             p.temperature,
             p.top_k,
@@ -216,8 +236,13 @@ class Progress:
             p.position + step,
             p.attempt,
             self.live,
-            with_entropy=False,
+            with_entropy=self._ragged,
         )
+        if self._ragged:
+            # The token just drawn is the next segment's, which draws it again.
+            ends = self.live & (step >= p.min_length) & (entropy >= p.entropy_limit)
+            self._ended_at.copy_(torch.where(ends, step, self._ended_at))
+            self.live &= ~ends
         column = step.unsqueeze(1)
         self._tokens.scatter_(1, column, token.unsqueeze(1))
         self._logprobs.scatter_(1, column, logprob.unsqueeze(1))
@@ -270,7 +295,7 @@ class EagerDrafter:
         device = self._model.device
         parameters = RowParameters.empty(rows, most_stop_ids(sampling), device)
         parameters.write(plan, sampling)
-        progress = Progress(parameters, steps)
+        progress = Progress(parameters, steps, ragged=any(s.ragged for s in sampling))
         ids = torch.from_numpy(plan.first_token).to(device)
         step = torch.zeros(rows, dtype=torch.int64, device=device)
         state = self._model.begin_decode(batch)

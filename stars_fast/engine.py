@@ -504,7 +504,7 @@ class Engine:
             raise ValueError(
                 f"method={params.method!r} needs a reward model: pass Engine(..., reward_model=...)"
             )
-        if params.method == "stars" and not isinstance(params.target_reward, int | float):
+        if params.scored and not isinstance(params.target_reward, int | float):
             if self.calibration is None:
                 raise ValueError(
                     f"target_reward={params.target_reward!r} needs Engine.calibrate first: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -100,7 +101,7 @@ class Loop:
         """
         self.wait_for_scoring()
         handle = next(self._handles)
-        scored = params.method == "stars"
+        scored = params.scored
         target = params.target_reward if scored else 0.0
         if not isinstance(target, int | float):
             raise ValueError(f"target_reward must be a number by now, got {target!r}")
@@ -126,7 +127,13 @@ class Loop:
                 self.scorer.finish(handle)
             raise
         sampling = RowSampling(
-            params.temperature, params.top_k, params.top_p, params.min_p, stop_token_ids
+            params.temperature,
+            params.top_k,
+            params.top_p,
+            params.min_p,
+            stop_token_ids,
+            entropy_limit=params.entropy_threshold if params.method == "cards" else math.inf,
+            min_length=params.min_segment_length,
         )
         response = Response(handle, params, sampling, CompletionOutput(0))
         self._responses[handle] = response

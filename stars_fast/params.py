@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Literal, get_args
 
-Method = Literal["stars", "vanilla", "best_of_n"]
+Method = Literal["stars", "vanilla", "best_of_n", "cards"]
 Acceptance = Literal["soft", "hard"]
 
 #: Whole responses that ``best_of_n`` draws when ``candidates="auto"``.
@@ -22,14 +22,15 @@ class StarsParams:
     Parameters
     ----------
     method
-        ``"stars"`` (arXiv 2511.03827), ``"vanilla"`` (plain sampling) or ``"best_of_n"``
-        (`candidates` whole responses, the best-scored one is returned).
+        ``"stars"`` (arXiv 2511.03827); ``"vanilla"`` (plain sampling); ``"best_of_n"``
+        (`candidates` whole responses, the best-scored one is returned); ``"cards"``
+        (arXiv 2406.16306: as ``"stars"``, but a segment ends where the model is uncertain).
     segment_length
-        K: tokens of a segment, at least 1.
+        K: tokens of a segment, at least 1; with ``"cards"`` its longest.
     target_reward
         r*: the reward the threshold schedule rises to. A number; ``"auto"``: the 0.9 quantile of
         the rewards of unaligned samples (`Engine.calibrate`); None: what the engine was last
-        calibrated to. Used by ``"stars"`` only.
+        calibrated to. Used by ``"stars"`` and ``"cards"`` only.
     beta
         Softness of the accept test, in units of reward, above 0. Not the sampling temperature.
     alpha
@@ -61,6 +62,11 @@ class StarsParams:
         Responses to return, at least 1. Each has its own draws.
     trace
         Keep the rejected attempts of each segment in `Segment.rejected`.
+    entropy_threshold
+        With ``"cards"`` only: a segment ends before the token whose distribution, the model's raw
+        one, has at least this entropy, in nats, at least 0.
+    min_segment_length
+        With ``"cards"`` only: tokens before the entropy is looked at, at least 1.
 
     Raises
     ------
@@ -87,11 +93,13 @@ class StarsParams:
     ignore_eos: bool = False
     n: int = 1
     trace: bool = False
+    entropy_threshold: float = 3.0
+    min_segment_length: int = 4
 
     def __post_init__(self) -> None:
         _choice("method", self.method, get_args(Method))
         _choice("acceptance", self.acceptance, get_args(Acceptance))
-        for name in ("segment_length", "max_attempts", "max_tokens", "n"):
+        for name in ("segment_length", "max_attempts", "max_tokens", "n", "min_segment_length"):
             _integer(name, getattr(self, name), 1)
         if self.candidates != "auto":
             _integer("candidates", self.candidates, 1, also=' or "auto"')
@@ -100,6 +108,7 @@ class StarsParams:
         if _number("beta", self.beta) <= 0 and self.acceptance == "soft":
             raise ValueError(f"beta must be above 0 with soft acceptance, got {self.beta!r}")
         _number("alpha", self.alpha, 0.0, 1.0)
+        _number("entropy_threshold", self.entropy_threshold, 0.0)
         _number("temperature", self.temperature, 0.0)
         _integer("top_k", self.top_k, 0)
         if not 0.0 < _number("top_p", self.top_p) <= 1.0:
@@ -113,6 +122,11 @@ class StarsParams:
         # Sequences become tuples, so that a frozen object cannot change under its owner.
         object.__setattr__(self, "stop", _stop_texts(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))
+
+    @property
+    def scored(self) -> bool:
+        """Whether segments are scored and tested, against a schedule that needs a target."""
+        return self.method in ("stars", "cards")
 
     @property
     def stop_texts(self) -> tuple[str, ...]:

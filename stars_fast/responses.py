@@ -63,7 +63,7 @@ class Response:
     @property
     def scored(self) -> bool:
         """Whether its segments are scored and tested."""
-        return self.params.method == "stars"
+        return self.params.scored
 
     @property
     def finished(self) -> bool:

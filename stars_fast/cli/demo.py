@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DEFAULTS = {"target_reward": "auto", "segment_length": 16, "beta": 0.3}
 
 _LEVEL = 0.95
-_NAMES = {"stars": "STARS", "vanilla": "vanilla", "best_of_n": "best of n"}
+_NAMES = {"stars": "STARS", "vanilla": "vanilla", "best_of_n": "best of n", "cards": "CARDS"}
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         target, origin = _calibrated(engine, texts, params)
         params = replace(params, target_reward=target)
         print("\n".join(textwrap.wrap(origin, page.width)))
-    if params.method == "stars":
+    if params.scored:
         print("\n".join(textwrap.wrap(_legend(params), page.width)), end="\n\n")
     unaligned = _responses(engine, texts, _unaligned(params), args.seed)
     aligned = _responses(engine, texts, params, args.seed)
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _unaligned(params: StarsParams) -> StarsParams:
     """Plain sampling with segment rewards to show: one attempt keeps whatever is drawn first."""
-    target = params.target_reward if params.method == "stars" else 0.0
+    target = params.target_reward if params.scored else 0.0
     return replace(params, method="stars", target_reward=target, max_attempts=1)
 
 

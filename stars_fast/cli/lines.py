@@ -144,7 +144,7 @@ class Requests:
         if needs_target(record.params) and not needs_target(self._base):
             raise LineError(
                 record.line,
-                f"target_reward must be a number for method 'stars', got "
+                f"target_reward must be a number for method {record.params.method!r}, got "
                 f"{record.params.target_reward!r}; give --target-reward auto to calibrate one",
             )
         if record.params.seed is not None:
@@ -154,4 +154,4 @@ class Requests:
 
 def needs_target(params: StarsParams) -> bool:
     """Whether a request runs against the target that the run calibrates."""
-    return params.method == "stars" and params.target_reward in (None, "auto")
+    return params.scored and params.target_reward in (None, "auto")

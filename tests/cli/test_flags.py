@@ -36,6 +36,8 @@ EXAMPLES = {
     "ignore_eos": (["--ignore-eos"], True),
     "n": (["--n", "2"], 2),
     "trace": (["--trace"], True),
+    "entropy_threshold": (["--entropy-threshold", "2.5"], 2.5),
+    "min_segment_length": (["--min-segment-length", "6"], 6),
 }
 
 
@@ -101,7 +103,7 @@ def test_help_describes_every_field_and_shows_the_default() -> None:
     parser = argparse.ArgumentParser()
     add_params_flags(parser, {"target_reward": "auto"})
     text = " ".join(parser.format_help().split())
-    assert "K: tokens of a segment, at least 1. (default: 32)" in text
+    assert 'at least 1; with "cards" its longest. (default: 32)' in text
     assert "See --temperature. (default: 40)" in text
     assert "2511.03827" in text
     assert "calibrated to" in text
