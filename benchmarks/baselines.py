@@ -1,16 +1,17 @@
 """STARS as public code has it: one prompt at a time, the reward model fed the whole text.
 
-Two forms: without a KV cache, and with transformers' own, cropped when a segment is rejected. Both
-use the engine's draws and accept tests, so that on the same seed they give the same tokens, which
-the benchmarks check before they time.
+Two forms: (a) without a KV cache, and (b) with transformers' own, cropped when a segment is
+rejected. Both use the engine's draws and accept tests, so that on the same seed they give the same
+tokens, which the benchmarks check before they time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from stars_fast import StarsParams, _core, ops
@@ -18,10 +19,67 @@ from stars_fast import StarsParams, _core, ops
 
 @dataclass(frozen=True)
 class BaselineOutput:
-    """A response and what it took."""
+    """A response and what it took.
+
+    Attributes
+    ----------
+    attempts
+        Segments drawn and tested.
+    fallbacks
+        Segments of which no attempt passed.
+    """
 
     token_ids: list[int]
     attempts: int
+    fallbacks: int = 0
+
+
+# Of one segment, so far
+
+
+@dataclass
+class BestAttempt:
+    """The attempt that will be committed: the one that passed, or the best-scored of the others."""
+
+    reward: float = float("-inf")
+    token_ids: tuple[int, ...] = ()
+    passed: bool = False
+
+    def offer(self, token_ids: Sequence[int], reward: float, *, passed: bool) -> None:
+        """Take an attempt if it passed or is better than those before."""
+        if passed or reward > self.reward:
+            self.reward, self.token_ids, self.passed = reward, tuple(token_ids), passed
+
+
+def schedule_of(params: StarsParams) -> _core.Schedule:
+    """The accept test of a request whose `target_reward` is a number."""
+    assert isinstance(params.target_reward, float)
+    return _core.Schedule(
+        target_reward=params.target_reward,
+        alpha=params.alpha,
+        beta=params.beta,
+        max_tokens=params.max_tokens,
+        hard=params.acceptance == "hard",
+    )
+
+
+def sample_rows(
+    logits: Tensor, params: StarsParams, seeds: Sequence[int], position: int, attempt: int
+) -> Tensor:
+    """Draw a token of each row ``[R]`` from logits ``[R, vocab]``, as the engine draws it."""
+    rows = len(seeds)
+    token, *_ = ops.sample(
+        logits,
+        logits.new_full((rows,), params.temperature, dtype=torch.float32),
+        logits.new_full((rows,), params.top_k, dtype=torch.int32),
+        logits.new_full((rows,), params.top_p, dtype=torch.float32),
+        logits.new_full((rows,), params.min_p, dtype=torch.float32),
+        torch.tensor(seeds, device=logits.device),
+        logits.new_full((rows,), position, dtype=torch.int64),
+        logits.new_full((rows,), attempt, dtype=torch.int64),
+        with_entropy=False,
+    )
+    return token
 
 
 #: Draws one segment: (tokens so far, response position, attempt, length) -> tokens.
@@ -60,58 +118,42 @@ class Baseline:
     def run(self, prompt: list[int], seed: int) -> BaselineOutput:
         """Align one response; `seed` is the request's."""
         params = self._params
-        assert isinstance(params.target_reward, float)
-        schedule = _core.Schedule(
-            target_reward=params.target_reward,
-            alpha=params.alpha,
-            beta=params.beta,
-            max_tokens=params.max_tokens,
-            hard=params.acceptance == "hard",
-        )
+        schedule = schedule_of(params)
         draw = self._draw_cached(seed) if self._cached else self._draw_uncached(seed)
         prompt_reward = self._reward(prompt)
         response: list[int] = []
-        total = 0
+        attempts = fallbacks = 0
         while len(response) < params.max_tokens:
             length = min(params.segment_length, params.max_tokens - len(response))
-            best: tuple[float, list[int]] | None = None
+            best = BestAttempt()
             for attempt in range(params.max_attempts):
-                total += 1
+                attempts += 1
                 segment = draw(prompt + response, len(response), attempt, length)
                 reward = self._reward(prompt + response + segment)
                 tau = schedule.threshold(prompt_reward, len(response) + length)
                 uniform = _core.accept_uniform(seed, len(response), attempt)
-                if schedule.accepts(reward, tau, uniform):
-                    best = (reward, segment)
+                best.offer(segment, reward, passed=schedule.accepts(reward, tau, uniform))
+                if best.passed:
                     break
-                if best is None or reward > best[0]:
-                    best = (reward, segment)
-            assert best is not None
-            response += best[1]
-        return BaselineOutput(response, total)
+            fallbacks += not best.passed
+            response += best.token_ids
+        return BaselineOutput(response, attempts, fallbacks)
 
     def _reward(self, ids: list[int]) -> float:
-        return float(self._reward_model(torch.tensor([ids]), use_cache=False).logits[0, 0])
+        logits = self._reward_model(self._tensor(ids), use_cache=False).logits
+        return float(logits[0, 0])
 
-    def _sample(self, logits: torch.Tensor, seed: int, position: int, attempt: int) -> int:
-        params = self._params
-        token, *_ = ops.sample(
-            logits,
-            torch.tensor([params.temperature]),
-            torch.tensor([params.top_k], dtype=torch.int32),
-            torch.tensor([params.top_p]),
-            torch.tensor([params.min_p]),
-            torch.tensor([seed]),
-            torch.tensor([position]),
-            torch.tensor([attempt]),
-        )
-        return int(token)
+    def _tensor(self, ids: list[int]) -> Tensor:
+        return torch.tensor([ids], device=self._model.device)
+
+    def _sample(self, logits: Tensor, seed: int, position: int, attempt: int) -> int:
+        return int(sample_rows(logits, self._params, [seed], position, attempt))
 
     def _draw_uncached(self, seed: int) -> DrawSegment:
         def draw(tokens: list[int], position: int, attempt: int, length: int) -> list[int]:
             segment: list[int] = []
             for step in range(length):
-                ids = torch.tensor([tokens + segment])
+                ids = self._tensor(tokens + segment)
                 logits = self._model(ids, use_cache=False, logits_to_keep=1).logits[:, -1]
                 segment.append(self._sample(logits, seed, position + step, attempt))
             return segment
@@ -130,7 +172,7 @@ class Baseline:
             fed = tokens[cache.get_seq_length() :]
             for step in range(length):
                 logits = self._model(
-                    torch.tensor([fed]), past_key_values=cache, use_cache=True, logits_to_keep=1
+                    self._tensor(fed), past_key_values=cache, use_cache=True, logits_to_keep=1
                 ).logits[:, -1]
                 fed = [self._sample(logits, seed, position + step, attempt)]
                 segment += fed

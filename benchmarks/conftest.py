@@ -1,14 +1,20 @@
-"""Options of the benchmarks: small by default, so that CI can run each; ``--full`` for figures."""
+"""Options and fixtures of the suites: small by default, so that CI can run each; or ``--full``."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 
-if not Path("/dev/nvidiactl").exists():  # before Triton is imported
-    os.environ["TRITON_INTERPRET"] = "1"
+from stars_fast.benchmarks.interpreter import interpret_without_gpu
+
+interpret_without_gpu()
+
+import torch  # noqa: E402 - after the choice of the interpreter
+from pytest_benchmark.fixture import BenchmarkFixture  # noqa: E402
+
+from stars_fast.benchmarks.measure import default_device, percentiles, seconds_of  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -16,7 +22,106 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="benchmark at full size")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker of sizes."""
+    config.addinivalue_line(
+        "markers", "sizes(names, full, small): parameters with --full, and without"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrise by the sizes that were asked for."""
+    size = "full" if metafunc.config.getoption("--full") else "small"
+    for marker in metafunc.definition.iter_markers("sizes"):
+        metafunc.parametrize(marker.args[0], marker.kwargs[size], ids=marker.kwargs.get("ids"))
+
+
 @pytest.fixture(scope="session")
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether to run at full size."""
     return bool(request.config.getoption("--full"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """What is measured: the GPU if there is one."""
+    return default_device()
+
+
+class Compare:
+    """Times one side with pytest-benchmark, and others between its rounds."""
+
+    def __init__(self, benchmark: BenchmarkFixture, device: torch.device, *, full: bool) -> None:
+        self._benchmark = benchmark
+        self._device = device
+        self._full = full
+
+    def __call__(
+        self,
+        ours: Callable[[], Any],
+        others: Mapping[str, Callable[[], Any]],
+        *,
+        work: Mapping[str, float],
+        tokens: float | None = None,
+        repeats: int = 20,
+        budget: float = 4.0,
+        once: Mapping[str, float] | None = None,
+        **facts: Any,
+    ) -> None:
+        """Time all sides in turn; what was measured goes to ``extra_info``.
+
+        Both sides have been run, and found right, before.
+
+        Parameters
+        ----------
+        ours
+            The engine's side.
+        others
+            The same job done otherwise, by name.
+        work
+            What was asked for: the numbers along the axes of a plot.
+        tokens
+            That each side gives, where tokens per second are to be shown.
+        repeats
+            Of each side, at full size; 1 at small size.
+        budget
+            Seconds that may be spent on all repeats, as the first of them lets expect; at least
+            three are made.
+        once
+            Seconds of sides that were run but once, by name: they take too long.
+        facts
+            Further results to keep.
+        """
+        taken: dict[str, list[float]] = {name: [] for name in others}
+
+        def run_others() -> None:
+            for name, run in others.items():
+                taken[name].append(seconds_of(run, self._device))
+
+        rounds = 1
+        if self._full:
+            all_sides = [ours, *others.values()]
+            expected = sum(seconds_of(run, self._device) for run in all_sides)
+            rounds = max(3, min(repeats, int(budget / max(expected, 1e-9))))
+        self._benchmark.pedantic(
+            seconds_of, args=(ours, self._device), setup=run_others, rounds=rounds
+        )
+        stats = self._benchmark.stats
+        assert stats is not None  # pedantic has run
+        mine = percentiles(stats.stats.data)
+        theirs = {name: percentiles(values) for name, values in taken.items()}
+        theirs |= {name: percentiles([value]) for name, value in (once or {}).items()}
+        self._benchmark.extra_info.update(
+            work=dict(work),
+            ours=mine,
+            others=theirs,
+            ratio={name: times["p50"] / mine["p50"] for name, times in theirs.items()},
+            **({} if tokens is None else {"tokens": tokens}),
+            **facts,
+        )
+
+
+@pytest.fixture
+def compare(benchmark: BenchmarkFixture, device: torch.device, full: bool) -> Compare:
+    """Time this test's sides in turn."""
+    return Compare(benchmark, device, full=full)

@@ -29,9 +29,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ON_GPU = Path("/dev/nvidiactl").exists()
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
+from stars_fast.benchmarks.interpreter import ON_GPU, interpret_without_gpu
+
+interpret_without_gpu()
 
 import torch  # noqa: E402 - after the choice of the interpreter
 

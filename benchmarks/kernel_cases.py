@@ -195,7 +195,7 @@ def sample_cases(size: Size, rows: int, device: torch.device) -> Iterator[Case]:
             ours=functools.partial(_sample_set, logits, arguments),
             check=check,
             least_bytes=bytes_each,
-            others=_samplers(logits, temperature, top_k, top_p),
+            others=samplers(logits, temperature, top_k, top_p),
             sets=sets,
         )
 
@@ -204,16 +204,22 @@ def _sample_set(logits: list[Tensor], arguments: tuple[Tensor, ...], number: int
     return sample(logits[number], *arguments)[0]
 
 
-def _samplers(logits: list[Tensor], temperature: float, top_k: int, top_p: float) -> dict[str, Job]:
-    """The same draws, from other noise, by PyTorch's operators, transformers and FlashInfer."""
-    if temperature == 0:
-        return {"torch": lambda i: logits[i].argmax(dim=-1)}
+def warped(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Return scaled logits in float32, -inf where transformers' warpers filter."""
     warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
     if top_k:
         warpers.append(TopKLogitsWarper(top_k))
     if top_p < 1:
         warpers.append(TopPLogitsWarper(top_p))
-    no_ids = torch.empty((1, 0), dtype=torch.int64)
+    no_ids = torch.empty((len(logits), 0), dtype=torch.int64)
+    scaled: Tensor = warpers(no_ids, logits.float())  # type: ignore[arg-type]
+    return scaled
+
+
+def samplers(logits: list[Tensor], temperature: float, top_k: int, top_p: float) -> dict[str, Job]:
+    """The same draws, from other noise, by PyTorch's operators, transformers and FlashInfer."""
+    if temperature == 0:
+        return {"torch": lambda i: logits[i].argmax(dim=-1)}
 
     def by_torch(i: int) -> Tensor:
         scaled = logits[i].float() / temperature
@@ -228,8 +234,7 @@ def _samplers(logits: list[Tensor], temperature: float, top_k: int, top_p: float
     jobs: dict[str, Job] = {
         "torch": by_torch,
         "transformers": lambda i: torch.multinomial(
-            warpers(no_ids, logits[i].float()).softmax(dim=-1),  # type: ignore[arg-type]
-            1,
+            warped(logits[i], temperature, top_k, top_p).softmax(dim=-1), 1
         ),
     }
     if importlib.util.find_spec("flashinfer") is not None:

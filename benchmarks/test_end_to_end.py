@@ -1,151 +1,158 @@
-"""The engine against the loops that public code has, and against plain `generate`.
+"""The engine against the loops that public code has, and against plain generation.
 
-Both sides run in one process on the same models, prompts, draws and acceptance settings. That the
-baselines give the engine's tokens is asserted before anything is timed. The ratios are in
-`extra_info`; nothing judges by time.
+All sides run in one process on the same models, prompts, draws and acceptance settings. That a
+baseline gives the engine's tokens, or where its draws are its own the engine's rate of acceptance,
+is asserted before anything is timed. Nothing judges by time.
 """
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Literal
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
-from stars_fast import Engine, StarsParams
-from stars_fast.benchmarks.baselines import Baseline
-from stars_fast.benchmarks.models import (
-    SMALL,
-    TINY,
-    id_tokenizer,
-    language_model,
-    prompts,
-    reward_model,
-)
-
-
-class Setting:
-    """Models, prompts and parameters; the target is set so that about half the attempts pass."""
-
-    def __init__(self, full: bool) -> None:
-        shape = SMALL if full else TINY
-        tokenizer = id_tokenizer(shape)
-        self.model = language_model(shape)
-        self.rewards = reward_model(shape)
-        self.prompts = prompts(shape, 16 if full else 3)
-        self.engine = Engine(
-            self.model,
-            self.rewards,
-            tokenizer=tokenizer,
-            reward_tokenizer=tokenizer,
-            reward_template="plain",
-            max_rows=64,
-            num_pages=2048 if full else 256,
-        )
-        plain = StarsParams(
-            segment_length=32 if full else 8, max_tokens=128 if full else 16, beta=0.5, top_k=40
-        )
-        target = self.engine.calibrate(self.prompts, 0.6, 2, plain, use_tqdm=False).target_reward
-        self.params = replace(plain, target_reward=target)
-        self.repeats = 5 if full else 1
-
-    def seeded(self, params: StarsParams) -> list[StarsParams]:
-        """Parameters of each prompt, each with its own seed."""
-        return [replace(params, seed=100 + i) for i in range(len(self.prompts))]
-
-    def generate(self, params: StarsParams) -> list[list[int]]:
-        """Tokens that the engine gives each prompt."""
-        outputs = self.engine.generate(self.prompts, self.seeded(params), use_tqdm=False)
-        assert [output.error for output in outputs] == [None] * len(outputs)
-        return [output.outputs[0].token_ids for output in outputs]
-
-    def baseline(self, *, cached: bool) -> tuple[list[list[int]], int]:
-        """Tokens that a baseline gives the prompts, one after the other, and its attempts."""
-        loop = Baseline(self.model, self.rewards, self.params, cached=cached)
-        outputs = [loop.run(prompt, 100 + i) for i, prompt in enumerate(self.prompts)]
-        return [output.token_ids for output in outputs], sum(o.attempts for o in outputs)
+from stars_fast.benchmarks.conftest import Compare
+from stars_fast.benchmarks.measure import seconds_of
+from stars_fast.benchmarks.setting import Setting, Tally
 
 
 @pytest.fixture(scope="module")
-def setting(full: bool) -> Setting:
+def setting(device: torch.device, full: bool) -> Setting:
     """The models, once for this file."""
-    return Setting(full)
+    return Setting(device, full=full)
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """Return how long a call takes."""
-    begun = time.perf_counter()
-    run()
-    return time.perf_counter() - begun
+def timed(run: Callable[[], Tally], device: torch.device) -> tuple[Tally, float]:
+    """Run a side once: what it gave, and its seconds."""
+    found: list[Tally] = []
+    seconds = seconds_of(lambda: found.append(run()), device)
+    return found[0], seconds
 
 
-def median(values: list[float]) -> float:
-    """Return the middle value."""
-    return sorted(values)[len(values) // 2]
+@pytest.mark.parametrize(
+    ("name", "cached"), [("a: no cache", False), ("b: cache", True)], ids=["a", "b"]
+)
+def test_public_loop(compare: Compare, setting: Setting, name: str, cached: bool) -> None:
+    """One prompt at a time, whole texts to the reward model."""
+    ours = setting.run_engine()  # also warms both models
+    theirs, seconds = timed(lambda: setting.run_one_by_one(cached=cached), setting.device)
+    assert theirs.token_ids == ours.token_ids
+    assert (theirs.attempts, theirs.fallbacks) == (ours.attempts, ours.fallbacks)
+    compare(
+        setting.run_engine, {}, once={name: seconds}, work=work(setting), tokens=ours.tokens,
+        acceptance=ours.acceptance,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("cached", [False, True], ids=["a-no-cache", "b-kv-cache"])
-def test_stars_against_public_loop(
-    benchmark: BenchmarkFixture, setting: Setting, cached: bool
-) -> None:
-    """Accepted tokens per second: targets are 20 times (a) and 5 times (b) at full size."""
-    tokens = setting.generate(setting.params)  # also warms both models
-    begun = time.perf_counter()
-    expected, attempts = setting.baseline(cached=cached)
-    theirs = time.perf_counter() - begun
-    assert tokens == expected
-
-    ours = [seconds(lambda: setting.generate(setting.params)) for _ in range(setting.repeats)]
-    benchmark.pedantic(setting.generate, args=(setting.params,), rounds=1, iterations=1)
-    total = sum(map(len, tokens))
-    segments = total / setting.params.segment_length
-    benchmark.extra_info.update(
-        engine_tokens_per_second=total / median(ours),
-        baseline_tokens_per_second=total / theirs,
-        ratio=theirs / median(ours),
-        acceptance_rate=segments / attempts,
-        torch_threads=torch.get_num_threads(),
-    )
+def test_lockstep(compare: Compare, setting: Setting) -> None:
+    """(c) A padded batch that waits for its slowest prompt."""
+    ours, theirs = setting.run_engine(), setting.run_lockstep()
+    same = [a == b for a, b in zip(ours.token_ids, theirs.token_ids, strict=True)]
+    assert sum(same) >= 0.8 * len(same)  # padding moves the last digits
+    assert ours.same_acceptance(theirs)
+    compare(
+        setting.run_engine, {"c: lockstep": setting.run_lockstep}, repeats=3,
+        work=work(setting), tokens=ours.tokens, acceptance=ours.acceptance,
+        baseline_acceptance=theirs.acceptance,
+    )  # fmt: skip
 
 
-def test_vanilla_against_generate(benchmark: BenchmarkFixture, setting: Setting) -> None:
-    """Plain sampling against transformers' `generate` on the same batch, padded as it asks for.
+@pytest.mark.parametrize("candidates", [1, 2, 4])
+def test_continuous(compare: Compare, setting: Setting, candidates: int) -> None:
+    """(d) Segments from transformers' continuous batching, n candidates of each."""
+    ours = setting.run_engine()
+    run = functools.partial(setting.run_continuous, candidates)
+    theirs = run()
+    assert theirs.tokens == ours.tokens
+    assert ours.same_acceptance(theirs), (ours.acceptance, theirs.acceptance)
+    compare(
+        setting.run_engine, {"d: continuous": run}, repeats=3,
+        work=work(setting) | {"candidates": candidates}, tokens=ours.tokens,
+        acceptance=ours.acceptance, baseline_acceptance=theirs.acceptance,
+    )  # fmt: skip
 
-    Greedy tokens are compared first; then both sample at the same settings, in turn.
+
+def test_cards(compare: Compare, setting: Setting) -> None:
+    """(e) Segments that end by entropy, on this engine: the cost of the method, not of the code.
+
+    The threshold is set so that such segments are about as long as the others.
     """
-    longest = max(map(len, setting.prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in setting.prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in setting.prompts])
-    length = setting.params.max_tokens
-
-    def generate(**options: Any) -> torch.Tensor:
-        with torch.inference_mode():
-            model: Any = setting.model
-            out = model.generate(
-                ids, attention_mask=mask, max_new_tokens=length, pad_token_id=0, **options
-            )
-        return out[:, longest:]
-
-    vanilla = replace(setting.params, method="vanilla")
-    greedy = setting.generate(replace(vanilla, temperature=0.0))
-    agree = (generate(do_sample=False) == torch.tensor(greedy)).all(dim=1)
-    # Padding moves the last digits; a near tie may then fall the other way.
-    assert agree.float().mean() > 0.8
-
-    sampling = {"do_sample": True, "temperature": 0.8, "top_k": 40}
-    ours, theirs = [], []
-    for _ in range(setting.repeats):
-        ours.append(seconds(lambda: setting.generate(vanilla)))
-        theirs.append(seconds(lambda: generate(**sampling)))
-    benchmark.pedantic(setting.generate, args=(vanilla,), rounds=1, iterations=1)
-    total = length * len(setting.prompts)
-    benchmark.extra_info.update(
-        engine_tokens_per_second=total / median(ours),
-        generate_tokens_per_second=total / median(theirs),
-        ratio=median(theirs) / median(ours),
-        torch_threads=torch.get_num_threads(),
+    length = setting.params.segment_length
+    ragged = replace(
+        setting.params,
+        method="cards",
+        segment_length=2 * length,
+        min_segment_length=4,
+        entropy_threshold=setting.entropy_threshold(max(2, length - 4)),
     )
+    never = replace(ragged, segment_length=length, entropy_threshold=1e9)
+    ours = setting.run_engine()
+    assert setting.run_engine(never).token_ids == ours.token_ids
+    theirs = setting.run_engine(ragged)
+    assert theirs.tokens == ours.tokens
+    compare(
+        setting.run_engine,
+        {"e: entropy-ended": functools.partial(setting.run_engine, ragged)},
+        work=work(setting), tokens=ours.tokens,
+        acceptance=ours.acceptance, baseline_acceptance=theirs.acceptance,
+        tokens_per_segment=theirs.tokens / theirs.segments,
+        drafted_per_accepted=ours.drafted / ours.tokens,
+        baseline_drafted_per_accepted=theirs.drafted / theirs.tokens,
+    )  # fmt: skip
+
+
+def test_without_alignment(compare: Compare, setting: Setting) -> None:
+    """(f) `vanilla` against transformers' `generate` and `generate_batch`; and what stars adds."""
+    vanilla = replace(setting.params, method="vanilla")
+    greedy = setting.run_engine(replace(vanilla, temperature=0.0)).token_ids
+    agree = [a == b for a, b in zip(greedy, setting.run_generate(do_sample=False), strict=True)]
+    assert sum(agree) >= 0.8 * len(agree)  # padding moves the last digits
+    run = functools.partial(setting.run_engine, vanilla)
+    tokens = run().tokens
+    assert sum(map(len, setting.run_generate_batch())) == tokens
+    setting.run_generate()
+    compare(
+        run,
+        {
+            "f: generate": setting.run_generate,
+            "f: generate_batch": setting.run_generate_batch,
+            "stars": setting.run_engine,
+        },
+        repeats=5, budget=60.0, work=work(setting), tokens=tokens,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 4, 8, "auto"])
+def test_candidates(compare: Compare, setting: Setting, candidates: int | Literal["auto"]) -> None:
+    """N changes the speed, never the tokens."""
+    some = replace(setting.params, candidates=candidates)
+    ours, auto = setting.run_engine(some), setting.run_engine()
+    assert ours.token_ids == auto.token_ids
+    compare(
+        functools.partial(setting.run_engine, some), {"auto": setting.run_engine},
+        work=work(setting) | ({} if candidates == "auto" else {"candidates": candidates}),
+        tokens=ours.tokens, drafted_per_accepted=ours.drafted / ours.tokens,
+    )  # fmt: skip
+
+
+@pytest.mark.sizes("requests", full=[1, 4, 16, 64], small=[2])
+def test_requests(compare: Compare, setting: Setting, requests: int) -> None:
+    """More requests at once, against the lockstep batch."""
+    some = setting.all_prompts[:requests]
+    ours, theirs = setting.run_engine(prompts=some), setting.run_lockstep(some)
+    same = [a == b for a, b in zip(ours.token_ids, theirs.token_ids, strict=True)]
+    assert sum(same) >= 0.8 * len(same)
+    compare(
+        functools.partial(setting.run_engine, prompts=some),
+        {"c: lockstep": functools.partial(setting.run_lockstep, some)},
+        repeats=3, work={"requests": requests}, tokens=ours.tokens, acceptance=ours.acceptance,
+    )  # fmt: skip
+
+
+def work(setting: Setting) -> dict[str, float]:
+    """What every side is asked for."""
+    return {"requests": len(setting.prompts)}

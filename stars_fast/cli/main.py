@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from stars_fast.cli import demo, generate
+from stars_fast.cli import bench, demo, generate, report
 from stars_fast.cli.errors import UsageError
 from stars_fast.cli.terminal import say
 from stars_fast.errors import StarsFastError
@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate.add_command(commands)
     demo.add_command(commands)
+    bench.add_command(commands)
+    report.add_command(commands)
     args = parser.parse_args(argv)
     try:
         code: int = args.run(args)

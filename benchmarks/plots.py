@@ -1,0 +1,127 @@
+"""Plots of recorded results: how the cost of each side grows with the work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Axes with the rows of a suite along one number.
+
+    Attributes
+    ----------
+    test
+        What the names of its benchmarks begin with.
+    along
+        The number in ``work`` on the horizontal axis.
+    title
+        What else it is for.
+    fixed
+        Other numbers of ``work``, and facts, that a row must have.
+    """
+
+    test: str
+    along: str
+    title: str
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    def rows(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """The rows that it shows, from left to right."""
+        chosen = [
+            row
+            for row in rows
+            if row["name"].startswith(self.test)
+            and self.along in row.get("work", {})
+            and all((row | row["work"]).get(name) == value for name, value in self.fixed.items())
+        ]
+        return sorted(chosen, key=lambda row: row["work"][self.along])
+
+
+#: Of each suite that has an axis.
+PANELS = {
+    "sampling": [
+        Panel(
+            "sample", "rows", f"{name}, vocabulary 32,000", {"vocabulary": 32_000, "filter": name}
+        )
+        for name in ("temperature", "top-k 40", "top-p 0.95")
+    ],
+    "pages": [
+        Panel("fork", "candidates", "1,024 tokens and half a page", {"context": 1024, "tail": 8}),
+        Panel("fork", "context", "8 candidates, half a page", {"candidates": 8, "tail": 8}),
+        Panel("fork", "context", "8 candidates, on a page's edge", {"candidates": 8, "tail": 0}),
+    ],
+    "attention": [
+        Panel("decode", "candidates", "4 requests, prefixes of 1,024", {"prefix": 1024}),
+        Panel("decode", "prefix", "4 requests with 4 candidates", {"candidates": 4}),
+    ],
+    "scheduler": [
+        Panel("plan", "rows", "nothing waits", {"waiting": 0}),
+        Panel("plan", "rows", "100,000 requests wait", {"waiting": 100_000}),
+    ],
+    "round": [
+        Panel("draft", "rows", "draft 32 tokens after 64"),
+        Panel("score", "rows", "score 32 tokens after 256", {"context": 256}),
+        Panel("score", "context", "score 32 tokens of 8 rows", {"rows": 8}),
+    ],
+    "end-to-end": [
+        Panel("requests", "requests", "requests at once"),
+        Panel("candidates", "candidates", "candidates of 16 requests"),
+    ],
+}
+
+
+def draw(record: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Draw each suite of a record that has an axis to ``folder/SUITE.png``; returns the files."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")  # no display is asked for
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for suite, panels in PANELS.items():
+        of_suite = [row for row in record["benchmarks"] if row["suite"] == suite]
+        shown = [(panel, panel.rows(of_suite)) for panel in panels]
+        shown = [(panel, rows) for panel, rows in shown if len(rows) > 1]
+        if not shown:
+            continue
+        figure, axes = pyplot.subplots(
+            1, len(shown), figsize=(4.6 * len(shown), 3.6), squeeze=False, layout="constrained"
+        )
+        for ax, (panel, rows) in zip(axes[0], shown, strict=True):
+            _fill(ax, panel, rows)
+        figure.suptitle(f"{suite}: {record['device']}, {record['torch_threads']} threads")
+        path = folder / f"{suite}.png"
+        figure.savefig(path, dpi=110)
+        pyplot.close(figure)
+        written.append(path)
+    return written
+
+
+def _fill(ax: Any, panel: Panel, rows: Sequence[Mapping[str, Any]]) -> None:  # noqa: ANN401
+    per_second = all("tokens" in row for row in rows)
+    along = [row["work"][panel.along] for row in rows]
+    sides = dict.fromkeys(name for row in rows for name in row["others"])
+
+    def values(times: Sequence[Mapping[str, float] | None]) -> list[float]:
+        return [
+            float("nan") if t is None else row["tokens"] / t["p50"] if per_second else t["p50"]
+            for row, t in zip(rows, times, strict=True)
+        ]
+
+    ax.plot(along, values([row["ours"] for row in rows]), "o-", label="stars_fast", color="C3")
+    for number, name in enumerate(sides):
+        times = [row["others"].get(name) for row in rows]
+        ax.plot(along, values(times), "s--", label=name, color=f"C{(0, 1, 2, 4)[number % 4]}")
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(along, [f"{x:,.0f}" for x in along], rotation=30)
+    ax.set_xlabel(panel.along)
+    ax.set_ylabel("tokens/s" if per_second else "seconds")
+    ax.set_title(panel.title, fontsize=10)
+    ax.grid(visible=True, which="major", alpha=0.3)
+    ax.legend(fontsize=8)

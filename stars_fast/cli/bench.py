@@ -1,0 +1,96 @@
+"""``stars-fast bench``: the project's benchmarks, each side by side with what it is compared to."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from stars_fast.benchmarks.runner import SuiteError, run_suites, suites
+from stars_fast.benchmarks.tables import as_text, lines_of
+from stars_fast.cli.errors import UsageError, file_errors
+from stars_fast.cli.terminal import quiet_libraries, say
+
+_EPILOG = """\
+Without --full the sizes are small: a look at whether all runs and agrees, not a measurement. For
+figures give --full on a machine that does nothing else. Both sides of a comparison run in turn in
+one process, and are compared before they are timed. "ratio" is how many times faster ours is.
+"""
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``bench`` to the command line."""
+    parser = commands.add_parser(
+        "bench",
+        help="run benchmarks",
+        description="Run the project's benchmarks by suite and print what they measured.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "suites", nargs="*", metavar="SUITE", help="names of suites, see --list (default: all)"
+    )
+    parser.add_argument("--list", action="store_true", help="list the suites, and run none")
+    parser.add_argument("--full", action="store_true", help="full size, for figures")
+    parser.add_argument(
+        "-k", dest="select", default="", metavar="EXPRESSION", help="tests to run, as in pytest"
+    )
+    parser.add_argument("--out", metavar="FILE", help="write the record as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code.
+
+    Raises
+    ------
+    UsageError
+        An unknown suite, a file that cannot be written, or pytest is not installed.
+    """
+    known = suites()
+    if args.list:
+        width = max(map(len, known))
+        print("\n".join(f"{name:<{width}}  {subject}" for name, subject in known.items()))
+        return 0
+    for name in args.suites:
+        if name not in known:
+            raise UsageError(f"SUITE must be one of {', '.join(known)}, got {name!r}")
+    for package in ("pytest", "pytest_benchmark"):
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(
+                f"bench needs {package}, which is not installed: pip install 'stars_fast[bench]'"
+            )
+    if args.out is not None:
+        with file_errors():
+            Path(args.out).open("a").close()  # now rather than when all has been measured
+    quiet_libraries()
+    try:
+        record = run_suites(
+            args.suites or list(known),
+            full=args.full,
+            command=_command(args),
+            select=args.select,
+            use_tqdm=sys.stderr.isatty(),
+        )
+    except SuiteError as error:
+        say(f"error: a benchmark failed\n{error}")
+        return 1
+    print(as_text(lines_of(record)))
+    if args.out is not None:
+        with file_errors():
+            text = json.dumps(record, indent=1) + "\n"
+            Path(args.out).write_text(text, encoding="utf-8")
+        say(f"wrote {args.out}")
+    return 0
+
+
+def _command(args: argparse.Namespace) -> str:
+    words = ["stars-fast", "bench", *args.suites]
+    words += ["--full"] if args.full else []
+    words += ["-k", args.select] if args.select else []
+    words += ["--out", args.out] if args.out else []
+    return shlex.join(words)
