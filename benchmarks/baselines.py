@@ -162,18 +162,26 @@ class Baseline:
 
     def _draw_cached(self, seed: int) -> DrawSegment:
         cache = DynamicCache(config=self._model.config)
+        held: list[int] = []  # the tokens that are cached
 
         def draw(tokens: list[int], position: int, attempt: int, length: int) -> list[int]:
-            # Keep what is cached of the committed tokens but the last, which is fed again.
-            surplus = cache.get_seq_length() - (len(tokens) - 1)
-            if surplus > 0:
-                cache.crop(-surplus)
+            # Of the last attempt that is cached, keep what has been committed; the last committed
+            # token is fed again.
+            common = 0
+            for a, b in zip(held, tokens[:-1], strict=False):
+                if a != b:
+                    break
+                common += 1
+            if len(held) > common:
+                cache.crop(common - len(held))
+            del held[common:]
             segment: list[int] = []
-            fed = tokens[cache.get_seq_length() :]
+            fed = tokens[common:]
             for step in range(length):
                 logits = self._model(
                     self._tensor(fed), past_key_values=cache, use_cache=True, logits_to_keep=1
                 ).logits[:, -1]
+                held.extend(fed)
                 fed = [self._sample(logits, seed, position + step, attempt)]
                 segment += fed
             return segment

@@ -45,8 +45,6 @@ def run(args: argparse.Namespace) -> int:
     UsageError
         Nothing to do, a file that cannot be read or is no record, or matplotlib is not installed.
     """
-    if args.record is None and not args.update:
-        raise UsageError("give a RECORD, or --update FILE")
     if args.plots is not None:
         if args.record is None:
             raise UsageError("--plots needs a RECORD")
@@ -54,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(
                 "--plots needs matplotlib, which is not installed: pip install 'stars_fast[bench]'"
             )
+    if args.record is None and not args.update:
+        raise UsageError("give a RECORD, or --update FILE")
     for name in args.update:
         _update(Path(name))
     if args.record is None:
