@@ -13,6 +13,7 @@ namespace {
 
 constexpr double kPassRateStep = 0.2;  // weight of the newest attempt in a request's estimate
 constexpr double kGlobalPassRateStep = 0.01;  // and in the estimate that new requests begin with
+constexpr double kRowsPerRequestStep = 0.05;
 constexpr double kPassRateLow = 0.02;
 constexpr double kPassRateHigh = 0.98;
 constexpr std::int32_t kMaxTokens = 1 << 28;  // of a request: keeps slot arithmetic in 32 bits
@@ -321,7 +322,13 @@ void Scheduler::admit() {
     if (options_.prefix_caching) {
       hit = pool_.peek(request.tokens.data(), request.prompt_length - 1);
     }
-    const std::int32_t spare = running_.empty() ? 0 : pool_.num_pages() / 100;
+    // Beside those that run, some are left free, and as many as the candidates of each have been.
+    std::int64_t spare = 0;
+    if (!running_.empty()) {
+      const auto drafting = static_cast<double>(newest().drafting.size() + 1);
+      spare = pool_.num_pages() / 100 +
+              static_cast<std::int64_t>((rows_per_request_ - 1.0) * drafting) * row_pages(request);
+    }
     const std::int64_t needed = pages_to_draft(request) - hit.pages + hit.evictable;
     if (pool_.available() - reserved_ - returning_ < needed * (1 + left) + spare) {
       return;
@@ -405,27 +412,31 @@ void Scheduler::list_prefill() {
 }
 
 void Scheduler::allot_rows() {
-  // Each request has one row. More go where they raise the chance of a passed segment most: the
-  // n-th row of a request whose attempts pass at rate p adds p (1 - p)^n. With a fixed number of
-  // candidates the row is given whatever it costs; with "auto" only while the gain a second grows,
-  // that is while gain / (time of a row) > (gain of the round) / (time of the round).
+  // Each request has one row. More go where they save most of the work of a segment. With n rows a
+  // round passes one at rate 1 - (1 - p)^n and costs n rows and a share of what the round costs
+  // beside its rows; the cost of a segment is the second over the first, and one more row lowers it
+  // while p (1 - p)^n (share + n) > 1 - (1 - p)^n. With a fixed number of candidates the row is
+  // given whatever it costs, with "auto" only then. Not what the round gains: a segment that seldom
+  // passes has to be done as well, and waiting for it costs its pages and its prefix every round.
   const auto row_limit = [](const Request& request) {
     const std::int32_t left = request.options.max_attempts - request.attempt;
     const std::int32_t asked = request.options.candidates;
     return !request.options.scored ? 1 : asked == 0 ? left : std::min(asked, left);
   };
-  const auto gain_of = [](const Request& request, std::size_t position) {
-    constexpr double kFixed = 1.0;  // above any gain: fixed numbers are served first
-    const double gain = request.pass_rate * std::pow(1.0 - request.pass_rate, request.wanted_rows);
-    return Gain{request.options.candidates == 0 ? gain : kFixed + gain, position};
-  };
   const std::vector<Slot>& drafting = newest().drafting;
+  if (drafting.empty()) {
+    return;
+  }
   auto rows = static_cast<std::int32_t>(drafting.size());
-  double round_gain = 0.0;
+  const double share = cost_.fixed_part(rows, rows) / rows;
+  const auto gain_of = [share](const Request& request, std::size_t position) {
+    const double miss = std::pow(1.0 - request.pass_rate, request.wanted_rows);
+    const double gain = request.pass_rate * miss * (share + request.wanted_rows) / (1.0 - miss);
+    return Gain{request.options.candidates != 0, gain, position};
+  };
   gains_.clear();
   for (std::size_t i = 0; i < drafting.size(); ++i) {
     const Request& request = at(drafting[i]);
-    round_gain += request.options.scored ? request.pass_rate : 1.0;
     if (request.wanted_rows < row_limit(request)) {
       gains_.push_back(gain_of(request, i));
     }
@@ -435,18 +446,16 @@ void Scheduler::allot_rows() {
     std::pop_heap(gains_.begin(), gains_.end());
     const Gain gain = gains_.back();
     gains_.pop_back();
-    Request& request = at(drafting[gain.position]);
-    const bool is_auto = request.options.candidates == 0;
-    if (is_auto && gain.value * cost_.relative_time(rows) <= round_gain) {
+    if (!gain.asked && gain.value <= 1.0) {
       return;  // and so for every gain that is left
     }
+    Request& request = at(drafting[gain.position]);
     const std::int32_t pages = row_pages(request);
     if (pool_.available() - reserved_ - returning_ < pages) {
       continue;
     }
     reserved_ += pages;
     ++rows;
-    round_gain += is_auto ? gain.value : gain.value - 1.0;
     if (++request.wanted_rows < row_limit(request)) {
       gains_.push_back(gain_of(request, gain.position));
       std::push_heap(gains_.begin(), gains_.end());
@@ -512,7 +521,12 @@ std::shared_ptr<const Decision> Scheduler::commit(const RoundResult& result) {
   for (const Slot slot : flight.drafting) {
     decide(flight, at(slot), result);
   }
-  cost_.observe(static_cast<double>(num_rows), result.seconds);
+  const auto num_requests = static_cast<double>(flight.drafting.size());
+  if (num_rows > 0) {
+    const double ratio = static_cast<double>(num_rows) / num_requests;
+    rows_per_request_ += kRowsPerRequestStep * (ratio - rows_per_request_);
+  }
+  cost_.observe(num_requests, static_cast<double>(num_rows), result.seconds);
   stats_.rounds += flight.plan->empty() ? 0 : 1;
   end_oldest();
   return decision_;

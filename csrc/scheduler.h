@@ -195,10 +195,14 @@ class Scheduler {
     std::int32_t length;
   };
 
-  struct Gain {  // of one more row for a request
-    double value;
+  struct Gain {            // of one more row for a request
+    bool asked;            // a fixed number of candidates: served before those of "auto"
+    double value;          // what the row saves over what it costs
     std::size_t position;  // in Flight::drafting
     bool operator<(const Gain& other) const {
+      if (asked != other.asked) {
+        return other.asked;
+      }
       return value < other.value || (value == other.value && position > other.position);
     }
   };
@@ -268,6 +272,7 @@ class Scheduler {
   Copies copies_;  // owed by commits since the last plan
   std::shared_ptr<Decision> decision_;
   double global_pass_rate_ = 0.5;
+  double rows_per_request_ = 1.0;  // of the rounds before, on average
 
   // Of the plan being made.
   std::int32_t prefill_budget_ = 0;

@@ -203,12 +203,10 @@ class Loop:
 
     def _score(self, done: Round) -> Round:
         """Score a round, on the worker's thread where scoring overlaps."""
-        begun = time.perf_counter()
         if self._scorer is not None:
             # Ends with the rewards on the host, so the host's clock is right on any device.
             with torch.inference_mode(), self._clock.phase("score", on_host=True):
                 score_round(done, self._scorer, self._branches, self._tokenizer)
-        done.seconds["score"] = time.perf_counter() - begun
         return done
 
     def _finish_scoring(self) -> list[Response]:

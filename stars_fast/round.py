@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -34,7 +35,7 @@ class Round:
     prompt_rewards
         r(x) of the plan's new requests by handle, or why there is none.
     seconds
-        That its drafting, and its scoring, took.
+        That drafting its rows, and scoring them, took: what rows cost, prompts left out.
     """
 
     plan: _core.Plan
@@ -132,6 +133,7 @@ def score_round(
     ]
     if not rows:
         return
+    begun = time.perf_counter()
     jobs = [_job(done.responses[row], done.candidates[row], scorer, tokenizer) for row in rows]
     for row, reward in zip(rows, scorer.score(jobs), strict=True):
         if isinstance(reward, Exception):
@@ -139,6 +141,7 @@ def score_round(
             done.rewards[row] = np.nan
         else:
             done.rewards[row] = reward
+    done.seconds["score"] = time.perf_counter() - begun
 
 
 def _job(

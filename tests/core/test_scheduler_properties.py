@@ -774,3 +774,29 @@ def test_shared_prompts_share_full_pages(lengths: list[int], page_size: int) -> 
     # Full pages once for all, a partly filled one and one page of draft for each.
     assert scheduler.pages_used == longest + tails + len(lengths)
     assert plan.prefill.num_tokens <= sum(length - 1 for length in lengths)
+
+
+@pytest.mark.parametrize(("fixed_cost_rows", "more_than"), [(8.0, 5), (0.0, 0)])
+def test_auto_gives_rows_to_what_is_hard_to_pass(fixed_cost_rows: float, more_than: int) -> None:
+    """Where a round has a fixed cost, hard segments get rows to save rounds, easy ones do not."""
+    scheduler = _core.Scheduler(
+        num_pages=500, max_rows=64, prefix_caching=False, fixed_cost_rows=fixed_cost_rows
+    )
+    for request in (0, 1):
+        scheduler.add(
+            request, np.arange(5), scored=True, segment_length=4, max_tokens=4000,
+            max_attempts=20, target_reward=0.0, hard=True,
+        )  # fmt: skip
+    most = [0, 0]
+    for _ in range(60):
+        plan = scheduler.plan()
+        for request in plan.unscored.tolist():
+            scheduler.set_prompt_reward(request, 0.0)
+        count = plan.draft.num_rows
+        rewards = np.where(plan.request == 0, 1.0, -1.0)  # request 1 never passes
+        most = [max(most[r], int((plan.request == r).sum())) for r in (0, 1)]
+        tokens = np.ones((count, plan.draft.max_new), np.int64)
+        scheduler.commit(tokens, plan.draft.new_lengths, np.zeros(count, np.uint8), rewards)
+    assert most[0] <= 2  # until it is known to be easy
+    assert most[1] > more_than
+    assert (most == [1, 1]) == (fixed_cost_rows == 0)
