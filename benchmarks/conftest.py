@@ -86,13 +86,14 @@ class Compare:
             Of each side, at full size; 1 at small size.
         budget
             Seconds that may be spent on all repeats, as the first of them lets expect; at least
-            three are made.
+            three are made at full size.
         once
             Seconds of sides that were run but once, by name: they take too long.
         facts
             Further results to keep.
         """
         taken: dict[str, list[float]] = {name: [] for name in others}
+        first: list[float] = []
 
         def run_others() -> None:
             for name, run in others.items():
@@ -100,15 +101,16 @@ class Compare:
 
         rounds = 1
         if self._full:
-            all_sides = [ours, *others.values()]
-            expected = sum(seconds_of(run, self._device) for run in all_sides)
-            rounds = max(3, min(repeats, int(budget / max(expected, 1e-9))))
+            first.append(seconds_of(ours, self._device))
+            run_others()
+            expected = first[0] + sum(times[0] for times in taken.values())
+            rounds = max(2, min(repeats, int(budget / max(expected, 1e-9))))
         self._benchmark.pedantic(
             seconds_of, args=(ours, self._device), setup=run_others, rounds=rounds
         )
         stats = self._benchmark.stats
         assert stats is not None  # pedantic has run
-        mine = percentiles(stats.stats.data)
+        mine = percentiles(first + stats.stats.data)
         theirs = {name: percentiles(values) for name, values in taken.items()}
         theirs |= {name: percentiles([value]) for name, value in (once or {}).items()}
         self._benchmark.extra_info.update(

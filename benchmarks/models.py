@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -52,21 +54,62 @@ LLAMA_3_1_8B = Shape(128_256, 4096, 14_336, 32, 32, 8, tie_word_embeddings=False
 TINY = Shape(512, 64, 128, 2, 4, 2)
 
 
-def language_model(shape: Shape) -> LlamaForCausalLM:
-    """Return a causal LM with random weights, float32, in eval mode."""
+def language_model(
+    shape: Shape,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> LlamaForCausalLM:
+    """Return a causal LM with random weights in eval mode.
+
+    Made where and in what it is to be, so that there is never a second copy of the weights; None:
+    on the CPU, in float32. Each device and dtype draws its own weights; in less than float32 those
+    of wide models are smaller, see `_config`.
+    """
     torch.manual_seed(0)
-    return LlamaForCausalLM(shape.config()).eval()
+    with _made_on(device, dtype):
+        return LlamaForCausalLM(_config(shape, dtype)).eval()
 
 
-def reward_model(shape: Shape) -> LlamaForSequenceClassification:
-    """Return a one-label classifier of the same shape; its rewards spread by about one."""
+def reward_model(
+    shape: Shape,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> LlamaForSequenceClassification:
+    """Return a one-label classifier of the same shape; its rewards spread by about one.
+
+    `device` and `dtype` as for `language_model`.
+    """
     torch.manual_seed(1)
-    config = shape.config()
+    config = _config(shape, dtype)
     config.num_labels = 1
-    model = LlamaForSequenceClassification(config).eval()
+    with _made_on(device, dtype):
+        model = LlamaForSequenceClassification(config).eval()
     with torch.no_grad():
         model.score.weight.normal_(std=shape.hidden_size**-0.5)
     return model
+
+
+def _config(shape: Shape, dtype: torch.dtype | None) -> LlamaConfig:
+    config = shape.config()
+    if dtype is not None and dtype.itemsize < torch.float32.itemsize:
+        # A width of 4096 at 0.05 attends so sharply that 32 layers make 9 % of rounding errors in
+        # bfloat16, just below what the engine's check of a new model allows; at 0.02 it is 4 %.
+        config.initializer_range = min(config.initializer_range, 1.28 * shape.hidden_size**-0.5)
+    return config
+
+
+@contextmanager
+def _made_on(device: torch.device | str | None, dtype: torch.dtype | None) -> Iterator[None]:
+    """Have new tensors made on a device, in a dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or torch.float32)
+    try:
+        with torch.device(device or "cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def id_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -119,6 +120,11 @@ class Setting:
             fallbacks=counted["fallbacks"],
             drafted=counted["drafted_tokens"],
         )
+
+    @cached_property
+    def reference(self) -> Tally:
+        """What the engine gives, for every comparison; warms both models."""
+        return self.run_engine()
 
     # The baselines
 
