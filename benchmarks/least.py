@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -129,6 +131,17 @@ def forward_work(model: ModelCost, tokens: float, prefix_tokens: float, seen_key
         bytes=model.weight_bytes + model.kv_bytes * (prefix_tokens + tokens),
         operations=tokens * model.operations + seen_keys * model.operations_per_key,
     )
+
+
+def seen_keys(start: npt.NDArray[np.int64], new: npt.NDArray[np.int64]) -> int:
+    """Keys that new tokens see, themselves included, summed over all tokens of all rows.
+
+    Parameters
+    ----------
+    start, new
+        Cached tokens before a row's new ones, and the number of those, ``[R]``.
+    """
+    return int((new * start + new * (new + 1) // 2).sum())
 
 
 def copy_work(model: ModelCost, slots: float) -> Work:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from transformers import PreTrainedModel
 
 from stars_fast import Engine, StarsParams, _core
-from stars_fast.benchmarks.least import Machine, ModelCost, Work, copy_work, forward_work
+from stars_fast.benchmarks.least import Machine, ModelCost, Work, copy_work, forward_work, seen_keys
 from stars_fast.benchmarks.measure import synchronize
 from stars_fast.loop import PHASES
 from stars_fast.models.paged import PagedModel
@@ -118,7 +118,7 @@ def _prefill_passes(batch: _core.Batch, cost: ModelCost) -> list[Work]:
     start, new = batch.row_start.astype(np.int64), batch.new_lengths.astype(np.int64)
     if not len(new):
         return []
-    return [forward_work(cost, int(new.sum()), int(start.sum()), _seen_keys(start, new))]
+    return [forward_work(cost, int(new.sum()), int(start.sum()), seen_keys(start, new))]
 
 
 def _draft_passes(batch: _core.Batch, lengths: Ints, cost: ModelCost) -> list[Work]:
@@ -139,7 +139,7 @@ def _score_passes(drawn: Drawn, cost: ModelCost) -> list[Work]:
     # A row's first new token follows the last committed one, which its first decode step feeds.
     start = plan.draft.row_start.astype(np.int64) + 1
     new = drawn.read
-    tokens, keys = int(new[scored].sum()), _seen_keys(start[scored], new[scored])
+    tokens, keys = int(new[scored].sum()), seen_keys(start[scored], new[scored])
     # The prompts of new requests are run in this pass, so there is no cache of theirs to read.
     fresh = np.isin(plan.request, plan.unscored)
     cached = scored & ~fresh
@@ -147,7 +147,7 @@ def _score_passes(drawn: Drawn, cost: ModelCost) -> list[Work]:
     _, first = np.unique(plan.request[fresh], return_index=True)
     prompts = (start - plan.position)[fresh][first]
     tokens += int(prompts.sum())
-    keys += _seen_keys(np.zeros_like(prompts), prompts)
+    keys += seen_keys(np.zeros_like(prompts), prompts)
     return [forward_work(cost, tokens, prefix, keys)]
 
 
@@ -155,11 +155,6 @@ def _once_a_group(groups: npt.NDArray[np.int32], prefix: Ints) -> int:
     """Sum the prefixes of rows, that of each group once."""
     _, first = np.unique(groups, return_index=True)
     return int(prefix[first].sum())
-
-
-def _seen_keys(start: Ints, new: Ints) -> int:
-    """Sum over the tokens of all rows of the keys that each sees, itself included."""
-    return int((new * start + new * (new + 1) // 2).sum())
 
 
 # A run

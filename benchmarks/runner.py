@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class SuiteError(Exception):
-    """A suite that could not be run to its end, or whose sides do not agree."""
+    """Suites of which nothing could be measured."""
 
 
 def suites() -> dict[str, str]:
@@ -59,15 +59,17 @@ def run_suites(
     Returns
     -------
     dict
-        `stars_fast.benchmarks.measure.header`, and under ``benchmarks`` a row of each test: suite,
-        name, what it kept in ``extra_info``, and the seconds of pytest-benchmark's rounds.
+        `stars_fast.benchmarks.measure.header`; under ``benchmarks`` a row of each test: suite,
+        name, what it kept in ``extra_info``, and the seconds of pytest-benchmark's rounds; under
+        ``failed`` what pytest printed if any test failed, else nothing. Others are kept all the
+        same.
 
     Raises
     ------
     ValueError
         A name that is no suite.
     SuiteError
-        If a test failed, with what pytest printed of it.
+        If no test was measured, with what pytest printed.
     """
     interpret_without_gpu()
     import pytest
@@ -99,10 +101,15 @@ def run_suites(
             code = pytest.main(arguments, plugins=[progress])
         if code == pytest.ExitCode.NO_TESTS_COLLECTED:
             raise SuiteError(f"no test is selected by {select!r}" if select else "no test ran")
-        if code != pytest.ExitCode.OK:
+        # pytest-benchmark leaves the file empty where it has measured nothing.
+        text = raw.read_text(encoding="utf-8") if raw.exists() else ""
+        if not text:
             raise SuiteError(printed.getvalue().strip())
-        measured = json.loads(raw.read_text(encoding="utf-8"))
-    return head | {"full": full, "benchmarks": [_row(b) for b in measured["benchmarks"]]}
+    return head | {
+        "full": full,
+        "benchmarks": [_row(b) for b in json.loads(text)["benchmarks"]],
+        "failed": printed.getvalue().strip() if code != pytest.ExitCode.OK else "",
+    }
 
 
 def _config(folder: Path) -> Path:

@@ -61,28 +61,41 @@ class Tally:
         return abs(self.acceptance - other.acceptance) <= 4 * error + 1e-9
 
 
+@dataclass
 class Setting:
-    """Models with random weights, prompts, and parameters; about 4 in 10 attempts pass.
+    """Models, prompts and parameters that all sides share.
 
-    Parameters
+    Attributes
     ----------
-    full
-        At full size, or for a run in seconds.
-    device
-        Of the models.
+    model, rewards
+        Causal LM, and sequence classifier over the same token ids.
+    engine
+        With both.
+    all_prompts, count
+        Token ids, and how many of them a run takes.
+    params
+        Without stop tokens; `target_reward` is a number.
+    first_seed
+        Of the first prompt's request; the others count on.
     """
 
-    def __init__(self, device: torch.device, *, full: bool) -> None:
+    model: Any
+    rewards: Any
+    engine: Engine
+    all_prompts: list[list[int]]
+    count: int
+    params: StarsParams
+    first_seed: int = 100
+
+    @classmethod
+    def of_size(cls, device: torch.device, *, full: bool) -> Setting:
+        """Models with random weights, at full size or for seconds; about 4 in 10 attempts pass."""
         shape = SMALL if full else TINY
-        self.device = device
-        self.model: Any = language_model(shape).to(device)  # type: ignore[arg-type]
-        self.rewards: Any = reward_model(shape).to(device)  # type: ignore[arg-type]
-        self.all_prompts = prompts(shape, 64 if full else 3)
-        self.prompts = self.all_prompts[:16]
+        model, rewards = language_model(shape, device=device), reward_model(shape, device=device)
         tokenizer = id_tokenizer(shape)
-        self.engine = Engine(
-            self.model,
-            self.rewards,
+        engine = Engine(
+            model,
+            rewards,
             tokenizer=tokenizer,
             reward_tokenizer=tokenizer,
             reward_template="plain",
@@ -92,12 +105,23 @@ class Setting:
         plain = StarsParams(
             segment_length=32 if full else 8, max_tokens=128 if full else 16, beta=0.5, top_k=40
         )
-        target = self.engine.calibrate(self.prompts, 0.6, 2, plain, use_tqdm=False).target_reward
-        self.params = replace(plain, target_reward=target)
+        asked, count = prompts(shape, 32 if full else 3), 16 if full else 3
+        target = engine.calibrate(asked[:count], 0.6, 2, plain, use_tqdm=False).target_reward
+        return cls(model, rewards, engine, asked, count, replace(plain, target_reward=target))
+
+    @property
+    def device(self) -> torch.device:
+        """Of the models."""
+        return self.engine._lm.device
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Those of a run."""
+        return self.all_prompts[: self.count]
 
     def seeds(self, count: int) -> list[int]:
         """Of the requests."""
-        return [100 + i for i in range(count)]
+        return [self.first_seed + i for i in range(count)]
 
     # The engine
 
@@ -128,11 +152,12 @@ class Setting:
 
     # The baselines
 
-    def run_one_by_one(self, *, cached: bool) -> Tally:
+    def run_one_by_one(self, prompts: list[list[int]] | None = None, *, cached: bool) -> Tally:
         """Baselines (a) and (b): one prompt after the other."""
+        asked = self.prompts if prompts is None else prompts
         loop = Baseline(self.model, self.rewards, self.params, cached=cached)
-        seeds = self.seeds(len(self.prompts))
-        return self._tally([loop.run(p, s) for p, s in zip(self.prompts, seeds, strict=True)])
+        seeds = self.seeds(len(asked))
+        return self._tally([loop.run(p, s) for p, s in zip(asked, seeds, strict=True)])
 
     def run_lockstep(self, prompts: list[list[int]] | None = None) -> Tally:
         """Baseline (c): a padded batch that waits for its slowest prompt."""
@@ -142,9 +167,21 @@ class Setting:
 
     def run_continuous(self, candidates: int) -> Tally:
         """Baseline (d): segments from transformers' continuous batching."""
-        loop = ContinuousBaseline(self.model, self.rewards, self.params, candidates=candidates)
         torch.manual_seed(0)
+        loop = self._continuous(candidates)
         return self._tally(loop.run(self.prompts, self.seeds(len(self.prompts))))
+
+    def _continuous(self, candidates: int) -> ContinuousBaseline:
+        longest = max(map(len, self.prompts)) + self.params.max_tokens
+        blocks = len(self.prompts) * candidates * -(-longest // _BLOCK) + 8
+        return ContinuousBaseline(
+            self.model,
+            self.rewards,
+            self.params,
+            candidates=candidates,
+            num_blocks=blocks,
+            block_size=_BLOCK,
+        )
 
     def _tally(self, outputs: list[BaselineOutput]) -> Tally:
         per_response = -(-self.params.max_tokens // self.params.segment_length)
@@ -157,6 +194,11 @@ class Setting:
 
     # Without alignment: baseline (f)
 
+    @property
+    def _sampling(self) -> dict[str, Any]:
+        params = self.params
+        return {"do_sample": True, "temperature": params.temperature, "top_k": params.top_k}
+
     def run_generate(self, **sampling: Any) -> list[list[int]]:
         """Run transformers' `generate` on the batch, padded on the left as it asks for."""
         text = PaddedText.of(self.prompts, self.device)
@@ -166,15 +208,15 @@ class Setting:
                 attention_mask=text.mask,
                 max_new_tokens=self.params.max_tokens,
                 pad_token_id=0,
-                **(sampling or {"do_sample": True, "temperature": 0.8, "top_k": 40}),
+                **(sampling or self._sampling),
             )
         found: list[list[int]] = out[:, text.length :].tolist()
         return found
 
     def run_generate_batch(self) -> list[list[int]]:
         """Run transformers' `generate_batch`, its manager begun and ended as it does that."""
-        loop = ContinuousBaseline(self.model, self.rewards, self.params)
-        with drafting(self.model, self.params, 1, loop.cache) as manager:
+        cache = self._continuous(1).cache
+        with drafting(self.model, self.params, 1, cache) as manager:
             names = manager.add_requests(self.prompts, max_new_tokens=self.params.max_tokens)
             found: dict[str, list[int]] = {}
             while len(found) < len(names):
@@ -197,4 +239,6 @@ class Setting:
         return float(torch.cat(entropies).quantile(1 - 1 / tokens_apart))
 
 
+#: Tokens of a block of transformers' manager, its default.
+_BLOCK = 256
 _COUNTED = ("attempts", "segments", "fallbacks", "drafted_tokens")

@@ -23,7 +23,7 @@ from stars_fast.benchmarks.setting import Setting, Tally
 @pytest.fixture(scope="module")
 def setting(device: torch.device, full: bool) -> Setting:
     """The models, once for this file."""
-    return Setting(device, full=full)
+    return Setting.of_size(device, full=full)
 
 
 def timed(run: Callable[[], Tally], device: torch.device) -> tuple[Tally, float]:
@@ -139,7 +139,7 @@ def test_candidates(compare: Compare, setting: Setting, candidates: int | Litera
     )  # fmt: skip
 
 
-@pytest.mark.sizes("requests", full=[1, 4, 16, 64], small=[2])
+@pytest.mark.sizes("requests", full=[1, 4, 16, 32], small=[2])
 def test_requests(compare: Compare, setting: Setting, requests: int) -> None:
     """More requests at once, against the lockstep batch."""
     some = setting.all_prompts[:requests]

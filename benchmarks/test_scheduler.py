@@ -33,7 +33,7 @@ class Driver:
     def __init__(self, load: Load) -> None:
         self.rows = load.running * load.candidates
         self.scheduler = _core.Scheduler(
-            num_pages=self.rows * 16,
+            num_pages=max(self.rows * 16, 256),
             max_rows=self.rows,
             max_prefill_tokens=1 << 30,
             prefix_caching=False,

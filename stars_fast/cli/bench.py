@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             use_tqdm=sys.stderr.isatty(),
         )
     except SuiteError as error:
-        say(f"error: a benchmark failed\n{error}")
+        say(f"error: {error}")
         return 1
     print(as_text(lines_of(record)))
     if args.out is not None:
@@ -85,6 +85,9 @@ def run(args: argparse.Namespace) -> int:
             text = json.dumps(record, indent=1) + "\n"
             Path(args.out).write_text(text, encoding="utf-8")
         say(f"wrote {args.out}")
+    if record["failed"]:
+        say(f"error: benchmarks failed; the others are above\n{record['failed']}")
+        return 1
     return 0
 
 

@@ -13,13 +13,15 @@ import torch
 from stars_fast.benchmarks import paper
 from stars_fast.benchmarks.least import Machine
 from stars_fast.benchmarks.models import LLAMA_2_7B, TINY, language_model, reward_model
-from stars_fast.benchmarks.paper import CENTRE, Bench, Cell, Step, judged, steps
+from stars_fast.benchmarks.paper_bench import Bench
+from stars_fast.benchmarks.paper_steps import CENTRE, Cell, Step, judged, steps
 
 MACHINE = Machine("made up", 1e9, 1e9)
 FAST = {
     "centre": {"accepted_tokens_per_second": 4600.0, "share_of_the_least": 0.59},
     "overhead": {"over": 0.1, "stars": {"accepted_tokens_per_second": 1.0}},
     "first segment": {"over": 0.151},
+    "baselines": {"times_a": 50.0, "times_b": 7.9},
 }
 
 
@@ -28,13 +30,13 @@ def met(recorded: dict[str, Any]) -> list[bool | None]:
 
 
 def test_targets_are_met_missed_or_not_measured() -> None:
-    assert met(FAST) == [True, False, True, False]
-    assert met({}) == [None] * 4
+    assert met(FAST) == [True, False, True, False, True, False, None, None]
+    assert met({}) == [None] * 8
     assert met({**FAST, "centre": {"failed": "OutOfMemoryError: 80 GB"}}) == [
-        None, None, True, False,
+        None, None, True, False, True, False, None, None,
     ]  # fmt: skip
     assert met({"centre": {"accepted_tokens_per_second": 4599.9, "share_of_the_least": 0.6}}) == [
-        False, True, None, None,
+        False, True, *[None] * 6,
     ]  # fmt: skip
 
 
@@ -43,7 +45,7 @@ def test_targets_are_shown_beside_what_was_measured() -> None:
     assert "at least 4600" in shown[0]
     assert shown[0].endswith("4600  met")
     assert shown[1].endswith("0.59  missed")
-    assert paper.targets_table(judged({})).count("not measured") == 4
+    assert paper.targets_table(judged({})).count("not measured") == 8
 
 
 def test_steps_leave_the_centre_along_one_axis() -> None:
@@ -91,7 +93,7 @@ def test_small_mode_runs_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "paper.json"
-    names = ["centre", "vanilla", "first segment", "overhead", "candidates 4", "batch 1"]
+    names = ["centre", "vanilla", "first segment", "overhead", "baselines", "candidates 4"]
     failed = paper.main(["--small", "--out", str(out), "--only", *names])
     printed = capsys.readouterr().out
     assert failed == 0, printed
@@ -123,6 +125,15 @@ def test_lone_request_is_set_against_its_parts() -> None:
     assert found["over"] == pytest.approx(found["first_segment_seconds_p50"] / parts - 1)
 
 
+def test_baselines_are_set_against_the_engine() -> None:
+    found = bench().measure(Step("baselines", Cell(acceptance=0.5), "baselines"))
+    assert "failed" not in found, found
+    for side in "abcd":
+        rate = found["accepted_tokens_per_second"] / found[f"tokens_per_second_{side}"]
+        assert found[f"times_{side}"] == pytest.approx(rate)
+    assert "times that of (a) " in paper.line("baselines", found)
+
+
 def test_a_step_that_fails_is_recorded_and_the_next_one_runs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,7 +152,7 @@ def test_a_step_that_fails_is_recorded_and_the_next_one_runs(
     assert record["steps"]["vanilla"]["failed"] == "OutOfMemoryError: 80 GB are not enough"
     assert record["steps"]["overhead"]["over"] == 0.05
     assert record["steps"]["overhead"]["cell"]["reward"] == "1B"
-    assert [target["met"] for target in record["targets"]] == [None, None, True, None]
+    assert [target["met"] for target in record["targets"]] == [None, None, True, *[None] * 5]
     assert record["left_out"] == []
     assert "random" in record["weights"]
     printed = capsys.readouterr().out

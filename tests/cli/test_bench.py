@@ -44,19 +44,25 @@ def test_runs_records_and_reports(tmp_path: Path) -> None:
 
 def test_a_failing_benchmark_is_shown(tmp_path: Path) -> None:
     suite = tmp_path / "test_wrong.py"
-    suite.write_text('"""Wrong."""\n\ndef test_sides():\n    assert 1 == 2, "they differ"\n')
+    suite.write_text(
+        '"""Wrong."""\n\ndef test_sides():\n    assert 1 == 2, "they differ"\n\n'
+        "def test_others(benchmark):\n    benchmark.pedantic(int, rounds=1)\n"
+    )
+    record = tmp_path / "record.json"
     script = (
         "import sys; from pathlib import Path; from stars_fast.benchmarks import runner;"
         "from stars_fast.cli import main; runner.HERE = Path(sys.argv.pop());"
         "sys.exit(main(sys.argv[1:]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, "bench", "wrong", str(tmp_path)],
+        [sys.executable, "-c", script, "bench", "wrong", "--out", str(record), str(tmp_path)],
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1
     assert "they differ" in done.stderr
-    assert not done.stdout
+    assert "wrong: others" in done.stdout  # what else was measured is not lost
+    rows = json.loads(record.read_text(encoding="utf-8"))["benchmarks"]
+    assert [row["name"] for row in rows] == ["others"]
 
 
 @pytest.mark.parametrize(
