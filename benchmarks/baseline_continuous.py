@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -54,9 +55,10 @@ class ContinuousBaseline:
         self._reward_model = reward_model
         self._params = params
         self._candidates = candidates
-        self.cache = ContinuousBatchingConfig(
-            num_blocks=num_blocks, page_size=block_size, max_batch_tokens=2048
-        )
+        # transformers 5.17 knows it as block_size, which later ones warn of.
+        names = {field.name for field in fields(ContinuousBatchingConfig)}
+        sized: dict[str, Any] = {"page_size" if "page_size" in names else "block_size": block_size}
+        self.cache = ContinuousBatchingConfig(num_blocks=num_blocks, max_batch_tokens=2048, **sized)
 
     @torch.inference_mode()
     def run(self, prompts: list[list[int]], seeds: list[int]) -> list[BaselineOutput]:

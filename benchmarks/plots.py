@@ -105,7 +105,7 @@ def draw(record: Mapping[str, Any], folder: Path) -> list[Path]:
 def _fill(ax: Any, panel: Panel, rows: Sequence[Mapping[str, Any]]) -> None:  # noqa: ANN401
     per_second = all("tokens" in row for row in rows)
     along = [row["work"][panel.along] for row in rows]
-    sides = dict.fromkeys(name for row in rows for name in row["others"])
+    sides = dict.fromkeys(name for row in rows for name in row.get("others", {}))
 
     def values(times: Sequence[Mapping[str, float] | None]) -> list[float]:
         return [
@@ -115,7 +115,7 @@ def _fill(ax: Any, panel: Panel, rows: Sequence[Mapping[str, Any]]) -> None:  # 
 
     ax.plot(along, values([row["ours"] for row in rows]), "o-", label="stars_fast", color="C3")
     for number, name in enumerate(sides):
-        times = [row["others"].get(name) for row in rows]
+        times = [row.get("others", {}).get(name) for row in rows]
         ax.plot(along, values(times), "s--", label=name, color=f"C{(0, 1, 2, 4)[number % 4]}")
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")

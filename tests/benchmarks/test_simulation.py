@@ -12,9 +12,9 @@ import pytest
 
 from stars_fast import _core
 from stars_fast.benchmarks import simulate as command
+from stars_fast.benchmarks.capacity import Limits, replicas_needed, saturation
 from stars_fast.benchmarks.least import Machine, ModelCost
 from stars_fast.benchmarks.models import TINY
-from stars_fast.benchmarks.capacity import Limits, replicas_needed, saturation
 from stars_fast.benchmarks.replica import GPUS, Replica, round_time
 from stars_fast.benchmarks.simulation import AUTO, Outcome, simulate
 from stars_fast.benchmarks.workload import Requests, Workload

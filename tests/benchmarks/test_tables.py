@@ -100,9 +100,13 @@ def test_a_suite_that_was_not_recorded() -> None:
 
 def test_plots(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    (path,) = draw(RECORD, tmp_path / "plots")
-    assert path.name == "end-to-end.png"
-    assert path.read_bytes().startswith(b"\x89PNG")
+    loads = [
+        {"suite": "scheduler", "name": "plan", "ours": times(n), "work": {"rows": n, "waiting": 0}}
+        for n in (1, 8)
+    ]
+    written = draw({**RECORD, "benchmarks": RECORD["benchmarks"] + loads}, tmp_path / "plots")
+    assert [path.name for path in written] == ["scheduler.png", "end-to-end.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
 def test_a_panel_takes_its_rows_alone_in_order() -> None:
