@@ -59,8 +59,8 @@ PANELS = {
         Panel("decode", "prefix", "4 requests with 4 candidates", {"candidates": 4}),
     ],
     "scheduler": [
-        Panel("plan", "rows", "nothing waits", {"waiting": 0}),
-        Panel("plan", "rows", "100,000 requests wait", {"waiting": 100_000}),
+        Panel("plan", "rows", "nothing waits", {"waiting": 0, "candidates": 1}),
+        Panel("plan", "rows", "100,000 requests wait", {"waiting": 100_000, "candidates": 1}),
     ],
     "round": [
         Panel("draft", "rows", "draft 32 tokens after 64"),
@@ -118,7 +118,10 @@ def _fill(ax: Any, panel: Panel, rows: Sequence[Mapping[str, Any]]) -> None:  # 
         times = [row.get("others", {}).get(name) for row in rows]
         ax.plot(along, values(times), "s--", label=name, color=f"C{(0, 1, 2, 4)[number % 4]}")
     ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
+    if per_second:
+        ax.set_ylim(bottom=0)
+    else:
+        ax.set_yscale("log")
     ax.set_xticks(along, [f"{x:,.0f}" for x in along], rotation=30)
     ax.set_xlabel(panel.along)
     ax.set_ylabel("tokens/s" if per_second else "seconds")

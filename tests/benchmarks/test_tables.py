@@ -101,7 +101,13 @@ def test_a_suite_that_was_not_recorded() -> None:
 def test_plots(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     loads = [
-        {"suite": "scheduler", "name": "plan", "ours": times(n), "work": {"rows": n, "waiting": 0}}
+        {
+            "suite": "scheduler",
+            "name": "plan",
+            "ours": times(n),
+            "work": {"rows": n, "waiting": 0},
+            "candidates": 1,
+        }
         for n in (1, 8)
     ]
     written = draw({**RECORD, "benchmarks": RECORD["benchmarks"] + loads}, tmp_path / "plots")
