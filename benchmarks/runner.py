@@ -12,8 +12,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,8 @@ def run_suites(
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
         arguments = [
+            "-p",
+            "no:xdist",  # benchmarks run one after the other, wherever this is called from
             *(str(HERE / f"test_{name.replace('-', '_')}.py") for name in names),
             f"--rootdir={HERE}",
             f"--config-file={_config(Path(folder))}",
@@ -94,6 +96,7 @@ def run_suites(
         printed = io.StringIO()
         # What pytest prints is for whoever writes a suite; it is shown where a test fails.
         with (
+            _without("PYTEST_ADDOPTS"),
             _Progress(sys.stderr, show=use_tqdm) as progress,
             redirect_stdout(printed),
             redirect_stderr(printed),
@@ -110,6 +113,17 @@ def run_suites(
         "benchmarks": [_row(b) for b in json.loads(text)["benchmarks"]],
         "failed": printed.getvalue().strip() if code != pytest.ExitCode.OK else "",
     }
+
+
+@contextmanager
+def _without(variable: str) -> Iterator[None]:
+    """Leave a variable out of the environment."""
+    value = os.environ.pop(variable, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[variable] = value
 
 
 def _config(folder: Path) -> Path:

@@ -51,11 +51,12 @@ def test_targets_are_shown_beside_what_was_measured() -> None:
 def test_steps_leave_the_centre_along_one_axis() -> None:
     made = steps()
     assert made[0] == Step("centre", CENTRE)
-    assert [step.kind for step in made[1:4]] == ["vanilla", "first segment", "overhead"]
+    kinds = ["vanilla", "first segment", "overhead", "baselines"]
+    assert [step.kind for step in made[1:5]] == kinds
     assert len({step.name for step in made}) == len(made)
     centre = asdict(CENTRE)
     varied: dict[str, set[Any]] = {}
-    for step in made[4:]:
+    for step in made[5:]:
         changed = {k: v for k, v in asdict(step.cell).items() if v != centre[k]}
         assert step.kind == "stars"
         assert (
