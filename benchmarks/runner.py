@@ -96,7 +96,7 @@ def run_suites(
         printed = io.StringIO()
         # What pytest prints is for whoever writes a suite; it is shown where a test fails.
         with (
-            _without("PYTEST_ADDOPTS"),
+            _without("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"),
             _Progress(sys.stderr, show=use_tqdm) as progress,
             redirect_stdout(printed),
             redirect_stderr(printed),
@@ -116,14 +116,13 @@ def run_suites(
 
 
 @contextmanager
-def _without(variable: str) -> Iterator[None]:
-    """Leave a variable out of the environment."""
-    value = os.environ.pop(variable, None)
+def _without(*variables: str) -> Iterator[None]:
+    """Leave variables out of the environment: those of a pytest that this is called from."""
+    held = {name: os.environ.pop(name) for name in variables if name in os.environ}
     try:
         yield
     finally:
-        if value is not None:
-            os.environ[variable] = value
+        os.environ.update(held)
 
 
 def _config(folder: Path) -> Path:
