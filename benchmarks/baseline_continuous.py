@@ -106,21 +106,27 @@ class ContinuousBaseline:
         self, manager: ContinuousBatchingManager, texts: list[list[int]], lengths: list[int]
     ) -> list[list[list[int]]]:
         """Draw the candidates of each text's next segment."""
-        found: dict[str, list[int]] = {}
         names: list[list[str]] = [[] for _ in texts]
         for length in sorted(set(lengths)):
             of_length = [i for i, n in enumerate(lengths) if n == length]
             ids = manager.add_requests([texts[i] for i in of_length], max_new_tokens=length)
             for i, name in zip(of_length, ids, strict=True):
                 names[i] = [name, *(f"{name}__child#{k}" for k in range(self._candidates - 1))]
-        while len(found) < len(texts) * self._candidates:
-            result = manager.get_result(timeout=1)
-            if result is None:
-                assert manager.is_running(), "the generation thread has ended"
-            elif result.is_finished():
-                assert result.error is None, result.error
-                found[result.request_id] = list(result.generated_tokens)
+        found = collect(manager, len(texts) * self._candidates)
         return [[found[name] for name in candidates] for candidates in names]
+
+
+def collect(manager: ContinuousBatchingManager, count: int) -> dict[str, list[int]]:
+    """Wait for `count` requests; returns their tokens by request id."""
+    found: dict[str, list[int]] = {}
+    while len(found) < count:
+        result = manager.get_result(timeout=1)
+        if result is None:
+            assert manager.is_running(), "the generation thread has ended"
+        elif result.is_finished():
+            assert result.error is None, result.error
+            found[result.request_id] = list(result.generated_tokens)
+    return found
 
 
 @contextmanager

@@ -37,7 +37,7 @@ import torch  # noqa: E402 - after the choice of the interpreter
 
 from stars_fast.benchmarks.kernel_cases import FULL, TINY, Case, Job, all_cases  # noqa: E402
 from stars_fast.benchmarks.least import Machine, Work  # noqa: E402
-from stars_fast.benchmarks.measure import ceilings, header  # noqa: E402
+from stars_fast.benchmarks.measure import ceilings, header, percentiles  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -153,13 +153,11 @@ def replayed(job: Job, sets: int) -> list[float] | None:
     return [seconds / calls for seconds in timed(lambda _: graph.replay(), 1, repeats=20)]
 
 
-def percentiles(seconds: list[float] | None) -> dict[str, float] | None:
+def microseconds(seconds: list[float] | None) -> dict[str, float] | None:
     """Return microseconds at 20, 50 and 80 %."""
     if seconds is None:
         return None
-    ordered = sorted(seconds)
-    at = {q: ordered[min(len(ordered) - 1, int(len(ordered) * q / 100))] for q in (20, 50, 80)}
-    return {f"p{q}": value * 1e6 for q, value in at.items()}
+    return {name: value * 1e6 for name, value in percentiles(seconds).items()}
 
 
 # Steps
@@ -290,13 +288,13 @@ def _time_case(case: Case, machine: Machine) -> dict[str, Any]:
         "name": case.name,
         "least_bytes": case.least_bytes,
         "operations": case.operations,
-        "ours": percentiles(timed(case.ours, case.sets)),
-        "ours_in_a_graph": percentiles(replayed(case.ours, case.sets)),
+        "ours": microseconds(timed(case.ours, case.sets)),
+        "ours_in_a_graph": microseconds(replayed(case.ours, case.sets)),
         "others": {},
     }
     for name, job in case.others.items():
         try:
-            row["others"][name] = percentiles(timed(job, case.sets))
+            row["others"][name] = microseconds(timed(job, case.sets))
         except (RuntimeError, TypeError, ValueError) as error:
             row["others"][name] = {"failed": f"{type(error).__name__}: {error}"}
     if ON_GPU:

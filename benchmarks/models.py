@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -16,6 +17,8 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
+
+from stars_fast import Engine
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,24 @@ def id_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
     backend = Tokenizer(WordLevel(words, unk_token="0"))
     backend.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def id_engine(
+    model: LlamaForCausalLM, rewards: LlamaForSequenceClassification, shape: Shape, **options: Any
+) -> Engine:
+    """Return an engine on token ids: both models read the same ones, and there is no template.
+
+    `options` are those of `Engine`.
+    """
+    tokenizer = id_tokenizer(shape)
+    return Engine(
+        model,
+        rewards,
+        tokenizer=tokenizer,
+        reward_tokenizer=tokenizer,
+        reward_template="plain",
+        **options,
+    )
 
 
 def prompts(shape: Shape, count: int, low: int = 16, high: int = 48) -> list[list[int]]:

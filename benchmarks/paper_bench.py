@@ -22,7 +22,7 @@ from stars_fast.benchmarks.models import (
     LLAMA_3_1_8B,
     ONE_BILLION,
     TINY,
-    id_tokenizer,
+    id_engine,
     language_model,
     prompts,
     reward_model,
@@ -223,14 +223,11 @@ class Bench:
             free, _ = torch.cuda.mem_get_info(self._device)
             a_page = sum(page_bytes(x, PAGE_SIZE, cell.kv_dtype) for x in (language, reward))
             pages = min(pages, max(2, (free - RESERVED_BYTES) // a_page))
-        tokenizer = id_tokenizer(SHAPES[cell.language])
         on_kernels = self._device.type == "cuda" or cell.kv_dtype == "fp8"
-        return Engine(
+        return id_engine(
             language,
             reward,
-            tokenizer=tokenizer,
-            reward_tokenizer=tokenizer,
-            reward_template="plain",
+            SHAPES[cell.language],
             page_size=PAGE_SIZE,
             num_pages=pages,
             reward_num_pages=pages,

@@ -23,12 +23,12 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from stars_fast import Engine, StarsParams
+from stars_fast import StarsParams
 from stars_fast.benchmarks import models, observe
 from stars_fast.benchmarks.acceptance import target_for
 from stars_fast.benchmarks.least import Machine
 from stars_fast.benchmarks.measure import ceilings, default_device, header
-from stars_fast.benchmarks.models import id_tokenizer, language_model, prompts, reward_model
+from stars_fast.benchmarks.models import id_engine, language_model, prompts, reward_model
 
 HERE = Path(__file__).resolve().parent
 SHAPES = {name: x for name, x in vars(models).items() if isinstance(x, models.Shape)}
@@ -70,20 +70,17 @@ def measure(
     """Build the engine, find the target, and run the same requests `options.repeats` times."""
     shape, count = SHAPES[options.shape], options.requests
     placed: dict[str, Any] = {"device": device, "dtype": DTYPES[options.dtype]}
-    tokenizer = id_tokenizer(shape)
     rows = max_rows(count, options.candidates)
     pages = pages_needed(
         count, rows, options.prompt, options.max_tokens, options.segment_length, PAGE_SIZE
     )
-    engine = Engine(
+    engine = id_engine(
         language_model(shape, **placed),
         reward_model(
             replace(SHAPES[options.reward_shape or options.shape], vocab_size=shape.vocab_size),
             **placed,
         ),
-        tokenizer=tokenizer,
-        reward_tokenizer=tokenizer,
-        reward_template="plain",
+        shape,
         page_size=PAGE_SIZE,
         num_pages=pages,
         reward_num_pages=pages,

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from stars_fast import Engine, StarsParams
-from stars_fast.benchmarks.baseline_continuous import ContinuousBaseline, drafting
+from stars_fast.benchmarks.baseline_continuous import ContinuousBaseline, collect, drafting
 from stars_fast.benchmarks.baseline_lockstep import LockstepBaseline, PaddedText
 from stars_fast.benchmarks.baselines import Baseline, BaselineOutput
 from stars_fast.benchmarks.models import (
     SMALL,
     TINY,
-    id_tokenizer,
+    id_engine,
     language_model,
     prompts,
     reward_model,
@@ -92,16 +92,7 @@ class Setting:
         """Models with random weights, at full size or for seconds; about 4 in 10 attempts pass."""
         shape = SMALL if full else TINY
         model, rewards = language_model(shape, device=device), reward_model(shape, device=device)
-        tokenizer = id_tokenizer(shape)
-        engine = Engine(
-            model,
-            rewards,
-            tokenizer=tokenizer,
-            reward_tokenizer=tokenizer,
-            reward_template="plain",
-            max_rows=64,
-            num_pages=2048 if full else 256,
-        )
+        engine = id_engine(model, rewards, shape, max_rows=64, num_pages=2048 if full else 256)
         plain = StarsParams(
             segment_length=32 if full else 8, max_tokens=128 if full else 16, beta=0.5, top_k=40
         )
@@ -218,11 +209,7 @@ class Setting:
         cache = self._continuous(1).cache
         with drafting(self.model, self.params, 1, cache) as manager:
             names = manager.add_requests(self.prompts, max_new_tokens=self.params.max_tokens)
-            found: dict[str, list[int]] = {}
-            while len(found) < len(names):
-                result = manager.get_result(timeout=1)
-                if result is not None and result.is_finished():
-                    found[result.request_id] = list(result.generated_tokens)
+            found = collect(manager, len(names))
         return [found[name] for name in names]
 
     # For segments that end by entropy

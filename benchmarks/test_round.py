@@ -18,6 +18,7 @@ from stars_fast.benchmarks.models import (
     SMALL,
     TINY,
     Shape,
+    id_engine,
     id_tokenizer,
     language_model,
     prompts,
@@ -83,13 +84,10 @@ class Scoring:
         self, shape: Shape, rows: int, context: int, segment: int, device: torch.device
     ) -> None:
         model = reward_model(shape).to(device)  # type: ignore[arg-type]
-        tokenizer = id_tokenizer(shape)
-        engine = Engine(
+        engine = id_engine(
             language_model(TINY),
             model,
-            tokenizer=tokenizer,
-            reward_tokenizer=tokenizer,
-            reward_template="plain",
+            shape,
             num_pages=16,
             reward_num_pages=rows * ((context + segment) // 16 + 8),
             max_rows=rows,
