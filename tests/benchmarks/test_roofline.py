@@ -125,8 +125,10 @@ def test_rows_that_end_early_are_not_run_further(engine: Engine) -> None:
 
 def test_forks_are_the_bytes_that_the_engine_copied(engine: Engine) -> None:
     before = engine.stats()["copied_bytes"]
-    # Two segments on a page, so that a second one begins in the middle of it.
-    passes = observe_run(engine, [prompt_ids(401)], params(candidates=2)).passes()
+    # Two segments on a page, so that a second one begins in the middle of it; its copy is made in
+    # the round that follows.
+    longer = params(candidates=2, max_tokens=2 * M)
+    passes = observe_run(engine, [prompt_ids(401)], longer).passes()
     copied = engine.stats()["copied_bytes"] - before
     assert copied > 0
     assert work(passes["fork"]).bytes == 2 * copied  # read and written
