@@ -800,3 +800,39 @@ def test_auto_gives_rows_to_what_is_hard_to_pass(fixed_cost_rows: float, more_th
     assert most[0] <= 2  # until it is known to be easy
     assert most[1] > more_than
     assert (most == [1, 1]) == (fixed_cost_rows == 0)
+
+
+def test_admission_leaves_pages_for_candidates() -> None:
+    """Requests that wait do not take the pages that the candidates of those that run had."""
+    scheduler = _core.Scheduler(
+        num_pages=100, page_size=4, max_rows=256, prefix_caching=False, max_prefill_tokens=10_000
+    )
+
+    def add(request: int) -> None:
+        scheduler.add(
+            request, np.arange(9), scored=True, segment_length=4, max_tokens=8, candidates=4,
+            max_attempts=100_000, target_reward=0.0, hard=True,
+        )  # fmt: skip
+
+    def round_of() -> tuple[int, int]:
+        plan = scheduler.plan()
+        for request in plan.unscored.tolist():
+            scheduler.set_prompt_reward(request, 0.0)
+        rows = plan.draft.num_rows
+        tokens = np.ones((rows, plan.draft.max_new), np.int64)
+        scheduler.commit(
+            tokens, plan.draft.new_lengths, np.zeros(rows, np.uint8), np.full(rows, -1.0)
+        )
+        return plan.draft.num_groups, rows
+
+    add(0)
+    for _ in range(100):
+        assert round_of() == (1, 4)
+    for request in range(1, 60):
+        add(request)
+    for _ in range(10):
+        requests, rows = round_of()
+    assert requests > 4
+    assert rows / requests > 3.0
+    assert scheduler.num_waiting > 0
+    scheduler.check()
