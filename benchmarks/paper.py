@@ -39,6 +39,7 @@ interpret_without_gpu()
 import torch  # noqa: E402 - after the choice of the interpreter
 from tqdm import tqdm  # noqa: E402
 
+from stars_fast.benchmarks.flags import number  # noqa: E402
 from stars_fast.benchmarks.measure import ceilings, default_device, header  # noqa: E402
 from stars_fast.benchmarks.paper_bench import Bench  # noqa: E402
 from stars_fast.benchmarks.paper_steps import judged, steps  # noqa: E402
@@ -155,21 +156,16 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", type=Path, help="where to write the figures, from benchmarks/")
     add("--commit", default=None, help="if the checkout has no .git")
-    add("--minutes", type=_minutes, default=8.0, help="after which no further step begins")
+    add(
+        "--minutes",
+        type=number(float, low=0, open_low=True),
+        default=8.0,
+        help="after which no further step begins",
+    )
     shown = ", ".join(names).replace("%", "%%")
     add("--only", nargs="+", choices=names, metavar="STEP", help=shown)
     add("--small", action="store_true", help="tiny models; always so without a GPU")
     return parser
-
-
-def _minutes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value
 
 
 if __name__ == "__main__":

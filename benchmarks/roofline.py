@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from stars_fast import StarsParams
 from stars_fast.benchmarks import models, observe
 from stars_fast.benchmarks.acceptance import target_for
+from stars_fast.benchmarks.flags import number
 from stars_fast.benchmarks.least import Machine
 from stars_fast.benchmarks.measure import ceilings, default_device, header
 from stars_fast.benchmarks.models import id_engine, language_model, prompts, reward_model
@@ -176,36 +177,18 @@ def _parser(device: torch.device) -> argparse.ArgumentParser:
     add("--commit", default=None, help="if the checkout has no .git")
     add("--shape", choices=SHAPES, default="ONE_BILLION" if on_gpu else "SMALL")
     add("--reward-shape", choices=SHAPES, default=None, help="that of the language model if unset")
-    add("--requests", type=at_least(1), default=64 if on_gpu else 16)
-    add("--prompt", type=at_least(1), default=128, help="tokens of each prompt")
-    add("--segment-length", type=at_least(1), default=32, help="K")
-    add("--max-tokens", type=at_least(1), default=128, help="M")
-    add("--candidates", type=at_least(1, "auto"), default="auto")
+    add("--requests", type=number(int, low=1), default=64 if on_gpu else 16)
+    add("--prompt", type=number(int, low=1), default=128, help="tokens of each prompt")
+    add("--segment-length", type=number(int, low=1), default=32, help="K")
+    add("--max-tokens", type=number(int, low=1), default=128, help="M")
+    add("--candidates", type=number(int, low=1, words=("auto",)), default="auto")
     add("--acceptance", type=part, default=0.5, help="part of the attempts that pass")
     add("--tolerance", type=part, default=0.05, help="of --acceptance, when the target is found")
     add("--dtype", choices=DTYPES, default="bfloat16" if on_gpu else "float32")
     add("--kv-dtype", choices=["auto", "fp8"], default="auto")
-    add("--repeats", type=at_least(1), default=3, help="the run of the median time is shown")
+    add("--repeats", type=number(int, low=1), default=3, help="the run of the median time is shown")
     add("--quick", action="store_true", help="measure the ceilings on small arrays: no figures")
     return parser
-
-
-def at_least(least: int, *words: str) -> Callable[[str], int | str]:
-    """Return a reader of integers from `least` on, or one of some words."""
-
-    def read(text: str) -> int | str:
-        if text in words:
-            return text
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            allowed = " or ".join([f"an integer of at least {least}", *words])
-            raise argparse.ArgumentTypeError(f"must be {allowed}, got {text!r}")
-        return value
-
-    return read
 
 
 def part(text: str) -> float:

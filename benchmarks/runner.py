@@ -1,7 +1,7 @@
 """Runs suites of this folder and keeps what they measured.
 
 A suite is a file ``test_NAME.py``: pytest runs it, pytest-benchmark times it, and each test leaves
-in ``extra_info`` what it compared (`stars_fast.benchmarks.conftest.Compare`).
+in ``extra_info`` what it compared (`stars_fast.benchmarks.compare.Compare`).
 """
 
 from __future__ import annotations

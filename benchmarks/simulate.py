@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 import sys
 import time
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from stars_fast.benchmarks.capacity import Limits, replicas_needed, saturation
 from stars_fast.benchmarks.capacity_plot import plot
+from stars_fast.benchmarks.flags import number
 from stars_fast.benchmarks.measure import header
 from stars_fast.benchmarks.replica import GPUS, MODELS, Replica
 from stars_fast.benchmarks.simulation import AUTO, simulate
@@ -241,9 +241,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="where to write the sweep's figures, and a plot beside them")
     add("--png", type=Path, help="where to write the plot instead")
     add("--plot", type=Path, help="draw the plot of this record, and no more")
-    whole, positive = _number(int, low=1), _number(float, low=0, open_low=True)
+    whole, positive = number(int, low=1), number(float, low=0, open_low=True)
     add("--requests", type=whole, default=1_000_000, help="of the sweep in all (%(default)s)")
-    add("--seed", type=_number(int, low=0, high=2**32 - 1), default=0)
+    add("--seed", type=number(int, low=0, high=2**32 - 1), default=0)
     add(
         "--candidates",
         type=_candidates,
@@ -261,7 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--max-replicas", type=whole, default=1024, help="to try (%(default)s)")
     group.add_argument(
         "--trial-requests",
-        type=_number(int, low=LEAST_REQUESTS),
+        type=number(int, low=LEAST_REQUESTS),
         default=20_000,
         help="requests of each trial, to one replica (%(default)s)",
     )
@@ -270,7 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--gpu", choices=list(GPUS), default="h200", help="(%(default)s)")
     group.add_argument("--bytes-per-second", type=positive, help="measured, for the data sheet's")
     group.add_argument("--operations-per-second", type=positive, help="the same, of bfloat16")
-    share = _number(float, low=0, high=1, open_low=True)
+    share = number(float, low=0, high=1, open_low=True)
     group.add_argument(
         "--efficiency",
         type=share,
@@ -283,7 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--max-prefill-tokens", type=whole, default=8192, help="(%(default)s)")
     group.add_argument(
         "--overhead",
-        type=_number(float, low=0),
+        type=number(float, low=0),
         default=1e-3,
         help="seconds of a round that the host takes (%(default)s)",
     )
@@ -295,11 +295,11 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("the workload")
-    ranges: dict[str, Callable[[str], float]] = {
-        "prompt_mean": _number(float, low=1),
-        "prompt_spread": _number(float, low=0),
+    ranges: dict[str, Callable[[str], float | str]] = {
+        "prompt_mean": number(float, low=1),
+        "prompt_spread": number(float, low=0),
         "prompt_max": whole,
-        "response_mean": _number(float, low=1),
+        "response_mean": number(float, low=1),
         "max_tokens": whole,
         "segment_length": whole,
         "max_attempts": whole,
@@ -314,39 +314,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _number(
-    kind: type[int] | type[float],
-    *,
-    low: float,
-    high: float = math.inf,
-    open_low: bool = False,
-) -> Callable[[str], float]:
-    """Return an argparse type: a finite number in a range."""
-    name = "an integer" if kind is int else "a number"
-    if high == math.inf:
-        allowed = f"{name} {'above' if open_low else 'of at least'} {low:g}"
-    else:
-        allowed = f"{name} in {'(' if open_low else '['}{low:g}, {high:.10g}]"
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        inside = low < value <= high if open_low else low <= value <= high
-        if not (inside and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"must be {allowed}, got {text!r}")
-        return value
-
-    return parse
-
-
 def _candidates(text: str) -> int:
-    if text == "auto":
-        return AUTO
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1 or auto, got {text!r}")
-    return int(text)
+    value = number(int, low=1, words=("auto",))(text)
+    return AUTO if value == "auto" else int(value)
 
 
 def _name(candidates: int) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from stars_fast.benchmarks.cached_text import PAGE_SIZE, CachedTexts
-from stars_fast.benchmarks.conftest import Compare
+from stars_fast.benchmarks.compare import Compare
 from stars_fast.models.paged import PagedModel
 
 REQUESTS = 4

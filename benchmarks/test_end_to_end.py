@@ -15,7 +15,7 @@ from typing import Literal
 import pytest
 import torch
 
-from stars_fast.benchmarks.conftest import Compare
+from stars_fast.benchmarks.compare import Compare
 from stars_fast.benchmarks.measure import seconds_of
 from stars_fast.benchmarks.setting import Setting, Tally
 

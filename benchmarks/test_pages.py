@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from stars_fast import _core, ops
 from stars_fast.benchmarks.cached_text import PAGE_SIZE, CachedTexts
-from stars_fast.benchmarks.conftest import Compare
+from stars_fast.benchmarks.compare import Compare
 
 SEGMENT = 32
 CANDIDATES = [(n, 1024) for n in (1, 4, 16, 64)]

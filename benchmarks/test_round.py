@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stars_fast import Engine, StarsParams
-from stars_fast.benchmarks.conftest import Compare
+from stars_fast.benchmarks.compare import Compare
 from stars_fast.benchmarks.models import (
     SMALL,
     TINY,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stars_fast import ops
-from stars_fast.benchmarks.conftest import Compare
+from stars_fast.benchmarks.compare import Compare
 from stars_fast.benchmarks.kernel_cases import samplers, warped
 from stars_fast.ops.philox import token_noise_all
 

@@ -340,3 +340,25 @@ def test_a_row_that_has_ended_goes_no_further_than_the_context(backend: Any) -> 
     outputs = engine.generate(prompts, each, use_tqdm=False)
     assert [output.error for output in outputs] == [None, None]
     assert [len(output.outputs[0].token_ids) for output in outputs] == [2, 6]
+
+
+def test_what_rows_cost_leaves_out_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler learns the cost of rows: a round is not dearer for the prompts it scores."""
+    now = 0.0
+
+    def slow_on_prompts(prompts: list[str], responses: list[str]) -> list[float]:
+        nonlocal now
+        now += sum(1.0 if response else 100.0 for response in responses)
+        return [1.0] * len(responses)
+
+    engine = Engine(
+        letter_model(), slow_on_prompts, tokenizer=letter_tokenizer(), num_pages=400, page_size=4
+    )
+    monkeypatch.setattr("stars_fast.round.time.perf_counter", lambda: now)
+    finish, seconds = engine._loop._finish, []
+    monkeypatch.setattr(
+        engine._loop, "_finish", lambda done: seconds.append(done.seconds["score"]) or finish(done)
+    )
+    only(engine, dataclasses.replace(PARAMS, candidates=1))
+    assert now == 100.0 + len(seconds)
+    assert set(seconds) == {1.0}
