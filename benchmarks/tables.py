@@ -113,11 +113,16 @@ def as_text(lines: Sequence[Line]) -> str:
 def as_markdown(record: Mapping[str, Any], suite: str) -> str:
     """A suite's table, and a line that says what it was measured on and by which command.
 
+    The suite ``roofline`` is a record of `benchmarks/roofline.py`.
+
     Raises
     ------
     ValueError
         If the record has nothing of the suite.
     """
+    if suite == "roofline" and "median_run" in record:
+        headings, cells = _phases(record["median_run"])
+        return _with_origin(headings, cells, record)
     lines = lines_of(record, suite)
     if not lines:
         raise ValueError(f"the record has no suite {suite!r}")
@@ -129,6 +134,30 @@ def as_markdown(record: Mapping[str, Any], suite: str) -> str:
     else:
         headings = ["", "against", "theirs", "stars_fast", "ratio"]
         cells = [[f"`{x.benchmark}`", x.against, x.theirs, x.ours, x.shown_ratio] for _, x in rows]
+    return _with_origin(headings, cells, record)
+
+
+def _phases(run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Measured and least seconds, phase by phase and of the whole run."""
+    whole = {"name": "whole", "seconds": run["seconds"], "least_seconds": run["least_seconds"]}
+    headings = ["phase", "measured", "share", "least", "measured / least"]
+    cells = [
+        [
+            phase["name"],
+            _time(phase["seconds"]),
+            f"{phase['seconds'] / run['seconds']:.1%}",
+            _time(phase["least_seconds"]),
+            f"{phase['seconds'] / phase['least_seconds']:.2f}",
+        ]
+        for phase in [*run["phases"], whole]
+        if phase["least_seconds"]
+    ]
+    return headings, cells
+
+
+def _with_origin(
+    headings: Sequence[str], cells: Sequence[Sequence[str]], record: Mapping[str, Any]
+) -> str:
     table = [headings, ["---"] * len(headings), *cells]
     body = "\n".join("| " + " | ".join(row) + " |" for row in table)
     versions = record["versions"]

@@ -19,6 +19,7 @@ from stars_fast.ops.backend import uses_triton
 from stars_fast.ops.philox import token_noise, token_noise_all
 
 _CHUNK = 32  # entries per chunk of the two-level top-k and of the sums of entropies
+_BLOCK = 1 << 21  # logits worked on at a time: what lies between stays near the caches
 
 
 @torch.library.custom_op("stars_fast::sample", mutates_args=())
@@ -85,10 +86,10 @@ def sample(
 
         return kernel(*arguments, live)
     if live is None or bool(live.all()):
-        return _sample_all(*arguments, with_entropy=with_entropy)
+        return _sample_all(arguments, with_entropy=with_entropy)
     rows = live.nonzero().squeeze(1)
     results = _nothing_drawn(logits)
-    drawn = _sample_all(*(x[rows] for x in arguments), with_entropy=with_entropy)
+    drawn = _sample_all(tuple(x[rows] for x in arguments), with_entropy=with_entropy)
     for result, part in zip(results, drawn, strict=True):
         result[rows] = part
     return results
@@ -107,6 +108,22 @@ def _nothing_drawn(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
 
 
 def _sample_all(
+    arguments: tuple[Tensor, ...], *, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Draw rows that are all live, a block of them at a time."""
+    rows, vocab_size = arguments[0].shape
+    block = max(1, _BLOCK // vocab_size)
+    parts = [
+        _sample_block(*(x[first : first + block] for x in arguments), with_entropy=with_entropy)
+        for first in range(0, max(1, rows), block)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    token, logprob, truncated_logprob, entropy, ok = map(torch.cat, zip(*parts, strict=True))
+    return token, logprob, truncated_logprob, entropy, ok
+
+
+def _sample_block(
     logits: Tensor,
     temperature: Tensor,
     top_k: Tensor,
@@ -230,12 +247,9 @@ def _draw_sorted(
     are running sums, so the width of the sorted part, which the batch decides, changes nothing.
     """
     values, index = _largest(scaled, top_k)
-    if bool((top_p < 1).any()):
-        # Reverse of a stable ascending sort: equal values by descending index.
-        order = index.argsort(dim=-1, descending=True)
-        values, index = values.gather(1, order), index.gather(1, order)
-        values, order = values.sort(dim=-1, descending=True, stable=True)
-        index = index.gather(1, order)
+    if top_k is not None and bool((top_p < 1).any()):
+        order = index.argsort(dim=-1)
+        values, index = _sort_for_top_p(values.gather(1, order), index.gather(1, order))
 
     weight = (values - values[:, :1]).to(torch.float64).exp_()  # relative to the most probable
     running = weight.cumsum(dim=-1)
@@ -245,7 +259,10 @@ def _draw_sorted(
     keep |= (top_p >= 1).unsqueeze(1)
     keep &= weight >= min_p.to(torch.float64).unsqueeze(1)
     keep &= values > -torch.inf
-    kept_mass = running.gather(1, keep.sum(dim=-1, keepdim=True) - 1).squeeze(1)
+    counts = keep.sum(dim=-1, keepdim=True)
+    kept_mass = running.gather(1, counts - 1).squeeze(1)
+    width = int(counts.max())  # noise for no more than that
+    values, index, keep = values[:, :width], index[:, :width], keep[:, :width]
 
     noisy = values + token_noise(seed, position, attempt, index)
     noisy.masked_fill_(~keep, -torch.inf)
@@ -264,7 +281,7 @@ def _largest(scaled: Tensor, top_k: Tensor | None) -> tuple[Tensor, Tensor]:
     scaled : Tensor
         float32 ``[R, V]``.
     top_k : Tensor or None
-        int32 ``[R]`` in [1, V]; None sorts everything.
+        int32 ``[R]`` in [1, V]; None sorts everything, equal entries by descending index.
 
     Returns
     -------
@@ -274,7 +291,7 @@ def _largest(scaled: Tensor, top_k: Tensor | None) -> tuple[Tensor, Tensor]:
         int64 ``[R, W]``.
     """
     if top_k is None:
-        return scaled.sort(dim=-1, descending=True)
+        return _sort_for_top_p(scaled)
     width = int(top_k.max())
     last = (top_k.to(torch.int64) - 1).unsqueeze(1)
     values, index, rest = _topk(scaled, width)
@@ -283,6 +300,16 @@ def _largest(scaled: Tensor, top_k: Tensor | None) -> tuple[Tensor, Tensor]:
         width = int((scaled >= threshold).sum(dim=-1).max())
         values, index = scaled.topk(width, dim=-1)
     return values.masked_fill(values < threshold, -torch.inf), index
+
+
+def _sort_for_top_p(values: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return values ``[R, W]`` in descending order and their indices, columns if not given.
+
+    It is the reverse of a stable ascending sort: of equal values the last column comes first.
+    """
+    values, order = values.sort(dim=-1, stable=True)
+    values, order = values.flip(-1), order.flip(-1)
+    return values, order if index is None else index.gather(1, order)
 
 
 def _topk(scaled: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:

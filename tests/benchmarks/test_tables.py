@@ -67,6 +67,22 @@ def test_lines() -> None:
     assert {len(line) for line in text if not line.endswith(("row", "ms"))} == {len(text[0])}
 
 
+def test_phases_against_the_least_time() -> None:
+    run = {
+        "seconds": 8.0,
+        "least_seconds": 2.0,
+        "phases": [
+            {"name": "plan", "seconds": 0.001, "least_seconds": 0},
+            {"name": "draft", "seconds": 6.0, "least_seconds": 1.5},
+        ],
+    }
+    table = as_markdown({**RECORD, "median_run": run}, "roofline").splitlines()
+    assert table[2:4] == [
+        "| draft | 6 s | 75.0% | 1.5 s | 4.00 |",
+        "| whole | 8 s | 100.0% | 2 s | 4.00 |",
+    ]
+
+
 def test_a_baseline_counts_in_its_best_form() -> None:
     table = as_markdown(RECORD, "end-to-end")
     assert "| 80.0 tokens/s | 200 tokens/s | 2.5 |" in table  # with 4 candidates

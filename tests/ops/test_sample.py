@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -200,6 +201,14 @@ def test_a_row_depends_on_itself_alone() -> None:
     for order in (*orders, *(torch.tensor([i]) for i in range(24)), torch.arange(0, 24, 5)):
         for got, want in zip(batch.pick(order).draw(), whole, strict=True):
             assert torch.equal(got.nan_to_num(-9.0), want[order].nan_to_num(-9.0))
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed = _mixed_rows()
+    whole = mixed.draw()
+    monkeypatch.setattr(sys.modules["stars_fast.ops.sample"], "_BLOCK", 3 * mixed.logits.shape[1])
+    for result, want in zip(mixed.draw(), whole, strict=True):
+        assert torch.equal(result.nan_to_num(-9.0), want.nan_to_num(-9.0))
 
 
 def test_greedy_takes_the_lowest_index_of_the_largest() -> None:
