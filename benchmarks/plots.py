@@ -84,7 +84,7 @@ def draw(record: Mapping[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for suite, panels in PANELS.items():
-        of_suite = [row for row in record["benchmarks"] if row["suite"] == suite]
+        of_suite = [row for row in record.get("benchmarks", []) if row["suite"] == suite]
         shown = [(panel, panel.rows(of_suite)) for panel in panels]
         shown = [(panel, rows) for panel, rows in shown if len(rows) > 1]
         if not shown:

@@ -53,6 +53,13 @@ class Line:
         return f"{self.ratio:.0f}" if self.ratio >= 100 else f"{self.ratio:.3g}"
 
 
+def suites_of(record: Mapping[str, Any]) -> list[str]:
+    """Suites of a record; ``roofline`` is what `benchmarks/roofline.py` records."""
+    if "median_run" in record:
+        return ["roofline"]
+    return list(dict.fromkeys(row["suite"] for row in record["benchmarks"]))
+
+
 def lines_of(record: Mapping[str, Any], suite: str | None = None) -> list[Line]:
     """Comparisons of a record, of one suite if it is named."""
     lines = []
@@ -113,19 +120,17 @@ def as_text(lines: Sequence[Line]) -> str:
 def as_markdown(record: Mapping[str, Any], suite: str) -> str:
     """A suite's table, and a line that says what it was measured on and by which command.
 
-    The suite ``roofline`` is a record of `benchmarks/roofline.py`.
-
     Raises
     ------
     ValueError
         If the record has nothing of the suite.
     """
-    if suite == "roofline" and "median_run" in record:
+    if suites_of(record) == [suite] == ["roofline"]:
         headings, cells = _phases(record["median_run"])
         return _with_origin(headings, cells, record)
-    lines = lines_of(record, suite)
-    if not lines:
+    if suite not in suites_of(record):
         raise ValueError(f"the record has no suite {suite!r}")
+    lines = lines_of(record, suite)
     rows = [(SIDES.get(x.against, x.benchmark), x) for x in lines]
     if suite == "end-to-end":
         rows = _best_of_each(rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stars_fast.benchmarks.plots import draw
-from stars_fast.benchmarks.tables import as_markdown, updated
+from stars_fast.benchmarks.tables import as_markdown, suites_of, updated
 from stars_fast.cli.errors import UsageError, file_errors
 from stars_fast.cli.terminal import say
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         for path in draw(record, Path(args.plots)):
             say(f"wrote {path}")
         return 0
-    for suite in dict.fromkeys(row["suite"] for row in record["benchmarks"]):
+    for suite in suites_of(record):
         print(f"## {suite}\n\n{as_markdown(record, suite)}\n")
     return 0
 
@@ -81,7 +81,7 @@ def read_record(path: Path) -> Mapping[str, Any]:
     record: Mapping[str, Any] = {}
     try:
         record = json.loads(text)
-        complete = all("suite" in row for row in record["benchmarks"])
+        complete = bool(suites_of(record))
     except (ValueError, TypeError, KeyError):
         complete = False
     if not complete:
