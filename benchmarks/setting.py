@@ -217,7 +217,7 @@ class Setting:
     @torch.inference_mode()
     def entropy_threshold(self, tokens_apart: float) -> float:
         """The entropy in nats that one in `tokens_apart` tokens of unaligned text exceeds."""
-        texts = self.run_engine(replace(self.params, method="vanilla")).token_ids
+        texts = self.run_engine(self.params.with_method("vanilla")).token_ids
         entropies = []
         for prompt, response in zip(self.prompts, texts, strict=True):
             ids = torch.tensor([prompt + response], device=self.device)

@@ -107,7 +107,7 @@ def test_cards(compare: Compare, setting: Setting) -> None:
 
 def test_without_alignment(compare: Compare, setting: Setting) -> None:
     """(f) `vanilla` against transformers' `generate` and `generate_batch`; and what stars adds."""
-    vanilla = replace(setting.params, method="vanilla")
+    vanilla = setting.params.with_method("vanilla")
     greedy = setting.run_engine(replace(vanilla, temperature=0.0)).token_ids
     agree = [a == b for a, b in zip(greedy, setting.run_generate(do_sample=False), strict=True)]
     assert sum(agree) >= 0.8 * len(agree)  # padding moves the last digits

@@ -127,7 +127,11 @@ void bind_plan(py::module_& module) {
       .def_property_readonly("start", vector_property(&Decision::start))
       .def_property_readonly("length", vector_property(&Decision::length))
       .def_property_readonly("attempts", vector_property(&Decision::attempts))
-      .def_property_readonly("finish", vector_property(&Decision::finish));
+      .def_property_readonly("finish", vector_property(&Decision::finish))
+      .def_property_readonly("copy_target", vector_property(&Decision::copy_target))
+      .def_property_readonly("copy_source", vector_property(&Decision::copy_source))
+      .def_property_readonly("dropped", vector_property(&Decision::dropped))
+      .def_property_readonly("chosen", vector_property(&Decision::chosen));
 
   // Codes of the arrays above.
   module.attr("ROW_PRUNED") = static_cast<int>(RowOutcome::kPruned);
@@ -136,6 +140,7 @@ void bind_plan(py::module_& module) {
   module.attr("EVENT_ACCEPTED") = static_cast<int>(EventKind::kAccepted);
   module.attr("EVENT_FALLBACK") = static_cast<int>(EventKind::kFallback);
   module.attr("EVENT_FAILED") = static_cast<int>(EventKind::kFailed);
+  module.attr("EVENT_CHOSEN") = static_cast<int>(EventKind::kChosen);
   module.attr("FINISH_NONE") = static_cast<int>(Finish::kNone);
   module.attr("FINISH_STOP") = static_cast<int>(Finish::kStop);
   module.attr("FINISH_LENGTH") = static_cast<int>(Finish::kLength);
@@ -181,15 +186,42 @@ void bind_scheduler(py::module_& module) {
           [](Scheduler& self, std::int64_t request, const Input<std::int64_t>& prompt, bool scored,
              std::int32_t segment_length, std::int32_t max_tokens, std::int32_t max_attempts,
              std::int32_t candidates, std::uint64_t seed, double target_reward, double alpha,
-             double beta, bool hard) {
+             double beta, bool hard, bool choose, bool overrun, bool last_untested) {
+            const Rule rule = !scored ? Rule::kAlways : choose ? Rule::kChoose : Rule::kTest;
             self.add(request, prompt.data(), static_cast<std::size_t>(prompt.size()),
-                     RequestOptions{scored, segment_length, max_attempts, candidates, seed,
-                                    Schedule{target_reward, alpha, beta, max_tokens, hard}});
+                     RequestOptions{rule, segment_length, max_attempts, candidates, seed,
+                                    Schedule{target_reward, alpha, beta, max_tokens, hard}, overrun,
+                                    last_untested});
           },
           py::arg("request"), py::arg("prompt"), py::kw_only(), py::arg("scored"),
           py::arg("segment_length"), py::arg("max_tokens"), py::arg("max_attempts") = 1,
           py::arg("candidates") = 0, py::arg("seed") = 0, py::arg("target_reward") = 0.0,
-          py::arg("alpha") = 0.5, py::arg("beta") = 1.0, py::arg("hard") = false)
+          py::arg("alpha") = 0.5, py::arg("beta") = 1.0, py::arg("hard") = false,
+          py::arg("choose") = false, py::arg("overrun") = false, py::arg("last_untested") = false)
+      .def(
+          "add_group",
+          [](Scheduler& self, const std::vector<std::int64_t>& requests,
+             const std::vector<std::uint64_t>& seeds, const Input<std::int64_t>& prompt,
+             bool resample, std::int32_t segment_length, std::int32_t max_tokens,
+             std::uint64_t seed, double beta, double ess_threshold, double rejection_rate) {
+            RequestOptions options;
+            options.rule = Rule::kAlways;
+            options.segment_length = segment_length;
+            options.max_attempts = 1;
+            options.schedule.max_tokens = max_tokens;
+            GroupOptions group;
+            group.kind = resample ? GroupOptions::Kind::kResample : GroupOptions::Kind::kPrune;
+            group.beta = beta;
+            group.ess_threshold = ess_threshold;
+            group.rejection_rate = rejection_rate;
+            group.seed = seed;
+            self.add_group(requests, seeds, prompt.data(), static_cast<std::size_t>(prompt.size()),
+                           options, group);
+          },
+          py::arg("requests"), py::arg("seeds"), py::arg("prompt"), py::kw_only(),
+          py::arg("resample"), py::arg("segment_length"), py::arg("max_tokens"),
+          py::arg("seed") = 0, py::arg("beta") = 1.0, py::arg("ess_threshold") = 0.5,
+          py::arg("rejection_rate") = 0.5)
       .def("abort", &Scheduler::abort, py::arg("request"))
       .def("plan",
            [](Scheduler& self) {
@@ -222,6 +254,8 @@ void bind_scheduler(py::module_& module) {
         out["fallbacks"] = stats.fallbacks;
         out["preemptions"] = stats.preemptions;
         out["page_copies"] = stats.page_copies;
+        out["paths_copied"] = stats.paths_copied;
+        out["paths_dropped"] = stats.paths_dropped;
         return out;
       });
 }
@@ -248,6 +282,7 @@ void bind_sequence_cache(py::module_& module) {
           py::arg("sequence"), py::arg("token_ids"))
       .def("truncate", &SequenceCache::truncate, py::arg("sequence"), py::arg("length"))
       .def("seal_prompt", &SequenceCache::seal_prompt, py::arg("sequence"))
+      .def("copy", &SequenceCache::copy, py::arg("source"), py::arg("target"))
       .def(
           "branch",
           [](SequenceCache& self, const Input<std::int64_t>& sequences,

@@ -12,7 +12,7 @@ using PhiloxCounter = std::array<std::uint32_t, 4>;
 using PhiloxKey = std::array<std::uint32_t, 2>;
 
 // What a draw is for: the last word of the counter.
-enum class Purpose : std::uint32_t { kToken = 0, kAccept = 1 };
+enum class Purpose : std::uint32_t { kToken = 0, kAccept = 1, kChoose = 2, kResample = 3 };
 
 constexpr PhiloxCounter philox4x32(PhiloxCounter counter, PhiloxKey key) {
   for (int round = 0; round < 10; ++round) {
@@ -31,13 +31,18 @@ constexpr PhiloxKey philox_key(std::uint64_t seed) {
   return {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32U)};
 }
 
-// The uniform of an accept test, in (0, 1) with 53 bits: depends on the request's seed, the
-// response position at which the segment starts and the attempt, and on nothing else.
-constexpr double accept_uniform(std::uint64_t seed, std::uint32_t position, std::uint32_t attempt) {
-  const PhiloxCounter words = philox4x32(
-      {0, position, attempt, static_cast<std::uint32_t>(Purpose::kAccept)}, philox_key(seed));
+// A uniform in (0, 1) with 53 bits that depends on its arguments and on nothing else.
+constexpr double purpose_uniform(std::uint64_t seed, std::uint32_t position, std::uint32_t attempt,
+                                 Purpose purpose) {
+  const PhiloxCounter words =
+      philox4x32({0, position, attempt, static_cast<std::uint32_t>(purpose)}, philox_key(seed));
   const std::uint64_t bits = (std::uint64_t{words[0]} << 32U | words[1]) >> 12U;
   return (static_cast<double>(bits) + 0.5) * 0x1p-52;
+}
+
+// That of an accept test: of the response position at which the segment starts, and the attempt.
+constexpr double accept_uniform(std::uint64_t seed, std::uint32_t position, std::uint32_t attempt) {
+  return purpose_uniform(seed, position, attempt, Purpose::kAccept);
 }
 
 }  // namespace stars_fast

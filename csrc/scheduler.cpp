@@ -65,10 +65,15 @@ void Decision::clear() {
   length.clear();
   attempts.clear();
   finish.clear();
+  copy_target.clear();
+  copy_source.clear();
+  dropped.clear();
+  chosen.clear();
 }
 
 std::int32_t Scheduler::Request::draft_length() const {
-  return std::min(options.segment_length, options.schedule.max_tokens - response_length());
+  const std::int32_t left = options.schedule.max_tokens - response_length();
+  return options.overrun ? options.segment_length : std::min(options.segment_length, left);
 }
 
 Scheduler::Scheduler(const SchedulerOptions& options)
@@ -85,42 +90,95 @@ Scheduler::Scheduler(const SchedulerOptions& options)
   newest().lane = newest_;  // so that the first plan serves lane 0
 }
 
-void Scheduler::validate(std::size_t prompt_length, const RequestOptions& options) const {
+void Scheduler::validate(const std::int64_t* prompt, std::size_t prompt_length,
+                         const RequestOptions& options) const {
   require(prompt_length >= 1 && prompt_length < kMaxTokens, "prompt length", prompt_length,
           "in [1, 2**28)");
   const Schedule& schedule = options.schedule;
   require(options.segment_length >= 1, "segment_length", options.segment_length, "at least 1");
   require(schedule.max_tokens >= 1 && schedule.max_tokens < kMaxTokens, "max_tokens",
           schedule.max_tokens, "in [1, 2**28)");
+  require(!options.overrun || options.segment_length < kMaxTokens, "segment_length",
+          options.segment_length, "below 2**28");
   require(options.max_attempts >= 1, "max_attempts", options.max_attempts, "at least 1");
   require(options.candidates >= 0, "candidates", options.candidates, "at least 0 (0: auto)");
-  if (options.scored) {
+  if (options.rule == Rule::kTest) {
     require(std::isfinite(schedule.target), "target_reward", schedule.target, "finite");
     require(schedule.alpha >= 0.0 && schedule.alpha <= 1.0, "alpha", schedule.alpha, "in [0, 1]");
+  }
+  if (options.rule != Rule::kAlways) {
     require(schedule.hard || (std::isfinite(schedule.beta) && schedule.beta > 0.0), "beta",
             schedule.beta, "above 0 with soft acceptance");
   }
   // A segment that starts inside a page holds that page twice while it is tried.
   const std::int32_t twice = options.segment_length % options_.page_size == 0 ? 0 : 1;
   const std::int32_t needed = pool_.pages_for(static_cast<std::int32_t>(prompt_length) - 1) +
-                              pool_.pages_for(schedule.max_tokens) + twice;
+                              pool_.pages_for(options.longest_response()) + twice;
   if (needed > pool_.num_pages() - 1) {
     throw RequestTooLarge(
         "a prompt of " + std::to_string(prompt_length) + " tokens with max_tokens " +
-        std::to_string(schedule.max_tokens) + " needs " + std::to_string(needed) + " pages of " +
-        std::to_string(options_.page_size) + " tokens; the pool has " +
+        std::to_string(options.longest_response()) + " needs " + std::to_string(needed) +
+        " pages of " + std::to_string(options_.page_size) + " tokens; the pool has " +
         std::to_string(pool_.num_pages() - 1) + ": raise num_pages, or shorten the request");
   }
-}
-
-void Scheduler::add(std::int64_t id, const std::int64_t* prompt, std::size_t prompt_length,
-                    const RequestOptions& options) {
-  validate(prompt_length, options);
   for (std::size_t i = 0; i < prompt_length; ++i) {
     require(prompt[i] >= 0 && prompt[i] <= std::numeric_limits<std::int32_t>::max(),
             "prompt token id", prompt[i], "in [0, 2**31)");
   }
+}
+
+void Scheduler::check_new(std::int64_t id) const {
   require(by_id_.count(id) == 0, "request id", id, "new");
+}
+
+void Scheduler::add(std::int64_t id, const std::int64_t* prompt, std::size_t prompt_length,
+                    const RequestOptions& options) {
+  validate(prompt, prompt_length, options);
+  check_new(id);
+  enter(id, prompt, prompt_length, options);
+}
+
+void Scheduler::add_group(const std::vector<std::int64_t>& ids,
+                          const std::vector<std::uint64_t>& seeds, const std::int64_t* prompt,
+                          std::size_t prompt_length, const RequestOptions& options,
+                          const GroupOptions& group) {
+  validate(prompt, prompt_length, options);
+  require(!ids.empty() && ids.size() <= static_cast<std::size_t>(options_.max_rows),
+          "number of paths", ids.size(), "at least 1 and at most max_rows");
+  require(seeds.size() == ids.size(), "number of seeds", seeds.size(), "that of the paths");
+  require(options.rule == Rule::kAlways, "rule of a group's paths", static_cast<int>(options.rule),
+          "that every segment is accepted");
+  require(std::isfinite(group.beta) && group.beta > 0.0, "beta", group.beta, "above 0");
+  require(group.ess_threshold >= 0.0 && group.ess_threshold <= 1.0, "ess_threshold",
+          group.ess_threshold, "in [0, 1]");
+  require(group.rejection_rate >= 0.0 && group.rejection_rate < 1.0, "rejection_rate",
+          group.rejection_rate, "in [0, 1)");
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    check_new(ids[i]);
+    require(std::find(ids.begin(), ids.begin() + static_cast<std::ptrdiff_t>(i), ids[i]) ==
+                ids.begin() + static_cast<std::ptrdiff_t>(i),
+            "request id", ids[i], "given once");
+  }
+  const auto free = std::find(parties_.begin(), parties_.end(), std::nullopt);
+  const auto number = static_cast<std::int32_t>(free - parties_.begin());
+  Party party{Group(group, ids.size()), {}, static_cast<std::int32_t>(ids.size()), false};
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    RequestOptions own = options;
+    own.seed = seeds[i];
+    const Slot slot = enter(ids[i], prompt, prompt_length, own);
+    at(slot).group = number;
+    at(slot).member = static_cast<std::int32_t>(i);
+    party.members.push_back(slot);
+  }
+  if (free == parties_.end()) {
+    parties_.emplace_back(std::move(party));
+  } else {
+    *free = std::move(party);
+  }
+}
+
+Scheduler::Slot Scheduler::enter(std::int64_t id, const std::int64_t* prompt,
+                                 std::size_t prompt_length, const RequestOptions& options) {
   Slot slot = 0;
   if (free_slots_.empty()) {
     slot = static_cast<Slot>(requests_.size());
@@ -133,18 +191,23 @@ void Scheduler::add(std::int64_t id, const std::int64_t* prompt, std::size_t pro
   Request& request = at(slot);
   request.id = id;
   request.options = options;
-  request.tokens.reserve(prompt_length + static_cast<std::size_t>(options.schedule.max_tokens));
+  request.tokens.reserve(prompt_length + static_cast<std::size_t>(options.longest_response()));
   request.tokens.assign(prompt, prompt + prompt_length);
   request.prompt_length = static_cast<std::int32_t>(prompt_length);
   request.attempt = 0;
-  request.prompt_reward = std::numeric_limits<double>::quiet_NaN();
+  request.prompt_reward =
+      options.needs_prompt_reward() ? std::numeric_limits<double>::quiet_NaN() : 0.0;
   request.pass_rate = global_pass_rate_;
   request.doomed = false;
+  request.parked = false;
+  request.ended = false;
+  request.group = kNoGroup;
   request.best.any = false;
   request.sequence.cached = 0;
   request.sequence.set_hole(request.prompt_length - 1, options_.page_size);
   waiting_.push_back({slot, request.generation});
   ++num_waiting_;
+  return slot;
 }
 
 Scheduler::Request& Scheduler::find(std::int64_t id) {
@@ -169,11 +232,20 @@ bool Scheduler::abort(std::int64_t id) {
     return false;
   }
   const Slot slot = found->second;
+  if (at(slot).group == kNoGroup) {
+    remove(slot);
+  } else {
+    end_group(at(slot).group);
+  }
+  return true;
+}
+
+void Scheduler::remove(Slot slot) {
   Request& request = at(slot);
   if (request.in_flight) {
     request.doomed = true;  // the device may still write to its pages
-    by_id_.erase(found);
-    return true;
+    by_id_.erase(request.id);
+    return;
   }
   if (request.running) {
     running_.erase(std::find(running_.begin(), running_.end(), slot));
@@ -181,7 +253,6 @@ bool Scheduler::abort(std::int64_t id) {
     --num_waiting_;
   }
   forget(slot);
-  return true;
 }
 
 void Scheduler::set_prompt_reward(std::int64_t id, double reward) {
@@ -245,6 +316,9 @@ void Scheduler::keep_running() {
   for (std::size_t i = 0; i < running_.size(); ++i) {
     const Slot slot = running_[i];
     const Request& request = at(slot);
+    if (request.idle() && !request.in_flight) {
+      continue;
+    }
     if (request.in_flight) {
       // One of several rows may win and keep its pages: the others leave enough for the next.
       returning_ += request.doomed || request.wanted_rows > 1 ? 0
@@ -270,9 +344,13 @@ bool Scheduler::make_room(std::int32_t pages, Slot for_request) {
       continue;
     }
     short_of_pages_ = true;
-    const auto youngest = std::find_if(running_.rbegin(), running_.rend(),
-                                       [this](Slot slot) { return !at(slot).in_flight; });
+    const auto youngest = std::find_if(running_.rbegin(), running_.rend(), [this](Slot slot) {
+      return !at(slot).in_flight && !at(slot).idle();
+    });
     const bool itself = *youngest == for_request;
+    if (itself && release_idle()) {
+      continue;
+    }
     if (itself && youngest != running_.rbegin()) {
       return false;  // sits out, its pages kept: a younger one in flight gives way when it is back
     }
@@ -281,6 +359,20 @@ bool Scheduler::make_room(std::int32_t pages, Slot for_request) {
       return false;
     }
   }
+  return true;
+}
+
+// Takes the pages of the youngest member that waits for its group; it will be prefilled again.
+bool Scheduler::release_idle() {
+  const auto holder = std::find_if(running_.rbegin(), running_.rend(), [this](Slot slot) {
+    const Request& request = at(slot);
+    return request.idle() && !request.in_flight && !request.sequence.pages.empty();
+  });
+  if (holder == running_.rend()) {
+    return false;
+  }
+  release(at(*holder));
+  ++stats_.preemptions;
   return true;
 }
 
@@ -323,14 +415,18 @@ void Scheduler::admit() {
       hit = pool_.peek(request.tokens.data(), request.prompt_length - 1);
     }
     // Beside those that run, some are left free, and as many as the candidates of each have been.
+    const bool alone = num_out_ == 0 && newest().drafting.empty() && newest().prefilling.empty();
     std::int64_t spare = 0;
-    if (!running_.empty()) {
+    if (!running_.empty() && !alone) {
       const auto drafting = static_cast<double>(newest().drafting.size() + 1);
       spare = pool_.num_pages() / 100 +
               static_cast<std::int64_t>((rows_per_request_ - 1.0) * drafting) * row_pages(request);
     }
     const std::int64_t needed = pages_to_draft(request) - hit.pages + hit.evictable;
-    if (pool_.available() - reserved_ - returning_ < needed * (1 + left) + spare) {
+    if (pool_.available() - reserved_ - returning_ < needed * (alone ? 1 : 1 + left) + spare) {
+      if (alone && release_idle()) {
+        continue;
+      }
       return;
     }
     waiting_.pop_front();
@@ -342,7 +438,7 @@ void Scheduler::admit() {
     request.lane = lane;
     request.sequence.pages.reserve(
         static_cast<std::size_t>(pool_.pages_for(request.prompt_length) +
-                                 pool_.pages_for(request.options.schedule.max_tokens) + 1));
+                                 pool_.pages_for(request.options.longest_response()) + 1));
     start(next.slot);
   }
 }
@@ -364,7 +460,7 @@ void Scheduler::start(Slot slot) {
     request.wanted_rows = 1;
     reserved_ += row_pages(request);
     flight.drafting.push_back(slot);
-    if (request.options.scored && std::isnan(request.prompt_reward)) {
+    if (std::isnan(request.prompt_reward)) {
       flight.plan->unscored.push_back(request.id);
     }
   }
@@ -421,7 +517,7 @@ void Scheduler::allot_rows() {
   const auto row_limit = [](const Request& request) {
     const std::int32_t left = request.options.max_attempts - request.attempt;
     const std::int32_t asked = request.options.candidates;
-    return !request.options.scored ? 1 : asked == 0 ? left : std::min(asked, left);
+    return request.options.rule == Rule::kAlways ? 1 : asked == 0 ? left : std::min(asked, left);
   };
   const std::vector<Slot>& drafting = newest().drafting;
   if (drafting.empty()) {
@@ -510,7 +606,7 @@ std::shared_ptr<const Decision> Scheduler::commit(const RoundResult& result) {
   }
   for (const Slot slot : flight.drafting) {
     const Request& request = at(slot);
-    if (request.options.scored && !request.doomed && std::isnan(request.prompt_reward)) {
+    if (!request.doomed && std::isnan(request.prompt_reward)) {
       throw std::invalid_argument("request " + std::to_string(request.id) +
                                   " has no prompt reward: call set_prompt_reward first");
     }
@@ -518,6 +614,7 @@ std::shared_ptr<const Decision> Scheduler::commit(const RoundResult& result) {
   recycle(decision_);
   decision_->outcome.assign(num_rows, static_cast<std::int8_t>(RowOutcome::kPruned));
   decision_->threshold.assign(num_rows, std::numeric_limits<double>::quiet_NaN());
+  turning_.clear();
   for (const Slot slot : flight.drafting) {
     decide(flight, at(slot), result);
   }
@@ -529,6 +626,7 @@ std::shared_ptr<const Decision> Scheduler::commit(const RoundResult& result) {
   cost_.observe(num_requests, static_cast<double>(num_rows), result.seconds);
   stats_.rounds += flight.plan->empty() ? 0 : 1;
   end_oldest();
+  turn_groups();
   return decision_;
 }
 
@@ -550,16 +648,29 @@ void Scheduler::decide(Flight& flight, Request& request, const RoundResult& resu
     if (!std::isfinite(reward)) {
       record(request, EventKind::kFailed, static_cast<std::int32_t>(row), start, 0, Finish::kNone);
       request.doomed = true;
+      if (request.group != kNoGroup) {
+        parties_[static_cast<std::size_t>(request.group)]->failed = true;
+        turning_.push_back(request.group);
+      }
       return;
     }
     bool passed = true;
-    if (request.options.scored) {
+    double merit = reward;  // what the best attempt is best in
+    const auto attempt = static_cast<std::uint32_t>(request.attempt - 1);
+    if (request.options.rule == Rule::kChoose) {
+      merit = schedule.choice_key(
+          reward, purpose_uniform(request.options.seed, static_cast<std::uint32_t>(start), attempt,
+                                  Purpose::kChoose));
+      passed = false;
+    } else if (request.options.rule == Rule::kTest) {
       const double tau = schedule.threshold(request.prompt_reward, start + result.lengths[row]);
       decision_->threshold[row] = tau;
-      const auto attempt = static_cast<std::uint32_t>(request.attempt - 1);
-      passed = schedule.accepts(
-          reward, tau,
-          accept_uniform(request.options.seed, static_cast<std::uint32_t>(start), attempt));
+      const bool tested =
+          !request.options.last_untested || request.attempt < request.options.max_attempts;
+      passed =
+          tested && schedule.accepts(reward, tau,
+                                     accept_uniform(request.options.seed,
+                                                    static_cast<std::uint32_t>(start), attempt));
       step_towards(request.pass_rate, passed, kPassRateStep);
       step_towards(global_pass_rate_, passed, kGlobalPassRateStep);
     }
@@ -569,11 +680,18 @@ void Scheduler::decide(Flight& flight, Request& request, const RoundResult& resu
       promote(pool_, request.sequence, flight.rows[row], result.lengths[row], copies_);
       advance(request, token_scratch_, result.stopped[row] != 0, EventKind::kAccepted,
               static_cast<std::int32_t>(row));
+      if (request.group != kNoGroup) {
+        Group& group = parties_[static_cast<std::size_t>(request.group)]->group;
+        group.reach(request.member, reward, request.ended);
+        if (group.complete()) {
+          turning_.push_back(request.group);
+        }
+      }
       return;
     }
-    if (!request.best.any || reward > request.best.reward) {
+    if (!request.best.any || merit > request.best.merit) {
       request.best.any = true;
-      request.best.reward = reward;
+      request.best.merit = merit;
       improved = row;
     }
   }
@@ -587,8 +705,9 @@ void Scheduler::decide(Flight& flight, Request& request, const RoundResult& resu
               copies_);
       best.has_pages = false;
     }
-    ++stats_.fallbacks;
-    advance(request, best.tokens, best.stopped, EventKind::kFallback,
+    const bool chosen = request.options.rule == Rule::kChoose;
+    stats_.fallbacks += chosen ? 0 : 1;
+    advance(request, best.tokens, best.stopped, chosen ? EventKind::kChosen : EventKind::kFallback,
             improved == end ? -1 : static_cast<std::int32_t>(improved));
   }
 }
@@ -620,7 +739,10 @@ void Scheduler::advance(Request& request, const std::vector<std::int32_t>& segme
   request.attempt = 0;
   drop_best_pages(request);
   request.best.any = false;
-  request.doomed = finish != Finish::kNone;
+  const bool over = finish != Finish::kNone;
+  request.parked = request.group != kNoGroup;
+  request.ended = request.parked && over;
+  request.doomed = !request.parked && over;
 }
 
 void Scheduler::record(const Request& request, EventKind kind, std::int32_t row, std::int32_t start,
@@ -680,6 +802,8 @@ void Scheduler::end_oldest() {
       request.wanted_rows = 0;
       if (request.doomed) {
         forget(slot);
+      } else if (request.ended) {
+        release(request);
       }
     }
   }
@@ -687,6 +811,68 @@ void Scheduler::end_oldest() {
                                 [this](Slot slot) { return !at(slot).running; }),
                  running_.end());
   --num_out_;
+}
+
+void Scheduler::turn_groups() {
+  for (const std::int32_t number : turning_) {
+    std::optional<Party>& party = parties_[static_cast<std::size_t>(number)];
+    if (!party.has_value()) {
+      continue;  // two members failed, and the first has ended it
+    }
+    if (party->failed) {
+      end_group(number);
+      continue;
+    }
+    const auto request_of = [this, &party](std::int32_t member) -> Request& {
+      return at(party->members[static_cast<std::size_t>(member)]);
+    };
+    party->group.turn(turn_);
+    for (std::size_t i = 0; i < turn_.target.size(); ++i) {
+      Request& target = request_of(turn_.target[i]);
+      const Request& source = request_of(turn_.source[i]);
+      decision_->copy_target.push_back(target.id);
+      decision_->copy_source.push_back(source.id);
+      copy_path(target, source);
+    }
+    stats_.paths_copied += static_cast<std::int64_t>(turn_.target.size());
+    for (const std::int32_t member : turn_.dropped) {
+      decision_->dropped.push_back(request_of(member).id);
+      remove(party->members[static_cast<std::size_t>(member)]);
+    }
+    stats_.paths_dropped += static_cast<std::int64_t>(turn_.dropped.size());
+    if (turn_.chosen != Group::kNone) {
+      decision_->chosen.push_back(request_of(turn_.chosen).id);
+      end_group(number);
+      continue;
+    }
+    for (const Slot slot : party->members) {
+      if (slot != Party::kGone) {
+        at(slot).parked = false;
+      }
+    }
+  }
+}
+
+// A page that both hold is never written again: what follows starts in pages of its own.
+void Scheduler::copy_path(Request& target, const Request& source) {
+  release(target);
+  target.tokens = source.tokens;
+  target.sequence = source.sequence;
+  for (const std::int32_t page : target.sequence.pages) {
+    pool_.retain(page);
+  }
+  target.ended = source.ended;
+}
+
+void Scheduler::end_group(std::int32_t group) {
+  // The last member's end ends the party: not to be read after.
+  const std::vector<Slot> members = parties_[static_cast<std::size_t>(group)]->members;
+  parties_[static_cast<std::size_t>(group)]->failed = true;
+  for (const Slot slot : members) {
+    if (slot != Party::kGone && !at(slot).doomed) {
+      remove(slot);
+    }
+  }
 }
 
 void Scheduler::drop_best_pages(Request& request) {
@@ -710,6 +896,14 @@ void Scheduler::forget(Slot slot) {
   request.running = false;
   ++request.generation;
   free_slots_.push_back(slot);
+  if (request.group != kNoGroup) {
+    std::optional<Party>& party = parties_[static_cast<std::size_t>(request.group)];
+    party->members[static_cast<std::size_t>(request.member)] = Party::kGone;
+    if (--party->left == 0) {
+      party.reset();
+    }
+    request.group = kNoGroup;
+  }
 }
 
 void Scheduler::check() const {

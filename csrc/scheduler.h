@@ -5,12 +5,14 @@
 #include <deque>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <unordered_map>
 #include <vector>
 
 #include "acceptance.h"
 #include "batch.h"
 #include "cost_model.h"
+#include "group.h"
 #include "page_pool.h"
 #include "sequence.h"
 
@@ -32,13 +34,30 @@ struct SchedulerOptions {
   std::int32_t lanes = 1;         // 1 or 2: plans that may be out at once
 };
 
+// What becomes of a segment's attempts.
+enum class Rule : std::int8_t {
+  kAlways = 0,  // the first is accepted: plain sampling, and the paths of a group
+  kTest = 1,    // the first that passes Schedule::accepts; if none does, the one of most reward
+  kChoose = 2,  // all are made, and the one of the largest Schedule::choice_key is taken
+};
+
 struct RequestOptions {
-  bool scored = true;  // false: every segment is accepted (plain sampling)
+  Rule rule = Rule::kTest;
   std::int32_t segment_length = 32;
   std::int32_t max_attempts = 20;
   std::int32_t candidates = 0;  // rows of a round; 0: as many as pay off
   std::uint64_t seed = 0;
   Schedule schedule;
+  bool overrun = false;        // a segment that begins within the budget may end past it
+  bool last_untested = false;  // kTest: the last attempt is drawn and not tested
+
+  [[nodiscard]] bool needs_prompt_reward() const {
+    return rule == Rule::kTest && schedule.needs_prompt_reward();
+  }
+  // Response tokens, at most.
+  [[nodiscard]] std::int32_t longest_response() const {
+    return schedule.max_tokens + (overrun ? segment_length - 1 : 0);
+  }
 };
 
 // What to run in a round. Arrays are row-major and belong to the plan.
@@ -60,7 +79,7 @@ struct Plan {
 };
 
 enum class RowOutcome : std::int8_t { kPruned = 0, kWinner = 1, kKept = 2 };
-enum class EventKind : std::int8_t { kAccepted = 0, kFallback = 1, kFailed = 2 };
+enum class EventKind : std::int8_t { kAccepted = 0, kFallback = 1, kFailed = 2, kChosen = 3 };
 enum class Finish : std::int8_t { kNone = 0, kStop = 1, kLength = 2 };
 
 // What a round decided.
@@ -76,6 +95,11 @@ struct Decision {
   std::vector<std::int32_t> length;    // of the segment
   std::vector<std::int32_t> attempts;  // made for this segment, the winner's included
   std::vector<std::int8_t> finish;     // Finish
+  // Of groups whose members have all come to a boundary.
+  std::vector<std::int64_t> copy_target;  // members that go on, tokens and all, as a copy of ...
+  std::vector<std::int64_t> copy_source;  // ... these, which none of the targets is
+  std::vector<std::int64_t> dropped;      // members that are over and forgotten
+  std::vector<std::int64_t> chosen;       // the paths of groups that are over, all forgotten
 
   void clear();
 };
@@ -102,6 +126,8 @@ struct SchedulerStats {
   std::int64_t fallbacks = 0;
   std::int64_t preemptions = 0;
   std::int64_t page_copies = 0;
+  std::int64_t paths_copied = 0;   // of groups
+  std::int64_t paths_dropped = 0;  // of groups, before their end
 };
 
 // Requests wait, run and end. A plan is out from plan() until its commit() or a cancel(), and its
@@ -117,6 +143,13 @@ class Scheduler {
   // range) or RequestTooLarge.
   void add(std::int64_t id, const std::int64_t* prompt, std::size_t prompt_length,
            const RequestOptions& options);
+  // Queues the members of a group, each a path with its own draws from one prompt. Every segment of
+  // theirs is accepted; at its end a member waits for the others, and the group decides (Decision).
+  // A member that fails, or is aborted, takes the group with it. Throws as add() does, and
+  // std::invalid_argument for a group larger than max_rows.
+  void add_group(const std::vector<std::int64_t>& ids, const std::vector<std::uint64_t>& seeds,
+                 const std::int64_t* prompt, std::size_t prompt_length,
+                 const RequestOptions& options, const GroupOptions& group);
   // Forgets a request, whatever its state. False if there is none of that id.
   bool abort(std::int64_t id);
   // With another plan out it may be empty, if its lane has nothing to do, and is committed in its
@@ -148,14 +181,16 @@ class Scheduler {
  private:
   using Slot = std::int32_t;  // index into requests_
 
-  struct Best {  // of the rejected attempts of the segment at hand
-    double reward = 0.0;
+  struct Best {          // of the attempts of the segment at hand, none of which has passed
+    double merit = 0.0;  // reward, or key of the choice
     bool any = false;
     bool stopped = false;
     bool has_pages = false;
     std::vector<std::int32_t> tokens;
     Branch branch;
   };
+
+  static constexpr std::int32_t kNoGroup = -1;
 
   struct Request {
     std::int64_t id = 0;
@@ -169,6 +204,10 @@ class Scheduler {
     bool running = false;
     bool in_flight = false;  // part of a plan that is out: keeps its pages until that ends
     bool doomed = false;     // ends with the round: finished, failed, or aborted in flight
+    bool parked = false;     // member of a group at a boundary: neither drafts nor is in flight
+    bool ended = false;      // member of a group whose path is complete
+    std::int32_t group = kNoGroup;
+    std::int32_t member = 0;
     std::int32_t lane = 0;
     std::int32_t wanted_rows = 0;
     std::size_t first_row = 0;
@@ -182,6 +221,16 @@ class Scheduler {
     [[nodiscard]] std::int32_t draft_length() const;
     // Tokens that need KV before the request can draft: all but the last, which the draft feeds.
     [[nodiscard]] std::int32_t prefix_length() const { return length() - 1; }
+    // Runs, and has nothing to do: its pages may be taken.
+    [[nodiscard]] bool idle() const { return parked || ended; }
+  };
+
+  struct Party {  // a group and the requests that are its members
+    static constexpr Slot kGone = -1;
+    Group group;
+    std::vector<Slot> members;  // kGone: forgotten
+    std::int32_t left = 0;      // members that are not
+    bool failed = false;
   };
 
   struct Waiting {
@@ -229,7 +278,8 @@ class Scheduler {
   [[nodiscard]] Request& find(std::int64_t id);
   [[nodiscard]] std::int32_t row_pages(const Request& request) const;
   [[nodiscard]] std::int32_t pages_to_draft(const Request& request) const;
-  void validate(std::size_t prompt_length, const RequestOptions& options) const;
+  void validate(const std::int64_t* prompt, std::size_t prompt_length,
+                const RequestOptions& options) const;
 
   // The parts of plan().
   void keep_running();
@@ -240,6 +290,7 @@ class Scheduler {
   void allot_rows();
   void open_rows();
   bool make_room(std::int32_t pages, Slot for_request);
+  bool release_idle();
   void preempt(std::vector<Slot>::iterator position);
 
   // The parts of commit().
@@ -250,7 +301,14 @@ class Scheduler {
   void record(const Request& request, EventKind kind, std::int32_t row, std::int32_t start,
               std::int32_t length, Finish finish);
   void end_oldest();
+  void turn_groups();
+  void copy_path(Request& target, const Request& source);
+  void end_group(std::int32_t group);
 
+  Slot enter(std::int64_t id, const std::int64_t* prompt, std::size_t prompt_length,
+             const RequestOptions& options);
+  void check_new(std::int64_t id) const;
+  void remove(Slot slot);
   void drop_best_pages(Request& request);
   void release(Request& request);
   void forget(Slot slot);
@@ -267,7 +325,10 @@ class Scheduler {
   std::int64_t num_waiting_ = 0;  // waiting_ without those aborted
 
   std::vector<Flight> flights_;  // [lanes]
-  std::int32_t newest_ = 0;      // index of the last plan's
+  std::vector<std::optional<Party>> parties_;
+  std::vector<std::int32_t> turning_;  // groups that the commit at hand completes or fails
+  Group::Turn turn_;
+  std::int32_t newest_ = 0;  // index of the last plan's
   std::int32_t num_out_ = 0;
   Copies copies_;  // owed by commits since the last plan
   std::shared_ptr<Decision> decision_;

@@ -42,6 +42,22 @@ void SequenceCache::close(std::int64_t sequence) {
   sequences_.erase(sequence);
 }
 
+void SequenceCache::copy(std::int64_t source, std::int64_t target) {
+  const Entry& from = entry(source);
+  Entry& into = entry(target);
+  if (source == target || !into.branches.empty()) {
+    throw std::invalid_argument("sequence " + std::to_string(target) +
+                                " must be another than the source and have no branches");
+  }
+  // Retained first: the two may share pages already.
+  for (const std::int32_t page : from.sequence.pages) {
+    pool_.retain(page);
+  }
+  pool_.release_from(into.sequence.pages, 0);
+  into.sequence = from.sequence;
+  into.tokens = from.tokens;
+}
+
 bool SequenceCache::contains(std::int64_t sequence) const {
   return sequences_.count(sequence) != 0;
 }

@@ -19,6 +19,8 @@ class SequenceCache {
   void open(std::int64_t sequence);
   // Frees the sequence and its branches.
   void close(std::int64_t sequence);
+  // `target`, open and without branches, becomes a copy of `source`: they share its pages.
+  void copy(std::int64_t source, std::int64_t target);
   [[nodiscard]] bool contains(std::int64_t sequence) const;
   // Committed tokens.
   [[nodiscard]] const std::vector<std::int32_t>& tokens(std::int64_t sequence) const;

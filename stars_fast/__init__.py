@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from stars_fast.engine import Engine
     from stars_fast.outputs import Calibration, CompletionOutput, RequestOutput, Segment
     from stars_fast.params import StarsParams
+    from stars_fast.rewards.persona import Persona
 
 # Imported on first use: the C++ core and the command line's --help need no torch.
 _HOMES = {
     "Calibration": "stars_fast.outputs",
     "CompletionOutput": "stars_fast.outputs",
     "Engine": "stars_fast.engine",
+    "Persona": "stars_fast.rewards.persona",
     "RequestOutput": "stars_fast.outputs",
     "Segment": "stars_fast.outputs",
     "StarsParams": "stars_fast.params",
@@ -24,6 +26,7 @@ __all__ = [
     "Calibration",
     "CompletionOutput",
     "Engine",
+    "Persona",
     "RequestOutput",
     "Segment",
     "StarsParams",

@@ -4,6 +4,7 @@ Arrays returned by properties are views without a copy; they keep their owner al
 object may be called from one thread at a time.
 """
 
+from collections.abc import Sequence
 from typing import Final, final
 
 import numpy as np
@@ -15,6 +16,7 @@ ROW_KEPT: Final[int]
 EVENT_ACCEPTED: Final[int]
 EVENT_FALLBACK: Final[int]
 EVENT_FAILED: Final[int]
+EVENT_CHOSEN: Final[int]
 FINISH_NONE: Final[int]
 FINISH_STOP: Final[int]
 FINISH_LENGTH: Final[int]
@@ -190,7 +192,7 @@ class Decision:
 
     @property
     def kind(self) -> npt.NDArray[np.int8]:
-        """[E] EVENT_ACCEPTED, EVENT_FALLBACK or EVENT_FAILED."""
+        """[E] EVENT_ACCEPTED, EVENT_FALLBACK, EVENT_CHOSEN or EVENT_FAILED."""
 
     @property
     def row(self) -> npt.NDArray[np.int32]:
@@ -211,6 +213,22 @@ class Decision:
     @property
     def finish(self) -> npt.NDArray[np.int8]:
         """[E] FINISH_NONE, FINISH_STOP or FINISH_LENGTH."""
+
+    @property
+    def copy_target(self) -> npt.NDArray[np.int64]:
+        """[C] paths that go on as a copy of the path in the same place of `copy_source`."""
+
+    @property
+    def copy_source(self) -> npt.NDArray[np.int64]:
+        """[C] paths that are copied, none of them a target."""
+
+    @property
+    def dropped(self) -> npt.NDArray[np.int64]:
+        """Paths that are over and forgotten."""
+
+    @property
+    def chosen(self) -> npt.NDArray[np.int64]:
+        """The path of each group that is over; all its paths are forgotten."""
 
 @final
 class Scheduler:
@@ -249,10 +267,41 @@ class Scheduler:
         alpha: float = 0.5,
         beta: float = 1.0,
         hard: bool = False,
+        choose: bool = False,
+        overrun: bool = False,
+        last_untested: bool = False,
     ) -> None:
         """Queues a request; ``candidates=0`` is auto.
 
-        Raises ValueError (a value out of range, an id in use) or `RequestTooLargeError`.
+        Not `scored`: every segment is accepted. `choose`: all attempts are made, and one is taken
+        with probability proportional to exp(reward / beta), or with `hard` the largest. Else each
+        is tested, the last not if `last_untested`. `overrun`: a segment that begins within
+        `max_tokens` may end past them. Raises ValueError (a value out of range, an id in use) or
+        `RequestTooLargeError`.
+        """
+
+    def add_group(
+        self,
+        requests: Sequence[int],
+        seeds: Sequence[int],
+        prompt: npt.ArrayLike,
+        *,
+        resample: bool,
+        segment_length: int,
+        max_tokens: int,
+        seed: int = 0,
+        beta: float = 1.0,
+        ess_threshold: float = 0.5,
+        rejection_rate: float = 0.5,
+    ) -> None:
+        """Queues paths that are compared where their segments end.
+
+        All segments are accepted; a path then waits for the others. `resample`: particles, weight
+        exp((r_t - r_(t-1)) / beta) a segment, resampled when their effective number falls below
+        `ess_threshold` of them, one drawn by weight at the end. Else the worst `rejection_rate` of
+        them ends at each boundary, and the best is taken. Aborting a path, or one that fails, ends
+        the group. Raises ValueError, also for more paths than `max_rows`, or
+        `RequestTooLargeError`.
         """
 
     def abort(self, request: int) -> bool:
@@ -337,6 +386,12 @@ class SequenceCache:
         """Tokens at the start of `token_ids` that the sequence holds already."""
 
     def truncate(self, sequence: int, length: int) -> None: ...
+    def copy(self, source: int, target: int) -> None:
+        """`target`, open and without branches, becomes a copy of `source` on the same pages.
+
+        Raises IndexError for an unknown sequence, ValueError for one with branches or itself.
+        """
+
     def seal_prompt(self, sequence: int) -> None:
         """The present end becomes the hole: the next token starts a fresh page.
 

@@ -1,4 +1,4 @@
-"""A target reward from the rewards of unaligned samples."""
+"""A target reward, and what prefixes predict, from the rewards of unaligned samples."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stars_fast.outputs import Calibration
+from stars_fast.outputs import Calibration, CompletionOutput, PrefixCalibration
 
 _QUANTILES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 
 
-def calibration_of(rewards: Sequence[float], quantile: float) -> Calibration:
+#: Fewer samples at a position fit no line: the mean of their final rewards stands for it.
+_FEWEST = 8
+
+
+def calibration_of(
+    rewards: Sequence[float], quantile: float, prefixes: PrefixCalibration | None = None
+) -> Calibration:
     """Return the calibration whose target is the given quantile of `rewards`.
 
     Quantiles are interpolated linearly between neighbouring rewards.
@@ -19,4 +25,36 @@ def calibration_of(rewards: Sequence[float], quantile: float) -> Calibration:
     levels = sorted({*_QUANTILES, quantile})
     values = np.quantile(np.asarray(rewards, np.float64), levels)
     quantiles = dict(zip(levels, values.tolist(), strict=True))
-    return Calibration(quantiles[quantile], quantiles, tuple(rewards))
+    return Calibration(quantiles[quantile], quantiles, tuple(rewards), prefixes)
+
+
+def prefix_calibration_of(samples: Sequence[CompletionOutput]) -> PrefixCalibration | None:
+    """Fit `PrefixCalibration` to unaligned samples with the rewards of their segments.
+
+    Returns None if no sample has an unfinished segment.
+    """
+    by_position: dict[int, list[tuple[float, float]]] = {}
+    for sample in samples:
+        *unfinished, last = sample.segments
+        for segment in unfinished:
+            if segment.reward is not None and last.reward is not None:
+                by_position.setdefault(segment.end, []).append((segment.reward, last.reward))
+    if not by_position:
+        return None
+    slope, intercept, correlation, samples_at = [], [], [], []
+    positions = tuple(sorted(by_position))
+    for position in positions:
+        prefix, final = np.array(by_position[position], np.float64).T
+        spread = float(prefix.std())
+        line, related = 0.0, 0.0
+        if len(prefix) >= _FEWEST and spread > 0:
+            covariance = float(((prefix - prefix.mean()) * (final - final.mean())).mean())
+            line = covariance / spread**2
+            related = covariance / (spread * float(final.std())) if final.std() > 0 else 0.0
+        slope.append(line)
+        intercept.append(float(final.mean()) - line * float(prefix.mean()))
+        correlation.append(related)
+        samples_at.append(len(prefix))
+    return PrefixCalibration(
+        positions, tuple(slope), tuple(intercept), tuple(correlation), tuple(samples_at)
+    )

@@ -7,7 +7,7 @@ holds it, its spare rows on the null page, neither sampled nor counted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,14 @@ import torch
 
 from stars_fast import _core
 from stars_fast.cuda_graph import StepGraph
-from stars_fast.drafter import Draft, Progress, RowParameters, RowSampling, most_stop_ids
+from stars_fast.drafter import (
+    Draft,
+    Progress,
+    RowParameters,
+    RowSampling,
+    most_ranks,
+    most_stop_ids,
+)
 from stars_fast.kernels.attention import Tiles
 from stars_fast.models.kernel_attention import DecodeCapacity, KernelDecode
 from stars_fast.models.paged import PagedModel
@@ -25,8 +32,34 @@ _NEW_TOKENS = 64
 _PREFIX_TOKENS = 2048
 _STOP_IDS = 4
 
-# Rows, tiles by query heads per KV head, and whether segments may end by entropy.
-_Key = tuple[int, tuple[tuple[int, Tiles], ...], bool]
+# Rows, tiles by query heads per KV head, and what the steps look at.
+_Key = tuple[int, tuple[tuple[int, Tiles], ...], "_Steps"]
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """What the steps of a round look at beside the draws.
+
+    Attributes
+    ----------
+    ragged, ranks
+        See `Progress`.
+    bordered
+        Segments may end at borders.
+    """
+
+    ragged: bool
+    ranks: int
+    bordered: bool
+
+    @classmethod
+    def of(cls, sampling: Sequence[RowSampling], vocab_size: int) -> _Steps:
+        """What these rows need."""
+        return cls(
+            ragged=any(s.ragged for s in sampling),
+            ranks=most_ranks(sampling, vocab_size),
+            bordered=any(s.border for s in sampling),
+        )
 
 
 class CapturedDrafter:
@@ -36,10 +69,13 @@ class CapturedDrafter:
     ----------
     model
         The language model, on the Triton backend.
+    borders
+        See `EagerDrafter`.
     """
 
-    def __init__(self, model: PagedModel) -> None:
+    def __init__(self, model: PagedModel, borders: Callable[[], torch.Tensor]) -> None:
         self._model = model
+        self._borders = borders
         self._buckets: dict[_Key, _Bucket] = {}
         self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
 
@@ -51,18 +87,17 @@ class CapturedDrafter:
     def draft(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Draft:
         """Draw the segments of a round; see `Drafter.draft`."""
         with self._model.on_backend():
-            bucket = self._bucket(
-                plan, most_stop_ids(sampling), ragged=any(s.ragged for s in sampling)
-            )
+            steps = _Steps.of(sampling, self._model.vocab_size)
+            bucket = self._bucket(plan, most_stop_ids(sampling), steps)
             bucket.write(plan, sampling)
             bucket.graph.run(plan.draft.max_new)
             return bucket.progress.read(plan.draft.num_rows, plan.draft.max_new)
 
-    def _bucket(self, plan: _core.Plan, stop_ids: int, *, ragged: bool) -> _Bucket:
+    def _bucket(self, plan: _core.Plan, stop_ids: int, steps: _Steps) -> _Bucket:
         batch = plan.draft
         needed = replace(DecodeCapacity.of(batch), rows=bucket_rows(batch.num_rows))
         tiles = self._model.decode_tiles(-(-batch.num_rows // batch.num_groups))
-        key = needed.rows, tuple(tiles.items()), ragged
+        key = needed.rows, tuple(tiles.items()), steps
         bucket = self._buckets.get(key)
         if bucket is None or not bucket.holds(needed, stop_ids):
             width = max(_NEW_TOKENS, needed.new_tokens)
@@ -78,7 +113,8 @@ class CapturedDrafter:
             # The old graph first: the new one takes its memory.
             self._buckets.pop(key, None)
             del bucket
-            bucket = _Bucket.make(self._model, roomy, tiles, stops, self._pool, ragged=ragged)
+            borders = self._borders() if steps.bordered else None
+            bucket = _Bucket.make(self._model, roomy, tiles, stops, self._pool, steps, borders)
             self._buckets[key] = bucket
         return bucket
 
@@ -103,14 +139,20 @@ class _Bucket:
         tiles: Mapping[int, Tiles],
         stop_ids: int,
         pool: Any,  # noqa: ANN401 - see StepGraph
-        *,
-        ragged: bool,
+        steps: _Steps,
+        borders: torch.Tensor | None,
     ) -> _Bucket:
         """Allocate and capture; the spare rows of the null page do for the first steps."""
         rows, device = capacity.rows, model.device
         decode = model.new_decode(capacity, tiles)
         parameters = RowParameters.empty(rows, stop_ids, device)
-        progress = Progress(parameters, capacity.new_tokens, ragged=ragged)
+        progress = Progress(
+            parameters,
+            capacity.new_tokens,
+            ragged=steps.ragged,
+            ranks=steps.ranks,
+            borders=borders,
+        )
         ids = torch.zeros(rows, dtype=torch.int64, device=device)
         first_position = torch.zeros(rows, dtype=torch.int64, device=device)
         ones = torch.ones((1, rows), dtype=torch.int64, device=device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,7 +26,9 @@ class RowSampling:
     min_p: float
     stop_token_ids: tuple[int, ...]
     entropy_limit: float = math.inf  # ends a segment, see StarsParams.entropy_threshold
-    min_length: int = 1  # tokens before that
+    border: int = 0  # level of `borders` that ends a segment, 0: none does
+    min_length: int = 1  # tokens before either
+    ranks: int = 0  # attempt i is the i-th most likely token, of so many; 0: attempts are draws
 
     @property
     def ragged(self) -> bool:
@@ -50,6 +52,8 @@ class Draft:
         float32 ``[R, L]`` under the raw distribution.
     bad_step
         int64 ``[R]``: the first step whose logits were NaN, +inf or all -inf; -1 if none.
+    steps
+        Forward passes of the model.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -57,6 +61,7 @@ class Draft:
     stopped: npt.NDArray[np.bool_]
     logprobs: npt.NDArray[np.float32]
     bad_step: npt.NDArray[np.int64]
+    steps: int = 0
 
     @classmethod
     def of_no_rows(cls) -> Draft:
@@ -98,7 +103,11 @@ class RowParameters:
     lengths
         int64, tokens to draw.
     min_length
-        int64, tokens to draw before `entropy_limit` counts.
+        int64, tokens to draw before `entropy_limit` or `border` counts.
+    border
+        int64, level of `borders` that ends a segment; above all levels where none does.
+    ranked
+        int64, 1 where attempts are ranks, else 0.
     stop_ids
         int64 ``[R, S]``, padded with -1, which no token is.
     """
@@ -113,6 +122,8 @@ class RowParameters:
     lengths: Tensor
     entropy_limit: Tensor
     min_length: Tensor
+    border: Tensor
+    ranked: Tensor
     stop_ids: Tensor
 
     @classmethod
@@ -133,6 +144,8 @@ class RowParameters:
             lengths=column(torch.int64),
             entropy_limit=column(torch.float32).fill_(math.inf),
             min_length=column(torch.int64),
+            border=column(torch.int64).fill_(_NO_BORDER),
+            ranked=column(torch.int64),
             stop_ids=torch.full((rows, stop_ids), -1, dtype=torch.int64, device=device),
         )
 
@@ -153,6 +166,8 @@ class RowParameters:
             "lengths": plan.draft.new_lengths,
             "entropy_limit": _bits([s.entropy_limit for s in sampling]),
             "min_length": np.array([s.min_length for s in sampling]),
+            "border": np.array([s.border or _NO_BORDER for s in sampling]),
+            "ranked": np.array([s.ranks > 0 for s in sampling]),
         }
         for at, name in enumerate(_COLUMNS):
             table[:rows, at] = values[name]
@@ -168,8 +183,9 @@ class RowParameters:
 #: Columns of the table that `RowParameters.write` moves, and those of them that are float64 bits.
 _COLUMNS = (
     "temperature", "top_k", "top_p", "min_p", "seed", "position", "attempt", "lengths",
-    "entropy_limit", "min_length",
+    "entropy_limit", "min_length", "border", "ranked",
 )  # fmt: skip
+_NO_BORDER = 1 << 30
 _FLOATS = frozenset({"temperature", "top_p", "min_p", "entropy_limit"})
 
 
@@ -188,12 +204,26 @@ class Progress:
         L, columns of the results.
     ragged
         Whether rows may have an entropy limit.
+    ranks
+        Most likely tokens that rows may ask for, 0 if none does.
+    borders
+        int64 ``[vocab]``, level of each token; None if no row ends at borders.
     """
 
-    def __init__(self, parameters: RowParameters, max_new: int, *, ragged: bool) -> None:
+    def __init__(
+        self,
+        parameters: RowParameters,
+        max_new: int,
+        *,
+        ragged: bool,
+        ranks: int = 0,
+        borders: Tensor | None = None,
+    ) -> None:
         rows, device = parameters.lengths.shape[0], parameters.lengths.device
         self._parameters = parameters
         self._ragged = ragged
+        self._ranks = ranks
+        self._borders = borders
         self._tokens = torch.zeros((rows, max_new), dtype=torch.int64, device=device)
         self._logprobs = torch.zeros((rows, max_new), dtype=torch.float32, device=device)
         self._ended_at = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -238,6 +268,11 @@ class Progress:
             self.live,
             with_entropy=self._ragged,
         )
+        if self._ranks:
+            likely, its_logprob = likely_tokens(logits, p.attempt, self._ranks)
+            by_rank = (p.ranked > 0) & self.live & ok
+            token = torch.where(by_rank, likely, token)
+            logprob = torch.where(by_rank, its_logprob, logprob)
         if self._ragged:
             # The token just drawn is the next segment's, which draws it again.
             ends = self.live & (step >= p.min_length) & (entropy >= p.entropy_limit)
@@ -250,12 +285,15 @@ class Progress:
         self._bad_step.copy_(torch.where(bad, step, self._bad_step))
         stops = self.live & (token.unsqueeze(1) == p.stop_ids).any(dim=1)
         self._stopped |= stops
+        if self._borders is not None:
+            at_border = (self._borders[token] >= p.border) & (step + 1 >= p.min_length)
+            stops |= self.live & at_border  # ends the segment, not the response
         self._ended_at.copy_(torch.where(stops, step + 1, self._ended_at))
         torch.gt(self._ended_at, step + 1, out=self.live)
         return token
 
-    def read(self, rows: int, steps: int) -> Draft:
-        """Return the first `rows` rows and `steps` columns, in one transfer."""
+    def read(self, rows: int, steps: int, ran: int | None = None) -> Draft:
+        """Return the first `rows` rows and `steps` columns, in one transfer; `ran`: steps run."""
         packed = torch.cat(
             (
                 self._tokens[:rows, :steps].to(torch.int32),  # ids are below 2**31
@@ -273,6 +311,7 @@ class Progress:
             stopped=host[:, 2 * steps + 1].astype(np.bool_),
             logprobs=np.ascontiguousarray(host[:, steps : 2 * steps]).view(np.float32),
             bad_step=host[:, 2 * steps + 2].astype(np.int64),
+            steps=steps if ran is None else ran,
         )
 
 
@@ -283,10 +322,13 @@ class EagerDrafter:
     ----------
     model
         The language model.
+    borders
+        Gives the level of every token, int64 ``[vocab]``; asked for once a row ends at borders.
     """
 
-    def __init__(self, model: PagedModel) -> None:
+    def __init__(self, model: PagedModel, borders: Callable[[], Tensor]) -> None:
         self._model = model
+        self._borders = borders
 
     def draft(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Draft:
         """Draw the segments of a round; see `Drafter.draft`."""
@@ -295,7 +337,13 @@ class EagerDrafter:
         device = self._model.device
         parameters = RowParameters.empty(rows, most_stop_ids(sampling), device)
         parameters.write(plan, sampling)
-        progress = Progress(parameters, steps, ragged=any(s.ragged for s in sampling))
+        progress = Progress(
+            parameters,
+            steps,
+            ragged=any(s.ragged for s in sampling),
+            ranks=most_ranks(sampling, self._model.vocab_size),
+            borders=self._borders() if any(s.border for s in sampling) else None,
+        )
         ids = torch.from_numpy(plan.first_token).to(device)
         step = torch.zeros(rows, dtype=torch.int64, device=device)
         state = self._model.begin_decode(batch)
@@ -305,12 +353,41 @@ class EagerDrafter:
             # On the CPU a look at the rows is free, on a GPU it would be a host sync.
             if device.type == "cpu" and not bool(progress.live.any()):
                 break
-        return progress.read(rows, steps)
+        return progress.read(rows, steps, ran=number + 1)
 
 
 def most_stop_ids(sampling: Sequence[RowSampling]) -> int:
     """Return the width that the rows' stop tokens need, at least 1."""
     return max(1, *(len(s.stop_token_ids) for s in sampling))
+
+
+def most_ranks(sampling: Sequence[RowSampling], vocab_size: int) -> int:
+    """Return how many of the most likely tokens the rows need, a power of two, or 0."""
+    most = max(s.ranks for s in sampling)
+    return min(vocab_size, 1 << (most - 1).bit_length()) if most else 0
+
+
+def likely_tokens(logits: Tensor, rank: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
+    """Return each row's token of a rank, and its raw log-probability.
+
+    Parameters
+    ----------
+    logits
+        ``[R, vocab]``.
+    rank
+        int64 ``[R]``, 0 for the most likely token; clamped to `ranks` - 1.
+    ranks
+        At most vocab.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        int64 ``[R]`` and float32 ``[R]``.
+    """
+    log_p = logits.float().log_softmax(dim=-1)
+    values, tokens = log_p.topk(ranks, dim=-1)
+    at = rank.clamp(max=ranks - 1).unsqueeze(1)
+    return tokens.gather(1, at).squeeze(1), values.gather(1, at).squeeze(1)
 
 
 def _to_host(packed: Tensor) -> Tensor:

@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_fast import _core
-from stars_fast.calibration import calibration_of
+from stars_fast.borders import border_levels
+from stars_fast.calibration import calibration_of, prefix_calibration_of
 from stars_fast.clock import PhaseClock
 from stars_fast.drafter import Drafter, EagerDrafter
 from stars_fast.errors import RewardError
 from stars_fast.loop import PHASES, Loop
 from stars_fast.models.load import load_causal_lm
 from stars_fast.models.paged import PagedModel
+from stars_fast.models.parameters import multiplied_parameters
 from stars_fast.models.pool import KvDtype, default_num_pages
 from stars_fast.models.selfcheck import check_numbers
 from stars_fast.ops.backend import Backend
-from stars_fast.outputs import Calibration, CompletionOutput, RequestOutput
+from stars_fast.outputs import (
+    Calibration,
+    CompletionOutput,
+    PrefixCalibration,
+    RequestOutput,
+)
 from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptLike, PromptReader, as_prompt_list
-from stars_fast.requests import Request, samples_per_response
+from stars_fast.requests import Request
 from stars_fast.rewards.base import Scorer
 from stars_fast.rewards.load import RewardModelLike, load_scorer
+from stars_fast.rewards.persona import PersonaScorer
 from stars_fast.rewards.text import TemplateLike
 from stars_fast.seeds import derive_seed
 
@@ -172,6 +182,7 @@ class Engine:
             self._scorer = load_scorer(
                 reward_model,
                 lm_tokenizer=self.tokenizer,
+                language_model=loaded,
                 reward_tokenizer=reward_tokenizer,
                 device=reward_device if reward_device is not None else self._lm.device,
                 dtype=dtype,
@@ -188,6 +199,10 @@ class Engine:
         if overlap_scoring is None:
             elsewhere = None if self._scorer is None else self._scorer.device
             overlap_scoring = elsewhere is not None and elsewhere != self._lm.device
+        if overlap_scoring and isinstance(self._scorer, PersonaScorer):
+            raise ValueError(
+                "overlap_scoring must be False with a Persona: it judges by the model that drafts"
+            )
         self._scheduler = _core.Scheduler(
             num_pages=num_pages,
             page_size=page_size,
@@ -200,7 +215,7 @@ class Engine:
         self._clock = PhaseClock(PHASES, self._lm.device if device_timing else None)
         self._loop = Loop(
             self._lm,
-            make_drafter(self._lm),
+            make_drafter(self._lm, functools.cache(self._borders)),
             self._scheduler,
             self._scorer,
             self.tokenizer,
@@ -209,6 +224,7 @@ class Engine:
         )
         self._reader = PromptReader(self.tokenizer, self._lm.vocab_size, self._lm.max_length)
         self._eos_ids = _eos_token_ids(loaded, self.tokenizer)
+        self._max_rows = max_rows
         self._seed = seed
         self._num_seeded = 0
         self._requests: dict[str, Request] = {}
@@ -353,10 +369,16 @@ class Engine:
             raise ValueError(f"samples_per_prompt must be at least 1, got {samples_per_prompt}")
         if self._scorer is None:
             raise ValueError("calibrate needs a reward model: pass Engine(..., reward_model=...)")
-        plain = dataclasses.replace(
-            params or StarsParams(),
-            method="vanilla",
-            target_reward=None,
+        # One attempt of each segment, whatever its reward, and so plain samples: scored as they
+        # grow, which costs the reward model no token more and tells what prefixes predict.
+        plain = (params or StarsParams()).with_method(
+            "stars",
+            acceptance="hard",
+            target_reward=0.0,
+            alpha=1.0,
+            max_attempts=1,
+            candidates=1,
+            calibrate_prefixes=False,
             n=samples_per_prompt,
             trace=False,
         )
@@ -367,21 +389,16 @@ class Engine:
             for i in range(len(texts))
         ]
         outputs = self.generate(texts, each, use_tqdm=use_tqdm)
+        for output in outputs:
+            if output.error is not None and output.error.startswith("reward"):
+                raise RewardError(f"calibrate: {output.error}")
         usable = [output for output in outputs if output.error is None]
         if not usable:
             errors = "; ".join(sorted({output.error or "" for output in outputs}))
             raise ValueError(f"calibrate: no prompt could be sampled: {errors or 'none given'}")
-        pairs = [
-            (self._reader.read(output.prompt_token_ids, 0), sample.token_ids, sample.text)
-            for output in usable
-            for sample in output.outputs
-        ]
-        rewards = []
-        for score in self._loop.score_whole(pairs):
-            if isinstance(score, Exception):
-                raise RewardError(f"calibrate: {score}") from score
-            rewards.append(score)
-        self.calibration = calibration_of(rewards, quantile)
+        samples = [sample for output in usable for sample in output.outputs]
+        rewards = [sample.reward for sample in samples if sample.reward is not None]
+        self.calibration = calibration_of(rewards, quantile, prefix_calibration_of(samples))
         return self.calibration
 
     # One request at a time, for serving stacks
@@ -400,23 +417,30 @@ class Engine:
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use")
         params = self._resolve(params or StarsParams())
-        request = Request(request_id, self._reader.read(prompt, params.max_tokens), params)
+        request = Request(request_id, self._reader.read(prompt, params.longest_response), params)
         seed = params.seed
         if seed is None:
             self._num_seeded += 1
             seed = derive_seed(self._seed, self._num_seeded)
-        stop_ids = (() if params.ignore_eos else self._eos_ids) + tuple(params.stop_token_ids or ())
+        ends = not params.ignore_eos and params.rules != "public"
+        stop_ids = (self._eos_ids if ends else ()) + tuple(params.stop_token_ids or ())
+        prefixes = self._prefixes(params)
         try:
-            for index in range(params.n * samples_per_response(params)):
-                response = self._loop.start(
-                    request.prompt, params, seed=derive_seed(seed, index), stop_token_ids=stop_ids
+            samples = params.num_candidates if params.method == "best_of_n" else 1
+            for index in range(params.n * samples):
+                started = self._loop.start(
+                    request.prompt,
+                    params,
+                    seed=derive_seed(seed, index),
+                    stop_token_ids=stop_ids,
+                    prefixes=prefixes,
                 )
-                request.responses.append(response)
-                self._owners[response.handle] = request
+                request.responses += started
+                self._owners |= {response.handle: request for response in started}
         except BaseException:
             self._drop(request)
             raise
-        request.unchosen = params.method == "best_of_n"
+        request.unchosen = params.method == "best_of_n" or params.kind.decides == "paths"
         self._requests[request_id] = request
 
     def step(self) -> list[RequestOutput]:
@@ -426,7 +450,8 @@ class Engine:
         -------
         list[RequestOutput]
             A copy of every request with a newly accepted segment, finished or not, and of every
-            request that failed. Requests of ``best_of_n`` appear once, when they are finished.
+            request that failed. Requests that choose among whole responses or paths appear once,
+            when they are finished.
         """
         changed: dict[str, Request] = {}
         for response in self._loop.step():
@@ -470,7 +495,8 @@ class Engine:
 
         ``rounds``, ``drafted_tokens``, ``accepted_tokens``, ``prefill_tokens``,
         ``cached_prompt_tokens``, ``attempts``, ``segments``, ``fallbacks``, ``preemptions`` and
-        ``page_copies`` of the scheduler; ``copied_bytes`` that those wrote; ``pages_used`` and
+        ``page_copies``, ``paths_copied`` and ``paths_dropped`` of the scheduler; ``lm_calls``,
+        forward passes of the language model; ``copied_bytes`` of page copies; ``pages_used`` and
         ``pages_free`` of the language model's pool; ``requests_running`` and ``requests_waiting``;
         what the scorer counts (``rm_tokens`` and others); ``seconds_plan``, ``_fork``,
         ``_prefill``, ``_draft``, ``_score``, ``_commit``.
@@ -479,6 +505,7 @@ class Engine:
         scorer = {} if self._scorer is None else self._scorer.stats()
         return {
             **scheduler.stats,
+            "lm_calls": self._loop.lm_calls,
             "copied_bytes": self._lm.copied_bytes,
             "pages_used": scheduler.pages_used,
             "pages_free": scheduler.pages_free,
@@ -486,6 +513,20 @@ class Engine:
             "requests_waiting": scheduler.num_waiting,
             **scorer,
             **{f"seconds_{phase}": value for phase, value in self._clock.seconds().items()},
+        }
+
+    def num_parameters(self) -> dict[str, int]:
+        """Return how many weights a token is multiplied with, for an estimate of operations.
+
+        ``"lm"`` and ``"rm"``: all parameters but an input embedding that is not the output head as
+        well. ``"rm"`` is 0 without a reward model, and where it is a function.
+        """
+        # What scorers of models keep theirs in; a function has none.
+        reward = getattr(self._scorer, "_model", None)
+        reward = reward.model if isinstance(reward, PagedModel) else reward
+        return {
+            "lm": multiplied_parameters(self._lm.model),
+            "rm": 0 if reward is None else multiplied_parameters(reward),
         }
 
     def _resolve(self, params: StarsParams) -> StarsParams:
@@ -498,13 +539,35 @@ class Engine:
                 raise ValueError(f"stop_token_ids must be in [0, {vocab_size}), got {token}")
         if params.stop_texts and self.tokenizer is None:
             raise ValueError("stop needs a tokenizer: pass Engine(..., tokenizer=...)")
+        if params.segment_end != "length" and self.tokenizer is None:
+            raise ValueError(
+                f"segment_end={params.segment_end!r} needs a tokenizer: pass Engine(..., "
+                "tokenizer=...)"
+            )
+        if params.kind.ranked and params.attempts_per_segment > vocab_size:
+            name = "max_attempts" if params.method == "mara" else "candidates"
+            raise ValueError(
+                f"{name} must be at most the vocabulary, {vocab_size}, with method="
+                f"{params.method!r}, got {params.attempts_per_segment}"
+            )
         if params.method == "vanilla":
             return params
         if self._scorer is None:
             raise ValueError(
                 f"method={params.method!r} needs a reward model: pass Engine(..., reward_model=...)"
             )
-        if params.scored and not isinstance(params.target_reward, int | float):
+        if (params.method == "persona_judge") != isinstance(self._scorer, PersonaScorer):
+            raise ValueError(
+                "method='persona_judge' and Engine(..., reward_model=Persona(...)) go together, "
+                f"got method={params.method!r} with {type(self._scorer).__name__}"
+            )
+        paths = params.num_candidates if params.kind.decides == "paths" else 1
+        if paths > self._max_rows:
+            raise ValueError(
+                f"candidates must be at most max_rows, {self._max_rows}, with method="
+                f"{params.method!r}, got {paths}"
+            )
+        if params.needs_target and not isinstance(params.target_reward, int | float):
             if self.calibration is None:
                 raise ValueError(
                     f"target_reward={params.target_reward!r} needs Engine.calibrate first: "
@@ -513,12 +576,37 @@ class Engine:
             return dataclasses.replace(params, target_reward=self.calibration.target_reward)
         return params
 
+    def _borders(self) -> Tensor:
+        """What ends with each token, for ``segment_end``."""
+        assert self.tokenizer is not None  # checked when the request came
+        return border_levels(self.tokenizer, self._lm.vocab_size).to(self._lm.device)
+
+    def _prefixes(self, params: StarsParams) -> PrefixCalibration | None:
+        """Return what ``calibrate_prefixes`` stands for."""
+        if not params.calibrate_prefixes:
+            return None
+        if self.calibration is None or self.calibration.prefixes is None:
+            raise ValueError(
+                "calibrate_prefixes=True needs Engine.calibrate first, on responses of more than "
+                "one segment"
+            )
+        return self.calibration.prefixes
+
     def _choose(self, requests: Iterable[Request]) -> None:
-        """Score the whole responses of ``best_of_n`` requests that have drawn them all."""
+        """Settle the requests that know all they choose from.
+
+        The whole responses of ``best_of_n`` are scored here, once they are all drawn; of paths one
+        has been chosen in the loop.
+        """
+        for request in requests:
+            if request.params.kind.decides == "paths" and request.unchosen:
+                chosen = sum(response.chosen for response in request.responses)
+                request.unchosen = chosen < request.params.n
         ready = [
             request
             for request in requests
             if request.unchosen
+            and request.params.method == "best_of_n"
             and request.error is None
             and all(response.finished for response in request.responses)
         ]
@@ -548,13 +636,13 @@ class Engine:
 _CALIBRATION_SALT = 0xCA11B8A7E
 
 
-def make_drafter(model: PagedModel) -> Drafter:
-    """Return the drafter that suits a model's backend."""
+def make_drafter(model: PagedModel, borders: Callable[[], Tensor]) -> Drafter:
+    """Return the drafter that suits a model's backend; for `borders` see `EagerDrafter`."""
     if not model.on_kernels:
-        return EagerDrafter(model)
+        return EagerDrafter(model, borders)
     from stars_fast.captured_drafter import CapturedDrafter  # Triton is for Linux only
 
-    return CapturedDrafter(model)
+    return CapturedDrafter(model, borders)
 
 
 def _params_of_each(

@@ -6,23 +6,32 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from stars_fast import _core
+from stars_fast import _core, borders
 from stars_fast.clock import PhaseClock
+from stars_fast.decisions import scheduler_options
 from stars_fast.drafter import Draft, Drafter, RowSampling
 from stars_fast.models.paged import PagedModel
-from stars_fast.outputs import Attempt, CompletionOutput, FinishReason, Segment
+from stars_fast.outputs import (
+    Attempt,
+    CompletionOutput,
+    FinishReason,
+    PrefixCalibration,
+    Segment,
+)
 from stars_fast.params import StarsParams
 from stars_fast.responses import Candidate, Response, decode
 from stars_fast.rewards.base import Prompt, ScoreJob, Scorer
 from stars_fast.round import Round, cut_candidates, score_round
+from stars_fast.seeds import derive_seed
 
 PHASES = ("plan", "fork", "prefill", "draft", "score", "commit")
 
@@ -30,6 +39,12 @@ _FINISH: dict[int, FinishReason | None] = {
     _core.FINISH_NONE: None,
     _core.FINISH_STOP: "stop",
     _core.FINISH_LENGTH: "length",
+}
+_BORDERS = {"length": borders.NONE, "clause": borders.CLAUSE, "sentence": borders.SENTENCE}
+_ACCEPTED: dict[int, Literal["test", "fallback", "choice"]] = {
+    _core.EVENT_ACCEPTED: "test",
+    _core.EVENT_FALLBACK: "fallback",
+    _core.EVENT_CHOSEN: "choice",
 }
 
 
@@ -78,6 +93,8 @@ class Loop:
         self._worker = futures.ThreadPoolExecutor(1, "stars-fast-score") if overlap else None
         self._scoring: futures.Future[Round] | None = None
         self._planned: deque[_core.Plan] = deque()  # out, the oldest first
+        #: Forward passes of the language model.
+        self.lm_calls = 0
 
     @property
     def has_unfinished(self) -> bool:
@@ -91,40 +108,65 @@ class Loop:
         *,
         seed: int,
         stop_token_ids: tuple[int, ...],
-    ) -> Response:
-        """Queue a response.
+        prefixes: PrefixCalibration | None = None,
+    ) -> list[Response]:
+        """Queue a response: itself, or the paths of which one will be it.
 
         Raises
         ------
         ValueError
             If it does not fit the page pool or the reward model; nothing is queued then.
         """
-        self.wait_for_scoring()
-        handle = next(self._handles)
-        scored = params.scored
-        target = params.target_reward if scored else 0.0
-        if not isinstance(target, int | float):
-            raise ValueError(f"target_reward must be a number by now, got {target!r}")
-        if scored:
-            self.scorer.start(handle, prompt, params.max_tokens)
-        try:
-            self._scheduler.add(
-                handle,
-                np.array(prompt.token_ids, np.int64),
-                scored=scored,
-                segment_length=params.segment_length,
+        ids = np.array(prompt.token_ids, np.int64)
+        if params.kind.decides != "paths":
+            options = scheduler_options(params)
+
+            def queue(handles: list[int]) -> None:
+                self._scheduler.add(handles[0], ids, seed=seed, **options)
+
+            return self._start(prompt, params, 1, stop_token_ids, prefixes, queue)
+
+        count = params.num_candidates
+
+        def queue_paths(handles: list[int]) -> None:
+            self._scheduler.add_group(
+                handles,
+                [derive_seed(seed, 1 + number) for number in range(count)],
+                ids,
+                resample=params.method == "smc",
+                segment_length=params.draft_length,
                 max_tokens=params.max_tokens,
-                max_attempts=params.attempts_per_segment,
-                candidates=0 if params.candidates == "auto" or not scored else params.candidates,
                 seed=seed,
-                target_reward=float(target),
-                alpha=params.alpha,
                 beta=params.beta,
-                hard=params.acceptance == "hard",
+                ess_threshold=params.ess_threshold,
+                rejection_rate=params.rejection_rate,
             )
+
+        return self._start(prompt, params, count, stop_token_ids, prefixes, queue_paths)
+
+    def _start(
+        self,
+        prompt: Prompt,
+        params: StarsParams,
+        count: int,
+        stop_token_ids: tuple[int, ...],
+        prefixes: PrefixCalibration | None,
+        queue: Callable[[list[int]], None],
+    ) -> list[Response]:
+        """Tell the scorer and, through `queue`, the scheduler; all or nothing."""
+        self.wait_for_scoring()
+        handles: list[int] = []
+        try:
+            for _ in range(count):
+                handle = next(self._handles)
+                if params.scored:
+                    self.scorer.start(handle, prompt, params.longest_response)
+                handles.append(handle)
+            queue(handles)
         except BaseException:
-            if scored:
-                self.scorer.finish(handle)
+            if params.scored:
+                for handle in handles:
+                    self.scorer.finish(handle)
             raise
         sampling = RowSampling(
             params.temperature,
@@ -133,11 +175,23 @@ class Loop:
             params.min_p,
             stop_token_ids,
             entropy_limit=params.entropy_threshold if params.method == "cards" else math.inf,
+            border=_BORDERS[params.segment_end],
             min_length=params.min_segment_length,
+            ranks=params.attempts_per_segment if params.kind.ranked else 0,
         )
-        response = Response(handle, params, sampling, CompletionOutput(0))
-        self._responses[handle] = response
-        return response
+        responses = [
+            Response(
+                handle,
+                params,
+                sampling,
+                CompletionOutput(0),
+                prefixes=prefixes,
+                is_path=params.kind.decides == "paths",
+            )
+            for handle in handles
+        ]
+        self._responses |= {response.handle: response for response in responses}
+        return responses
 
     @property
     def scorer(self) -> Scorer:
@@ -149,7 +203,8 @@ class Loop:
     def abort(self, response: Response) -> None:
         """Stop a response; its finish reason becomes ``"abort"`` unless it has one."""
         self.wait_for_scoring()
-        if self._scheduler.abort(response.handle):
+        if response.handle in self._responses:
+            self._scheduler.abort(response.handle)  # of paths the first takes the others along
             self._end(response, "abort")
 
     def step(self) -> list[Response]:
@@ -190,12 +245,14 @@ class Loop:
             if plan.prefill.num_rows:
                 ids = torch.from_numpy(plan.prefill_tokens).to(self._model.device)
                 self._model.prefill(plan.prefill, ids)
+                self.lm_calls += 1
         begun = time.perf_counter()
         responses = [self._responses[handle] for handle in plan.request.tolist()]
         with self._clock.phase("draft"):
             drafted = Draft.of_no_rows()
             if responses:
                 drafted = self._drafter.draft(plan, [r.sampling for r in responses])
+                self.lm_calls += drafted.steps
         seconds = time.perf_counter() - begun
         done = cut_candidates(plan, drafted, responses, self._branches, self._tokenizer)
         done.seconds["draft"] = seconds
@@ -255,7 +312,7 @@ class Loop:
         spent = done.seconds.values()
         seconds = max(spent) if self._worker is not None else sum(spent)
         decision = self._scheduler.commit(
-            done.draft.tokens, done.lengths, done.stopped, done.rewards, seconds / done.steps
+            done.draft.tokens, done.lengths, done.stopped, done.merits, seconds / done.steps
         )
         thresholds = decision.threshold.tolist()
         self._settle_rows(done, decision.outcome.tolist(), thresholds)
@@ -281,7 +338,9 @@ class Loop:
                 raise RuntimeError(f"request {handle} fell back to an attempt it does not have")
             if row >= 0 and response.scored:
                 candidate = replace(
-                    candidate, reward=float(done.rewards[row]), threshold=thresholds[row]
+                    candidate,
+                    reward=float(done.rewards[row]),
+                    threshold=_threshold(thresholds[row]),
                 )
             segment = Segment(
                 start=start,
@@ -289,24 +348,41 @@ class Loop:
                 reward=candidate.reward,
                 threshold=candidate.threshold,
                 attempts=attempts,
-                accepted="fallback" if kind == _core.EVENT_FALLBACK else "test",
+                accepted=_ACCEPTED[kind],
             )
             response.commit(candidate, segment)
             if response.scored:
                 self.scorer.accept(handle, candidate.branch)
             self._write_text(response, candidate, _FINISH[finish])
-            if finish != _core.FINISH_NONE:
+            if finish != _core.FINISH_NONE and response.is_path:
+                response.output.finish_reason = _FINISH[finish]  # and others may yet beat it
+            elif finish != _core.FINISH_NONE:
                 self._end(response, _FINISH[finish])
         self._prune(done.plan)
+        self._compare_paths(decision)
         return changed
+
+    def _compare_paths(self, decision: _core.Decision) -> None:
+        """Carry out what was decided over paths that have all come to a boundary."""
+        copies = zip(decision.copy_target.tolist(), decision.copy_source.tolist(), strict=True)
+        for target, source in copies:
+            self._responses[target].copy_path(self._responses[source])
+            self.scorer.fork(source, target)
+        for handle in decision.dropped.tolist():
+            self._end(self._responses[handle], "abort")
+        for handle in decision.chosen.tolist():
+            response = self._responses[handle]
+            response.chosen = True
+            self._end(response, response.output.finish_reason)
 
     def _settle_rows(
         self, done: Round, outcomes: Sequence[int], thresholds: Sequence[float]
     ) -> None:
         """Remember the best of the rejected, and with ``trace`` every rejected attempt."""
         for row, response in enumerate(done.responses):
-            if not response.scored or response.finished or thresholds[row] != thresholds[row]:
-                continue  # nothing was tested: no reward, or an attempt before it had passed
+            looked_at = response.params.kind.decides == "choice" or not math.isnan(thresholds[row])
+            if not response.scored or response.finished or not looked_at:
+                continue  # no reward, or an attempt before it had passed
             reward = float(done.rewards[row])
             candidate = done.candidates[row]
             if response.params.trace:
@@ -314,7 +390,9 @@ class Loop:
                     Attempt(candidate.attempt, tuple(candidate.token_ids), reward)
                 )
             if outcomes[row] == _core.ROW_KEPT:
-                response.kept = replace(candidate, reward=reward, threshold=thresholds[row])
+                response.kept = replace(
+                    candidate, reward=reward, threshold=_threshold(thresholds[row])
+                )
                 self.scorer.keep(response.handle, candidate.branch)
 
     def _write_text(
@@ -360,3 +438,8 @@ class Loop:
             for job in jobs:
                 self.scorer.finish(job.request)
         return [errors[i] if i in errors else next(scored) for i in range(len(texts))]
+
+
+def _threshold(value: float) -> float | None:
+    """Return tau, None where nothing was tested."""
+    return None if math.isnan(value) else value

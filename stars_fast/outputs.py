@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,13 +27,16 @@ class Segment:
     start, end
         Positions in the response, in tokens.
     reward
-        r(x, y[:end]); None where the method scores no segments.
+        r(x, y[:end]), as it is compared with the threshold: calibrated with
+        ``calibrate_prefixes``; with ``"mara"`` the log-probability of "accept", with
+        ``"persona_judge"`` log(p_judge / p_draft). None where the method scores no segments.
     threshold
         tau(end) of the accept test; None where there is no test.
     attempts
         Attempts made, the kept one included.
     accepted
-        ``"test"``: the segment passed. ``"fallback"``: no attempt passed and this was the best.
+        ``"test"``: the segment passed, or there was no test. ``"fallback"``: no attempt passed and
+        this was the best. ``"choice"``: chosen among all attempts.
     rejected
         The other attempts, in order, if asked for.
     """
@@ -42,7 +46,7 @@ class Segment:
     reward: float | None
     threshold: float | None
     attempts: int
-    accepted: Literal["test", "fallback"]
+    accepted: Literal["test", "fallback", "choice"]
     rejected: tuple[Attempt, ...] = ()
 
 
@@ -98,6 +102,53 @@ class RequestOutput:
 
 
 @dataclass(frozen=True)
+class PrefixCalibration:
+    """What the reward of a prefix predicts of the reward of the finished response.
+
+    Reward models are trained on whole responses and misjudge prefixes. Here the final reward is
+    regressed on the reward at a token position by least squares over unaligned samples, at each
+    position apart: E[r_final | r_t] = intercept_t + slope_t r_t.
+
+    Attributes
+    ----------
+    positions
+        Response tokens t, rising.
+    slope, intercept
+        Of the line at each position.
+    correlation
+        Pearson's, of r_t and the final reward; 0 where either does not vary.
+    samples
+        Responses that were unfinished at each position.
+    """
+
+    positions: tuple[int, ...]
+    slope: tuple[float, ...]
+    intercept: tuple[float, ...]
+    correlation: tuple[float, ...]
+    samples: tuple[int, ...]
+
+    def predict(self, reward: float, tokens: int) -> float:
+        """Return the expected final reward of an unfinished response.
+
+        Parameters
+        ----------
+        reward
+            r(x, y[:tokens]).
+        tokens
+            Between two positions the lines are interpolated; outside the nearest is used.
+        """
+        at = bisect_left(self.positions, tokens)
+        if at == len(self.positions) or self.positions[at] == tokens or at == 0:
+            at = min(at, len(self.positions) - 1)
+            return self.intercept[at] + self.slope[at] * reward
+        left, right = self.positions[at - 1], self.positions[at]
+        share = (tokens - left) / (right - left)
+        slope = (1 - share) * self.slope[at - 1] + share * self.slope[at]
+        intercept = (1 - share) * self.intercept[at - 1] + share * self.intercept[at]
+        return intercept + slope * reward
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Rewards of unaligned samples, and the target that follows from them.
 
@@ -109,8 +160,11 @@ class Calibration:
         Reward at each of the quantiles 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95 and the asked one.
     rewards
         Every sample's reward, in prompt order.
+    prefixes
+        For ``calibrate_prefixes``; None if every sample ended with its first segment.
     """
 
     target_reward: float
     quantiles: dict[float, float]
     rewards: tuple[float, ...]
+    prefixes: PrefixCalibration | None = None

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-Method = Literal["stars", "vanilla", "best_of_n", "cards"]
-Acceptance = Literal["soft", "hard"]
+from stars_fast.methods import COMMON, GIBBS, METHODS, Method, MethodKind
 
-#: Whole responses that ``best_of_n`` draws when ``candidates="auto"``.
-BEST_OF_N_DEFAULT = 8
+__all__ = ["Acceptance", "CardsRules", "Method", "SegmentEnd", "StarsParams"]
+
+Acceptance = Literal["soft", "hard", "gibbs"]
+CardsRules = Literal["paper", "public"]
+SegmentEnd = Literal["length", "clause", "sentence"]
 
 
 @dataclass(frozen=True)
@@ -22,27 +24,54 @@ class StarsParams:
     Parameters
     ----------
     method
-        ``"stars"`` (arXiv 2511.03827); ``"vanilla"`` (plain sampling); ``"best_of_n"``
-        (`candidates` whole responses, the best-scored one is returned); ``"cards"``
-        (arXiv 2406.16306: as ``"stars"``, but a segment ends where the model is uncertain).
+        ``"stars"`` (arXiv 2511.03827): segments, tested in turn.
+        ``"vanilla"``: plain sampling.
+        ``"best_of_n"``: `candidates` whole responses, the best-scored one is returned.
+        ``"rejection"``: whole responses, tested in turn against `target_reward`.
+        ``"cards"`` (arXiv 2406.16306): as ``"stars"``, but a segment ends where the model is
+        uncertain.
+        ``"args"`` (arXiv 2402.01694): one of the `candidates` most likely tokens, by its
+        log-probability plus `reward_weight` times reward; the largest at ``temperature=0``, else a
+        draw from the softmax of that over `temperature`. `top_k`, `top_p` and `min_p` do not
+        matter, nor do they to ``"mara"``.
+        ``"speculative_rejection"`` (arXiv 2410.20290): `candidates` responses, of which the worst
+        part ends every `segment_length` tokens; the best-scored one is returned.
+        ``"smc"``: sequential Monte Carlo, `candidates` whole paths, resampled where their segments
+        end, by exp((r_t - r_(t-1)) / beta); as they grow in number the response becomes a draw
+        from the model's distribution times exp(r / beta).
+        ``"mara"`` (arXiv 2505.19743): single tokens, the most likely first, each accepted or
+        rejected by a small model, the reward model of the engine: its output is the logit of
+        "accept".
+        ``"persona_judge"`` (arXiv 2504.12663): single tokens, each accepted with probability
+        min(1, p_judge / p_draft) by the same model under another prompt (`rewards.Persona`).
+        A parameter that is not one of the method's own is an error.
     segment_length
         K: tokens of a segment, at least 1; with ``"cards"`` its longest.
     target_reward
         r*: the reward the threshold schedule rises to. A number; ``"auto"``: the 0.9 quantile of
         the rewards of unaligned samples (`Engine.calibrate`); None: what the engine was last
-        calibrated to. Used by ``"stars"`` and ``"cards"`` only.
+        calibrated to.
     beta
-        Softness of the accept test, in units of reward, above 0. Not the sampling temperature.
+        Softness of the accept test or choice, in units of reward, above 0. Not the sampling
+        temperature.
     alpha
         Where the schedule starts, in [0, 1]: 0 at the prompt's own reward, 1 at `target_reward`.
     max_attempts
         R: attempts of a segment before the best-scored of them is kept, at least 1.
     candidates
         N: attempts drawn side by side in one round, at least 1, or ``"auto"``: as many as pay off.
-        Changes the speed, never the tokens. With ``"best_of_n"``: the number of whole responses
-        (``"auto"``: 8).
+        Changes the speed, never the tokens. With ``"best_of_n"``, ``"speculative_rejection"``,
+        ``"smc"``, ``"args"`` and ``acceptance="gibbs"`` it is part of the method: the number of
+        responses, paths, tokens or segments there are to choose from (``"auto"``: 8, of tokens 10).
     acceptance
         ``"soft"``: accept with probability min(1, exp((r - tau) / beta)). ``"hard"``: iff r >= tau.
+        ``"gibbs"``, with ``"stars"`` only: choose among the N candidates of a segment with
+        probability proportional to exp(r / beta). It needs no target. Each choice is
+        self-normalised importance sampling of p(segment) exp(r / beta): biased towards the model
+        for small N (N = 1 is the model), exact for a segment as N grows; over several segments it
+        follows the rewards of prefixes, as every method that decides segment by segment.
+        With ``"mara"``, r is the log-probability of "accept": ``"soft"`` accepts with that
+        probability, ``"hard"`` from one half on.
     temperature, top_k, top_p, min_p
         Sampling, applied in this order with the tie rules of transformers' warpers.
         ``temperature=0`` is greedy; every attempt would then be the same, so only one is made.
@@ -62,11 +91,32 @@ class StarsParams:
         Responses to return, at least 1. Each has its own draws.
     trace
         Keep the rejected attempts of each segment in `Segment.rejected`.
+    rules
+        With ``"cards"``: ``"paper"``, or ``"public"`` to follow the published code where that
+        differs: end-of-sequence tokens end nothing, a segment may end past `max_tokens`, and after
+        `max_attempts` rejections one attempt more is made, without a test, before the best is kept.
     entropy_threshold
-        With ``"cards"`` only: a segment ends before the token whose distribution, the model's raw
+        With ``"cards"``: a segment ends before the token whose distribution, the model's raw
         one, has at least this entropy, in nats, at least 0.
     min_segment_length
-        With ``"cards"`` only: tokens before the entropy is looked at, at least 1.
+        With ``"cards"`` and `segment_end`: tokens before the entropy, or a border, ends a segment,
+        at least 1.
+    segment_end
+        ``"length"``: segments have `segment_length` tokens. ``"sentence"``: they end after a token
+        that ends a sentence (.!? or a line break), ``"clause"``: or a clause (,;:), and have
+        `segment_length` tokens at most. Reward models judge a finished thought better than half a
+        one.
+    reward_weight
+        With ``"args"``: weight of the reward beside the log-probability, at least 0.
+    rejection_rate
+        With ``"speculative_rejection"``: part of the responses that ends at each boundary, in
+        [0, 1).
+    ess_threshold
+        With ``"smc"``: paths are resampled when their effective number, (sum w)^2 / sum w^2, falls
+        below this part of them, in [0, 1].
+    calibrate_prefixes
+        Replace the reward of an unfinished response by what `Engine.calibrate` found it to predict
+        of the finished one, see `PrefixCalibration`.
 
     Raises
     ------
@@ -95,20 +145,35 @@ class StarsParams:
     trace: bool = False
     entropy_threshold: float = 3.0
     min_segment_length: int = 4
+    rules: CardsRules = "paper"
+    reward_weight: float = 1.5
+    rejection_rate: float = 0.5
+    ess_threshold: float = 0.5
+    calibrate_prefixes: bool = False
+    segment_end: SegmentEnd = "length"
 
     def __post_init__(self) -> None:
         _choice("method", self.method, get_args(Method))
         _choice("acceptance", self.acceptance, get_args(Acceptance))
+        _choice("rules", self.rules, get_args(CardsRules))
+        _choice("segment_end", self.segment_end, get_args(SegmentEnd))
+        self._check_own_parameters()
         for name in ("segment_length", "max_attempts", "max_tokens", "n", "min_segment_length"):
             _integer(name, getattr(self, name), 1)
         if self.candidates != "auto":
             _integer("candidates", self.candidates, 1, also=' or "auto"')
         if self.target_reward is not None and self.target_reward != "auto":
             _number("target_reward", self.target_reward, also=', "auto" or None')
-        if _number("beta", self.beta) <= 0 and self.acceptance == "soft":
-            raise ValueError(f"beta must be above 0 with soft acceptance, got {self.beta!r}")
+        if _number("beta", self.beta) <= 0 and self.acceptance != "hard":
+            raise ValueError(
+                f"beta must be above 0 with {self.acceptance} acceptance, got {self.beta!r}"
+            )
         _number("alpha", self.alpha, 0.0, 1.0)
         _number("entropy_threshold", self.entropy_threshold, 0.0)
+        _number("reward_weight", self.reward_weight, 0.0)
+        if not 0.0 <= _number("rejection_rate", self.rejection_rate) < 1.0:
+            raise ValueError(f"rejection_rate must be in [0, 1), got {self.rejection_rate!r}")
+        _number("ess_threshold", self.ess_threshold, 0.0, 1.0)
         _number("temperature", self.temperature, 0.0)
         _integer("top_k", self.top_k, 0)
         if not 0.0 < _number("top_p", self.top_p) <= 1.0:
@@ -116,17 +181,79 @@ class StarsParams:
         _number("min_p", self.min_p, 0.0, 1.0)
         if self.seed is not None and _integer("seed", self.seed, 0) >= 2**64:
             raise ValueError(f"seed must be in [0, 2**64), got {self.seed!r}")
-        for flag in ("ignore_eos", "trace"):
+        for flag in ("ignore_eos", "trace", "calibrate_prefixes"):
             if not isinstance(getattr(self, flag), bool):
                 raise TypeError(f"{flag} must be a bool, got {getattr(self, flag)!r}")
         # Sequences become tuples, so that a frozen object cannot change under its owner.
         object.__setattr__(self, "stop", _stop_texts(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))
 
+    def _check_own_parameters(self) -> None:
+        if self.acceptance == "gibbs" and self.method != "stars":
+            raise ValueError(
+                f"acceptance must be 'soft' or 'hard' with method={self.method!r}, got 'gibbs'"
+            )
+        own = self.own_parameters()
+        for field in fields(self):
+            if field.name not in own and getattr(self, field.name) != field.default:
+                shown = "acceptance='gibbs'" if self.kind is GIBBS else f"method={self.method!r}"
+                raise ValueError(
+                    f"{field.name} is no parameter of {shown}, got {getattr(self, field.name)!r}; "
+                    f"the parameters are {', '.join(own)}"
+                )
+
+    @property
+    def kind(self) -> MethodKind:
+        """What the method is made of."""
+        return GIBBS if self.acceptance == "gibbs" else METHODS[self.method]
+
+    def own_parameters(self) -> tuple[str, ...]:
+        """Return the names of the parameters that the method has."""
+        return (*COMMON, *self.kind.parameters)
+
+    def with_method(self, method: Method, **changes: Any) -> StarsParams:
+        """Return these parameters for another method, those that it does not have at their default.
+
+        `changes` are fields to set besides.
+        """
+        _choice("method", method, get_args(Method))
+        gibbs = changes.get("acceptance") == "gibbs" or (
+            "acceptance" not in changes and method == "stars" and self.acceptance == "gibbs"
+        )
+        own = (*COMMON, *(GIBBS if gibbs and method == "stars" else METHODS[method]).parameters)
+        reset = {f.name: f.default for f in fields(self) if f.name not in own}
+        if self.acceptance == "gibbs" and method != "stars":
+            reset["acceptance"] = "soft"
+        return replace(self, **{**reset, "method": method, **changes})
+
     @property
     def scored(self) -> bool:
-        """Whether segments are scored and tested, against a schedule that needs a target."""
-        return self.method in ("stars", "cards")
+        """Whether segments are scored as they are drawn."""
+        return self.kind.decides != "always"
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether segments are tested against a schedule that rises to `target_reward`."""
+        return "target_reward" in self.kind.parameters
+
+    @property
+    def draft_length(self) -> int:
+        """K as it is run."""
+        if self.kind.one_token:
+            return 1
+        return self.max_tokens if self.method == "rejection" else self.segment_length
+
+    @property
+    def longest_response(self) -> int:
+        """Tokens of a response at most."""
+        return self.max_tokens + (self.draft_length - 1 if self.rules == "public" else 0)
+
+    @property
+    def num_candidates(self) -> int:
+        """N where it is part of the method; 1 where it is not."""
+        if self.kind.default_candidates is None:
+            return 1
+        return self.kind.default_candidates if self.candidates == "auto" else self.candidates
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -135,8 +262,12 @@ class StarsParams:
 
     @property
     def attempts_per_segment(self) -> int:
-        """R as it is run: one when greedy, where every attempt is the same."""
-        return 1 if self.temperature == 0 else self.max_attempts
+        """R as it is run: one when greedy, where every draw is the same."""
+        if self.temperature == 0 and not self.kind.ranked:
+            return 1
+        if self.kind.decides == "choice":
+            return self.num_candidates
+        return self.max_attempts + (1 if self.rules == "public" else 0)
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from stars_fast.outputs import CompletionOutput, RequestOutput
-from stars_fast.params import BEST_OF_N_DEFAULT, StarsParams
+from stars_fast.params import StarsParams
 from stars_fast.responses import Response
 from stars_fast.rewards.base import Prompt
 
@@ -18,7 +19,7 @@ class Request:
     Attributes
     ----------
     unchosen
-        The samples of ``best_of_n`` are not all scored yet.
+        It returns some of its responses, and it is not known yet which.
     """
 
     request_id: str
@@ -50,15 +51,17 @@ class Request:
 
 
 def samples_per_response(params: StarsParams) -> int:
-    """Return N of ``best_of_n``, 1 for other methods."""
-    if params.method != "best_of_n":
-        return 1
-    return BEST_OF_N_DEFAULT if params.candidates == "auto" else params.candidates
+    """Return how many whole responses or paths there are to choose from; 1 for most methods."""
+    whole = params.kind.decides == "paths" or params.method == "best_of_n"
+    return params.num_candidates if whole else 1
 
 
 def _best(samples: Sequence[Response]) -> Response:
-    """Return the best-scored sample, the first of equals."""
-    return max(samples, key=lambda r: -float("inf") if r.output.reward is None else r.output.reward)
+    """Return the chosen sample, else the best-scored one, the first of equals."""
+    return max(
+        samples,
+        key=lambda r: (r.chosen, -math.inf if r.output.reward is None else r.output.reward),
+    )
 
 
 def _copy(output: CompletionOutput, index: int) -> CompletionOutput:

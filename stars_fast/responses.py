@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast.drafter import RowSampling
-from stars_fast.outputs import Attempt, CompletionOutput, Segment
+from stars_fast.outputs import Attempt, CompletionOutput, PrefixCalibration, Segment
 from stars_fast.params import StarsParams
 
 
@@ -24,6 +24,8 @@ class Candidate:
         Number of the attempt within the segment.
     reward, threshold
         Of the accept test; None where there is none.
+    stopped
+        Its last token ends the response.
     stop_text_at
         Where in the response's text the stop text that ends this candidate begins, None if none
         does.
@@ -35,6 +37,7 @@ class Candidate:
     logprobs: list[float]
     reward: float | None = None
     threshold: float | None = None
+    stopped: bool = False
     stop_text_at: int | None = None
 
 
@@ -50,6 +53,12 @@ class Response:
         Tested attempts of the segment at hand, filled with ``trace`` only.
     error
         Why it failed, None if it did not.
+    prefixes
+        What its rewards are calibrated by until it is finished; None: they are not.
+    is_path
+        It is one of several that are compared where their segments end.
+    chosen
+        It is the path that the comparison ended with.
     """
 
     handle: int
@@ -59,6 +68,9 @@ class Response:
     kept: Candidate | None = None
     rejected: list[Attempt] = field(default_factory=list)
     error: str | None = None
+    prefixes: PrefixCalibration | None = None
+    is_path: bool = False
+    chosen: bool = False
 
     @property
     def scored(self) -> bool:
@@ -79,6 +91,18 @@ class Response:
         self.output.segments.append(replace(segment, rejected=tuple(rejected)))
         self.kept = None
         self.rejected.clear()
+
+    def copy_path(self, source: Response) -> None:
+        """Go on as a copy of another path."""
+        mine, theirs = self.output, source.output
+        mine.text, mine.reward, mine.finish_reason = (
+            theirs.text,
+            theirs.reward,
+            theirs.finish_reason,
+        )
+        mine.token_ids = list(theirs.token_ids)
+        mine.logprobs = list(theirs.logprobs)
+        mine.segments = list(theirs.segments)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase | None, token_ids: list[int]) -> str:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast import _core
+from stars_fast.decisions import merit, shown_reward
 from stars_fast.drafter import Draft
 from stars_fast.responses import Candidate, Response, decode, find_stop
 from stars_fast.rewards.base import ScoreJob, Scorer
@@ -28,8 +29,11 @@ class Round:
         What was drawn.
     responses, candidates
         Whose row it is, and the segment in it, cut at a stop text.
-    lengths, stopped, rewards
-        As `commit` of the scheduler takes them; a reward is NaN where there is none.
+    rewards
+        float64, as they are shown and compared; NaN where there is none.
+    lengths, stopped, merits
+        As `commit` of the scheduler takes them; merits are rewards, or what a method decides by in
+        their place.
     errors
         Why a row has no valid result.
     prompt_rewards
@@ -45,6 +49,7 @@ class Round:
     lengths: npt.NDArray[np.int32]
     stopped: npt.NDArray[np.uint8]
     rewards: npt.NDArray[np.float64]
+    merits: npt.NDArray[np.float64]
     errors: dict[int, str]
     prompt_rewards: dict[int, float | Exception] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -75,6 +80,7 @@ def cut_candidates(
         lengths=draft.lengths.copy(),
         stopped=draft.stopped.astype(np.uint8),
         rewards=np.zeros(rows),
+        merits=np.zeros(rows),
         errors={},
     )
     attempts = plan.attempt.tolist()
@@ -94,6 +100,7 @@ def cut_candidates(
                 attempt=attempts[row],
                 token_ids=ids[:length],
                 logprobs=draft.logprobs[row, :length].tolist(),
+                stopped=bool(done.stopped[row]),
                 stop_text_at=stop_at,
             )
         )
@@ -101,7 +108,7 @@ def cut_candidates(
         if 0 <= bad < length:
             at = len(response.output.token_ids) + bad
             done.errors[row] = f"the model's logits at response position {at} are NaN or infinite"
-            done.rewards[row] = np.nan
+            done.rewards[row] = done.merits[row] = np.nan
     return done
 
 
@@ -138,9 +145,13 @@ def score_round(
     for row, reward in zip(rows, scorer.score(jobs), strict=True):
         if isinstance(reward, Exception):
             done.errors[row] = f"reward: {reward}"
-            done.rewards[row] = np.nan
-        else:
-            done.rewards[row] = reward
+            done.rewards[row] = done.merits[row] = np.nan
+            continue
+        response, candidate = done.responses[row], done.candidates[row]
+        tokens = len(response.output.token_ids) + len(candidate.token_ids)
+        shown = shown_reward(response.params, reward, candidate, tokens, response.prefixes)
+        done.rewards[row] = shown
+        done.merits[row] = merit(response.params, shown, candidate)
     done.seconds["score"] = time.perf_counter() - begun
 
 

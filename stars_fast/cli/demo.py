@@ -10,13 +10,13 @@ from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from stars_fast.cli.bootstrap import RESAMPLES, mean_interval
 from stars_fast.cli.errors import UsageError
 from stars_fast.cli.flags import RUN_FIELDS, add_params_flags, params_from
 from stars_fast.cli.layout import Page, Response, comparison
 from stars_fast.cli.lines import needs_target
 from stars_fast.cli.terminal import quiet_libraries
 from stars_fast.demo import gold_score, prompts
+from stars_fast.eval.bootstrap import RESAMPLES, mean_interval
 from stars_fast.outputs import RequestOutput
 from stars_fast.params import StarsParams
 from stars_fast.seeds import derive_seed
@@ -29,7 +29,14 @@ if TYPE_CHECKING:
 DEFAULTS = {"target_reward": "auto", "segment_length": 16, "beta": 0.3}
 
 _LEVEL = 0.95
-_NAMES = {"stars": "STARS", "vanilla": "vanilla", "best_of_n": "best of n", "cards": "CARDS"}
+_NAMES = {
+    "stars": "STARS",
+    "best_of_n": "best of n",
+    "cards": "CARDS",
+    "args": "ARGS",
+    "speculative_rejection": "speculative rejection",
+    "smc": "SMC",
+}
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -79,11 +86,11 @@ def run(args: argparse.Namespace) -> int:
         target, origin = _calibrated(engine, texts, params)
         params = replace(params, target_reward=target)
         print("\n".join(textwrap.wrap(origin, page.width)))
-    if params.scored:
+    if params.needs_target:
         print("\n".join(textwrap.wrap(_legend(params), page.width)), end="\n\n")
     unaligned = _responses(engine, texts, _unaligned(params), args.seed)
     aligned = _responses(engine, texts, params, args.seed)
-    name = _NAMES[params.method]
+    name = _NAMES.get(params.method, params.method)
     for number, text in enumerate(texts[: args.show], 1):
         title = f"Prompt {number} of {len(texts)}: {text}"
         sides = {"unaligned": unaligned[number - 1], name: aligned[number - 1]}
@@ -94,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _unaligned(params: StarsParams) -> StarsParams:
     """Plain sampling with segment rewards to show: one attempt keeps whatever is drawn first."""
-    target = params.target_reward if params.scored else 0.0
-    return replace(params, method="stars", target_reward=target, max_attempts=1)
+    target = params.target_reward if params.needs_target else 0.0
+    return params.with_method("stars", acceptance="soft", target_reward=target, max_attempts=1)
 
 
 def _calibrated(engine: Engine, texts: Sequence[str], params: StarsParams) -> tuple[float, str]:
@@ -112,7 +119,7 @@ def _calibrated(engine: Engine, texts: Sequence[str], params: StarsParams) -> tu
 def _legend(params: StarsParams) -> str:
     rule = f"soft with beta {params.beta:g}" if params.acceptance == "soft" else "hard"
     return (
-        f"A segment has up to {params.segment_length} tokens. It is kept if its reward passes the "
+        f"A segment has up to {params.draft_length} tokens. It is kept if its reward passes the "
         f"test ({rule}) against the threshold, which rises to the target; if "
         f"{params.attempts_per_segment} attempts fail, the best of them is kept as a fallback."
     )

@@ -10,6 +10,7 @@ from dataclasses import MISSING, fields, replace
 from inspect import cleandoc
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from stars_fast.methods import COMMON, METHODS
 from stars_fast.params import StarsParams
 
 #: Fields that the commands set themselves: each request's seed follows from the run's ``--seed``.
@@ -67,11 +68,15 @@ def params_from(args: argparse.Namespace, defaults: Mapping[str, object]) -> Sta
         for name, value in vars(args).items()
         if name.startswith(_PREFIX)
     }
-    return with_fields(StarsParams(), {**defaults, **given})
+    method = str(given.get("method", defaults.get("method", "stars")))
+    own = METHODS[method].parameters if method in METHODS else ()
+    # Defaults of the command that are of another method are nobody's wish.
+    used = {name: value for name, value in defaults.items() if name in (*COMMON, *own)}
+    return with_fields(StarsParams(), {**used, **given})
 
 
 def with_fields(params: StarsParams, values: Mapping[str, object]) -> StarsParams:
-    """`params` with some fields replaced.
+    """`params` with some fields replaced; with another method, its own parameters are kept.
 
     Raises
     ------
@@ -83,6 +88,8 @@ def with_fields(params: StarsParams, values: Mapping[str, object]) -> StarsParam
         if name not in known:
             raise ValueError(f"unknown parameter {name!r}; the parameters are {', '.join(known)}")
     changes: dict[str, Any] = dict(values)
+    if changes.get("method") in METHODS:
+        return params.with_method(**changes)
     return replace(params, **changes)
 
 

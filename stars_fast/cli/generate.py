@@ -20,6 +20,7 @@ from stars_fast.cli.lines import (
     needs_target,
     opened_input,
 )
+from stars_fast.cli.model_flags import add_model_flags, engine_options
 from stars_fast.cli.records import Done, InputRecord, read_done
 from stars_fast.cli.runner import Runner
 from stars_fast.cli.terminal import quiet_libraries, say
@@ -58,56 +59,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    models = parser.add_argument_group("models")
-    models.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="language model")
-    models.add_argument(
-        "--reward-model",
-        metavar="DIR_OR_HUB_ID",
-        help="reward model; needed unless --method vanilla",
-    )
-    models.add_argument(
-        "--reward-template",
-        metavar="TEXT",
-        help="what the reward model reads: chat, plain, or text with {prompt} and {response} "
-        "(default: its chat template if it has one)",
-    )
-    models.add_argument("--dtype", default="auto", help="such as bfloat16 (default: the model's)")
-    models.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
-    models.add_argument(
-        "--reward-device",
-        help="of the reward model (default: that of the model); on another one than the model's, "
-        "scoring runs beside the next draft",
-    )
-    models.add_argument(
-        "--compile-model", action="store_true", help="fuse small operations by torch.compile"
-    )
-    models.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that comes with a model"
-    )
-    models.add_argument(
-        "--allow-pickle",
-        action="store_true",
-        help="load weights that are not safetensors; unpickling can run code",
-    )
-    memory = parser.add_argument_group("memory")
-    memory.add_argument(
-        "--page-size", type=int, default=16, metavar="INT", help="tokens of a page (default: 16)"
-    )
-    memory.add_argument(
-        "--num-pages",
-        type=int,
-        metavar="INT",
-        help="pages of the model's pool (default: as memory allows)",
-    )
-    memory.add_argument(
-        "--kv-dtype",
-        choices=["auto", "fp8"],
-        default="auto",
-        help="what pages hold; fp8 is half of bfloat16, on a GPU (default: the model's dtype)",
-    )
-    memory.add_argument(
-        "--max-rows", type=int, default=256, metavar="INT", help="rows of a round (default: 256)"
-    )
+    add_model_flags(parser)
     data = parser.add_argument_group("input and output")
     data.add_argument(
         "--input", metavar="FILE", help="JSON lines; - for standard input (the default)"
@@ -278,20 +230,7 @@ def _load_engine(args: argparse.Namespace) -> Engine:
     quiet_libraries()
     try:
         return Engine(
-            args.model,
-            reward_model=args.reward_model,
-            reward_template=args.reward_template,
-            device=args.device,
-            reward_device=args.reward_device,
-            dtype=args.dtype,
-            kv_dtype=args.kv_dtype,
-            compile_model=args.compile_model,
-            page_size=args.page_size,
-            num_pages=args.num_pages,
-            max_rows=args.max_rows,
-            seed=args.seed,
-            trust_remote_code=args.trust_remote_code,
-            allow_pickle=args.allow_pickle,
+            args.model, reward_model=args.reward_model, seed=args.seed, **engine_options(args)
         )
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error

@@ -154,4 +154,4 @@ class Requests:
 
 def needs_target(params: StarsParams) -> bool:
     """Whether a request runs against the target that the run calibrates."""
-    return params.scored and params.target_reward in (None, "auto")
+    return params.needs_target and params.target_reward in (None, "auto")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from stars_fast.cli import bench, demo, generate, report
+from stars_fast.cli import eval as evaluate
 from stars_fast.cli.errors import UsageError
 from stars_fast.cli.terminal import say
 from stars_fast.errors import StarsFastError
@@ -33,9 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate.add_command(commands)
     demo.add_command(commands)
+    evaluate.add_command(commands)
     bench.add_command(commands)
     report.add_command(commands)
     args = parser.parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         code: int = args.run(args)
     except UsageError as error:

@@ -15,17 +15,15 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO
 
 from stars_fast.cli.errors import LineError, UsageError
 from stars_fast.cli.flags import with_fields
 from stars_fast.outputs import CompletionOutput, RequestOutput, Segment
 from stars_fast.params import StarsParams
+from stars_fast.prompt_values import PROMPT_KEYS, PromptValue, json_of, prompt_of, short, text_of
 
-PromptValue: TypeAlias = "str | list[int] | list[dict[str, str]]"
-
-_PROMPT_KEYS = ("prompt", "messages", "prompt_token_ids")
-_KEYS = (*_PROMPT_KEYS, "id", "params")
+_KEYS = (*PROMPT_KEYS, "id", "params")
 _OUTPUT_KEYS = {"id", "line", "prompt", "outputs", "error"}
 
 
@@ -58,83 +56,26 @@ def parse_line(raw: bytes, line: int, base: StarsParams) -> InputRecord | None:
         `StarsParams` refuses.
     """
     try:
-        text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
-        if not text:
-            return None
-        value = json.loads(text)
-        # Half a surrogate pair can be written in JSON but is not text: no tokenizer takes it.
-        json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError:
-        raise LineError(line, "JSON nested too deeply") from None
-    except UnicodeError as error:
-        raise LineError(line, f"not UTF-8 text: {error}") from None
-    except ValueError as error:
-        raise LineError(line, f"not JSON: {error}") from None
-    try:
-        return _record(value, line, base)
+        text = text_of(raw, first=line == 1)
+        return _record(json_of(text), line, base) if text else None
     except (ValueError, TypeError) as error:
         raise LineError(line, str(error)) from None
 
 
 def _record(value: object, line: int, base: StarsParams) -> InputRecord:
     if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, got {_short(value)}")
+        raise ValueError(f"expected a JSON object, got {short(value)}")
     for key in value:
         if key not in _KEYS:
             raise ValueError(f"unknown key {key!r}; the keys are {', '.join(_KEYS)}")
-    given = [key for key in _PROMPT_KEYS if key in value]
-    if len(given) != 1:
-        found = " and ".join(given) or "none of them"
-        raise ValueError(f"expected one of {', '.join(_PROMPT_KEYS)}, got {found}")
     name = value.get("id")
     if isinstance(name, bool) or not isinstance(name, (str, int, type(None))):
-        raise ValueError(f"id must be text or an integer, got {_short(name)}")
+        raise ValueError(f"id must be text or an integer, got {short(name)}")
     changes = value.get("params", {})
     if not isinstance(changes, dict):
-        raise ValueError(f"params must be an object, got {_short(changes)}")
-    prompt = _PROMPT_READERS[given[0]](value[given[0]])
+        raise ValueError(f"params must be an object, got {short(changes)}")
+    prompt = prompt_of(value)
     return InputRecord(line, name, prompt, with_fields(base, changes))
-
-
-def _text(value: object) -> PromptValue:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"prompt must be text that is not empty, got {_short(value)}")
-    return value
-
-
-def _messages(value: object) -> PromptValue:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"messages must be a list that is not empty, got {_short(value)}")
-    for message in value:
-        if (
-            not isinstance(message, dict)
-            or not {"role", "content"} <= message.keys()
-            or not all(isinstance(part, str) for part in message.values())
-        ):
-            raise ValueError(
-                f"each message must be an object with role and content, all text, "
-                f"got {_short(message)}"
-            )
-    return value
-
-
-def _token_ids(value: object) -> PromptValue:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"prompt_token_ids must be a list that is not empty, got {_short(value)}")
-    for token in value:
-        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-            raise ValueError(
-                f"prompt_token_ids must be integers of at least 0, got {_short(token)}"
-            )
-    return value
-
-
-_PROMPT_READERS = {"prompt": _text, "messages": _messages, "prompt_token_ids": _token_ids}
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def result_record(request: InputRecord, output: RequestOutput) -> dict[str, Any]:

@@ -230,7 +230,7 @@ def _take_loaded(
         raise ValueError(
             f"dtype must be 'auto' or the dtype of the loaded model, {model.dtype}, got {dtype}"
         )
-    if device is not None and not _same_device(torch.device(device), model.device):
+    if device is not None and not same_device(torch.device(device), model.device):
         raise ValueError(
             f"device must be None or the device of the loaded model, {model.device}, got {device}"
         )
@@ -242,7 +242,7 @@ def _take_loaded(
     return model, _load_tokenizer(folder, trust_remote_code)
 
 
-def _same_device(one: torch.device, other: torch.device) -> bool:
+def same_device(one: torch.device, other: torch.device) -> bool:
     """Whether two devices agree, an index left out standing for any."""
     return one.type == other.type and (
         one.index is None or other.index is None or one.index == other.index

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from stars_fast.rewards.base import Prompt, RewardModel, ScoreJob, Scorer
 from stars_fast.rewards.load import load_scorer
+from stars_fast.rewards.persona import Persona
 
-__all__ = ["Prompt", "RewardModel", "ScoreJob", "Scorer", "load_scorer"]
+__all__ = ["Persona", "Prompt", "RewardModel", "ScoreJob", "Scorer", "load_scorer"]

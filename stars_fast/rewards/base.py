@@ -123,6 +123,12 @@ class Scorer(ABC):
     def accept(self, request: int, branch: int) -> None:  # noqa: B027
         """Make a branch, kept or just scored, the committed text; drop the request's others."""
 
+    def fork(self, source: int, target: int) -> None:  # noqa: B027
+        """Make the committed text of `target` that of `source`, a request of the same prompt.
+
+        Branches of `target` are dropped.
+        """
+
     def prune(self, request: int) -> None:  # noqa: B027
         """Drop every branch of the request but the kept one."""
 

@@ -1,9 +1,10 @@
-"""Causal reward models, scored incrementally on paged KV.
+"""Causal models that judge, scored incrementally on paged KV.
 
 Each request owns one cached sequence, the committed text. A job forks it where its own ids
 first differ, and only the ids from there on are run; the ids behind the response (the suffix of a
 chat template) are run with it and never kept. Every cache is only that: whatever is dropped to make
-room is computed again when it is next needed, with the same rewards.
+room is computed again when it is next needed, with the same rewards. What the hidden states say is
+the `Reading`'s affair.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,19 +21,12 @@ from stars_fast._core import Batch, OutOfPagesError, SequenceCache
 from stars_fast.errors import RewardError
 from stars_fast.models.paged import PagedModel
 from stars_fast.rewards.base import Prompt, PromptRewards, ScoreJob, Scorer, finite_reward
+from stars_fast.rewards.reading import Cut, Reading
 from stars_fast.rewards.tokens import Ids, TokenPrompt, TokenSource, common_length
 
-__all__ = ["CausalScorer", "Head"]
+__all__ = ["CausalScorer"]
 
 NO_PAGES = -1
-
-
-class Head(Protocol):
-    """The linear map from a last hidden state [R, hidden] to rewards [R, 1]."""
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Apply the map."""
-        ...
 
 
 @dataclass(slots=True)
@@ -62,18 +55,24 @@ class _Row:
     place: int  # in the list of results
     request: int
     branch: int
-    ids: Ids  # up to the token at which the reward is read
-    keep: int
+    cut: Cut
     is_prompt: bool  # r(x)
     start: int = 0
     row: int = NO_PAGES
 
+    @property
+    def ids(self) -> Ids:
+        """What is run of it, cached or not."""
+        return self.cut.ids
+
+    @property
+    def new(self) -> int:
+        """How many of them are run."""
+        return len(self.ids) - self.start
+
 
 class CausalScorer(Scorer):
-    """A sequence classifier on a causal backbone.
-
-    The reward is read where transformers' classifiers read it: at the last token that is not the
-    padding token.
+    """A sequence classifier on a causal backbone, or a language model that judges.
 
     When the pool is short, the committed caches of requests that are not being scored go first,
     least recently used first, then the caches of candidates already scored, oldest first, then the
@@ -85,13 +84,11 @@ class CausalScorer(Scorer):
     Parameters
     ----------
     model : PagedModel
-        The classifier; its `extend` returns last hidden states.
-    head : Head
-        The classifier's own head.
+        Its `extend_all` returns the hidden states.
+    reading : Reading
+        Which hidden states are read, and how.
     source : TokenSource
         How prompts and jobs become ids.
-    pad_token_id : int or None
-        The padding token that the classifier looks for.
     num_pages, page_size : int
         The pool's, as given to `model`.
     max_rows : int
@@ -104,21 +101,19 @@ class CausalScorer(Scorer):
     def __init__(
         self,
         model: PagedModel,
-        head: Head,
+        reading: Reading,
         source: TokenSource,
         *,
-        pad_token_id: int | None,
         num_pages: int,
         page_size: int,
         max_rows: int = 256,
         max_batch_tokens: int = 8192,
     ) -> None:
         self._model = model
-        self._head = head
+        self._reading = reading
         self._source = source
         self.needs_text = source.needs_text
         self.device = model.device
-        self._pad = pad_token_id
         self._context = model.max_length
         self._max_rows = max_rows
         self._max_batch_tokens = max_batch_tokens
@@ -138,11 +133,12 @@ class CausalScorer(Scorer):
         bound = self._source.bind(prompt)
         self._check_length(
             len(bound.empty_ids) + max_response_tokens,
-            f"the prompt has {len(bound.empty_ids)} tokens in the reward model's template and up "
-            f"to {max_response_tokens} follow",
+            f"the prompt has {len(bound.empty_ids)} tokens {self._reading.form} and up to "
+            f"{max_response_tokens} follow",
         )
         self._cache.open(request)
-        self._requests[request] = _Request(bound, committed=bound.empty_ids[: bound.stem])
+        prefix = bound.empty_ids[: self._reading.prefix(bound)]
+        self._requests[request] = _Request(bound, committed=prefix)
 
     def score(self, jobs: Sequence[ScoreJob]) -> list[float | Exception]:
         """Run what is new of each job; see `Scorer.score`."""
@@ -157,12 +153,17 @@ class CausalScorer(Scorer):
             if isinstance(ids, Exception):
                 results[place] = ids
                 continue
-            row = self._row(place, job, ids, prompts[place].tail)
+            committed = self._requests[job.request].committed
+            cut = self._reading.cut(ids, prompts[place], committed)
+            if not isinstance(cut, Cut):
+                results[place] = cut
+                continue
             try:
-                self._check_length(len(row.ids), f"the text has {len(row.ids)} tokens")
+                self._check_length(len(cut.ids), f"the text has {len(cut.ids)} tokens")
             except ValueError as error:
                 results[place] = error
                 continue
+            row = _Row(place, job.request, job.branch, cut, not job.response_ids)
             if row.is_prompt:
                 key = row.ids.tobytes()
                 known = self._prompt_rewards.get(key)
@@ -215,6 +216,18 @@ class CausalScorer(Scorer):
         if cached < self._cache.length(request):
             self._cache.truncate(request, cached)
 
+    def fork(self, source: int, target: int) -> None:
+        """Share the committed pages of another request; see `Scorer.fork`."""
+        theirs, mine = self._requests[source], self._requests[target]
+        for branch in list(mine.branches):
+            self._drop(mine, branch)
+        mine.kept = None
+        mine.committed, mine.sealed = theirs.committed, theirs.sealed
+        self._cache.copy(source, target)
+        self._resident.pop(target, None)
+        if self._cache.length(target):
+            self._resident[target] = None
+
     def prune(self, request: int) -> None:
         """Drop every branch but the kept one."""
         state = self._requests[request]
@@ -240,24 +253,17 @@ class CausalScorer(Scorer):
             "rm_copied_bytes": self._model.copied_bytes,
         }
 
-    def _row(self, place: int, job: ScoreJob, ids: Ids, tail: int) -> _Row:
-        end = len(ids)
-        if self._pad is not None:
-            while end > 1 and int(ids[end - 1]) == self._pad:
-                end -= 1
-        keep = min(len(ids) - tail, end)
-        return _Row(place, job.request, job.branch, ids[:end], keep, not job.response_ids)
-
     def _check_length(self, tokens: int, what: str) -> None:
+        whose, shorten = self._reading.whose, self._reading.shorten
         if self._context is not None and tokens > self._context:
             raise ValueError(
-                f"{what}: more than the reward model's context of {self._context} tokens; shorten "
-                "the prompt or lower max_tokens"
+                f"{what}: more than {whose}'s context of {self._context} tokens; shorten "
+                f"{shorten} or lower max_tokens"
             )
         if tokens > self._pool_tokens:
             raise ValueError(
-                f"{what}: more than the reward model's cache of {self._pool_tokens} tokens; raise "
-                "num_pages, shorten the prompt or lower max_tokens"
+                f"{what}: more than {whose}'s cache of {self._pool_tokens} tokens; raise "
+                f"num_pages, shorten {shorten} or lower max_tokens"
             )
 
     def _chunks(self, rows: list[_Row]) -> Iterator[list[_Row]]:
@@ -293,28 +299,43 @@ class CausalScorer(Scorer):
             self._evict(rows[0].request)
             hidden = self._forward(rows, protected)
         assert not isinstance(hidden, OutOfPagesError)  # any text that passed the length check fits
-        if isinstance(hidden, RewardError):
+        rewards = hidden if isinstance(hidden, RewardError) else self._read(rows, hidden)
+        if isinstance(rewards, RewardError):
             for row in rows:
-                results[row.place] = hidden
+                results[row.place] = rewards
             return
-        with torch.inference_mode():
-            rewards: list[float] = self._head(hidden).float()[:, 0].tolist()
         for row, reward in zip(rows, rewards, strict=True):
             results[row.place] = finite_reward(reward)
             self._settle(row)
+
+    def _read(self, rows: list[_Row], hidden: torch.Tensor) -> list[float] | RewardError:
+        """Return the rewards of rows that have run, from the hidden states [T, hidden]."""
+        ends = np.cumsum([row.new for row in rows])
+        places = np.concatenate(
+            [
+                np.arange(end - (len(row.ids) - row.cut.first), end)
+                for row, end in zip(rows, ends, strict=True)
+            ]
+        )
+        try:
+            with torch.inference_mode():
+                read = hidden.index_select(0, torch.from_numpy(places).to(hidden.device))
+                return self._reading.values(read, [row.cut for row in rows])
+        except Exception as error:  # noqa: BLE001 - one bad pass must not end other requests
+            return self._failed(rows, error)
 
     def _settle(self, row: _Row) -> None:
         """File a row that was run among its request's branches; r(x) leaves the prompt behind."""
         state = self._requests[row.request]
         if row.is_prompt:
             if self._cache.length(row.request) == 0 and not state.branches:
-                self._cache.promote(row.row, min(row.keep, len(state.committed)))
+                self._cache.promote(row.row, min(row.cut.keep, len(state.committed)))
                 self._seal(row.request)
             else:
                 self._cache.drop(row.row)
             return
         self._drop(state, row.branch)
-        branch = _Branch(row.ids, row.keep, row.start, row.row)
+        branch = _Branch(row.ids, row.cut.keep, row.start, row.row)
         state.branches[row.branch] = branch
         self._loose[row.row] = branch
 
@@ -346,7 +367,7 @@ class CausalScorer(Scorer):
             if isinstance(hidden, Exception):
                 return  # the rows will run without a common prefix, or fail in their place
             for piece in pieces:
-                self._cache.promote(piece.row, len(piece.ids) - piece.start)
+                self._cache.promote(piece.row, piece.new)
                 if len(piece.ids) == missing[piece.request]:
                     del missing[piece.request]
                     self._seal(piece.request)
@@ -369,7 +390,8 @@ class CausalScorer(Scorer):
             width = max(width, end - cached)
             if count > 1 and count * width > self._max_batch_tokens:
                 return
-            yield _Row(-1, request, -1, self._requests[request].committed[:end], end, False)
+            ids = self._requests[request].committed[:end]
+            yield _Row(-1, request, -1, Cut(ids, end, end, ids[:0]), False)
 
     def _seal(self, request: int) -> None:
         state = self._requests[request]
@@ -380,7 +402,7 @@ class CausalScorer(Scorer):
     def _forward(
         self, rows: list[_Row], protected: frozenset[int]
     ) -> torch.Tensor | OutOfPagesError | RewardError:
-        """Fork the rows, put in order, and run what is new; last hidden states [R, hidden].
+        """Fork the rows, put in order, and run what is new; its hidden states [T, hidden].
 
         To make room, nothing of the protected requests is given up but candidates already scored.
         """
@@ -396,13 +418,18 @@ class CausalScorer(Scorer):
         self._counts["rm_calls"] += 1
         self._counts["rm_tokens"] += len(token_ids)
         try:
-            return self._model.extend(batch, torch.from_numpy(token_ids).to(self._model.device))
+            ids = torch.from_numpy(token_ids).to(self._model.device)
+            return self._model.extend_all(batch, ids)
         except Exception as error:  # noqa: BLE001 - one bad pass must not end other requests
-            for row in rows:
-                self._cache.drop(row.row)
-            failure = RewardError(f"the reward model failed: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-            return failure
+            return self._failed(rows, error)
+
+    def _failed(self, rows: list[_Row], error: Exception) -> RewardError:
+        """Drop the rows of a pass that raised; the error to put in their place."""
+        for row in rows:
+            self._cache.drop(row.row)
+        failure = RewardError(f"{self._reading.whose} failed: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        return failure
 
     def _fork(self, rows: list[_Row]) -> tuple[Batch, Ids] | OutOfPagesError:
         """Order the rows and give each its pages; the batch and its new ids [T]."""
@@ -418,7 +445,7 @@ class CausalScorer(Scorer):
                 _int64([row.row for row in rows]),
                 _int32([row.start for row in rows]),
                 token_ids,
-                _int32([len(row.ids) - row.start for row in rows]),
+                _int32([row.new for row in rows]),
             )
         except OutOfPagesError as error:
             return error

@@ -7,6 +7,7 @@ tokenizer, the context length, the architecture.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -24,7 +25,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
-from stars_fast.models.load import check_model_directory
+from stars_fast.models.load import check_model_directory, same_device
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.pool import KvDtype, default_num_pages
 from stars_fast.models.selfcheck import check_numbers
@@ -34,6 +35,8 @@ from stars_fast.rewards.callable import CallableScorer, RewardFunction
 from stars_fast.rewards.causal import CausalScorer
 from stars_fast.rewards.encoder import EncoderScorer, encoder_context
 from stars_fast.rewards.head import check_labels, linear_head
+from stars_fast.rewards.persona import Persona, PersonaScorer, PersonaTokens
+from stars_fast.rewards.reading import LastToken
 from stars_fast.rewards.text import CallableTemplate, TemplateLike, make_template
 from stars_fast.rewards.tokens import RetokenizedText, SharedTokens, TokenSource
 from stars_fast.rewards.vocabulary import check_vocabulary, embedding_rows, same_tokens
@@ -41,7 +44,7 @@ from stars_fast.rewards.vocabulary import check_vocabulary, embedding_rows, same
 __all__ = ["RewardModelLike", "load_scorer"]
 
 RewardModelLike: TypeAlias = (
-    "str | os.PathLike[str] | PreTrainedModel | RewardModel | RewardFunction"
+    "str | os.PathLike[str] | PreTrainedModel | Persona | RewardModel | RewardFunction"
 )
 # Of the free memory on a GPU, once the language model's pool is there.
 _POOL_SHARE = 0.6
@@ -54,6 +57,7 @@ def load_scorer(
     reward_model: RewardModelLike,
     *,
     lm_tokenizer: PreTrainedTokenizerBase | None,
+    language_model: PreTrainedModel | None = None,
     reward_tokenizer: PreTrainedTokenizerBase | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str = "auto",
@@ -71,14 +75,17 @@ def load_scorer(
 
     Parameters
     ----------
-    reward_model : str, path, PreTrainedModel, callable or RewardModel
+    reward_model : str, path, PreTrainedModel, Persona, callable or RewardModel
         A local directory or hub id of a transformers sequence classifier with one label; such a
-        model, loaded (it stays on its device and in its dtype, and is put in eval mode); a function
+        model, loaded (it stays on its device and in its dtype, and is put in eval mode); a
+        `Persona`, under which the language model judges itself; a function
         `f(prompts, responses) -> list[float]`; or an object with such a method `score`.
     lm_tokenizer : transformers tokenizer or None
         The language model's. Where the reward model's agrees with it token for token, response ids
         are used as they are; otherwise texts are tokenised again. Without one there are no texts,
         which is for reward functions alone.
+    language_model : PreTrainedModel, optional
+        The language model, known to run on pages; a `Persona` needs it.
     reward_tokenizer : transformers tokenizer, optional
         The reward model's. By default it is loaded from where the model came from.
     device : torch.device or str, optional
@@ -88,7 +95,7 @@ def load_scorer(
     template : None, str or callable
         The text that the reward model reads, see `stars_fast.rewards.text`.
     num_pages : int, optional
-        Pages of a causal reward model's cache; by default see `default_num_pages`.
+        Pages of a causal reward model's or a judge's cache; by default see `default_num_pages`.
     page_size : int
         Tokens per page.
     trust_remote_code : bool
@@ -98,7 +105,7 @@ def load_scorer(
     max_rows : int
         Most rows of one forward pass.
     backend, kv_dtype, compile_model
-        Of a causal reward model, see `stars_fast.models.paged.PagedModel`.
+        Of a causal reward model or a judge, see `stars_fast.models.paged.PagedModel`.
 
     Raises
     ------
@@ -112,6 +119,17 @@ def load_scorer(
     TypeError
         If `reward_model` or `template` is of none of these kinds.
     """
+    pool = _Pool(
+        num_pages=num_pages,
+        page_size=page_size,
+        max_rows=max_rows,
+        backend=backend,
+        kv_dtype=kv_dtype,
+        compile_model=compile_model,
+    )
+    if isinstance(reward_model, Persona):
+        judge = _check_judge(language_model, lm_tokenizer, reward_tokenizer, template, device)
+        return _persona_scorer(reward_model, *judge, pool)
     if not isinstance(reward_model, str | os.PathLike | PreTrainedModel):
         return _python_scorer(reward_model, template)
     if lm_tokenizer is None:
@@ -131,18 +149,39 @@ def load_scorer(
         tokenizer = reward_tokenizer or _tokenizer_of(model, trust_remote_code)
     if _is_encoder(model):
         return _encoder_scorer(model, tokenizer, template)
-    return _causal_scorer(
-        model,
-        tokenizer,
-        lm_tokenizer,
-        template,
-        num_pages=num_pages,
-        page_size=page_size,
-        max_rows=max_rows,
-        backend=backend,
-        kv_dtype=kv_dtype,
-        compile_model=compile_model,
-    )
+    return _causal_scorer(model, tokenizer, lm_tokenizer, template, pool)
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """What the user said of a causal model's pages."""
+
+    num_pages: int | None
+    page_size: int
+    max_rows: int
+    backend: Backend
+    kv_dtype: KvDtype
+    compile_model: bool
+
+    def paged(self, model: PreTrainedModel) -> PagedModel:
+        """Return the model on pages, as many as fit where none were asked for."""
+        num_pages = self.num_pages
+        if num_pages is None:
+            num_pages = default_num_pages(
+                model,
+                page_size=self.page_size,
+                max_rows=self.max_rows,
+                gpu_share=_POOL_SHARE,
+                kv_dtype=self.kv_dtype,
+            )
+        return PagedModel(
+            model,
+            num_pages=num_pages,
+            page_size=self.page_size,
+            backend=self.backend,
+            kv_dtype=self.kv_dtype,
+            compile_model=self.compile_model,
+        )
 
 
 def _python_scorer(reward_model: object, template: TemplateLike) -> Scorer:
@@ -188,38 +227,17 @@ def _causal_scorer(
     tokenizer: PreTrainedTokenizerBase,
     lm_tokenizer: PreTrainedTokenizerBase,
     template: TemplateLike,
-    *,
-    num_pages: int | None,
-    page_size: int,
-    max_rows: int,
-    backend: Backend,
-    kv_dtype: KvDtype,
-    compile_model: bool,
+    pool: _Pool,
 ) -> Scorer:
     rows = embedding_rows(model)
     check_vocabulary(tokenizer, rows, pads=False)
     chosen = make_template(template, tokenizer, pairs=False)
     head = linear_head(model)
     try:
-        check_numbers(model, backend=backend)
+        check_numbers(model, backend=pool.backend)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{error} As a reward model: {_CALLABLE_ADVICE}") from error
-    if num_pages is None:
-        num_pages = default_num_pages(
-            model,
-            page_size=page_size,
-            max_rows=max_rows,
-            gpu_share=_POOL_SHARE,
-            kv_dtype=kv_dtype,
-        )
-    paged = PagedModel(
-        model,
-        num_pages=num_pages,
-        page_size=page_size,
-        backend=backend,
-        kv_dtype=kv_dtype,
-        compile_model=compile_model,
-    )
+    paged = pool.paged(model)
     source: TokenSource
     if not isinstance(chosen, CallableTemplate) and same_tokens(lm_tokenizer, tokenizer):
         source = SharedTokens(tokenizer, chosen, rows)
@@ -227,12 +245,57 @@ def _causal_scorer(
         source = RetokenizedText(tokenizer, chosen)
     return CausalScorer(
         paged,
-        head,
+        LastToken(head, model.config.get_text_config().pad_token_id),
         source,
-        pad_token_id=model.config.get_text_config().pad_token_id,
-        num_pages=num_pages,
-        page_size=page_size,
-        max_rows=max_rows,
+        num_pages=paged.num_pages,
+        page_size=paged.page_size,
+        max_rows=pool.max_rows,
+    )
+
+
+def _check_judge(
+    language_model: PreTrainedModel | None,
+    lm_tokenizer: PreTrainedTokenizerBase | None,
+    reward_tokenizer: PreTrainedTokenizerBase | None,
+    template: TemplateLike,
+    device: torch.device | str | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model that judges and its tokenizer; refuse what does not go with a persona."""
+    if language_model is None:
+        raise ValueError("a Persona is judged by the language model: pass language_model")
+    if lm_tokenizer is None:
+        raise ValueError(
+            "a Persona needs the language model's tokenizer, and none was found beside the "
+            "language model: pass tokenizer"
+        )
+    if template is not None:
+        raise ValueError("reward_template is for reward models; a Persona has its own template")
+    if reward_tokenizer is not None and reward_tokenizer is not lm_tokenizer:
+        raise ValueError(
+            "reward_tokenizer is for reward models; under a Persona the language model's is used"
+        )
+    if device is not None and not same_device(torch.device(device), language_model.device):
+        raise ValueError(
+            "reward_device must be None or the device of the language model, which judges under a "
+            f"Persona, {language_model.device}, got {device}"
+        )
+    return language_model, lm_tokenizer
+
+
+def _persona_scorer(
+    persona: Persona,
+    language_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pool: _Pool,
+) -> Scorer:
+    source = PersonaTokens(persona, tokenizer, embedding_rows(language_model))
+    paged = pool.paged(language_model)
+    return PersonaScorer(
+        paged,
+        source,
+        num_pages=paged.num_pages,
+        page_size=paged.page_size,
+        max_rows=pool.max_rows,
     )
 
 

@@ -39,6 +39,7 @@ from stars_fast.rewards.base import Prompt
 
 __all__ = ["CallableTemplate", "ChatTemplate", "FramedPrompt", "Template", "TemplateLike"]
 __all__ += ["FormatTemplate", "PairTemplate", "PlainTemplate", "RenderedPrompt", "make_template"]
+__all__ += ["bare_text", "conversation"]
 
 TemplateLike: TypeAlias = "str | Callable[..., Any] | None"
 Messages: TypeAlias = "list[dict[str, str]]"
@@ -142,7 +143,7 @@ class FormatTemplate:
 
     def bind(self, prompt: Prompt) -> FramedPrompt:
         """Return the string with the prompt put in."""
-        text = _bare_text(prompt)
+        text = bare_text(prompt)
         return FramedPrompt(
             self._before.replace("{prompt}", text), self._behind.replace("{prompt}", text)
         )
@@ -155,7 +156,7 @@ class PairTemplate:
 
     def bind(self, prompt: Prompt) -> PairedPrompt:
         """Return the prompt as the first text."""
-        return PairedPrompt(_bare_text(prompt))
+        return PairedPrompt(bare_text(prompt))
 
 
 class ChatTemplate:
@@ -186,7 +187,7 @@ class ChatTemplate:
 
     def bind(self, prompt: Prompt) -> FramedPrompt:
         """Render the prompt's messages around the stand-in."""
-        messages, opening = _conversation(prompt)
+        messages, opening = conversation(prompt)
         prefix, suffix = self._split(messages, opening, "{}")
         # An opening of the assistant's message keeps the white space between it and the response.
         return FramedPrompt(prefix, suffix, self._strip_left and not opening, self._strip_right)
@@ -242,7 +243,7 @@ class CallableTemplate:
     def bind(self, prompt: Prompt) -> CalledPrompt:
         """Return the function with its prompt argument filled in."""
         if self._takes_messages:
-            messages, opening = _conversation(prompt)
+            messages, opening = conversation(prompt)
 
             def of_messages(response: str) -> str:
                 reply = {"role": "assistant", "content": opening + response}
@@ -250,7 +251,7 @@ class CallableTemplate:
 
             return CalledPrompt(of_messages)
 
-        text = _bare_text(prompt)
+        text = bare_text(prompt)
         return CalledPrompt(lambda response: self._write(text, response))
 
     def _write(self, *arguments: Messages | str) -> str:
@@ -315,13 +316,14 @@ def make_template(
     return FormatTemplate(template)
 
 
-def _bare_text(prompt: Prompt) -> str:
+def bare_text(prompt: Prompt) -> str:
+    """Return the content of a prompt of one message, the text of any other."""
     if prompt.messages is not None and len(prompt.messages) == 1:
         return prompt.messages[0]["content"]
     return prompt.text
 
 
-def _conversation(prompt: Prompt) -> tuple[Messages, str]:
+def conversation(prompt: Prompt) -> tuple[Messages, str]:
     """Return the messages before the response, and the text that opens the response's message."""
     if prompt.messages is None:
         return [{"role": "user", "content": prompt.text}], ""

@@ -89,7 +89,7 @@ def test_rates_out_of_range(engine: Engine, rate: float) -> None:
         ({"alpha": 2.0}, "alpha must be"),
         ({"prompts": []}, "prompts must be at least one"),
         (
-            {"params": replace(PARAMS, method="vanilla")},
+            {"params": PARAMS.with_method("vanilla")},
             "method must be one with an accept test, got 'vanilla'",
         ),
     ],

@@ -54,7 +54,7 @@ def test_results_are_those_of_the_engine(tmp_path: Path) -> None:
     assert run("--input", source, "--output", tmp_path / "out", "--seed", "5", *TARGET) == 0
     records = read(tmp_path / "out")
     params = StarsParams(target_reward=0.5, max_tokens=12, segment_length=4, candidates=2)
-    each = [params, replace(params, max_tokens=4, n=2), replace(params, method="vanilla")]
+    each = [params, replace(params, max_tokens=4, n=2), params.with_method("vanilla")]
     outputs = engine.generate(prompts, each, use_tqdm=False)
     for line, output in enumerate(outputs, 1):
         assert records[line]["error"] is None
@@ -202,6 +202,6 @@ def test_unaligned_responses_of_the_demo_are_vanilla_sampling() -> None:
     params = StarsParams(target_reward=3.0, max_tokens=12, segment_length=4, seed=3)
     prompts = demo.prompts(3)
     shown = engine.generate(prompts, _unaligned(params), use_tqdm=False)
-    plain = engine.generate(prompts, replace(params, method="vanilla"), use_tqdm=False)
+    plain = engine.generate(prompts, params.with_method("vanilla"), use_tqdm=False)
     assert [o.outputs[0].token_ids for o in shown] == [o.outputs[0].token_ids for o in plain]
     assert all(s.reward is not None for o in shown for s in o.outputs[0].segments)

@@ -14,7 +14,7 @@ from stars_fast.cli.flags import (
     params_from,
     with_fields,
 )
-from stars_fast.params import StarsParams
+from stars_fast.params import Method, StarsParams
 
 # For every field with a flag: what is typed, and what it means.
 EXAMPLES = {
@@ -38,6 +38,22 @@ EXAMPLES = {
     "trace": (["--trace"], True),
     "entropy_threshold": (["--entropy-threshold", "2.5"], 2.5),
     "min_segment_length": (["--min-segment-length", "6"], 6),
+    "rules": (["--rules", "public"], "public"),
+    "reward_weight": (["--reward-weight", "2"], 2.0),
+    "rejection_rate": (["--rejection-rate", "0.25"], 0.25),
+    "ess_threshold": (["--ess-threshold", "1"], 1.0),
+    "calibrate_prefixes": (["--calibrate-prefixes"], True),
+    "segment_end": (["--segment-end", "sentence"], "sentence"),
+}
+
+# Whose parameters they are, where those of "stars" do not have them.
+METHOD_OF: dict[str, Method] = {
+    "entropy_threshold": "cards",
+    "min_segment_length": "cards",
+    "rules": "cards",
+    "reward_weight": "args",
+    "rejection_rate": "speculative_rejection",
+    "ess_threshold": "smc",
 }
 
 
@@ -58,10 +74,11 @@ def test_every_field_is_in_the_examples() -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_flag_sets_its_field_alone(name: str) -> None:
     argv, value = EXAMPLES[name]
-    params = parse(*argv)
+    default = StarsParams(method=METHOD_OF.get(name, "stars"))
+    params = parse("--method", default.method, *argv)
     assert getattr(params, name) == value
     assert type(getattr(params, name)) is type(value)
-    default = StarsParams()
+    default = default if name != "method" else StarsParams()
     others = [field.name for field in fields(StarsParams) if field.name != name]
     assert [getattr(params, other) for other in others] == [
         getattr(default, other) for other in others

@@ -195,9 +195,9 @@ def test_engine_options_are_named(options: dict[str, int], named: str) -> None:
 def test_methods_that_need_a_reward_model_say_so() -> None:
     plain = engine(reward=None)
     for method in ("stars", "best_of_n"):
-        (output,) = plain.generate("ab", dataclasses.replace(PARAMS, method=method), use_tqdm=False)
+        (output,) = plain.generate("ab", PARAMS.with_method(method), use_tqdm=False)
         assert "reward_model" in (output.error or "")
     with pytest.raises(ValueError, match="reward_model"):
         plain.calibrate("ab")
-    (output,) = plain.generate("ab", dataclasses.replace(PARAMS, method="vanilla"), use_tqdm=False)
+    (output,) = plain.generate("ab", PARAMS.with_method("vanilla"), use_tqdm=False)
     assert output.error is None

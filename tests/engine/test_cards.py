@@ -116,7 +116,7 @@ def test_any_number_of_candidates(candidates: Any) -> None:
 
 def test_beside_segments_of_fixed_length() -> None:
     both = engine()
-    fixed = dataclasses.replace(PARAMS, method="stars")
+    fixed = PARAMS.with_method("stars")
     each = [dataclasses.replace(p, seed=50) for p in (PARAMS, fixed)]
     ragged, even = both.generate([PROMPTS[0]] * 2, each, use_tqdm=False)
     assert ragged.outputs[0].token_ids == run()[0].token_ids
@@ -125,7 +125,7 @@ def test_beside_segments_of_fixed_length() -> None:
 
 def test_no_entropy_is_high_enough() -> None:
     never = run(dataclasses.replace(PARAMS, entropy_threshold=100.0))
-    fixed = run(dataclasses.replace(PARAMS, method="stars"))
+    fixed = run(PARAMS.with_method("stars"))
     assert [output.token_ids for output in never] == [output.token_ids for output in fixed]
 
 

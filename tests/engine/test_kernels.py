@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -47,7 +46,7 @@ def engine(**options: Any) -> Engine:
 
 def run(engine: Engine, *changes: dict[str, Any]) -> list[RequestOutput]:
     each = [
-        dataclasses.replace(PARAMS, seed=50 + i, **change)
+        PARAMS.with_method(**{"method": PARAMS.method, "seed": 50 + i, **change})
         for i, change in enumerate(changes or ({}, {}))
     ]
     outputs = engine.generate(PROMPTS[: len(each)], each, use_tqdm=False)

@@ -66,7 +66,7 @@ def test_same_results(candidates: Any, pages: int) -> None:
     stats = overlapped.stats()
     assert (stats["preemptions"] > 0) == (pages < 100)
     assert stats["pages_used"] == stats["rm_pages_used"] == stats["requests_running"] == 0
-    assert run(overlapped, dataclasses.replace(params, method="best_of_n", candidates=2))
+    assert run(overlapped, params.with_method("best_of_n", candidates=2))
 
 
 def test_one_request_alone() -> None:

@@ -25,7 +25,7 @@ PARAMS = StarsParams(
     seed=3,
     ignore_eos=True,
 )
-VANILLA = dataclasses.replace(PARAMS, method="vanilla")
+VANILLA = PARAMS.with_method("vanilla")
 
 
 def letters_alike(prompts: list[str], responses: list[str]) -> list[float]:
@@ -235,7 +235,7 @@ class TestSteps:
 
 def test_best_of_n_picks_the_best_of_the_vanilla_samples(engine: Engine) -> None:
     vanilla = dataclasses.replace(VANILLA, n=6)
-    best = dataclasses.replace(PARAMS, method="best_of_n", candidates=6)
+    best = PARAMS.with_method("best_of_n", candidates=6)
     (samples,) = engine.generate("ab", vanilla, use_tqdm=False)
     rewards = letters_alike([""] * 6, [o.text for o in samples.outputs])
     chosen = only(engine, best)
@@ -245,7 +245,7 @@ def test_best_of_n_picks_the_best_of_the_vanilla_samples(engine: Engine) -> None
 
 
 def test_best_of_n_is_reported_once(engine: Engine) -> None:
-    engine.add_request("one", "ab", dataclasses.replace(PARAMS, method="best_of_n", n=2))
+    engine.add_request("one", "ab", PARAMS.with_method("best_of_n", n=2))
     seen = []
     while engine.has_unfinished():
         seen += engine.step()

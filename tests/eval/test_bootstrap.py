@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stars_fast.cli.bootstrap import mean_interval
+from stars_fast.eval.bootstrap import RESAMPLES, Resamples, mean_interval
 
 
 def test_it_is_that_of_the_normal_approximation_for_many_values() -> None:
@@ -39,3 +39,26 @@ def test_it_covers_the_mean_as_often_as_it_says() -> None:
 def test_bad_arguments_are_named(values: list[float], level: float) -> None:
     with pytest.raises(ValueError, match=r"^(values|level) must"):
         mean_interval(values, level, seed=0)
+
+
+def test_a_small_case_by_hand() -> None:
+    """Two values: the resamples' means are 0, 1/2, 1/2 and 1, each equally likely."""
+    means = Resamples(2, seed=3).means(np.array([0.0, 1.0]))
+    assert len(means) == RESAMPLES
+    shares = [float((means == value).mean()) for value in (0.0, 0.5, 1.0)]
+    assert shares == pytest.approx([0.25, 0.5, 0.25], abs=0.02)  # 4 standard errors
+
+
+def test_missing_values_are_left_out() -> None:
+    values = np.array([0.0, 1.0, np.nan])
+    means = Resamples(3, seed=3).means(values)
+    assert len(means) == pytest.approx(RESAMPLES * (1 - 1 / 27), abs=70)  # some have nothing else
+    assert means.mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_means_over_the_same_units_are_paired() -> None:
+    resamples = Resamples(20, seed=0)
+    values = np.random.default_rng(1).normal(size=20)
+    low, high = resamples.interval(values + 1.0 - values, 0.95)
+    assert (low, high) == (1.0, 1.0)
+    assert np.allclose(resamples.means(values + 1.0) - resamples.means(values), 1.0)

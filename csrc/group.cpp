@@ -1,0 +1,152 @@
+#include "group.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "philox.h"
+
+namespace stars_fast {
+
+void Group::Turn::clear() {
+  target.clear();
+  source.clear();
+  dropped.clear();
+  chosen = kNone;
+}
+
+Group::Group(const GroupOptions& options, std::size_t size) : options_(options), members_(size) {
+  begin_generation();
+}
+
+void Group::begin_generation() {
+  pending_ = static_cast<std::int32_t>(
+      std::count_if(members_.begin(), members_.end(),
+                    [](const Member& member) { return member.alive && !member.ended; }));
+}
+
+void Group::reach(std::int32_t member, double reward, bool ended) {
+  Member& reached = members_[static_cast<std::size_t>(member)];
+  // All begin at one and the same reward, that of the prompt, which weights need not know.
+  const double before = first_ ? 0.0 : reached.reward;
+  reached.log_weight += (reward - before) / options_.beta;
+  reached.reward = reward;
+  reached.ended = ended;
+  --pending_;
+}
+
+void Group::turn(Turn& into) {
+  into.clear();
+  if (options_.kind == GroupOptions::Kind::kPrune) {
+    prune(into);
+  } else {
+    resample(into);
+  }
+  ++generation_;
+  first_ = false;
+  begin_generation();
+}
+
+double Group::uniform(std::uint32_t what) const {
+  return purpose_uniform(options_.seed, generation_, what, Purpose::kResample);
+}
+
+void Group::resample(Turn& into) {
+  const std::size_t size = members_.size();
+  double most = -std::numeric_limits<double>::infinity();
+  for (const Member& member : members_) {
+    most = std::max(most, member.log_weight);
+  }
+  weights_.resize(size);
+  double total = 0.0;
+  double squares = 0.0;
+  bool grows = false;
+  for (std::size_t i = 0; i < size; ++i) {
+    weights_[i] = std::exp(members_[i].log_weight - most);
+    total += weights_[i];
+    squares += weights_[i] * weights_[i];
+    grows = grows || !members_[i].ended;
+  }
+  if (!grows) {
+    into.chosen = draw(total);
+    return;
+  }
+  const auto paths = static_cast<double>(size);
+  if (total * total / squares >= options_.ess_threshold * paths) {
+    return;
+  }
+  // Systematic: one uniform for all, path i gets the points u, u + 1, ... in its share of the line.
+  order_.assign(size, 0);  // copies of each path
+  const double offset = uniform(0);
+  double sum = 0.0;
+  double points = 0.0;
+  for (std::size_t i = 0; i < size; ++i) {
+    sum += weights_[i] / total * paths;
+    while (points < paths && (points + offset < sum || i + 1 == size)) {
+      ++order_[i];
+      points += 1.0;
+    }
+  }
+  std::size_t source = 0;
+  for (std::size_t i = 0; i < size; ++i) {
+    if (order_[i] > 0) {
+      continue;
+    }
+    while (order_[source] < 2) {
+      ++source;
+    }
+    --order_[source];
+    into.target.push_back(static_cast<std::int32_t>(i));
+    into.source.push_back(static_cast<std::int32_t>(source));
+    members_[i] = members_[source];
+  }
+  grows = false;
+  for (std::size_t i = 0; i < size; ++i) {
+    members_[i].log_weight = 0.0;
+    weights_[i] = 1.0;
+    grows = grows || !members_[i].ended;
+  }
+  if (!grows) {  // those that grew have gone, and so no boundary would come
+    into.chosen = draw(static_cast<double>(size));
+  }
+}
+
+// A member with probability proportional to weights_, which sum up to `total`.
+std::int32_t Group::draw(double total) const {
+  const double point = uniform(1) * total;
+  double sum = weights_[0];
+  std::size_t chosen = 0;
+  while (sum < point && chosen + 1 < weights_.size()) {
+    sum += weights_[++chosen];
+  }
+  return static_cast<std::int32_t>(chosen);
+}
+
+void Group::prune(Turn& into) {
+  order_.clear();
+  for (std::size_t i = 0; i < members_.size(); ++i) {
+    if (members_[i].alive) {
+      order_.push_back(static_cast<std::int32_t>(i));
+    }
+  }
+  std::stable_sort(order_.begin(), order_.end(),
+                   [this](std::int32_t a, std::int32_t b) { return at(a).reward > at(b).reward; });
+  const auto count = static_cast<double>(order_.size());
+  const auto keep = static_cast<std::size_t>(
+      std::max(1.0, std::nearbyint((1.0 - options_.rejection_rate) * count)));
+  bool grows = false;
+  for (std::size_t i = 0; i < order_.size(); ++i) {
+    Member& member = members_[static_cast<std::size_t>(order_[i])];
+    if (i < keep) {
+      grows = grows || !member.ended;
+    } else {
+      member.alive = false;
+      into.dropped.push_back(order_[i]);
+    }
+  }
+  if (!grows) {
+    into.chosen = order_.front();
+  }
+}
+
+}  // namespace stars_fast

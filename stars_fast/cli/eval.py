@@ -1,0 +1,438 @@
+"""``stars-fast eval``: methods side by side, in quality and in cost."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from stars_fast.cli.errors import UsageError, file_errors
+from stars_fast.cli.model_flags import add_model_flags, engine_options
+from stars_fast.cli.terminal import quiet_libraries, say
+from stars_fast.eval.datasets import Item, Layout, RecordError, read_items
+from stars_fast.eval.gold import gold_source
+from stars_fast.eval.judge import Judge
+from stars_fast.eval.models import Models, Reward, identity_of
+from stars_fast.eval.results import can_plot, failures, read_results, write_results
+from stars_fast.eval.run import Plan
+from stars_fast.eval.session import Session
+from stars_fast.eval.specs import (
+    ModelNames,
+    Spec,
+    spec_of_text,
+    specs_of_json,
+    values_of,
+    with_reference,
+)
+from stars_fast.eval.store import RESPONSES, RUNS, DamagedError, Store
+from stars_fast.prompt_values import text_of
+
+if TYPE_CHECKING:
+    from stars_fast.rewards.persona import Persona
+
+_DEMO = "demo"
+
+_EPILOG = """\
+A method is [LABEL=]METHOD[:name=value,...], for example
+  --method best_of_n:candidates=8 --method 'fast=stars:segment_length=16,beta=0.3'
+Names are the parameters of the method as in `stars-fast generate --help`, and lm=NAME and rm=NAME
+for models given by --lm and --rm. --methods FILE has the same as a JSON list of objects with
+"label", "method" and parameters. vanilla on the base model is always run: it is the reference.
+
+Prompts are JSON lines as for `stars-fast generate`, or records of HH-RLHF ("chosen", "rejected") or
+AlpacaEval ("instruction"); also as a JSON list, and gzipped.
+
+OUT gets results.json, responses.jsonl (a line for each method, seed and prompt), runs.jsonl (the
+cost of each run), report.md and plots. What has been run and measured is kept whatever happens;
+--resume does the rest.
+
+exit codes: 0 done; 1 some runs or measurements failed; 2 wrong flags, input or files;
+130 interrupted
+"""
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``eval`` to the command line."""
+    parser = commands.add_parser(
+        "eval",
+        help="compare methods: reward, gold score, win rate, diversity, KL, cost",
+        description="Compare decoding methods on the same prompts and seeds.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_model_flags(parser, model="the demo's pair")
+    parser.add_argument(
+        "--lm", action="append", default=[], metavar="NAME=DIR_OR_HUB_ID",
+        help="another language model, for lm=NAME in a method; can be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rm", action="append", default=[], metavar="NAME=DIR_OR_HUB_ID",
+        help="another reward model to decide by, for rm=NAME in a method; can be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--persona", action="append", default=[], metavar="NAME=TEXT",
+        help="a judge for method persona_judge, rm=NAME: a system message, or a template with "
+        "{prompt}",
+    )  # fmt: skip
+    prompts = parser.add_argument_group("prompts")
+    prompts.add_argument(
+        "--prompts", metavar="FILE", help="a file, or demo (the default with the demo's pair)"
+    )
+    prompts.add_argument(
+        "--layout", choices=get_args(Layout), help="(default: that of the first record)"
+    )
+    prompts.add_argument(
+        "--num-prompts", type=int, metavar="INT", help="from the first (default: all)"
+    )
+    prompts.add_argument(
+        "--chat", action="store_true", help="make chat messages of prompts that are text"
+    )
+    methods = parser.add_argument_group("methods")
+    methods.add_argument(
+        "--method", action="append", default=[], metavar="SPEC", help="see below; can be repeated"
+    )
+    methods.add_argument("--methods", metavar="FILE", help="methods in a JSON file")
+    methods.add_argument(
+        "--common", default="", metavar="NAME=VALUE,...",
+        help="parameters of all methods, such as max_tokens=64,temperature=1",
+    )  # fmt: skip
+    methods.add_argument(
+        "--seeds",
+        default="0",
+        metavar="INT,...",
+        help="each method runs once for each (default: 0)",
+    )
+    methods.add_argument(
+        "--calibration-quantile", type=float, default=0.9, metavar="FLOAT",
+        help="of the rewards of unaligned responses, for target_reward=auto (default: 0.9)",
+    )  # fmt: skip
+    quality = parser.add_argument_group("quality")
+    quality.add_argument(
+        "--gold", metavar="REWARD",
+        help="a reward that no method sees: demo, a directory or hub id, or module:function with "
+        "f(prompts, responses) -> list of numbers (default with the demo's pair: demo)",
+    )  # fmt: skip
+    quality.add_argument(
+        "--gold-template", metavar="TEXT", help="what a gold model reads, as --reward-template"
+    )
+    quality.add_argument(
+        "--tie-margin", type=float, default=1e-9, metavar="FLOAT",
+        help="gold scores no further apart are a tie (default: 1e-9)",
+    )  # fmt: skip
+    quality.add_argument(
+        "--reward-accuracy", action="store_true",
+        help="with preferences: how often the rewards prefer the chosen response",
+    )  # fmt: skip
+    judge = parser.add_argument_group("judge")
+    judge.add_argument(
+        "--judge-url", metavar="URL", help="of an OpenAI-compatible API, such as .../v1"
+    )
+    judge.add_argument("--judge-model", metavar="NAME", help="its model")
+    judge.add_argument(
+        "--judge-key-env", metavar="NAME", help="environment variable that holds its key"
+    )
+    judge.add_argument(
+        "--judge-timeout", type=float, default=60.0, metavar="SECONDS", help="(default: 60)"
+    )
+    judge.add_argument(
+        "--judge-workers", type=int, default=8, metavar="INT", help="pairs at once (default: 8)"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", metavar="FOLDER", help="for the results")
+    output.add_argument(
+        "--resume", action="store_true", help="go on with OUT: run and measure what it lacks"
+    )
+    output.add_argument("--no-plots", action="store_true", help="draw nothing")
+    output.add_argument(
+        "--report", metavar="FOLDER",
+        help="make results.json, report.md and plots of this folder anew from what was measured, "
+        "and run nothing",
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code.
+
+    Raises
+    ------
+    UsageError
+        Flags, files or prompts that it cannot work with, before any model is loaded where that is
+        possible.
+    """
+    plots = not args.no_plots
+    if plots and not can_plot():
+        raise UsageError(
+            "plots need matplotlib, which is not installed: pip install 'stars_fast[eval]', or "
+            "give --no-plots"
+        )
+    try:
+        if args.report is not None:
+            return _report(Path(args.report), plots=plots)
+        session = _session(args)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from None
+    quiet_libraries()
+    try:
+        session.calibrate()
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"calibration: {error}") from error
+    code = 0
+    try:
+        session.run()
+        session.measure()
+    except KeyboardInterrupt:
+        code = 130
+    record = _write(session, args, plots=plots)
+    for line in failures(record):
+        say(line)
+    if code:
+        say(f"interrupted; {len(session.store.runs)} runs are in {args.out}; --resume continues")
+    return code or int(bool(session.failed_runs or session.problems))
+
+
+def _report(folder: Path, *, plots: bool) -> int:
+    record = read_results(folder)
+    _, written = write_results(folder, record, Store(folder), plots=plots)
+    for path in written:
+        say(f"wrote {path}")
+    return 0
+
+
+def _session(args: argparse.Namespace) -> Session:
+    """Check the flags and read the files that they name."""
+    if args.out is None:
+        raise UsageError("--out FOLDER is needed")
+    demo = args.model is None
+    if demo and args.reward_model is not None:
+        raise UsageError("--reward-model needs --model")
+    for flag in ("prompts", "gold"):
+        if not demo and getattr(args, flag) is None:
+            raise UsageError(f"--{flag} is needed with --model")
+    if not 0 < args.calibration_quantile < 1:
+        raise UsageError(
+            f"--calibration-quantile must be in (0, 1), got {args.calibration_quantile}"
+        )
+    if args.tie_margin < 0:
+        raise UsageError(f"--tie-margin must be at least 0, got {args.tie_margin}")
+    models = _models(args)
+    specs, reference = _specs(args, models)
+    gold_name = args.gold or _DEMO
+    try:
+        gold = gold_source(gold_name)
+    except ValueError as error:
+        raise UsageError(f"--gold: {error}") from None
+    items = _items(args)
+    if args.reward_accuracy and all(item.chosen is None for item in items):
+        raise UsageError("--reward-accuracy needs prompts with chosen and rejected responses")
+    judge = _judge(args)
+    _check_directories(models, gold)
+    plan = Plan(
+        specs,
+        items,
+        _seeds(args.seeds),
+        {**models.identity(), "device": _device(args)},
+        {name: identity_of(source) for name, source in _named(models.model, models.lms)},
+        {name: identity_of(source) for name, source in _named(models.reward_model, models.rms)},
+    )
+    return Session(
+        Path(args.out),
+        plan,
+        _store(Path(args.out), resume=args.resume),
+        models,
+        reference,
+        gold,
+        gold_name,
+        say,
+        gold_template=args.gold_template,
+        judge=judge,
+        accuracy=args.reward_accuracy,
+        tie_margin=args.tie_margin,
+        quantile=args.calibration_quantile,
+    )
+
+
+def _named(base: Any, others: Any) -> list[tuple[str | None, Any]]:  # noqa: ANN401 - models
+    return [(None, base), *others.items()]
+
+
+def _models(args: argparse.Namespace) -> Models:
+    from stars_fast import demo
+
+    lms = _pairs("--lm", args.lm)
+    rms: dict[str, Reward] = {**_pairs("--rm", args.rm)}
+    for name, text in _pairs("--persona", args.persona).items():
+        if name in rms:
+            raise UsageError(f"--persona: {name!r} is a reward model given by --rm, too")
+        rms[name] = _persona(text)
+    model, reward = args.model, args.reward_model
+    if model is None:
+        model, reward = str(demo.model_dir()), str(demo.reward_model_dir())
+    return Models(model, reward, lms, rms, engine_options(args))
+
+
+def _persona(text: str) -> Persona:
+    from stars_fast.rewards.persona import Persona
+
+    return Persona(template=text) if "{prompt}" in text else Persona(system=text)
+
+
+def _pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise UsageError(f"{flag} must be NAME=VALUE, got {text!r}")
+        if name in found:
+            raise UsageError(f"{flag}: {name!r} is given twice")
+        found[name] = value
+    return found
+
+
+def _specs(args: argparse.Namespace, models: Models) -> tuple[list[Spec], str]:
+    names = ModelNames(tuple(models.lms), tuple(models.rms))
+    try:
+        common = values_of(args.common)
+    except ValueError as error:
+        raise UsageError(f"--common: {error}") from None
+    if common.keys() & {"lm", "rm"}:
+        raise UsageError("--common: lm and rm are of single methods")
+    specs = []
+    for text in args.method:
+        try:
+            specs.append(spec_of_text(text, common, names))
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"--method {text!r}: {error}") from None
+    if args.methods is not None:
+        with file_errors():
+            raw = Path(args.methods).read_bytes()
+        try:
+            specs += specs_of_json(text_of(raw, first=True), common, names)
+        except ValueError as error:
+            raise UsageError(f"{args.methods}: {error}") from None
+    try:
+        found, reference = with_reference(specs, common)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from None
+    for spec in found:
+        _check_reward(spec, models)
+    return found, reference
+
+
+def _check_reward(spec: Spec, models: Models) -> None:
+    """Check that a method has the kind of reward model that it decides by."""
+    reward = models.reward_model if spec.rm is None else models.rms[spec.rm]
+    method = spec.params.method
+    if method == "vanilla":
+        return
+    if reward is None:
+        raise UsageError(f"{spec.label}: --reward-model is needed for method {method!r}")
+    persona = not isinstance(reward, str)
+    if persona != (method == "persona_judge"):
+        raise UsageError(
+            f"{spec.label}: method persona_judge and rm=NAME of a --persona go together"
+        )
+
+
+def _items(args: argparse.Namespace) -> list[Item]:
+    if args.num_prompts is not None and args.num_prompts < 1:
+        raise UsageError(f"--num-prompts must be at least 1, got {args.num_prompts}")
+    if args.prompts in (None, _DEMO):
+        from stars_fast import demo
+        from stars_fast.demo.openings import HELD_OUT
+
+        try:
+            texts = demo.prompts(args.num_prompts or HELD_OUT)
+        except ValueError as error:
+            raise UsageError(f"--num-prompts: {error}") from None
+        return [Item(number, text) for number, text in enumerate(texts, 1)]
+    try:
+        with file_errors():
+            return read_items(
+                Path(args.prompts), layout=args.layout, limit=args.num_prompts, chat=args.chat
+            )
+    except RecordError as error:
+        raise UsageError(str(error)) from None
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--seeds must be integers, such as 0,1,2, got {text!r}") from None
+    if len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**64 for seed in seeds):
+        raise UsageError(f"--seeds must be different, in [0, 2**64), got {text!r}")
+    return seeds
+
+
+def _judge(args: argparse.Namespace) -> Judge | None:
+    if args.judge_url is None and args.judge_model is None:
+        return None
+    if args.judge_url is None or args.judge_model is None:
+        raise UsageError("--judge-url and --judge-model go together")
+    key = None
+    if args.judge_key_env is not None:
+        key = os.environ.get(args.judge_key_env)
+        if not key:
+            raise UsageError(f"--judge-key-env: {args.judge_key_env} is not set")
+    if args.judge_workers < 1:
+        raise UsageError(f"--judge-workers must be at least 1, got {args.judge_workers}")
+    if not args.judge_timeout > 0:
+        raise UsageError(f"--judge-timeout must be above 0, got {args.judge_timeout}")
+    return Judge(
+        args.judge_url,
+        args.judge_model,
+        key,
+        timeout=args.judge_timeout,
+        workers=args.judge_workers,
+    )
+
+
+def _check_directories(models: Models, gold: Any) -> None:  # noqa: ANN401 - a path or a function
+    """Look for what is missing before the first model is loaded, rather than after hours."""
+    from stars_fast.models.load import check_model_directory
+
+    sources = [models.model, models.reward_model, gold, *models.lms.values(), *models.rms.values()]
+    for source in sources:
+        if isinstance(source, str):
+            check_model_directory(source)
+
+
+def _store(folder: Path, *, resume: bool) -> Store:
+    if not resume and any((folder / name).exists() for name in (RESPONSES, RUNS)):
+        raise UsageError(f"{folder} has results; give --resume to go on, or another --out")
+    with file_errors():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return Store(folder)
+        except DamagedError as error:
+            raise UsageError(str(error)) from None
+
+
+def _device(args: argparse.Namespace) -> str:
+    """Name the device that runs are made on: their seconds are of no other."""
+    import torch
+
+    from stars_fast.benchmarks.measure import default_device, device_name
+
+    return device_name(torch.device(args.device) if args.device else default_device())
+
+
+def _write(session: Session, args: argparse.Namespace, *, plots: bool) -> dict[str, Any]:
+    import torch
+
+    from stars_fast.benchmarks.measure import default_device, header
+
+    device = torch.device(args.device) if args.device else default_device()
+    command = shlex.join(["stars-fast", *args.argv])
+    record = session.record(header(command, device), args.prompts or _DEMO)
+    if args.model is None:  # where the package lies is of no interest
+        record["settings"]["models"] |= {"model": _DEMO, "reward_model": _DEMO}
+    whole, written = write_results(session.folder, record, session.store, plots=plots)
+    for path in written:
+        say(f"wrote {path}")
+    return whole

@@ -1,0 +1,112 @@
+"""What a run costs: tokens, forward calls, operations, seconds.
+
+Operations are 2 x parameters x tokens, for the language model and for the reward model. That leaves
+out attention over the context (about 4 x layers x width x context more for each token), padding,
+and what a reward that is a function computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+_COUNTERS = (
+    "drafted_tokens",
+    "accepted_tokens",
+    "prefill_tokens",
+    "attempts",
+    "segments",
+    "fallbacks",
+    "rounds",
+    "lm_calls",
+    "rm_tokens",
+    "rm_calls",
+    "rm_jobs",
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one run took.
+
+    Attributes
+    ----------
+    lm_tokens
+        Tokens through the language model: drafted ones, whether kept or not, and prompts. Each
+        prompt counts at least once, also where an earlier run had left it in the cache: the order
+        of runs must not matter.
+    rm_tokens, rm_calls, rm_jobs
+        Tokens, forward passes and texts of the reward model while the run decoded; 0 tokens where
+        it is a function. Scoring the finished responses, which is for the comparison, is not in it.
+    lm_calls
+        Forward passes of the language model.
+    lm_parameters, rm_parameters
+        Weights that a token is multiplied with.
+    drafted_tokens, accepted_tokens, attempts, segments, fallbacks, rounds
+        Of the scheduler.
+    seconds
+        From the first round to the last.
+    """
+
+    lm_tokens: int
+    rm_tokens: int
+    lm_calls: int
+    rm_calls: int
+    rm_jobs: int
+    lm_parameters: int
+    rm_parameters: int
+    drafted_tokens: int
+    accepted_tokens: int
+    attempts: int
+    segments: int
+    fallbacks: int
+    rounds: int
+    seconds: float
+
+    @property
+    def flops(self) -> float:
+        """Operations, see the notes of this module."""
+        return 2.0 * (self.lm_parameters * self.lm_tokens + self.rm_parameters * self.rm_tokens)
+
+    @property
+    def discarded_per_rejection(self) -> float | None:
+        """Tokens drafted in vain for each attempt that lost its test; None if none did."""
+        rejected = self.attempts - self.segments
+        return (self.drafted_tokens - self.accepted_tokens) / rejected if rejected > 0 else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a JSON object."""
+        return asdict(self)
+
+
+def cost_of(
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    *,
+    prompt_tokens: int,
+    parameters: Mapping[str, int],
+    seconds: float,
+) -> Cost:
+    """Return what happened between two calls of `Engine.stats`.
+
+    Parameters
+    ----------
+    before, after
+        The counters.
+    prompt_tokens
+        Of all prompts of the run.
+    parameters
+        From `Engine.num_parameters`.
+    seconds
+        That it took.
+    """
+    spent = {name: int(after.get(name, 0) - before.get(name, 0)) for name in _COUNTERS}
+    prefill = spent.pop("prefill_tokens")
+    return Cost(
+        lm_tokens=spent["drafted_tokens"] + max(prefill, prompt_tokens),
+        lm_parameters=parameters["lm"],
+        rm_parameters=parameters["rm"],
+        seconds=seconds,
+        **spent,
+    )

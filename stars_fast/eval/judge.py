@@ -1,0 +1,204 @@
+"""A language model as a judge of two responses, through any OpenAI-compatible endpoint.
+
+Each pair is asked about twice, once in each order: judges prefer one place to the other.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Verdict = Literal["A", "B", "tie"]
+
+PROMPT = """\
+Below are a prompt and two responses to it, A and B. Decide which response is the better one: more \
+helpful, more accurate, more harmless, and closer to what the prompt asks for. Neither their order \
+nor their length must matter.
+
+[Prompt]
+{prompt}
+[End of prompt]
+
+[Response A]
+{a}
+[End of response A]
+
+[Response B]
+{b}
+[End of response B]
+
+Answer with one word and nothing else: A, B or tie."""
+
+_WORDS = r"(?:(?:final|my|the|verdict|answer|winner|choice|better|response|is)\W+)*"
+_VERDICT = re.compile(rf"\W*{_WORDS}(a|b|tie)(?:\W+is\W+better)?\W*", re.IGNORECASE)
+_MARKED = re.compile(r"\[\[(a|b|c|tie)\]\]", re.IGNORECASE)
+_VERDICTS: dict[str, Verdict] = {"a": "A", "b": "B", "c": "tie", "tie": "tie"}
+
+
+class JudgeError(Exception):
+    """A question that got no verdict."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """An endpoint.
+
+    Parameters
+    ----------
+    url
+        Of the API, such as ``http://localhost:8000/v1``: ``/chat/completions`` is added.
+    model
+        Its name there.
+    key
+        Sent as a bearer token; None: no such header.
+    timeout
+        Seconds that an answer may take.
+    retries
+        Further tries where the endpoint does not answer, or answers that it is busy or broken
+        (408, 409, 429 and 5xx), after 1, 2, 4, ... times `backoff` seconds.
+    backoff
+        Seconds.
+    workers
+        Questions at once.
+    """
+
+    url: str
+    model: str
+    key: str | None = None
+    timeout: float = 60.0
+    retries: int = 4
+    backoff: float = 1.0
+    workers: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"the judge's url must begin with http:// or https://: {self.url!r}")
+
+    def ask(self, prompt: str, a: str, b: str) -> Verdict:
+        """Ask which of two responses is better.
+
+        Raises
+        ------
+        JudgeError
+            The endpoint failed, or its answer is no verdict.
+        """
+        # Not str.format: what is put in may have braces of its own.
+        parts = {"{prompt}": prompt, "{a}": a, "{b}": b}
+        text = re.sub(r"\{(?:prompt|a|b)\}", lambda match: parts[match[0]], PROMPT)
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": text}],
+            "temperature": 0,
+        }
+        answer = self._post(json.dumps(body).encode())
+        try:
+            content = json.loads(answer)["choices"][0]["message"]["content"]
+        except (ValueError, KeyError, IndexError, TypeError):
+            raise JudgeError(f"the answer is no chat completion: {answer[:200]!r}") from None
+        return verdict_of(str(content or ""))
+
+    def compare(self, prompt: str, response: str, other: str) -> tuple[float, float]:
+        """Ask in both orders.
+
+        Returns
+        -------
+        tuple[float, float]
+            For each order 1 if `response` is better, 0 if `other` is, 0.5 for a tie.
+
+        Raises
+        ------
+        JudgeError
+            As `ask`.
+        """
+        first = {"A": 1.0, "B": 0.0, "tie": 0.5}[self.ask(prompt, response, other)]
+        second = {"A": 0.0, "B": 1.0, "tie": 0.5}[self.ask(prompt, other, response)]
+        return first, second
+
+    def compare_all(
+        self, pairs: Sequence[tuple[str, str, str]]
+    ) -> Iterator[tuple[int, tuple[float, float] | JudgeError]]:
+        """Ask about many pairs, `workers` at once.
+
+        Parameters
+        ----------
+        pairs
+            Arguments of `compare`.
+
+        Yields
+        ------
+        A pair's place and its scores, or why there are none, in the order of the answers.
+        """
+        with futures.ThreadPoolExecutor(self.workers, "stars-fast-judge") as pool:
+            asked = {pool.submit(self.compare, *pair): i for i, pair in enumerate(pairs)}
+            try:
+                for done in futures.as_completed(asked):
+                    try:
+                        result: tuple[float, float] | JudgeError = done.result()
+                    except JudgeError as error:
+                        result = error
+                    yield asked[done], result
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _post(self, body: bytes) -> bytes:
+        headers = {"Content-Type": "application/json"}
+        if self.key is not None:
+            headers["Authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(  # noqa: S310 - the scheme is checked above
+            self.url.rstrip("/") + "/chat/completions", body, headers
+        )
+        reason = ""
+        for tries in range(self.retries + 1):
+            if tries:
+                time.sleep(self.backoff * 2 ** (tries - 1))
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as reply:  # noqa: S310
+                    data: bytes = reply.read()
+                    return data
+            except urllib.error.HTTPError as error:
+                reason = f"HTTP {error.code}: {_excerpt(error)}"
+                if error.code not in (408, 409, 429) and error.code < 500:
+                    break
+            except (OSError, http.client.HTTPException) as error:  # URLError, time-outs
+                reason = f"{type(error).__name__}: {error}"
+        raise JudgeError(f"the judge at {self.url} failed: {reason}")
+
+
+def _excerpt(error: urllib.error.HTTPError) -> str:
+    with error:
+        try:
+            return error.read(200).decode(errors="replace").strip()
+        except (OSError, http.client.HTTPException):
+            return ""
+
+
+def verdict_of(answer: str) -> Verdict:
+    """Read a judge's answer: one word, or a sentence around it, or ``[[A]]``.
+
+    Raises
+    ------
+    JudgeError
+        It is no verdict.
+    """
+    marked = _MARKED.findall(answer)
+    if marked:
+        return _VERDICTS[marked[-1].lower()]
+    lines = [line for line in answer.splitlines() if line.strip()]
+    for line in (answer, *lines[-1:]):
+        found = _VERDICT.fullmatch(line)
+        if found:
+            return _VERDICTS[found[1].lower()]
+    raise JudgeError(f"no verdict in the judge's answer {answer[:200]!r}")
+
+
+def describe(judge: Judge) -> dict[str, Any]:
+    """Return what a verdict depends on; the key is not in it."""
+    return {"url": judge.url, "model": judge.model, "prompt": PROMPT, "orders": "both"}

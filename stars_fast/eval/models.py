@@ -1,0 +1,139 @@
+"""The models of an eval: where they are from, and how they are loaded."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from stars_fast.eval.gold import RewardFunction, TextScorer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from stars_fast.engine import Engine
+    from stars_fast.rewards.persona import Persona
+
+Reward: TypeAlias = "str | RewardFunction | Persona"
+
+#: Options of `Engine` that a result depends on, beside the models.
+_MATTER = ("dtype", "kv_dtype", "reward_template", "compile_model")
+
+#: Options of `Engine` that the scorer of whole responses takes, too.
+_OF_SCORER = ("dtype", "trust_remote_code", "allow_pickle", "max_rows", "page_size")
+
+
+@dataclass(frozen=True)
+class Models:
+    """Where the models are from.
+
+    Attributes
+    ----------
+    model
+        The base.
+    reward_model
+        The decoding reward model; None: none is needed.
+    lms, rms
+        Others, by name.
+    options
+        Of `Engine`.
+    """
+
+    model: str
+    reward_model: Reward | None
+    lms: Mapping[str, str] = field(default_factory=dict)
+    rms: Mapping[str, Reward] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def engine(self, lm: str | None, rm: str | None) -> Engine:
+        """Load the engine of a language model and a reward model; None is the base's.
+
+        Raises
+        ------
+        StarsFastError, ValueError, TypeError
+            As `Engine`.
+        """
+        from stars_fast.engine import Engine
+
+        if rm is None:
+            return Engine(self._lm(lm), reward_model=self.reward_model, **self.options)
+        # The template is that of the eval's own reward model.
+        options = {**self.options, "reward_template": None}
+        return Engine(self._lm(lm), reward_model=self.rms[rm], **options)
+
+    def scorer(self, source: Reward, template: str | None = None) -> TextScorer:
+        """Load what scores whole responses.
+
+        Raises
+        ------
+        StarsFastError, ValueError, TypeError
+            As `Engine` for a reward model.
+        """
+        import torch
+
+        from stars_fast.rewards.load import load_scorer
+
+        options = {name: self.options[name] for name in _OF_SCORER if name in self.options}
+        device = self.options.get("reward_device") or self.options.get("device")
+        tokenizer = self.tokenizer(None)
+        scorer = load_scorer(
+            source,
+            lm_tokenizer=tokenizer,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            template=template,
+            **options,
+        )
+        return TextScorer(scorer, tokenizer)
+
+    def base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+        """Load the base as transformers has it."""
+        from stars_fast.models.load import load_causal_lm
+
+        names = ("dtype", "device", "trust_remote_code", "allow_pickle")
+        options = {name: self.options[name] for name in names if name in self.options}
+        return load_causal_lm(self.model, **options)
+
+    def tokenizer(self, lm: str | None) -> PreTrainedTokenizerBase | None:
+        """Load the tokenizer of a language model."""
+        from transformers import AutoTokenizer
+
+        trust = bool(self.options.get("trust_remote_code"))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            self._lm(lm), trust_remote_code=trust
+        )
+        return tokenizer
+
+    def same_tokens(self, lm: str | None) -> bool:
+        """Whether token ids of a language model mean the same to the base."""
+        from stars_fast.rewards.vocabulary import same_tokens
+
+        ours, base = self.tokenizer(lm), self.tokenizer(None)
+        return ours is not None and base is not None and same_tokens(ours, base)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the options that results depend on, JSON values."""
+        return {name: self.options.get(name) for name in _MATTER}
+
+    def _lm(self, name: str | None) -> str:
+        return self.model if name is None else self.lms[name]
+
+
+def identity_of(source: Reward | None) -> Any:  # noqa: ANN401 - JSON
+    """Return what tells a model apart from others, JSON values.
+
+    Also the sizes and times of its files, weights or code: a model trained again into the same
+    directory is another one.
+    """
+    if source is None:
+        return None
+    if isinstance(source, str):
+        name, files = source, [*Path(source).glob("*.safetensors"), *Path(source).glob("*.bin")]
+    elif inspect.isfunction(source):
+        name = f"{source.__module__}:{source.__qualname__}"
+        files = [Path(source.__code__.co_filename)]
+    else:
+        name, files = repr(source), []
+    stats = [(path.name, path.stat()) for path in sorted(files) if path.exists()]
+    return [name, [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]]

@@ -1,0 +1,192 @@
+"""Plots of an eval: what quality costs, and how often each method wins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+#: Okabe and Ito's palette, which colour-blind readers can tell apart; yellow is too pale for lines.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+
+Spec = Mapping[str, Any]
+
+
+def draw(record: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Draw what a record of `stars_fast.eval.results` has; returns the files."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")  # no display is asked for
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    bars = sum(bool(spec["against_reference"]) for spec in record["specs"])
+    plots = (
+        ("cost_quality", _cost_quality, 5.4),
+        ("win_rate", _win_rates, 1.5 + 0.38 * bars),
+    )
+    written = []
+    for name, fill, height in plots:
+        figure, ax = pyplot.subplots(figsize=(9.0, height), layout="constrained")
+        if fill(ax, record):
+            path = folder / f"{name}.png"
+            figure.savefig(path, dpi=130)
+            written.append(path)
+        pyplot.close(figure)
+    return written
+
+
+def _cost_quality(ax: Any, record: Mapping[str, Any]) -> bool:  # noqa: ANN401
+    shown = [s for s in record["specs"] if s["gold"] and s["cost"]["relative_flops"]]
+    if not shown:
+        return False
+    families = _families(shown)
+    colours = {family: _COLOURS[i % len(_COLOURS)] for i, family in enumerate(families)}
+    for number, (family, specs) in enumerate(families.items()):
+        xs = [spec["cost"]["relative_flops"] for spec in specs]
+        ys = [spec["gold"]["mean"] for spec in specs]
+        style = {"color": colours[family], "marker": _MARKERS[number % len(_MARKERS)]}
+        ax.plot(xs, ys, "-", label=family, markersize=7, zorder=3, **style)
+        ax.errorbar(
+            xs, ys, yerr=_bars(spec["gold"] for spec in specs), fmt="none", capsize=3, alpha=0.6,
+            ecolor=style["color"],
+        )  # fmt: skip
+    ax.set_xscale("log")
+    _plain_ticks(ax, [spec["cost"]["relative_flops"] for spec in shown])
+    front = sorted(
+        (spec["cost"]["relative_flops"], spec["gold"]["mean"]) for spec in shown if spec["on_front"]
+    )
+    ax.plot(
+        *zip(*front, strict=True), ":", color="grey", linewidth=4, alpha=0.5, zorder=1,
+        label="Pareto front",
+    )  # fmt: skip
+    reference = record["settings"]["reference"]
+    ax.set_xlabel(f"LM + RM FLOPs of a response, relative to {reference}")
+    ax.set_ylabel("gold score, mean with 95% interval")
+    ax.set_title(f"Quality against cost: {_setting(record)}", fontsize=10)
+    ax.grid(visible=True, which="major", alpha=0.3)
+    ax.margins(x=0.12, y=0.1)
+    ax.figure.legend(fontsize=8, loc="outside right upper")
+    _label_points(ax, shown, colours)
+    return True
+
+
+def _win_rates(ax: Any, record: Mapping[str, Any]) -> bool:  # noqa: ANN401
+    shown = [spec for spec in record["specs"] if spec["against_reference"]]
+    if not shown:
+        return False
+    colours = {f: _COLOURS[i % len(_COLOURS)] for i, f in enumerate(_families(record["specs"]))}
+    rates = [spec["against_reference"]["win_rate"] for spec in shown]
+    places = list(range(len(shown)))
+    bars = _bars(rates)
+    for place, spec, rate in zip(places, shown, rates, strict=True):
+        ax.barh(place, rate["mean"], color=colours[_family(spec)], alpha=0.85)
+        ax.text(
+            min((rate["high"] or rate["mean"]) + 0.015, 1.02), place, f"{rate['mean']:.0%}",
+            va="center", fontsize=9,
+        )  # fmt: skip
+    ax.errorbar(
+        [rate["mean"] for rate in rates], places, xerr=bars, fmt="none", ecolor="black", capsize=3
+    )
+    ax.axvline(0.5, color="grey", linestyle="--", linewidth=1)
+    ax.set_yticks(places, [spec["label"] for spec in shown], fontsize=9)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1.1)
+    reference = record["settings"]["reference"]
+    ax.set_xlabel(f"win rate by gold against {reference}, ties half, with 95% interval")
+    ax.set_title(_setting(record), fontsize=10)
+    ax.grid(visible=True, axis="x", alpha=0.3)
+    return True
+
+
+def _families(specs: Sequence[Spec]) -> dict[str, list[Spec]]:
+    """Gather specs of one method and language model, the cheapest first."""
+    found: dict[str, list[Spec]] = {}
+    for spec in specs:
+        found.setdefault(_family(spec), []).append(spec)
+    return {
+        name: sorted(members, key=lambda spec: spec["cost"]["flops"] or 0.0)
+        for name, members in found.items()
+    }
+
+
+def _family(spec: Spec) -> str:
+    return str(spec["method"]) + (f" on {spec['lm']}" if spec["lm"] else "")
+
+
+def _bars(intervals: Any) -> list[list[float]]:  # noqa: ANN401 - an iterable of intervals
+    """Return distances below and above the means; 0 where there is no interval."""
+    below, above = [], []
+    for found in intervals:
+        known = found["low"] is not None
+        below.append(max(found["mean"] - found["low"], 0.0) if known else 0.0)
+        above.append(max(found["high"] - found["mean"], 0.0) if known else 0.0)
+    return [below, above]
+
+
+def _label_points(ax: Any, specs: Sequence[Spec], colours: Mapping[str, str]) -> None:  # noqa: ANN401
+    """Write each label beside its point, where it covers the least of other labels and points."""
+    figure = ax.figure
+    figure.canvas.draw()  # settles the layout, which labels must not change
+    places = [(spec["cost"]["relative_flops"], spec["gold"]["mean"]) for spec in specs]
+    taken = [_around(ax.transData.transform(place)) for place in places]
+    inside = ax.get_window_extent()
+    for spec, place in zip(specs, places, strict=True):
+        name = spec["label"]
+        short = name.removeprefix(spec["method"]).strip()  # the legend has the method
+        text = ax.annotate(
+            short or name, place, (0, 0), textcoords="offset points", fontsize=7.5, zorder=4,
+            color=colours[_family(spec)],
+        )  # fmt: skip
+        text.set_in_layout(False)
+        best = (float("inf"), (0.0, 0.0))
+        for number, (side, lift) in enumerate(_OFFSETS):
+            text.set_ha("left" if side > 0 else "right")
+            text.set_position((side, lift))
+            box = text.get_window_extent()
+            covered = sum(_overlap(box, other) for other in taken)
+            outside = box.width * box.height - _overlap(box, inside)
+            best = min(best, (covered + 4 * outside + number, (side, lift)))
+        text.set_ha("left" if best[1][0] > 0 else "right")
+        text.set_position(best[1])
+        taken.append(text.get_window_extent())
+
+
+#: Where a label may stand, in points from its point, the best place first.
+_OFFSETS = [
+    (side, lift)
+    for lift in (4, -10, 14, -20, 24, -30, 36, -42)
+    for side in (7, -7)
+]  # fmt: skip
+
+
+def _around(point: Any) -> Any:  # noqa: ANN401 - a box of matplotlib around a point
+    from matplotlib.transforms import Bbox
+
+    x, y = point
+    return Bbox.from_extents(x - 6, y - 6, x + 6, y + 6)
+
+
+def _overlap(one: Any, other: Any) -> float:  # noqa: ANN401
+    width = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    return float(width * height) if width > 0 and height > 0 else 0.0
+
+
+def _plain_ticks(ax: Any, values: Sequence[float]) -> None:  # noqa: ANN401
+    """Mark a logarithmic axis at 1, 2, 5, 10, ..., as plain numbers."""
+    low, high = min(values) / 1.3, max(values) * 1.3
+    ticks = [m * 10.0**e for e in range(-4, 8) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    if ticks:
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
+
+
+def _setting(record: Mapping[str, Any]) -> str:
+    settings = record["settings"]
+    seeds = len(settings["seeds"])
+    return (
+        f"{len(settings['numbers'])} prompts, {seeds} seed{'s' if seeds > 1 else ''}, gold by "
+        f"{settings['gold']}"
+    )

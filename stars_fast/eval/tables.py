@@ -1,0 +1,295 @@
+"""An eval's results as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+#: Failures that are listed of each kind; the others are in the files.
+_SHOWN_FAILURES = 20
+
+Spec = Mapping[str, Any]
+
+
+def report(record: Mapping[str, Any], plots: Sequence[str]) -> str:
+    """Set a record of `stars_fast.eval.results` as Markdown.
+
+    Parameters
+    ----------
+    record
+        The record.
+    plots
+        File names of plots, relative to the report.
+    """
+    specs = record["specs"]
+    parts = [
+        "# Evaluation",
+        _origin(record),
+        "## Quality",
+        _quality(specs, record["settings"]),
+        "## Cost",
+        _cost(specs),
+        *(f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in plots),
+        "## Text",
+        _text(specs),
+    ]
+    if any(spec["judge"] for spec in specs):
+        parts += ["## Judge", _judge(specs, record["settings"])]
+    if record.get("accuracy"):
+        parts += ["## Preferences", _accuracy(record["accuracy"])]
+    if record["pairwise"]:
+        parts += ["## Each against each", _pairwise(specs, record["pairwise"])]
+    failures = _failures(record)
+    if failures:
+        parts += ["## Failures", failures]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    lines = [headings, ["---"] * len(headings), *escaped]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _origin(record: Mapping[str, Any]) -> str:
+    header, settings = record["header"], record["settings"]
+    versions = header["versions"]
+    changed = " with uncommitted changes" if header["uncommitted_changes"] else ""
+    seeds = ", ".join(map(str, settings["seeds"]))
+    models = settings["models"]
+    what = (
+        f"{len(settings['numbers'])} prompts of {settings['prompts']}, seeds {seeds}; language "
+        f"model {models['model']}, reward model {models['reward_model']}, gold "
+        f"{settings['gold']}."
+    )
+    lines = [what]
+    if settings.get("target") is not None:
+        lines.append(
+            f"`target_reward=auto` is {settings['target']:.4g} for every method that asks for it: "
+            f"the {settings['calibration_quantile']:g} quantile of the rewards of unaligned "
+            "responses of the base model to these prompts."
+        )
+    lines.append(
+        f"{header['device']}, {header['torch_threads']} threads, torch {versions['torch']}, "
+        f"transformers {versions['transformers']}, {header['date']}, commit "
+        f"{header['commit'][:10]}{changed}: `{header['command']}`"
+    )
+    return "\n\n".join(lines)
+
+
+def _quality(specs: Sequence[Spec], settings: Mapping[str, Any]) -> str:
+    rows = []
+    for spec in specs:
+        against = spec["against_reference"]
+        cells = ["", "", ""]
+        if against:
+            shares = (against["win"], against["tie"], against["loss"])
+            cells = [
+                " / ".join(f"{share:.0%}" for share in shares),
+                _interval(against["win_rate"], "{:.1%}"),
+                _interval(against["gain"], "{:+.3f}"),
+            ]
+        rows.append(
+            [
+                spec["label"],
+                _interval(spec["gold"], "{:+.3f}"),
+                _interval(spec["reward"], "{:+.3f}"),
+                *cells,
+            ]
+        )
+    reference = settings["reference"]
+    headings = ["", "gold", "reward", f"win / tie / loss against {reference}", "win rate", "gain"]
+    return table(headings, rows) + (
+        "\n\nMeans over prompts of the mean over their seeds, with 95% intervals: percentile "
+        "bootstrap over prompts, the seeds of a prompt together, the same resamples for all. "
+        "A win is a higher gold score for the same prompt and seed, by more than "
+        f"{settings['tie_margin']:g}; the win rate counts a tie as half; the gain is the mean "
+        "difference of gold." + _counted(specs)
+    )
+
+
+def _counted(specs: Sequence[Spec]) -> str:
+    """Say over how many responses the means are, where that is not all."""
+    notes = [
+        f"{spec['label']}: {spec[name]['over']} of {spec['responses'] + len(spec['failed'])} "
+        f"responses have a {name}"
+        for spec in specs
+        for name in ("gold", "reward")
+        if spec[name] and spec[name]["over"] < spec["responses"] + len(spec["failed"])
+    ]
+    return f" {'; '.join(notes)}." if notes else ""
+
+
+def _cost(specs: Sequence[Spec]) -> str:
+    rows = []
+    for spec in specs:
+        cost = spec["cost"]
+        rows.append(
+            [
+                spec["label"] + (" (front)" if spec["on_front"] else ""),
+                _number(cost["lm_tokens"], "{:,.0f}"),
+                _number(cost["rm_tokens"], "{:,.0f}"),
+                _number(cost["lm_calls"], "{:,.2f}"),
+                _number(cost["rm_calls"], "{:,.2f}"),
+                _number(cost["flops"], "{:.3g}"),
+                _number(cost["relative_flops"], "{:.2f}"),
+                _number(cost["discarded_per_rejection"], "{:.1f}"),
+                _number(cost["seconds_per_run"], "{:.3g}"),
+            ]
+        )
+    headings = [
+        "",
+        "LM tokens",
+        "RM tokens",
+        "LM calls",
+        "RM calls",
+        "FLOPs",
+        "relative",
+        "discarded per rejection",
+        "seconds a run",
+    ]
+    return table(headings, rows) + (
+        "\n\nFor each response, the mean over runs; calls are forward passes of the whole batch "
+        "shared out among its responses. FLOPs are 2 x parameters x tokens of both models, without "
+        "attention over the context and without a reward that is a function. Discarded: tokens "
+        "drafted in vain for each attempt that failed its test, those drafted beside a winner "
+        "included. Seconds are the median of the runs, each of all prompts. (front): no other "
+        "method has a higher gold score for as few FLOPs."
+    )
+
+
+def _text(specs: Sequence[Spec]) -> str:
+    rows = [
+        [
+            spec["label"],
+            _kl(spec["kl"]),
+            _number(spec["perplexity"], "{:.2f}"),
+            *(_number(spec[f"distinct_{n}"], "{:.3f}") for n in (1, 2, 3)),
+            _interval(spec["tokens"], "{:.1f}", bounds=False),
+            _interval(spec["stopped"], "{:.0%}", bounds=False),
+            _number(spec["attempts_per_segment"], "{:.2f}"),
+            _number(spec["fallback_share"], "{:.1%}"),
+        ]
+        for spec in specs
+    ]
+    headings = [
+        "",
+        "KL from the base",
+        "perplexity",
+        "distinct-1",
+        "distinct-2",
+        "distinct-3",
+        "tokens",
+        "stopped",
+        "attempts a segment",
+        "fallbacks",
+    ]
+    explained = (
+        "KL in nats a response, estimated from the sampled rewards and log-probabilities "
+        "(`stars_fast/eval/kl.py` has the derivation; segments kept by fallback make it an "
+        "approximation). Perplexity under the base model. Distinct-n over the responses of a run."
+    )
+    notes = [
+        f"{spec['label']} has no KL: {spec['kl']['reason']}."
+        for spec in specs
+        if "reason" in spec["kl"]
+    ]
+    return "\n\n".join([table(headings, rows), " ".join([explained, *notes])])
+
+
+def _kl(kl: Mapping[str, Any]) -> str:
+    if "reason" in kl:
+        return ""
+    shown = {"exact": "{:.2f}", "estimate": "{:.2f}", "upper bound": "at most {:.2f}"}[kl["kind"]]
+    return _interval(kl, shown, bounds=kl["kind"] == "estimate")
+
+
+def _judge(specs: Sequence[Spec], settings: Mapping[str, Any]) -> str:
+    rows = []
+    for spec in specs:
+        judge = spec["judge"]
+        if not judge:
+            continue
+        shares = [_number(judge.get(name), "{:.0%}") for name in ("win", "tie", "loss")]
+        rows.append(
+            [
+                spec["label"],
+                " / ".join(shares),
+                _interval(judge["win_rate"], "{:.1%}"),
+                _number(judge.get("contradictory"), "{:.0%}"),
+                str(len(judge["failed"])),
+            ]
+        )
+    reference = settings["reference"]
+    headings = ["", f"win / tie / loss against {reference}", "win rate", "contradictory", "failed"]
+    return table(headings, rows) + (
+        f"\n\nBy {settings['judge']['model']}, asked in both orders about the responses of seed "
+        f"{settings['seeds'][0]}. Contradictory: each order's verdict was for the other response, "
+        "which counts as a tie."
+    )
+
+
+def _accuracy(accuracy: Mapping[str, Any]) -> str:
+    rows = [
+        [name, _interval(found, "{:.1%}"), str(found["over"]), str(len(found["failed"]))]
+        for name, found in accuracy.items()
+    ]
+    return table(["", "prefers chosen", "pairs", "failed"], rows) + (
+        "\n\nHow often the score of the chosen response is above that of the rejected one; equal "
+        "scores count as half."
+    )
+
+
+def _pairwise(specs: Sequence[Spec], pairwise: Sequence[Mapping[str, Any]]) -> str:
+    labels = [spec["label"] for spec in specs]
+    cells = {}
+    for pair in pairwise:
+        rate = pair["win_rate"]
+        turned = {
+            "mean": 1 - rate["mean"],
+            "low": None if rate["high"] is None else 1 - rate["high"],
+            "high": None if rate["low"] is None else 1 - rate["low"],
+        }
+        cells[pair["a"], pair["b"]] = _interval(rate, "{:.0%}")
+        cells[pair["b"], pair["a"]] = _interval(turned, "{:.0%}")
+    rows = [[a, *(cells.get((a, b), "") for b in labels)] for a in labels]
+    escaped = [label.replace("|", "\\|") for label in labels]
+    return table(["", *escaped], rows) + "\n\nWin rate of the row against the column, by gold."
+
+
+def _failures(record: Mapping[str, Any]) -> str:
+    lines = [
+        f"- {failure['label']}, seed {failure['seed']}: the whole run failed: {failure['error']}"
+        for failure in record["failed_runs"]
+    ]
+    lines += [f"- {problem}" for problem in record.get("problems", [])]
+    for spec in record["specs"]:
+        kinds = {
+            "request": spec["failed"],
+            "reward": spec["reward_failed"],
+            "gold": spec["gold_failed"],
+            "judge": (spec["judge"] or {}).get("failed", []),
+        }
+        for what, failures in kinds.items():
+            lines += [
+                f"- {spec['label']}: {what} of record {f['number']}, seed {f['seed']}: {f['error']}"
+                for f in failures[:_SHOWN_FAILURES]
+            ]
+            rest = len(failures) - _SHOWN_FAILURES
+            if rest > 0:
+                lines.append(f"- {spec['label']}: {what}: {rest} more, see the files")
+    return "\n".join(line.replace("\n", " ") for line in lines)
+
+
+def _interval(found: Mapping[str, Any] | None, shown: str, *, bounds: bool = True) -> str:
+    if found is None:
+        return ""
+    text = shown.format(found["mean"])
+    if bounds and found["low"] is not None:
+        text += f" [{shown.format(found['low'])}, {shown.format(found['high'])}]"
+    return text
+
+
+def _number(value: float | None, shown: str) -> str:
+    return "" if value is None else shown.format(value)

@@ -1,0 +1,100 @@
+"""Logits of hidden states, through a language model's own forward with its backbone left out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from stars_fast.errors import UnsupportedModelError
+from stars_fast.models.checks import has_lm_head
+
+__all__ = ["LogitHead"]
+
+
+class LogitHead:
+    """All that a language model does behind its backbone.
+
+    Between the last hidden state and the logits stands more than a linear layer in some models:
+    Gemma 2 caps its logits, Granite and Cohere scale theirs. Rather than know them, the model's
+    forward is run with a backbone that returns the given hidden states. Whether that works is not
+    taken from names: one short text is run both ways.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model in eval mode; nothing in it is changed but while a call runs.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model has no head, or its logits cannot be had from its hidden states.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        name = type(model).__name__
+        if not has_lm_head(model):
+            raise UnsupportedModelError(f"{name} has no language-model head")
+        self._model = model
+        weight = model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        rows = weight.shape[0]
+        ids = torch.tensor([[i % rows for i in range(1, 8)]], device=model.device)
+        with torch.inference_mode():
+            want = model(input_ids=ids, use_cache=False, return_dict=True).logits[0].float()
+            output = model.base_model(input_ids=ids, use_cache=False, return_dict=True)
+        hidden = output[0][0]
+        # Of the backbone's own kind: heads read fields of it that others lack.
+        self._kind: type[ModelOutput] = type(output)
+        #: Logits of a token.
+        self.vocab_size = want.shape[-1]
+        # OPT's forward calls the decoder inside of its base model.
+        decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+        for backbone in (model.base_model, decoder):
+            self._backbone: nn.Module = backbone
+            if self._agrees(hidden, want):
+                return
+        raise UnsupportedModelError(
+            f"the logits of {name} cannot be had from its last hidden states: its forward does not "
+            "give the same ones for them when its backbone is left out"
+        )
+
+    def _agrees(self, hidden: Tensor, want: Tensor) -> bool:
+        try:
+            got = self(hidden).float()
+        except Exception:  # noqa: BLE001 - a forward of any kind may raise anything
+            return False
+        tolerance = 1e-4 if hidden.dtype == torch.float32 else 2e-2
+        return got.shape == want.shape and torch.allclose(got, want, rtol=tolerance, atol=tolerance)
+
+    @torch.inference_mode()
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return logits ``[N, vocab]`` of the backbone's hidden states ``[N, hidden]``."""
+        ids = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
+        with _returning(self._backbone, self._kind(last_hidden_state=hidden.unsqueeze(0))):
+            output = self._model(input_ids=ids, use_cache=False, return_dict=True)
+        logits = output.logits
+        assert isinstance(logits, Tensor)
+        return logits.squeeze(0)
+
+
+@contextlib.contextmanager
+def _returning(module: nn.Module, output: ModelOutput) -> Iterator[None]:
+    """Have a module return this, whatever it is called with."""
+
+    def forward(*_: object, **__: object) -> ModelOutput:
+        return output
+
+    # Past nn.Module.__setattr__, which is meant for parameters; a library may have set one, too.
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before

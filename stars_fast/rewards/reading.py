@@ -1,0 +1,179 @@
+"""Where a causal model's reward is read: which ids run, and what their hidden states say."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from stars_fast.rewards.tokens import Ids, TokenPrompt, common_length
+
+__all__ = ["Cut", "Head", "LastToken", "NextTokens", "Reading"]
+
+# Most bytes of one block of float32 logits.
+_LOGIT_BYTES = 64 << 20
+
+
+class Head(Protocol):
+    """A map from hidden states [N, hidden]: to rewards [N, 1], or to logits [N, vocab]."""
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Apply the map."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What is run of a job.
+
+    Parameters
+    ----------
+    ids : int64 [N]
+        Up to the last one whose hidden state is read.
+    keep : int
+        How many of them stay cached if the job's branch is accepted.
+    first : int
+        The first one whose hidden state is read.
+    following : int64 [N - first]
+        The ids that come next to those, where the reading needs them.
+    """
+
+    ids: Ids
+    keep: int
+    first: int
+    following: Ids
+
+
+class Reading(ABC):
+    """How a reward is read from the hidden states of a job's ids."""
+
+    #: Words of error messages: the model, what its prompt is in, what to shorten.
+    whose: str
+    form: str
+    shorten: str
+
+    @abstractmethod
+    def prefix(self, prompt: TokenPrompt) -> int:
+        """Return how many of the ids of r(x) are cached before there is any response."""
+
+    @abstractmethod
+    def cut(self, ids: Ids, prompt: TokenPrompt, committed: Ids) -> Cut | float | Exception:
+        """Return what to run of a job; its reward where that is known; or its error.
+
+        Parameters
+        ----------
+        ids : int64 [L]
+            The job's.
+        prompt : TokenPrompt
+            Of its request.
+        committed : int64 [C]
+            What the cached sequence should hold: the prefix of the prompt, later the kept ids of
+            the last accepted branch.
+        """
+
+    @abstractmethod
+    def values(self, hidden: torch.Tensor, cuts: Sequence[Cut]) -> list[float]:
+        """Return each job's reward.
+
+        Parameters
+        ----------
+        hidden : Tensor [sum of len(ids) - first, hidden]
+            The hidden states that are read, one job's after another's.
+        cuts : sequence of Cut
+            The jobs, in that order.
+        """
+
+
+class LastToken(Reading):
+    """A classifier's reward, read where transformers reads it: at the last token but padding.
+
+    Parameters
+    ----------
+    head : Head
+        The classifier's own.
+    pad_token_id : int or None
+        The padding token that the classifier looks for.
+    """
+
+    whose = "the reward model"
+    form = "in the reward model's template"
+    shorten = "the prompt"
+
+    def __init__(self, head: Head, pad_token_id: int | None) -> None:
+        self._head = head
+        self._pad = pad_token_id
+
+    def prefix(self, prompt: TokenPrompt) -> int:
+        """Return the ids before the response."""
+        return prompt.stem
+
+    def cut(self, ids: Ids, prompt: TokenPrompt, committed: Ids) -> Cut:
+        """Return the ids up to the last that is not padding."""
+        end = len(ids)
+        if self._pad is not None:
+            while end > 1 and int(ids[end - 1]) == self._pad:
+                end -= 1
+        return Cut(ids[:end], min(len(ids) - prompt.tail, end), end - 1, ids[:0])
+
+    def values(self, hidden: torch.Tensor, cuts: Sequence[Cut]) -> list[float]:
+        """Apply the head."""
+        rewards: list[float] = self._head(hidden).float()[:, 0].tolist()
+        return rewards
+
+
+class NextTokens(Reading):
+    """The log-probability, in nats, that a language model gives the tokens behind committed text.
+
+    The hidden state at a token says what comes next. So a job's last token is not run, and the
+    token before its segment, whose hidden state was not kept, is run with it: as many tokens as the
+    segment has. The cached sequence ends one token before the committed text does, and segments
+    of a page start on a page of their own all the same.
+
+    Parameters
+    ----------
+    head : Head
+        From hidden states to logits, the model's own.
+    vocab_size : int
+        Logits of a token.
+    """
+
+    whose = "the judge"
+    form = "with the persona"
+    shorten = "the persona or the prompt"
+
+    def __init__(self, head: Head, vocab_size: int) -> None:
+        self._head = head
+        self._block = max(1, _LOGIT_BYTES // (4 * vocab_size))
+
+    def prefix(self, prompt: TokenPrompt) -> int:
+        """Return all ids but the last."""
+        return len(prompt.empty_ids) - 1
+
+    def cut(self, ids: Ids, prompt: TokenPrompt, committed: Ids) -> Cut | float | Exception:
+        """Return the ids but the last; 0.0 for r(x) and for a job with nothing new."""
+        first = len(committed)
+        if len(ids) == len(prompt.empty_ids):
+            return 0.0
+        if len(ids) <= first or common_length(ids, committed) < first:
+            return ValueError("response_ids must continue the committed text of their request")
+        if len(ids) == first + 1:
+            return 0.0
+        return Cut(ids[:-1], len(ids) - 1, first, ids[first + 1 :])
+
+    def values(self, hidden: torch.Tensor, cuts: Sequence[Cut]) -> list[float]:
+        """Return the sum of each job's log-probabilities, by float32 log_softmax of the logits."""
+        following = torch.from_numpy(np.concatenate([cut.following for cut in cuts]))
+        following = following.to(hidden.device)
+        parts = []
+        for at in range(0, len(hidden), self._block):
+            part, ids = hidden[at : at + self._block], following[at : at + self._block]
+            log_p = self._head(part).float().log_softmax(dim=-1)
+            parts.append(log_p.gather(1, ids.unsqueeze(1)).squeeze(1))
+        log_p_all = torch.cat(parts).double().cpu().numpy()
+        starts = np.cumsum([0, *(len(cut.following) for cut in cuts[:-1])])
+        sums: list[float] = np.add.reduceat(log_p_all, starts).tolist()
+        return sums

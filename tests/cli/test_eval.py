@@ -1,0 +1,451 @@
+"""``stars-fast eval`` from the command line, on the small models that ship with the package."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from stars_fast import Engine, StarsParams, demo
+from stars_fast.cli import main
+from stars_fast.eval import session
+from stars_fast.seeds import derive_seed
+
+SMALL = ("--common", "max_tokens=12", "--device", "cpu", "--num-prompts", "4")
+STARS = "stars:segment_length=4,beta=0.3,target_reward=0.5"
+
+
+def run(*argv: object) -> int:
+    return main(["eval", *map(str, argv)])
+
+
+def read(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return record
+
+
+def responses(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
+
+
+def runs(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+
+
+def tokens(folder: Path) -> dict[tuple[str, int, int], list[int]]:
+    return {(r["spec"], r["seed"], r["number"]): r["token_ids"] for r in responses(folder)}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An eval that has run; not to be changed."""
+    folder = tmp_path_factory.mktemp("eval") / "out"
+    flags = ("--method", STARS, "--method", "bon=best_of_n:candidates=2", "--seeds", "0,3")
+    assert run(*SMALL, *flags, "--out", folder) == 0
+    return folder
+
+
+def test_responses_are_those_of_the_engine(done: Path) -> None:
+    found = tokens(done)
+    prompts = demo.prompts(4)
+    engine = Engine.demo(device="cpu")
+    for seed in (0, 3):
+        seeds = [derive_seed(seed, number) for number in range(1, 5)]
+        for label, params in {
+            "vanilla": StarsParams(method="vanilla", max_tokens=12),
+            "bon": StarsParams(method="best_of_n", candidates=2, max_tokens=12),
+            "stars segment_length=4 beta=0.3 target_reward=0.5": StarsParams(
+                segment_length=4, beta=0.3, target_reward=0.5, max_tokens=12
+            ),
+        }.items():
+            each = [params.with_method(params.method, seed=one) for one in seeds]
+            outputs = engine.generate(prompts, each, use_tqdm=False)
+            for number, output in enumerate(outputs, 1):
+                assert found[label, seed, number] == output.outputs[0].token_ids
+    assert len(found) == 3 * 2 * 4
+
+
+def test_rewards_are_those_of_the_whole_text(done: Path) -> None:
+    rows = responses(done)
+    prompts = demo.prompts(4)
+    expected = Engine.demo(device="cpu").score(
+        [prompts[row["number"] - 1] for row in rows], [row["text"] for row in rows]
+    )
+    assert [row["reward"] for row in rows] == pytest.approx(expected, abs=1e-4)
+    assert [row["gold"] for row in rows] == [demo.gold_score(row["text"]) for row in rows]
+
+
+def test_the_summary_follows_from_the_responses(done: Path) -> None:
+    record = read(done)
+    rows = responses(done)
+    specs = {spec["label"]: spec for spec in record["specs"]}
+    assert next(iter(specs)) == record["settings"]["reference"] == "vanilla"
+    for label, spec in specs.items():
+        own = [row for row in rows if row["spec"] == label]
+        assert spec["gold"]["mean"] == pytest.approx(sum(row["gold"] for row in own) / 8)
+        assert spec["gold"]["low"] <= spec["gold"]["mean"] <= spec["gold"]["high"]
+        logprob, count = (sum(row[name] for row in own) for name in ("base_logprob", "base_tokens"))
+        assert spec["perplexity"] == pytest.approx(math.exp(-logprob / count))
+        assert spec["cost"]["lm_calls"] > 0
+    pairs = [(row["gold"], other["gold"]) for row in rows for other in rows
+             if row["spec"] == "bon" and other["spec"] == "vanilla"
+             and (row["seed"], row["number"]) == (other["seed"], other["number"])]  # fmt: skip
+    against = specs["bon"]["against_reference"]
+    assert against["win"] == pytest.approx(sum(a > b for a, b in pairs) / 8)
+    assert against["gain"]["mean"] == pytest.approx(sum(a - b for a, b in pairs) / 8)
+    assert specs["vanilla"]["cost"]["relative_flops"] == 1.0
+    assert specs["bon"]["cost"]["relative_flops"] > 2.0
+    assert specs["vanilla"]["cost"]["rm_tokens"] == 0
+    assert specs["bon"]["kl"]["mean"] == pytest.approx(math.log(2) - 1 / 2)
+    assert record["header"]["command"].startswith("stars-fast eval --common max_tokens=12")
+    assert (done / "cost_quality.png").stat().st_size > 10_000
+    assert (done / "win_rate.png").stat().st_size > 5_000
+
+
+def test_costs_do_not_depend_on_the_order(done: Path, tmp_path: Path) -> None:
+    """In `done` the prompts of the second run were in the cache of the first."""
+    assert run(*SMALL, "--seeds", "3", "--out", tmp_path / "out", "--no-plots") == 0
+    (alone,) = runs(tmp_path / "out")
+    (among,) = [one for one in runs(done) if (one["spec"], one["seed"]) == ("vanilla", 3)]
+    assert alone["run"] == among["run"]
+    for name in ("lm_tokens", "drafted_tokens", "rm_tokens"):
+        assert alone["cost"][name] == among["cost"][name]
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.62])
+def test_a_torn_eval_is_resumed_with_the_same_results(
+    done: Path, tmp_path: Path, keep: float
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(done, folder)
+    whole = (folder / "responses.jsonl").read_bytes()
+    (folder / "responses.jsonl").write_bytes(whole[: int(keep * len(whole))])
+    (folder / "results.json").unlink()
+    flags = ("--method", STARS, "--method", "bon=best_of_n:candidates=2", "--seeds", "0,3")
+    assert run(*SMALL, *flags, "--out", folder) == 2  # without --resume nothing is touched
+    assert run(*SMALL, *flags, "--out", folder, "--resume", "--no-plots") == 0
+    assert tokens(folder) == tokens(done)
+    for mine, other in zip(read(folder)["specs"], read(done)["specs"], strict=True):
+        assert mine["gold"] == other["gold"]
+        assert mine["against_reference"] == other["against_reference"]
+        assert mine["kl"]["mean"] == pytest.approx(other["kl"]["mean"], abs=1e-4)
+        assert mine["distinct_2"] == other["distinct_2"]
+
+
+def test_finished_runs_are_not_run_again(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(done, folder)
+    before = (folder / "responses.jsonl").read_bytes()
+
+    def never(*args: object) -> None:
+        raise AssertionError("an engine was loaded")
+
+    monkeypatch.setattr(session.Models, "engine", never)
+    flags = ("--method", "other name=" + STARS, "--seeds", "0,3")
+    assert run(*SMALL, *flags, "--out", folder, "--resume", "--no-plots") == 0
+    assert (folder / "responses.jsonl").read_bytes() == before
+    assert [spec["label"] for spec in read(folder)["specs"]] == ["vanilla", "other name"]
+    assert "running" not in capfd.readouterr().err
+
+
+def test_the_report_is_made_anew(done: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(done, folder)
+    for name in ("report.md", "cost_quality.png", "win_rate.png"):
+        (folder / name).unlink()
+    assert run("--report", folder) == 0
+    assert (folder / "report.md").read_text() == (done / "report.md").read_text()
+    assert (folder / "cost_quality.png").exists()
+    assert read(folder) == read(done)
+
+
+def test_a_gold_reward_that_fails_is_reported_by_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bad = demo.prompts(4)[2]
+    Path("failing_gold.py").write_text(
+        "def score(prompts, responses):\n"
+        f"    if {bad!r} in prompts:\n"
+        "        raise ValueError('not that one')\n"
+        "    return [float(len(r)) for r in responses]\n"
+    )
+    flags = ("--gold", "failing_gold:score", "--out", "out", "--no-plots")
+    assert run(*SMALL, *flags) == 0
+    (spec,) = read(Path("out"))["specs"]
+    assert [f["number"] for f in spec["gold_failed"]] == [3]
+    assert spec["gold"]["over"] == 3
+    rows = responses(Path("out"))
+    assert [row["gold"] is None for row in rows] == [False, False, True, False]
+    assert "not that one" in rows[2]["gold_error"]
+    assert "gold scores failed, of records 3; the first:" in capfd.readouterr().err
+    assert "gold of record 3, seed 0" in Path("out/report.md").read_text()
+    # Another gold reward needs no run.
+    assert run(*SMALL, "--out", "out", "--no-plots", "--resume") == 0
+    assert [row["gold"] for row in responses(Path("out"))] == [
+        demo.gold_score(row["text"]) for row in rows
+    ]
+
+
+def test_a_prompt_that_does_not_fit_is_reported_and_harms_no_other(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    texts = [demo.prompts(1)[0], "kettle " * 5000]
+    source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    out = tmp_path / "out"
+    flags = ("--prompts", source, "--common", "max_tokens=4", "--device", "cpu", "--no-plots")
+    assert run(*flags, "--method", "best_of_n:candidates=2", "--out", out) == 0
+    for spec in read(out)["specs"]:
+        assert [f["number"] for f in spec["failed"]] == [2]
+        assert "does not fit" in spec["failed"][0]["error"]
+        assert spec["gold"]["over"] == spec["responses"] == 1
+
+
+def test_a_spec_that_fails_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    generate = Engine.generate
+
+    def failing(self: Engine, prompts: Any, params: Any, **options: Any) -> Any:
+        if params[0].method == "best_of_n":
+            raise RuntimeError("out of luck")
+        return generate(self, prompts, params, **options)
+
+    monkeypatch.setattr(Engine, "generate", failing)
+    flags = ("--method", "best_of_n", "--method", STARS, "--out", tmp_path / "out", "--no-plots")
+    assert run(*SMALL, *flags) == 1
+    assert "best_of_n, seed 0: RuntimeError: out of luck" in capfd.readouterr().err
+    record = read(tmp_path / "out")
+    assert [spec["runs"] for spec in record["specs"]] == [1, 0, 1]
+    assert record["failed_runs"][0]["label"] == "best_of_n"
+    monkeypatch.undo()
+    assert run(*SMALL, *flags, "--resume") == 0
+    assert [spec["runs"] for spec in read(tmp_path / "out")["specs"]] == [1, 1, 1]
+
+
+def test_an_interruption_keeps_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    generate = Engine.generate
+    calls = []
+
+    def interrupted(self: Engine, prompts: Any, params: Any, **options: Any) -> Any:
+        calls.append(params)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(self, prompts, params, **options)
+
+    monkeypatch.setattr(Engine, "generate", interrupted)
+    out = tmp_path / "out"
+    assert run(*SMALL, "--seeds", "0,1", "--out", out, "--no-plots") == 130
+    assert "interrupted; 1 runs are in" in capfd.readouterr().err
+    assert len(responses(out)) == 4
+    assert read(out)["specs"][0]["runs"] == 1
+
+
+def test_another_language_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """KL from the base is that of the log-probabilities of both models."""
+    other = tmp_path / "other"
+    shutil.copytree(demo.model_dir(), other)
+    model = AutoModelForCausalLM.from_pretrained(other)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.mul_(1 + 0.05 * torch.randn_like(weights))
+    model.save_pretrained(other)
+    out = tmp_path / "out"
+    flags = ("--lm", f"tuned={other}", "--method", "tuned=vanilla:lm=tuned", "--seeds", "0,1")
+    assert run(*SMALL, *flags, "--out", out, "--no-plots") == 0
+    vanilla, tuned = read(out)["specs"]
+    assert (vanilla["kl"]["mean"], vanilla["kl"]["kind"]) == (0.0, "exact")
+    rows = [row for row in responses(out) if row["spec"] == "tuned"]
+    total = 0.0
+    base = AutoModelForCausalLM.from_pretrained(demo.model_dir()).eval()
+    for row in rows:
+        ids = torch.tensor([row["prompt_token_ids"] + row["token_ids"]])
+        with torch.inference_mode():
+            pair = [m(ids).logits[0].log_softmax(-1) for m in (model.eval(), base)]
+        at = range(len(row["prompt_token_ids"]) - 1, ids.shape[1] - 1)
+        total += sum(float(pair[0][i, ids[0, i + 1]] - pair[1][i, ids[0, i + 1]]) for i in at)
+    assert total != 0
+    assert tuned["kl"]["mean"] == pytest.approx(total / len(rows), abs=1e-3)
+    assert tuned["kl"]["kind"] == "estimate"
+    assert "log-probabilities of the responses of tuned" in capfd.readouterr().err
+    assert run(*SMALL, *flags, "--out", out, "--no-plots", "--resume") == 0
+    assert "log-probabilities" not in capfd.readouterr().err
+
+
+def test_targets_are_calibrated_once_and_kept(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    flags = ("--method", "stars:segment_length=4", "--method", "rejection", "--out", out)
+    assert run(*SMALL, *flags, "--no-plots") == 0
+    assert capfd.readouterr().err.count("calibrating") == 1
+    engine = Engine.demo(device="cpu")
+    calibration = engine.calibrate(
+        demo.prompts(4), 0.9, params=StarsParams(method="vanilla", max_tokens=12), use_tqdm=False
+    )
+    assert read(out)["settings"]["target"] == pytest.approx(calibration.target_reward, abs=1e-4)
+    assert run(*SMALL, *flags, "--no-plots", "--resume") == 0
+    err = capfd.readouterr().err
+    assert "calibrating" not in err
+    assert "running" not in err
+
+
+def test_preferences_and_how_often_the_rewards_prefer_the_chosen(tmp_path: Path) -> None:
+    prompts = demo.prompts(3)
+    good, bad = " It was excellent. I loved it.", " It was awful. I hated it."
+    pairs = [(good, bad), (good, bad), (bad, good)]
+    source = tmp_path / "in"
+    source.write_text(
+        "".join(
+            json.dumps({"prompt": p, "chosen": c, "rejected": r}) + "\n"
+            for p, (c, r) in zip(prompts, pairs, strict=True)
+        )
+    )
+    out = tmp_path / "out"
+    flags = ("--prompts", source, "--common", "max_tokens=4", "--device", "cpu", "--no-plots")
+    assert run(*flags, "--reward-accuracy", "--out", out) == 0
+    accuracy = read(out)["accuracy"]
+    for name in ("reward", "gold"):
+        assert accuracy[name]["mean"] == pytest.approx(2 / 3)
+        assert (accuracy[name]["over"], accuracy[name]["failed"]) == (3, [])
+    assert "| gold | 66.7%" in (out / "report.md").read_text()
+
+
+class _Judge(BaseHTTPRequestHandler):
+    """Prefers the response with more characters; refuses what is about one prompt."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        text = json.loads(body)["messages"][0]["content"]
+        if demo.prompts(2)[1] in text:
+            self.send_error(400)
+            return
+        a, b = (text.split(f"[Response {x}]\n")[1].split("\n[End")[0] for x in "AB")
+        verdict = "tie" if len(a) == len(b) else "A" if len(a) > len(b) else "B"
+        data = json.dumps({"choices": [{"message": {"content": verdict}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def judge_url() -> Iterator[str]:
+    http = ThreadingHTTPServer(("127.0.0.1", 0), _Judge)
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{http.server_port}/v1"
+    http.shutdown()
+    thread.join()
+    http.server_close()
+
+
+def test_a_judge(
+    tmp_path: Path, judge_url: str, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("MY_KEY", "secret")
+    out = tmp_path / "out"
+    flags = ("--judge-url", judge_url, "--judge-model", "j", "--judge-key-env", "MY_KEY")
+    flags = (*flags, "--method", "best_of_n:candidates=2", "--seeds", "0,1", "--no-plots")
+    assert run(*SMALL, *flags, "--out", out) == 0
+    rows = {(r["spec"], r["seed"], r["number"]): r for r in responses(out)}
+    spec = read(out)["specs"][1]
+    label = spec["label"]
+    wins = []
+    for number in (1, 3, 4):
+        ours, theirs = (len(rows[name, 0, number]["text"]) for name in (label, "vanilla"))
+        expected = 1.0 if ours > theirs else 0.0 if ours < theirs else 0.5
+        assert rows[label, 0, number]["judge"] == [expected, expected]
+        wins.append(expected)
+    assert spec["judge"]["win_rate"]["mean"] == pytest.approx(sum(wins) / 3)
+    assert [f["number"] for f in spec["judge"]["failed"]] == [2]
+    assert "judge" not in rows[label, 1, 1]  # one seed is judged
+    assert "1 verdicts failed, of records 2; the first: " in capfd.readouterr().err
+    text = "".join(path.read_text() for path in out.iterdir())
+    assert "secret" not in text
+    # Only what failed is asked again.
+    assert run(*SMALL, *flags, "--out", out, "--resume") == 0
+    assert "about 1 pairs" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ((), "--out FOLDER is needed"),
+        (("--method", "magic"), "--method 'magic': method must be one of stars, vanilla"),
+        (("--method", "stars:bta=1"), "unknown parameter 'bta'; those of stars are max_tokens"),
+        (("--method", "vanilla:beta=1"), "beta is no parameter of method='vanilla'"),
+        (("--method", "vanilla:lm=x"), "lm names no model: none is given, got 'x'; see --lm"),
+        (("--method", "stars", "--method", "stars"), "two methods are labelled 'stars'"),
+        (("--common", "beta=1"), "beta is no parameter of method='vanilla'"),
+        (("--common", "lm=x"), "lm and rm are of single methods"),
+        (("--common", "x"), "--common: expected name=value"),
+        (("--method", "persona_judge"), "persona_judge and rm=NAME of a --persona go together"),
+        (("--method", "stars:rm=p", "--persona", "p=Be kind."), "go together"),
+        (("--lm", "x"), "--lm must be NAME=VALUE, got 'x'"),
+        (("--lm", "x=/nowhere"), "model directory '/nowhere' does not exist"),
+        (("--seeds", "1,1"), "--seeds must be different"),
+        (("--seeds", "x"), "--seeds must be integers"),
+        (("--num-prompts", "0"), "--num-prompts must be at least 1"),
+        (("--num-prompts", "999"), "n must be in 1..256"),
+        (("--prompts", "/nowhere"), "/nowhere: No such file"),
+        (("--prompts", "{empty}"), "has no record"),
+        (("--methods", "{empty}"), "not JSON"),
+        (("--gold", "no_such_module:f"), "--gold: cannot import 'no_such_module'"),
+        (("--gold", "/nowhere"), "model directory '/nowhere' does not exist"),
+        (("--model", "x"), "--prompts is needed with --model"),
+        (("--model", "x", "--prompts", "demo"), "--gold is needed with --model"),
+        (("--reward-model", "x"), "--reward-model needs --model"),
+        (("--reward-accuracy",), "needs prompts with chosen and rejected"),
+        (("--judge-url", "http://x"), "--judge-url and --judge-model go together"),
+        (("--judge-url", "x", "--judge-model", "m"), "url must begin with http"),
+        (
+            ("--judge-url", "http://x", "--judge-model", "m", "--judge-key-env", "NO_SUCH_KEY"),
+            "NO_SUCH_KEY is not set",
+        ),
+        (("--calibration-quantile", "1"), "--calibration-quantile must be in (0, 1)"),
+        (("--tie-margin", "-1"), "--tie-margin must be at least 0"),
+        (("--report", "/nowhere"), "/nowhere/results.json is no record"),
+    ],
+)
+def test_bad_flags_are_named(
+    argv: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session.Models, "engine", lambda *args: pytest.fail("a model was loaded"))
+    (tmp_path / "empty").write_text("")
+    words = [str(tmp_path / "empty") if word == "{empty}" else word for word in argv]
+    out = ["--out", str(tmp_path / "out")] if argv else []
+    assert run(*words, *out) in (1, 2)
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "out" / "responses.jsonl").exists()
+
+
+def test_plots_need_matplotlib_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("stars_fast.cli.eval.can_plot", lambda: False)
+    assert run(*SMALL, "--out", tmp_path / "out") == 2
+    assert "pip install 'stars_fast[eval]'" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,113 @@
+"""``acceptance="gibbs"``: a segment is chosen among N by exp(r / beta)."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections import Counter
+
+import pytest
+from helpers.letter_law import (
+    PROMPT,
+    Law,
+    Tokens,
+    law_of,
+    letter_engine,
+    model_law,
+    p_value,
+    reward_of,
+    segments,
+    text,
+    tilted,
+    total_variation,
+)
+from helpers.outputs import same
+
+from stars_fast import CompletionOutput, Engine, StarsParams
+
+BETA = 0.5
+PARAMS = StarsParams(
+    acceptance="gibbs", segment_length=2, max_tokens=2, beta=BETA, temperature=0.9, top_k=0
+)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return letter_engine()
+
+
+def run(engine: Engine, params: StarsParams, requests: int) -> list[CompletionOutput]:
+    each = [dataclasses.replace(params, seed=1000 + i) for i in range(requests)]
+    outputs = engine.generate([PROMPT] * requests, each, use_tqdm=False)
+    assert all(output.error is None for output in outputs)
+    return [output.outputs[0] for output in outputs]
+
+
+def count(engine: Engine, params: StarsParams, requests: int) -> Counter[Tokens]:
+    return Counter(tuple(output.token_ids) for output in run(engine, params, requests))
+
+
+def closed_form(params: StarsParams, beta: float = BETA) -> Law:
+    """Every tuple of N independent segments, and the choice of one of them."""
+
+    def step(done: Tokens) -> Law:
+        length = min(params.segment_length, params.max_tokens - len(done))
+        table = [
+            (done + segment, p, math.exp(reward_of(text(done + segment)) / beta))
+            for segment, p in segments(done, length, params.temperature)
+        ]
+        law: Law = {}
+        for drawn in itertools.product(table, repeat=params.num_candidates):
+            chance = math.prod(p for _, p, _ in drawn) / sum(w for _, _, w in drawn)
+            for whole, _, weight in drawn:
+                law[whole] = law.get(whole, 0.0) + chance * weight
+        return law
+
+    return law_of(step, params.max_tokens)
+
+
+@pytest.mark.parametrize(("candidates", "max_tokens"), [(2, 2), (3, 2), (2, 3)])
+def test_matches_closed_form(engine: Engine, candidates: int, max_tokens: int) -> None:
+    params = dataclasses.replace(PARAMS, candidates=candidates, max_tokens=max_tokens)
+    counts = count(engine, params, 4000)
+    assert p_value(counts, closed_form(params)) > 1e-3
+    planted = {
+        "beta": closed_form(params, beta=0.85),
+        "one more": closed_form(dataclasses.replace(params, candidates=candidates + 1)),
+        "one fewer": closed_form(dataclasses.replace(params, candidates=candidates - 1)),
+        "temperature": closed_form(dataclasses.replace(params, temperature=1.1)),
+    }
+    found = {name: p_value(counts, law) for name, law in planted.items()}
+    assert all(p < 1e-6 for p in found.values()), found
+
+
+def test_one_candidate_is_the_model(engine: Engine) -> None:
+    counts = count(engine, dataclasses.replace(PARAMS, candidates=1), 3000)
+    assert p_value(counts, model_law(2, PARAMS.temperature)) > 1e-3
+
+
+def test_comes_to_the_tilted_distribution_as_candidates_grow(engine: Engine) -> None:
+    requests = 2000
+    law = tilted(model_law(2, PARAMS.temperature), BETA)
+    apart = [
+        total_variation(count(engine, dataclasses.replace(PARAMS, candidates=n), requests), law)
+        for n in (1, 2, 4, 8, 16)
+    ]
+    # What as many exact draws would be apart on average, at most: E|X/n - p| <= sqrt(p / n).
+    noise = sum(math.sqrt(p / requests) for p in law.values()) / 2
+    assert all(after < before for before, after in itertools.pairwise(apart[:4])), apart
+    assert apart[0] > 6 * noise, apart
+    assert apart[-1] < 1.5 * noise, (apart, noise)
+
+
+@pytest.mark.parametrize("max_rows", [1, 3])
+def test_same_choice_in_however_many_rounds(engine: Engine, max_rows: int) -> None:
+    params = dataclasses.replace(PARAMS, candidates=7, max_tokens=9, ignore_eos=True, trace=True)
+    few = run(letter_engine(max_rows=max_rows), params, 6)
+    many = run(engine, params, 6)
+    assert all(same(a, b) for a, b in zip(few, many, strict=True))
+    kept = {s.attempts - len(s.rejected) for output in few for s in output.segments}
+    assert kept == {1}
+    assert {s.accepted for output in few for s in output.segments} == {"choice"}
+    assert {s.threshold for output in few for s in output.segments} == {None}
