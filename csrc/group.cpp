@@ -27,9 +27,6 @@ void Group::begin_generation() {
 
 void Group::reach(std::int32_t member, double reward, bool ended) {
   Member& reached = members_[static_cast<std::size_t>(member)];
-  // All begin at one and the same reward, that of the prompt, which weights need not know.
-  const double before = first_ ? 0.0 : reached.reward;
-  reached.log_weight += (reward - before) / options_.beta;
   reached.reward = reward;
   reached.ended = ended;
   --pending_;
@@ -43,7 +40,6 @@ void Group::turn(Turn& into) {
     resample(into);
   }
   ++generation_;
-  first_ = false;
   begin_generation();
 }
 
@@ -53,16 +49,18 @@ double Group::uniform(std::uint32_t what) const {
 
 void Group::resample(Turn& into) {
   const std::size_t size = members_.size();
+  // The factors exp((r_t - r_{t-1}) / beta) of a weight multiply up to the ends of their sum. All
+  // begin at the prompt's reward, one and the same, which therefore need not be known.
   double most = -std::numeric_limits<double>::infinity();
   for (const Member& member : members_) {
-    most = std::max(most, member.log_weight);
+    most = std::max(most, member.reward - member.even);
   }
   weights_.resize(size);
   double total = 0.0;
   double squares = 0.0;
   bool grows = false;
   for (std::size_t i = 0; i < size; ++i) {
-    weights_[i] = std::exp(members_[i].log_weight - most);
+    weights_[i] = std::exp((members_[i].reward - members_[i].even - most) / options_.beta);
     total += weights_[i];
     squares += weights_[i] * weights_[i];
     grows = grows || !members_[i].ended;
@@ -102,7 +100,7 @@ void Group::resample(Turn& into) {
   }
   grows = false;
   for (std::size_t i = 0; i < size; ++i) {
-    members_[i].log_weight = 0.0;
+    members_[i].even = members_[i].reward;
     weights_[i] = 1.0;
     grows = grows || !members_[i].ended;
   }
@@ -129,8 +127,9 @@ void Group::prune(Turn& into) {
       order_.push_back(static_cast<std::int32_t>(i));
     }
   }
-  std::stable_sort(order_.begin(), order_.end(),
-                   [this](std::int32_t a, std::int32_t b) { return at(a).reward > at(b).reward; });
+  std::sort(order_.begin(), order_.end(), [this](std::int32_t a, std::int32_t b) {
+    return at(a).reward > at(b).reward || (at(a).reward == at(b).reward && a < b);
+  });
   const auto count = static_cast<double>(order_.size());
   const auto keep = static_cast<std::size_t>(
       std::max(1.0, std::nearbyint((1.0 - options_.rejection_rate) * count)));

@@ -52,7 +52,7 @@ class Group {
  private:
   struct Member {
     double reward = 0.0;
-    double log_weight = 0.0;
+    double even = 0.0;  // its reward when all weights were last the same
     bool alive = true;
     bool ended = false;
   };
@@ -70,7 +70,6 @@ class Group {
   std::vector<Member> members_;
   std::int32_t pending_ = 0;
   std::uint32_t generation_ = 0;
-  bool first_ = true;
   std::vector<double> weights_;
   std::vector<std::int32_t> order_;
 };

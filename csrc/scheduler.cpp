@@ -159,19 +159,20 @@ void Scheduler::add_group(const std::vector<std::int64_t>& ids,
                 ids.begin() + static_cast<std::ptrdiff_t>(i),
             "request id", ids[i], "given once");
   }
-  const auto free = std::find(parties_.begin(), parties_.end(), std::nullopt);
+  const auto free = std::find(parties_.begin(), parties_.end(), nullptr);
   const auto number = static_cast<std::int32_t>(free - parties_.begin());
-  Party party{Group(group, ids.size()), {}, static_cast<std::int32_t>(ids.size()), false};
+  auto party = std::make_unique<Party>(
+      Party{Group(group, ids.size()), {}, static_cast<std::int32_t>(ids.size()), false});
   for (std::size_t i = 0; i < ids.size(); ++i) {
     RequestOptions own = options;
     own.seed = seeds[i];
     const Slot slot = enter(ids[i], prompt, prompt_length, own);
     at(slot).group = number;
     at(slot).member = static_cast<std::int32_t>(i);
-    party.members.push_back(slot);
+    party->members.push_back(slot);
   }
   if (free == parties_.end()) {
-    parties_.emplace_back(std::move(party));
+    parties_.push_back(std::move(party));
   } else {
     *free = std::move(party);
   }
@@ -372,6 +373,7 @@ bool Scheduler::release_idle() {
     return false;
   }
   release(at(*holder));
+  newest().plan->preempted.push_back(at(*holder).id);
   ++stats_.preemptions;
   return true;
 }
@@ -389,16 +391,29 @@ void Scheduler::preempt(std::vector<Slot>::iterator position) {
   ++stats_.preemptions;
 }
 
-void Scheduler::admit() {
-  const std::int32_t lane = newest().lane;
-  std::int32_t lead = 0;  // of this lane's requests over the other's
-  std::int32_t size = 0;
+Scheduler::Load Scheduler::load() const {
+  Load load;
   for (const Slot slot : running_) {
-    const bool mine = at(slot).lane == lane;
-    size += mine ? 1 : 0;
-    lead += at(slot).doomed ? 0 : mine ? 1 : -1;
+    const Request& request = at(slot);
+    const bool mine = request.lane == flights_[static_cast<std::size_t>(newest_)].lane;
+    load.size += mine ? 1 : 0;
+    load.lead += request.doomed ? 0 : mine ? 1 : -1;
+    load.alone = load.alone && !request.in_flight;
   }
-  while (!waiting_.empty() && !short_of_pages_ && prefill_budget_ > 0 && size < options_.max_rows) {
+  return load;
+}
+
+// Beside requests that run, some are left free, and as many as the candidates of each have been.
+std::int64_t Scheduler::spare_pages(const Request& next) const {
+  const std::size_t drafting = flights_[static_cast<std::size_t>(newest_)].drafting.size() + 1;
+  const double candidates = (rows_per_request_ - 1.0) * static_cast<double>(drafting);
+  return pool_.num_pages() / 100 + static_cast<std::int64_t>(candidates) * row_pages(next);
+}
+
+void Scheduler::admit() {
+  Load lane = load();
+  while (!waiting_.empty() && !short_of_pages_ && prefill_budget_ > 0 &&
+         lane.size < options_.max_rows) {
     const Waiting next = waiting_.front();
     Request& request = at(next.slot);
     if (request.generation != next.generation) {
@@ -406,7 +421,7 @@ void Scheduler::admit() {
       continue;
     }
     // As many as this lane leads by are left to the other lane, and room for them.
-    const std::int32_t left = options_.lanes == 1 ? 0 : std::max(lead, 0);
+    const std::int32_t left = options_.lanes == 1 ? 0 : std::max(lane.lead, 0);
     if (left >= num_waiting_) {
       return;
     }
@@ -414,17 +429,13 @@ void Scheduler::admit() {
     if (options_.prefix_caching) {
       hit = pool_.peek(request.tokens.data(), request.prompt_length - 1);
     }
-    // Beside those that run, some are left free, and as many as the candidates of each have been.
-    const bool alone = num_out_ == 0 && newest().drafting.empty() && newest().prefilling.empty();
-    std::int64_t spare = 0;
-    if (!running_.empty() && !alone) {
-      const auto drafting = static_cast<double>(newest().drafting.size() + 1);
-      spare = pool_.num_pages() / 100 +
-              static_cast<std::int64_t>((rows_per_request_ - 1.0) * drafting) * row_pages(request);
+    std::int64_t needed = pages_to_draft(request) - hit.pages + hit.evictable;
+    if (!lane.alone) {
+      needed = needed * (1 + left) + spare_pages(request);
     }
-    const std::int64_t needed = pages_to_draft(request) - hit.pages + hit.evictable;
-    if (pool_.available() - reserved_ - returning_ < needed * (alone ? 1 : 1 + left) + spare) {
-      if (alone && release_idle()) {
+    if (pool_.available() - reserved_ - returning_ < needed) {
+      // Alone, nothing comes back by itself, unless the other lane has somebody to run.
+      if (lane.alone && reserved_ == 0 && release_idle()) {
         continue;
       }
       return;
@@ -432,10 +443,11 @@ void Scheduler::admit() {
     waiting_.pop_front();
     --num_waiting_;
     running_.push_back(next.slot);
-    ++size;
-    ++lead;
+    ++lane.size;
+    ++lane.lead;
+    lane.alone = false;
     request.running = true;
-    request.lane = lane;
+    request.lane = newest().lane;
     request.sequence.pages.reserve(
         static_cast<std::size_t>(pool_.pages_for(request.prompt_length) +
                                  pool_.pages_for(request.options.longest_response()) + 1));
@@ -638,57 +650,20 @@ void Scheduler::decide(Flight& flight, Request& request, const RoundResult& resu
   if (request.doomed) {
     return;
   }
-  const Schedule& schedule = request.options.schedule;
-  const std::int32_t start = request.response_length();
   std::size_t improved = end;  // row that is now the best of the rejected attempts
   for (std::size_t row = request.first_row; row < end; ++row) {
     const double reward = result.rewards[row];
     ++request.attempt;
     ++stats_.attempts;
     if (!std::isfinite(reward)) {
-      record(request, EventKind::kFailed, static_cast<std::int32_t>(row), start, 0, Finish::kNone);
-      request.doomed = true;
-      if (request.group != kNoGroup) {
-        parties_[static_cast<std::size_t>(request.group)]->failed = true;
-        turning_.push_back(request.group);
-      }
+      fail(request, row);
       return;
     }
-    bool passed = true;
-    double merit = reward;  // what the best attempt is best in
-    const auto attempt = static_cast<std::uint32_t>(request.attempt - 1);
-    if (request.options.rule == Rule::kChoose) {
-      merit = schedule.choice_key(
-          reward, purpose_uniform(request.options.seed, static_cast<std::uint32_t>(start), attempt,
-                                  Purpose::kChoose));
-      passed = false;
-    } else if (request.options.rule == Rule::kTest) {
-      const double tau = schedule.threshold(request.prompt_reward, start + result.lengths[row]);
-      decision_->threshold[row] = tau;
-      const bool tested =
-          !request.options.last_untested || request.attempt < request.options.max_attempts;
-      passed =
-          tested && schedule.accepts(reward, tau,
-                                     accept_uniform(request.options.seed,
-                                                    static_cast<std::uint32_t>(start), attempt));
-      step_towards(request.pass_rate, passed, kPassRateStep);
-      step_towards(global_pass_rate_, passed, kGlobalPassRateStep);
-    }
-    if (passed) {
-      const std::int64_t* drafted = result.tokens + row * result.stride;
-      token_scratch_.assign(drafted, drafted + result.lengths[row]);
-      promote(pool_, request.sequence, flight.rows[row], result.lengths[row], copies_);
-      advance(request, token_scratch_, result.stopped[row] != 0, EventKind::kAccepted,
-              static_cast<std::int32_t>(row));
-      if (request.group != kNoGroup) {
-        Group& group = parties_[static_cast<std::size_t>(request.group)]->group;
-        group.reach(request.member, reward, request.ended);
-        if (group.complete()) {
-          turning_.push_back(request.group);
-        }
-      }
+    if (passes(request, reward, result.lengths[row], row)) {
+      accept(flight, request, row, result);
       return;
     }
+    const double merit = merit_of(request, reward);
     if (!request.best.any || merit > request.best.merit) {
       request.best.any = true;
       request.best.merit = merit;
@@ -699,17 +674,77 @@ void Scheduler::decide(Flight& flight, Request& request, const RoundResult& resu
     keep_best(request, flight.rows[improved], improved, result);
   }
   if (request.attempt == request.options.max_attempts) {
-    Best& best = request.best;
-    if (best.has_pages) {
-      promote(pool_, request.sequence, best.branch, static_cast<std::int32_t>(best.tokens.size()),
-              copies_);
-      best.has_pages = false;
-    }
-    const bool chosen = request.options.rule == Rule::kChoose;
-    stats_.fallbacks += chosen ? 0 : 1;
-    advance(request, best.tokens, best.stopped, chosen ? EventKind::kChosen : EventKind::kFallback,
-            improved == end ? -1 : static_cast<std::int32_t>(improved));
+    take_best(request, improved == end ? -1 : static_cast<std::int32_t>(improved));
   }
+}
+
+void Scheduler::fail(Request& request, std::size_t row) {
+  record(request, EventKind::kFailed, static_cast<std::int32_t>(row), request.response_length(), 0,
+         Finish::kNone);
+  request.doomed = true;
+  if (request.group != kNoGroup) {
+    party(request.group).failed = true;
+    turning_.push_back(request.group);
+  }
+}
+
+// Of the attempt just counted, whose segment has `tokens` tokens.
+bool Scheduler::passes(Request& request, double reward, std::int32_t tokens, std::size_t row) {
+  const RequestOptions& options = request.options;
+  if (options.rule != Rule::kTest) {
+    return options.rule == Rule::kAlways;
+  }
+  const std::int32_t start = request.response_length();
+  const double tau = options.schedule.threshold(request.prompt_reward, start + tokens);
+  decision_->threshold[row] = tau;
+  const double uniform = accept_uniform(options.seed, static_cast<std::uint32_t>(start),
+                                        static_cast<std::uint32_t>(request.attempt - 1));
+  const bool tested = !options.last_untested || request.attempt < options.max_attempts;
+  const bool passed = tested && options.schedule.accepts(reward, tau, uniform);
+  step_towards(request.pass_rate, passed, kPassRateStep);
+  step_towards(global_pass_rate_, passed, kGlobalPassRateStep);
+  return passed;
+}
+
+// What the best of attempts that did not pass is best in.
+double Scheduler::merit_of(const Request& request, double reward) {
+  if (request.options.rule != Rule::kChoose) {
+    return reward;
+  }
+  return request.options.schedule.choice_key(
+      reward,
+      purpose_uniform(request.options.seed, static_cast<std::uint32_t>(request.response_length()),
+                      static_cast<std::uint32_t>(request.attempt - 1), Purpose::kChoose));
+}
+
+void Scheduler::accept(Flight& flight, Request& request, std::size_t row,
+                       const RoundResult& result) {
+  const std::int64_t* drafted = result.tokens + row * result.stride;
+  token_scratch_.assign(drafted, drafted + result.lengths[row]);
+  promote(pool_, request.sequence, flight.rows[row], result.lengths[row], copies_);
+  advance(request, token_scratch_, result.stopped[row] != 0, EventKind::kAccepted,
+          static_cast<std::int32_t>(row));
+  if (request.group != kNoGroup) {
+    Group& group = party(request.group).group;
+    group.reach(request.member, result.rewards[row], request.ended);
+    if (group.complete()) {
+      turning_.push_back(request.group);
+    }
+  }
+}
+
+// The segment's attempts have all been made.
+void Scheduler::take_best(Request& request, std::int32_t row) {
+  Best& best = request.best;
+  if (best.has_pages) {
+    promote(pool_, request.sequence, best.branch, static_cast<std::int32_t>(best.tokens.size()),
+            copies_);
+    best.has_pages = false;
+  }
+  const bool chosen = request.options.rule == Rule::kChoose;
+  stats_.fallbacks += chosen ? 0 : 1;
+  advance(request, best.tokens, best.stopped, chosen ? EventKind::kChosen : EventKind::kFallback,
+          row);
 }
 
 void Scheduler::keep_best(Request& request, Branch& branch, std::size_t row,
@@ -815,18 +850,18 @@ void Scheduler::end_oldest() {
 
 void Scheduler::turn_groups() {
   for (const std::int32_t number : turning_) {
-    std::optional<Party>& party = parties_[static_cast<std::size_t>(number)];
-    if (!party.has_value()) {
+    if (parties_[static_cast<std::size_t>(number)] == nullptr) {
       continue;  // two members failed, and the first has ended it
     }
-    if (party->failed) {
+    Party& turned = party(number);
+    if (turned.failed) {
       end_group(number);
       continue;
     }
-    const auto request_of = [this, &party](std::int32_t member) -> Request& {
-      return at(party->members[static_cast<std::size_t>(member)]);
+    const auto request_of = [this, &turned](std::int32_t member) -> Request& {
+      return at(turned.members[static_cast<std::size_t>(member)]);
     };
-    party->group.turn(turn_);
+    turned.group.turn(turn_);
     for (std::size_t i = 0; i < turn_.target.size(); ++i) {
       Request& target = request_of(turn_.target[i]);
       const Request& source = request_of(turn_.source[i]);
@@ -837,7 +872,7 @@ void Scheduler::turn_groups() {
     stats_.paths_copied += static_cast<std::int64_t>(turn_.target.size());
     for (const std::int32_t member : turn_.dropped) {
       decision_->dropped.push_back(request_of(member).id);
-      remove(party->members[static_cast<std::size_t>(member)]);
+      remove(turned.members[static_cast<std::size_t>(member)]);
     }
     stats_.paths_dropped += static_cast<std::int64_t>(turn_.dropped.size());
     if (turn_.chosen != Group::kNone) {
@@ -845,7 +880,7 @@ void Scheduler::turn_groups() {
       end_group(number);
       continue;
     }
-    for (const Slot slot : party->members) {
+    for (const Slot slot : turned.members) {
       if (slot != Party::kGone) {
         at(slot).parked = false;
       }
@@ -866,8 +901,8 @@ void Scheduler::copy_path(Request& target, const Request& source) {
 
 void Scheduler::end_group(std::int32_t group) {
   // The last member's end ends the party: not to be read after.
-  const std::vector<Slot> members = parties_[static_cast<std::size_t>(group)]->members;
-  parties_[static_cast<std::size_t>(group)]->failed = true;
+  const std::vector<Slot> members = party(group).members;
+  party(group).failed = true;
   for (const Slot slot : members) {
     if (slot != Party::kGone && !at(slot).doomed) {
       remove(slot);
@@ -897,10 +932,10 @@ void Scheduler::forget(Slot slot) {
   ++request.generation;
   free_slots_.push_back(slot);
   if (request.group != kNoGroup) {
-    std::optional<Party>& party = parties_[static_cast<std::size_t>(request.group)];
-    party->members[static_cast<std::size_t>(request.member)] = Party::kGone;
-    if (--party->left == 0) {
-      party.reset();
+    Party& own = party(request.group);
+    own.members[static_cast<std::size_t>(request.member)] = Party::kGone;
+    if (--own.num_left == 0) {
+      parties_[static_cast<std::size_t>(request.group)].reset();
     }
     request.group = kNoGroup;
   }

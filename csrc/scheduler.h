@@ -5,7 +5,6 @@
 #include <deque>
 #include <limits>
 #include <memory>
-#include <optional>
 #include <unordered_map>
 #include <vector>
 
@@ -229,8 +228,14 @@ class Scheduler {
     static constexpr Slot kGone = -1;
     Group group;
     std::vector<Slot> members;  // kGone: forgotten
-    std::int32_t left = 0;      // members that are not
+    std::int32_t num_left = 0;  // members that are not
     bool failed = false;
+  };
+
+  struct Load {             // of the lane of the plan being made
+    std::int32_t size = 0;  // its requests
+    std::int32_t lead = 0;  // of those over the other lane's, those that end not counted
+    bool alone = true;      // nobody of either lane is in flight, though an empty plan may be out
   };
 
   struct Waiting {
@@ -275,6 +280,7 @@ class Scheduler {
   [[nodiscard]] const Request& at(Slot slot) const {
     return requests_[static_cast<std::size_t>(slot)];
   }
+  Party& party(std::int32_t group) { return *parties_[static_cast<std::size_t>(group)]; }
   [[nodiscard]] Request& find(std::int64_t id);
   [[nodiscard]] std::int32_t row_pages(const Request& request) const;
   [[nodiscard]] std::int32_t pages_to_draft(const Request& request) const;
@@ -283,7 +289,9 @@ class Scheduler {
 
   // The parts of plan().
   void keep_running();
+  [[nodiscard]] Load load() const;
   void admit();
+  [[nodiscard]] std::int64_t spare_pages(const Request& next) const;
   void start(Slot slot);
   void prefill(Slot slot);
   void list_prefill();
@@ -295,6 +303,11 @@ class Scheduler {
 
   // The parts of commit().
   void decide(Flight& flight, Request& request, const RoundResult& result);
+  void fail(Request& request, std::size_t row);
+  bool passes(Request& request, double reward, std::int32_t tokens, std::size_t row);
+  [[nodiscard]] static double merit_of(const Request& request, double reward);
+  void accept(Flight& flight, Request& request, std::size_t row, const RoundResult& result);
+  void take_best(Request& request, std::int32_t row);
   void keep_best(Request& request, Branch& branch, std::size_t row, const RoundResult& result);
   void advance(Request& request, const std::vector<std::int32_t>& segment, bool stopped,
                EventKind kind, std::int32_t row);
@@ -324,8 +337,8 @@ class Scheduler {
   std::deque<Waiting> waiting_;
   std::int64_t num_waiting_ = 0;  // waiting_ without those aborted
 
-  std::vector<Flight> flights_;  // [lanes]
-  std::vector<std::optional<Party>> parties_;
+  std::vector<Flight> flights_;                  // [lanes]
+  std::vector<std::unique_ptr<Party>> parties_;  // null: the number is free
   std::vector<std::int32_t> turning_;  // groups that the commit at hand completes or fails
   Group::Turn turn_;
   std::int32_t newest_ = 0;  // index of the last plan's

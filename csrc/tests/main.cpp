@@ -5,6 +5,7 @@ void test_philox();
 void test_acceptance();
 void test_page_pool();
 void test_sequence_cache();
+void test_group();
 void test_scheduler();
 
 int main() {
@@ -12,7 +13,8 @@ int main() {
   test_acceptance();
   test_page_pool();
   test_sequence_cache();
+  test_group();
   test_scheduler();
-  std::puts("5 passed, 0 failed");
+  std::puts("6 passed, 0 failed");
   return 0;
 }

@@ -27,4 +27,13 @@ void test_philox() {
   CHECK(std::abs(sum / kDraws - 0.5) < 5.0 * 0.2887 / 316.2);
   CHECK(sf::accept_uniform(1, 2, 3) != sf::accept_uniform(1, 3, 2));
   CHECK(sf::accept_uniform(1, 2, 3) != sf::accept_uniform(1ULL << 32U, 2, 3));
+
+  // The words of its counter and nothing else, the purpose among them.
+  constexpr sf::PhiloxCounter kWords = sf::philox4x32({0, 2, 3, 3}, {5, 6});
+  const double bits = std::ldexp(kWords[0], 20) + (kWords[1] >> 12U);
+  CHECK(sf::purpose_uniform(5 + (6ULL << 32U), 2, 3, sf::Purpose::kResample) ==
+        std::ldexp(bits + 0.5, -52));
+  CHECK(sf::accept_uniform(1, 2, 3) == sf::purpose_uniform(1, 2, 3, sf::Purpose::kAccept));
+  CHECK(sf::accept_uniform(1, 2, 3) != sf::purpose_uniform(1, 2, 3, sf::Purpose::kChoose));
+  CHECK(sf::accept_uniform(1, 2, 3) != sf::purpose_uniform(1, 2, 3, sf::Purpose::kResample));
 }

@@ -157,6 +157,95 @@ void lanes_halve_the_requests() {
   CHECK(scheduler.plan()->request.front() == 0);
 }
 
+stars_fast::Scheduler with_group(std::int32_t num_pages, std::int32_t lanes,
+                                 const stars_fast::GroupOptions& group) {
+  stars_fast::SchedulerOptions options;
+  options.num_pages = num_pages;
+  options.page_size = 4;
+  options.lanes = lanes;
+  stars_fast::Scheduler scheduler(options);
+  const std::vector<std::int64_t> prompt(9, 1);
+  stars_fast::RequestOptions path;
+  path.rule = stars_fast::Rule::kAlways;
+  path.segment_length = 6;
+  path.max_attempts = 1;
+  path.schedule.max_tokens = 18;
+  scheduler.add_group({10, 11, 12, 13}, {0, 1, 2, 3}, prompt.data(), prompt.size(), path, group);
+  return scheduler;
+}
+
+void copied_paths_share_their_pages_and_write_to_their_own() {
+  stars_fast::GroupOptions group;
+  group.beta = 0.1;
+  auto scheduler = with_group(200, 1, group);
+  Round round;
+  for (int generation = 0; generation < 3; ++generation) {
+    const auto plan = scheduler.plan();
+    CHECK(plan->draft.num_rows() == 4);
+    // Segments begin within a page from the second on: each path's first page, or that of the path
+    // that it then left for another, begins with the tail of the page that all of them read.
+    CHECK(plan->copies.count == std::vector<std::int32_t>(generation == 2 ? 4 : 0, 2));
+    for (const std::int32_t page : plan->copies.source) {
+      CHECK(page == plan->copies.source.front());
+    }
+    double reward = 0.0;
+    const auto decision = scheduler.commit(fill(round, *plan, [&reward] { return ++reward * 9; }));
+    scheduler.check();
+    if (generation < 2) {  // the last is worth e^90 of the one before
+      CHECK((decision->copy_target == std::vector<std::int64_t>{10, 11, 12}));
+      CHECK((decision->copy_source == std::vector<std::int64_t>{13, 13, 13}));
+      CHECK(scheduler.tokens(10).size() == static_cast<std::size_t>(9 + 6 * (generation + 1)));
+      // 8 tokens of the prompt; one more and 5, or 11, of the response, whose last is not cached.
+      CHECK(scheduler.pool().used() == 2 + (generation == 0 ? 2 : 3));
+    } else {
+      CHECK((decision->chosen == std::vector<std::int64_t>{13}));
+    }
+  }
+  CHECK(!scheduler.has_unfinished());
+  CHECK(scheduler.pool().used() == 0);
+  CHECK(scheduler.stats().paths_copied == 6);
+}
+
+// Paths that wait for the last one hold all pages; nobody is in flight, though a plan may be out.
+void waiting_paths_give_their_pages_to_the_last(std::int32_t lanes) {
+  stars_fast::GroupOptions group;
+  group.kind = stars_fast::GroupOptions::Kind::kPrune;
+  group.rejection_rate = 0.0;
+  auto scheduler = with_group(10, lanes, group);
+  Rounds rounds(lanes, 5, 2);
+  std::size_t chosen = 0;
+  for (int i = 0; i < 200 && scheduler.has_unfinished(); ++i) {
+    const auto decision = rounds.step(scheduler);
+    scheduler.check();
+    chosen += decision == nullptr ? 0 : decision->chosen.size();
+  }
+  CHECK(chosen == 1);
+  CHECK(scheduler.stats().preemptions > 0);
+  CHECK(scheduler.pool().used() == 0);
+}
+
+void a_group_of_more_paths_than_rows_is_refused() {
+  stars_fast::SchedulerOptions options;
+  options.num_pages = 100;
+  options.max_rows = 2;
+  stars_fast::Scheduler scheduler(options);
+  const std::int64_t prompt = 1;
+  stars_fast::RequestOptions path;
+  path.rule = stars_fast::Rule::kAlways;
+  bool refused = false;
+  try {
+    scheduler.add_group({1, 2, 3}, {1, 2, 3}, &prompt, 1, path, {});
+  } catch (const std::invalid_argument&) {
+    refused = true;
+  }
+  CHECK(refused);
+  CHECK(!scheduler.has_unfinished());
+  scheduler.add_group({1, 2}, {1, 2}, &prompt, 1, path, {});
+  CHECK(scheduler.abort(2));
+  CHECK(!scheduler.abort(1));
+  CHECK(!scheduler.has_unfinished());
+}
+
 }  // namespace
 
 void test_scheduler() {
@@ -166,4 +255,8 @@ void test_scheduler() {
     shortage_preempts_and_everyone_ends(lanes, 11);
   }
   lanes_halve_the_requests();
+  copied_paths_share_their_pages_and_write_to_their_own();
+  waiting_paths_give_their_pages_to_the_last(1);
+  waiting_paths_give_their_pages_to_the_last(2);
+  a_group_of_more_paths_than_rows_is_refused();
 }

@@ -69,6 +69,13 @@ void random_forks_read_what_was_written(std::int32_t page_size) {
   }
   std::int64_t next_branch = 0;
   for (int step = 0; step < 400; ++step) {
+    if (below(6) == 0) {
+      const std::int64_t source = below(kSequences);
+      const std::int64_t target = (source + 1 + below(kSequences - 1)) % kSequences;
+      cache.copy(source, target);
+      cache.check();
+      truth[static_cast<std::size_t>(target)] = truth[static_cast<std::size_t>(source)];
+    }
     std::vector<std::int64_t> sequences;
     std::vector<std::int64_t> branches;
     std::vector<std::int32_t> starts;
@@ -144,9 +151,61 @@ void random_forks_read_what_was_written(std::int32_t page_size) {
   CHECK(cache.pool().used() == 0);
 }
 
+stars_fast::Batch branch(stars_fast::SequenceCache& cache, std::int64_t sequence, std::int64_t name,
+                         std::int32_t start, const std::vector<std::int64_t>& ids) {
+  const auto length = static_cast<std::int32_t>(ids.size());
+  stars_fast::Batch batch;
+  cache.branch({&sequence, &name, &start, &length, 1, ids.data(), ids.size()}, batch);
+  return batch;
+}
+
+template <typename Error, typename Call>
+bool throws(Call call) {
+  try {
+    call();
+  } catch (const Error&) {
+    return true;
+  }
+  return false;
+}
+
+void copies_share_pages_and_refuse_what_they_cannot() {
+  stars_fast::SequenceCache cache(20, 4);
+  cache.open(1);
+  cache.open(2);
+  branch(cache, 1, 10, 0, {1, 2, 3, 4, 5, 6});
+  CHECK(throws<std::invalid_argument>([&cache] { cache.copy(2, 1); }));  // it has a branch
+  cache.copy(1, 2);                                                      // and its own stay its own
+  CHECK(cache.tokens(2).empty());
+  cache.promote(10, 6);
+  branch(cache, 2, 11, 0, {9, 9, 9, 9, 9});
+  cache.promote(11, 5);
+  CHECK(cache.pool().used() == 4);
+  cache.copy(1, 2);
+  cache.copy(1, 2);  // of what it has already
+  CHECK(cache.tokens(2) == cache.tokens(1));
+  CHECK(cache.pool().used() == 2);
+  cache.check();
+  CHECK(throws<std::invalid_argument>([&cache] { cache.copy(1, 1); }));
+  CHECK(throws<std::out_of_range>([&cache] { cache.copy(1, 3); }));
+  CHECK(throws<std::out_of_range>([&cache] { cache.copy(3, 1); }));
+  // What follows is written to pages of its own.
+  const auto batch = branch(cache, 2, 12, 6, {7});
+  CHECK(batch.slots[0] / 4 != batch.group_pages[1]);
+  cache.promote(12, 1);
+  CHECK((cache.take_copies().source == std::vector<std::int32_t>{batch.group_pages[1]}));
+  CHECK(cache.pool().used() == 3);
+  cache.truncate(2, 3);
+  cache.close(1);
+  CHECK((cache.tokens(2) == std::vector<std::int32_t>{1, 2, 3}));
+  CHECK(cache.pool().used() == 1);
+  cache.check();
+}
+
 }  // namespace
 
 void test_sequence_cache() {
+  copies_share_pages_and_refuse_what_they_cannot();
   for (const std::int32_t page_size : {1, 3, 4, 16}) {
     random_forks_read_what_was_written(page_size);
   }

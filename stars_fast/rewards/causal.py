@@ -2,15 +2,16 @@
 
 Each request owns one cached sequence, the committed text. A job forks it where its own ids
 first differ, and only the ids from there on are run; the ids behind the response (the suffix of a
-chat template) are run with it and never kept. Every cache is only that: whatever is dropped to make
-room is computed again when it is next needed, with the same rewards. What the hidden states say is
-the `Reading`'s affair.
+chat template) are run with it and never kept. What requests of one prompt have in common is run for
+one of them, and its pages are shared with the others. Every cache is only that: whatever is dropped
+to make room is computed again when it is next needed, with the same rewards. What the hidden states
+say is the `Reading`'s affair.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,7 +44,8 @@ class _Branch:
 class _Request:
     prompt: TokenPrompt
     committed: Ids  # what the cached sequence should hold; it may hold less
-    sealed: bool = False  # whether the cached sequence has its hole behind the prompt
+    twins: dict[int, None]  # the requests that began with the same prompt, itself among them
+    hole: int | None = None  # ids that the cached sequence has before its hole
     kept: int | None = None
     branches: dict[int, _Branch] = field(default_factory=dict)
 
@@ -73,6 +75,9 @@ class _Row:
 
 class CausalScorer(Scorer):
     """A sequence classifier on a causal backbone, or a language model that judges.
+
+    Requests whose prompts have the same ids share the pages of the prompt, and after a `fork` those
+    of committed text.
 
     When the pool is short, the committed caches of requests that are not being scored go first,
     least recently used first, then the caches of candidates already scored, oldest first, then the
@@ -120,6 +125,7 @@ class CausalScorer(Scorer):
         self._cache = SequenceCache(num_pages=num_pages, page_size=page_size)
         self._pool_tokens = (num_pages - 1) * page_size  # page 0 is scratch
         self._requests: dict[int, _Request] = {}
+        self._twins: dict[bytes, dict[int, None]] = {}  # by the ids of their prompt
         self._prompt_rewards = PromptRewards()
         # Requests that hold pages and branches that do, the longest unused first.
         self._resident: OrderedDict[int, None] = OrderedDict()
@@ -127,6 +133,7 @@ class CausalScorer(Scorer):
         self._busy: frozenset[int] = frozenset()
         self._next_row = 0
         self._counts = dict.fromkeys(("rm_jobs", "rm_calls", "rm_tokens", "rm_evictions"), 0)
+        self._tokens: Counter[int] = Counter()  # by request, until they are taken
 
     def start(self, request: int, prompt: Prompt, max_response_tokens: int) -> None:
         """Admit a request; see `Scorer.start`."""
@@ -138,7 +145,9 @@ class CausalScorer(Scorer):
         )
         self._cache.open(request)
         prefix = bound.empty_ids[: self._reading.prefix(bound)]
-        self._requests[request] = _Request(bound, committed=prefix)
+        twins = self._twins.setdefault(prefix.tobytes(), {})
+        twins[request] = None
+        self._requests[request] = _Request(bound, prefix, twins)
 
     def score(self, jobs: Sequence[ScoreJob]) -> list[float | Exception]:
         """Run what is new of each job; see `Scorer.score`."""
@@ -211,10 +220,11 @@ class CausalScorer(Scorer):
         if winner.row != NO_PAGES:
             del self._loose[winner.row]
             self._cache.promote(winner.row, max(winner.keep - winner.start, 0))
+            self._cut_hole(state, winner.start)
         state.committed = winner.ids[: winner.keep]
         cached = self._cache.common_prefix(request, state.committed)
         if cached < self._cache.length(request):
-            self._cache.truncate(request, cached)
+            self._truncate(request, cached)
 
     def fork(self, source: int, target: int) -> None:
         """Share the committed pages of another request; see `Scorer.fork`."""
@@ -222,11 +232,8 @@ class CausalScorer(Scorer):
         for branch in list(mine.branches):
             self._drop(mine, branch)
         mine.kept = None
-        mine.committed, mine.sealed = theirs.committed, theirs.sealed
-        self._cache.copy(source, target)
-        self._resident.pop(target, None)
-        if self._cache.length(target):
-            self._resident[target] = None
+        mine.committed = theirs.committed
+        self._copy(source, target)
 
     def prune(self, request: int) -> None:
         """Drop every branch but the kept one."""
@@ -243,6 +250,15 @@ class CausalScorer(Scorer):
             self._drop(state, branch)
         self._cache.close(request)
         self._resident.pop(request, None)
+        del state.twins[request]
+        if not state.twins:
+            prompt = state.prompt
+            del self._twins[prompt.empty_ids[: self._reading.prefix(prompt)].tobytes()]
+
+    def take_tokens(self) -> dict[int, int]:
+        """Return the tokens run for each request; see `Scorer.take_tokens`."""
+        taken, self._tokens = self._tokens, Counter()
+        return taken
 
     def stats(self) -> dict[str, int]:
         """Return the counters of `Scorer.stats`, evictions, the pool's pages, bytes copied."""
@@ -342,22 +358,17 @@ class CausalScorer(Scorer):
     def _restore(self, rows: list[_Row], protected: frozenset[int]) -> None:
         """Cache what the rows of each request are known to share and the cache lacks.
 
-        That is the prompt on first use, and committed text that was dropped to make room. A prompt
+        That is the prompt on first use, and committed text that was dropped to make room. What
+        another request holds is shared with it, what several lack is run for one of them. A prompt
         that is about to be scored by itself needs no pass of its own.
         """
-        targets: dict[int, int] = {}
-        for row in rows:
-            shared = self._restorable(row)
-            targets[row.request] = min(targets.get(row.request, shared), shared)
-        missing = {
-            request: target
-            for request, target in targets.items()
-            if target > self._cache.length(request)
-        }
+        self._share(self._targets(rows, self._shared))
+        missing = self._targets(rows, self._restorable)
         for request in missing:
             state = self._requests[request]
             for branch in state.branches.values():
                 self._release(branch)
+        self._share(missing)
         while missing:
             pieces = list(self._pieces(missing))
             hidden = self._forward(pieces, protected)
@@ -371,33 +382,102 @@ class CausalScorer(Scorer):
                 if len(piece.ids) == missing[piece.request]:
                     del missing[piece.request]
                     self._seal(piece.request)
+            self._share(missing)
+
+    def _targets(self, rows: list[_Row], shared: Callable[[_Row], int]) -> dict[int, int]:
+        """Return what each request's rows have in common, of the requests that do not hold it."""
+        targets: dict[int, int] = {}
+        for row in rows:
+            ids = shared(row)
+            targets[row.request] = min(targets.get(row.request, ids), ids)
+        return {
+            request: target
+            for request, target in targets.items()
+            if target > self._cache.length(request)
+        }
+
+    def _shared(self, row: _Row) -> int:
+        """Return how many ids of the row are committed; 0: none that are not cached."""
+        committed = self._requests[row.request].committed
+        if self._cache.length(row.request) >= len(committed):
+            return 0
+        return common_length(row.ids, committed)
 
     def _restorable(self, row: _Row) -> int:
         """Return how many ids of the row `_restore` caches if they are not; 0: none are missing."""
-        committed = self._requests[row.request].committed
         cached = self._cache.length(row.request)
         alone = row.is_prompt and cached == 0 and len(row.ids) <= self._max_batch_tokens
-        if alone or cached >= len(committed):
-            return 0
-        return common_length(row.ids, committed)
+        return 0 if alone else self._shared(row)
+
+    def _share(self, missing: dict[int, int]) -> None:
+        """Give each request what another of its prompt holds; whoever is content leaves `missing`.
+
+        One whose candidates hold pages is passed over.
+        """
+        holders: dict[int, list[int]] = {}  # of a prompt, by the first of its requests
+        for request, target in list(missing.items()):
+            state = self._requests[request]
+            if any(branch.row != NO_PAGES for branch in state.branches.values()):
+                continue
+            most, source = self._cache.length(request), request
+            first = next(iter(state.twins))
+            if first not in holders:
+                holders[first] = [twin for twin in state.twins if self._cache.length(twin)]
+            for twin in holders[first]:
+                held = self._cache.common_prefix(twin, state.committed[:target])
+                if held > most:
+                    most, source = held, twin
+                if most == target:
+                    break
+            if source != request:
+                self._copy(source, request)
+                self._truncate(request, most)
+            if most == target:
+                del missing[request]
+                self._seal(request)
 
     def _pieces(self, missing: dict[int, int]) -> Iterator[_Row]:
         """Yield the next piece of each missing prefix, as far as one forward pass goes."""
         width = 0
-        for count, (request, target) in enumerate(missing.items(), start=1):
+        count = 0
+        leading: dict[int, Ids] = {}  # of the requests of a prompt, by the first of them
+        for request, target in missing.items():
+            state = self._requests[request]
             cached = self._cache.length(request)
+            first = next(iter(state.twins))
+            if first in leading and common_length(leading[first], state.committed) > cached:
+                continue  # gets it from the one that runs it
             end = min(target, cached + self._max_batch_tokens)
             width = max(width, end - cached)
+            count += 1
             if count > 1 and count * width > self._max_batch_tokens:
                 return
-            ids = self._requests[request].committed[:end]
+            ids = state.committed[:end]
+            leading.setdefault(first, ids)
             yield _Row(-1, request, -1, Cut(ids, end, end, ids[:0]), False)
+
+    def _copy(self, source: int, target: int) -> None:
+        """Let `target`, whose branches have no pages, hold what `source` does."""
+        self._cache.copy(source, target)
+        self._requests[target].hole = self._requests[source].hole
+        self._resident.pop(target, None)
+        if self._cache.length(target):
+            self._resident[target] = None
+
+    def _truncate(self, request: int, length: int) -> None:
+        self._cache.truncate(request, length)
+        self._cut_hole(self._requests[request], length)
+
+    def _cut_hole(self, state: _Request, length: int) -> None:
+        """Note that the ids from `length` on were dropped, and a hole that lay behind them."""
+        if state.hole is not None and length < state.hole:
+            state.hole = None
 
     def _seal(self, request: int) -> None:
         state = self._requests[request]
-        if not state.sealed:
+        if state.hole is None:
             self._cache.seal_prompt(request)
-            state.sealed = True
+            state.hole = self._cache.length(request)
 
     def _forward(
         self, rows: list[_Row], protected: frozenset[int]
@@ -417,6 +497,8 @@ class CausalScorer(Scorer):
             self._model.copy_pages(*copies)
         self._counts["rm_calls"] += 1
         self._counts["rm_tokens"] += len(token_ids)
+        for row in rows:
+            self._tokens[row.request] += row.new
         try:
             ids = torch.from_numpy(token_ids).to(self._model.device)
             return self._model.extend_all(batch, ids)
@@ -475,7 +557,7 @@ class CausalScorer(Scorer):
             self._release(branch)
         self._cache.close(request)
         self._cache.open(request)
-        state.sealed = False
+        state.hole = None
         self._resident.pop(request, None)
         self._counts["rm_evictions"] += 1
 

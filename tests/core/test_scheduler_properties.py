@@ -6,370 +6,15 @@ segments that it has alone.
 
 from __future__ import annotations
 
-import math
-import random
-from collections import deque
-from dataclasses import dataclass, field
-
 import numpy as np
-import numpy.typing as npt
 import pytest
+from helpers.scheduler_draws import Spec
+from helpers.scheduler_driver import PHASES, Driver, Flight
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from stars_fast import _core
-
-PHASES = 3  # of a plan's work on the device: copies, prefill, draft
-
-
-@dataclass(frozen=True)
-class Draw:
-    """A drafted row and its reward."""
-
-    tokens: list[int]
-    stopped: bool
-    reward: float
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A request whose draws are a function of (seed, position, attempt), and so its outcome."""
-
-    prompt: list[int]
-    segment_length: int
-    max_tokens: int
-    max_attempts: int
-    candidates: int
-    scored: bool
-    seed: int
-    bias: float = 0.0  # of rewards: far below, about or far above what passes
-    stop_rate: float = 0.0
-    bad_rate: float = 0.0
-
-    @property
-    def prompt_reward(self) -> float:
-        return self.seed % 3 - 1.0
-
-    def draw(self, position: int, attempt: int) -> Draw:
-        rng = random.Random(f"{self.seed} {position} {attempt}")
-        length = min(self.segment_length, self.max_tokens - position)
-        stopped = rng.random() < self.stop_rate
-        if stopped:
-            length = rng.randint(1, length)
-        tokens = [rng.randrange(50) for _ in range(length)]
-        bad = rng.random() < self.bad_rate
-        return Draw(tokens, stopped, math.nan if bad else self.bias + rng.uniform(-2.0, 1.0))
-
-    def add_to(self, scheduler: _core.Scheduler, request: int) -> None:
-        scheduler.add(
-            request,
-            np.array(self.prompt, np.int64),
-            scored=self.scored,
-            segment_length=self.segment_length,
-            max_tokens=self.max_tokens,
-            max_attempts=self.max_attempts,
-            candidates=self.candidates,
-            seed=self.seed,
-            target_reward=0.0,
-        )
-
-    def outcome(self) -> list[Event]:
-        """What the request does, one attempt after the other."""
-        schedule = _core.Schedule(
-            target_reward=0.0, alpha=0.5, beta=1.0, max_tokens=self.max_tokens, hard=False
-        )
-        events: list[Event] = []
-        position = 0
-        while not events or events[-1].goes_on:
-            best: Draw | None = None
-            passed = False
-            attempt = 0
-            for attempt in range(self.max_attempts):
-                made = self.draw(position, attempt)
-                if math.isnan(made.reward):
-                    return [*events, Event(position, [], _core.EVENT_FAILED, attempt + 1, 0)]
-                end = position + len(made.tokens)
-                tau = schedule.threshold(self.prompt_reward, end)
-                uniform = _core.accept_uniform(self.seed, position, attempt)
-                passed = not self.scored or schedule.accepts(made.reward, tau, uniform)
-                if passed or best is None or made.reward > best.reward:
-                    best = made
-                if passed:
-                    break
-            assert best is not None
-            kind = _core.EVENT_ACCEPTED if passed else _core.EVENT_FALLBACK
-            end = position + len(best.tokens)
-            finish = _core.FINISH_LENGTH if end == self.max_tokens else _core.FINISH_NONE
-            finish = _core.FINISH_STOP if best.stopped else finish
-            events.append(Event(position, best.tokens, kind, attempt + 1, finish))
-            position = end
-        return events
-
-
-@dataclass(frozen=True)
-class Event:
-    start: int
-    tokens: list[int]
-    kind: int
-    attempts: int
-    finish: int
-
-    @property
-    def goes_on(self) -> bool:
-        return self.kind != _core.EVENT_FAILED and self.finish == _core.FINISH_NONE
-
-
-@dataclass
-class Flight:
-    """A plan that is out, and what its requests were when it was made."""
-
-    plan: _core.Plan
-    known: dict[int, list[int]]
-    issued: int = 0  # phases that the device was given
-    written: set[int] = field(default_factory=set)  # slots
-    read: set[int] = field(default_factory=set)  # pages
-    aborted: set[int] = field(default_factory=set)
-
-
-class Device:
-    """Pages whose slots hold a digest of the tokens up to theirs, as keys and values depend on."""
-
-    def __init__(self, num_pages: int, page_size: int) -> None:
-        self.page_size = page_size
-        self.slots = [-1] * (num_pages * page_size)
-
-    def run(self, flight: Flight, specs: dict[int, Spec], phases: int) -> None:
-        """Run a plan's phases as far as `phases`."""
-        plan = flight.plan
-        while flight.issued < phases:
-            if flight.issued == 0:
-                sources, targets, counts = (column.tolist() for column in plan.copies)
-                for source, target, count in zip(sources, targets, counts, strict=True):
-                    for slot in range(count):
-                        value = self.slots[source * self.page_size + slot]
-                        self.slots[target * self.page_size + slot] = value
-            elif flight.issued == 1:
-                fed = iter(plan.prefill_tokens.tolist())
-                for row in range(plan.prefill.num_rows):
-                    tokens = [next(fed) for _ in range(plan.prefill.new_lengths[row])]
-                    self._write(plan.prefill, row, tokens)
-            else:
-                for row, request in enumerate(plan.request.tolist()):
-                    known = flight.known[request]
-                    position, attempt = int(plan.position[row]), int(plan.attempt[row])
-                    drawn = specs[request].draw(position, attempt).tokens
-                    assert self._prefix(plan.draft, row) == digests(0, known[:-1])
-                    self._write(plan.draft, row, [known[-1], *drawn[:-1]])
-            flight.issued += 1
-
-    def _prefix(self, batch: _core.Batch, row: int) -> list[int]:
-        group = batch.row_group[row]
-        hole = range(batch.hole_start[group], batch.hole_end[group])
-        pages = batch.group_pages[group].tolist()
-        return [
-            self.slots[pages[slot // self.page_size] * self.page_size + slot % self.page_size]
-            for slot in range(batch.group_extent[group])
-            if slot not in hole
-        ]
-
-    def _write(self, batch: _core.Batch, row: int, tokens: list[int]) -> None:
-        prefix = self._prefix(batch, row)
-        for slot, value in zip(  # a row that stopped is shorter than planned
-            batch.slots[row].tolist(), digests(prefix[-1] if prefix else 0, tokens), strict=False
-        ):
-            self.slots[slot] = value
-
-
-def digests(before: int, tokens: list[int]) -> list[int]:
-    values = []
-    for token in tokens:
-        before = hash((before, token))
-        values.append(before)
-    return values
-
-
-def slots_written(batch: _core.Batch) -> list[int]:
-    return [
-        slot
-        for row in range(batch.num_rows)
-        for slot in batch.slots[row, : batch.new_lengths[row]].tolist()
-    ]
-
-
-def pages_read(batch: _core.Batch, group: int, page_size: int) -> set[int]:
-    pages = -(-int(batch.group_extent[group]) // page_size)
-    return set(batch.group_pages[group, :pages].tolist())
-
-
-class Driver:
-    """A scheduler, the device under it, and what must hold between the two.
-
-    `out` holds the plans that are out, oldest first.
-    """
-
-    def __init__(
-        self, *, num_pages: int, page_size: int, max_rows: int = 256, lanes: int = 1, **options: int
-    ) -> None:
-        self.page_size = page_size
-        self.max_rows = max_rows
-        self.lanes = lanes
-        self.scheduler = _core.Scheduler(
-            num_pages=num_pages,
-            page_size=page_size,
-            max_rows=max_rows,
-            lanes=lanes,
-            **options,  # type: ignore[arg-type]
-        )
-        self.device = Device(num_pages, page_size)
-        self.next_id = 0
-        self.specs: dict[int, Spec] = {}
-        self.expected: dict[int, deque[Event]] = {}  # events to come
-        self.committed: dict[int, list[int]] = {}
-        self.ended: set[int] = set()
-        self.out: deque[Flight] = deque()
-
-    @property
-    def alive(self) -> list[int]:
-        return sorted(set(self.specs) - self.ended)
-
-    def add(self, spec: Spec) -> int:
-        request = self.next_id
-        self.next_id += 1
-        spec.add_to(self.scheduler, request)
-        self.specs[request] = spec
-        self.expected[request] = deque(spec.outcome())
-        self.committed[request] = []
-        return request
-
-    def abort(self, request: int) -> None:
-        assert self.scheduler.abort(request)
-        assert not self.scheduler.abort(request)
-        self.ended.add(request)
-        for flight in self.out:
-            flight.aborted.add(request)
-
-    def plan(self) -> Flight:
-        plan = self.scheduler.plan()
-        known = {
-            request: self.specs[request].prompt + self.committed[request]
-            for request in plan.request.tolist()
-        }
-        flight = Flight(plan, known)
-        self.check_plan(flight)
-        self.out.append(flight)
-        for request in plan.unscored.tolist():
-            self.scheduler.set_prompt_reward(request, self.specs[request].prompt_reward)
-        return flight
-
-    def issue(self, plans: int, phases: int = PHASES) -> None:
-        """Give the device all the work of the first `plans` that are out, and some of the next."""
-        for number, flight in enumerate(self.out):
-            if number <= plans:
-                self.device.run(flight, self.specs, PHASES if number < plans else phases)
-
-    def commit(self) -> _core.Decision:
-        self.issue(1, 0)
-        flight = self.out.popleft()
-        plan = flight.plan
-        rows = plan.draft.num_rows
-        tokens = np.zeros((rows, plan.draft.max_new), np.int64)
-        lengths, stopped = np.zeros(rows, np.int32), np.zeros(rows, np.uint8)
-        rewards = np.zeros(rows)
-        for row, request in enumerate(plan.request.tolist()):
-            made = self.specs[request].draw(int(plan.position[row]), int(plan.attempt[row]))
-            lengths[row], stopped[row], rewards[row] = len(made.tokens), made.stopped, made.reward
-            tokens[row, : lengths[row]] = made.tokens
-        decision = self.scheduler.commit(tokens, lengths, stopped, rewards, seconds=1e-3)
-        self.check_decision(flight, decision, tokens)
-        return decision
-
-    def cancel(self) -> None:
-        self.scheduler.cancel()
-        self.out.clear()
-
-    def finish(self, rounds: int) -> None:
-        """Run what is left, with as many plans out as there may be; fail after too many rounds."""
-        for _ in range(rounds):
-            while len(self.out) < self.lanes:
-                self.plan()
-            self.commit()
-            self.scheduler.check()
-            if not self.scheduler.has_unfinished:
-                break
-        while self.out:
-            self.commit()
-        assert not self.scheduler.has_unfinished
-        assert self.ended == set(self.specs)
-        assert self.scheduler.pages_used == 0
-
-    def check_plan(self, flight: Flight) -> None:
-        plan = flight.plan
-        draft = plan.draft
-        assert draft.num_rows == len(plan.request) <= self.max_rows
-        assert len(set(plan.request.tolist())) == draft.num_groups
-        # Slots that this round writes are all different and none is of the null page.
-        written = slots_written(plan.prefill) + slots_written(draft)
-        flight.written = set(written)
-        assert len(flight.written) == len(written)
-        assert all(slot >= self.page_size for slot in written)
-        # No draft row writes into a page that a group reads.
-        for group in range(draft.num_groups):
-            read = pages_read(draft, group, self.page_size)
-            assert 0 not in read
-            first = draft.slots[draft.row_group == group]
-            lengths = draft.new_lengths[draft.row_group == group]
-            for slots, length in zip(first, lengths, strict=True):
-                assert not read & {slot // self.page_size for slot in slots[:length].tolist()}
-            flight.read |= read
-        for group in range(plan.prefill.num_groups):
-            flight.read |= pages_read(plan.prefill, group, self.page_size)
-        # A group's valid slots are the tokens before the row's first.
-        valid = draft.group_extent - (draft.hole_end - draft.hole_start)
-        np.testing.assert_array_equal(valid[draft.row_group], draft.row_start)
-        for row, request in enumerate(plan.request.tolist()):
-            assert draft.row_start[row] == len(flight.known[request]) - 1
-            assert plan.first_token[row] == flight.known[request][-1]
-            assert plan.position[row] == len(self.committed[request])
-        # Copies can run side by side.
-        sources, targets, _ = (set(column.tolist()) for column in plan.copies)
-        assert len(targets) == len(plan.copies[1])
-        assert not sources & targets
-        # Nothing here touches what a plan that is out works on.
-        for other in self.out:
-            assert not set(plan.request.tolist()) & set(other.plan.request.tolist())
-            assert not flight.written & other.written
-            pages = {slot // self.page_size for slot in flight.written} | targets
-            assert not pages & other.read
-            assert not pages & {slot // self.page_size for slot in other.written}
-        if self.scheduler.has_unfinished and not self.out:
-            assert draft.num_rows + plan.prefill.num_rows > 0, "a round that moves nobody"
-
-    def check_decision(
-        self, flight: Flight, decision: _core.Decision, tokens: npt.NDArray[np.int64]
-    ) -> None:
-        for event, request in enumerate(decision.request.tolist()):
-            assert request in flight.known
-            assert request not in flight.aborted | self.ended
-            due = self.expected[request].popleft()
-            assert decision.start[event] == due.start == len(self.committed[request])
-            assert decision.kind[event] == due.kind
-            assert decision.attempts[event] == due.attempts
-            assert decision.finish[event] == due.finish
-            assert decision.length[event] == len(due.tokens)
-            row = int(decision.row[event])
-            if row >= 0:
-                assert flight.plan.request[row] == request
-            if row >= 0 and due.kind != _core.EVENT_FAILED:
-                assert decision.outcome[row] == _core.ROW_WINNER
-                assert tokens[row, : len(due.tokens)].tolist() == due.tokens
-            self.committed[request] += due.tokens
-            if due.goes_on:
-                known = self.specs[request].prompt + self.committed[request]
-                assert self.scheduler.tokens(request) == known
-            else:
-                assert not self.expected[request]
-                self.ended.add(request)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -409,6 +54,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_attempts=st.integers(1, 4),
         candidates=st.integers(0, 4),
         scored=st.booleans(),
+        choose=st.booleans(),
+        overrun=st.booleans(),
+        last_untested=st.booleans(),
+        hard=st.booleans(),
+        alpha=st.sampled_from([0.5, 1.0]),
         seed=st.integers(0, 2**64 - 1),
         bias=st.sampled_from([-1e9, 0.0, 1e9]),
         stop_rate=st.sampled_from([0.0, 0.1]),
@@ -423,6 +73,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_attempts: int,
         candidates: int,
         scored: bool,
+        choose: bool,
+        overrun: bool,
+        last_untested: bool,
+        hard: bool,
+        alpha: float,
         seed: int,
         bias: float,
         stop_rate: float,
@@ -436,6 +91,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_attempts=max_attempts,
             candidates=candidates,
             scored=scored,
+            choose=choose,
+            overrun=overrun,
+            last_untested=last_untested,
+            hard=hard,
+            alpha=alpha,
             seed=seed,
             bias=bias,
             stop_rate=stop_rate,

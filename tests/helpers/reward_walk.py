@@ -1,4 +1,4 @@
-"""A stand-in for the engine: random rounds of score, accept, keep and prune on a scorer."""
+"""A stand-in for the engine: random rounds of score, accept, keep, prune and fork on a scorer."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ class Walk:
     candidates: int = 3
     rounds: list[Round] = field(default_factory=list)
     next_branch: int = 0
+    forks: int = 0
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -128,6 +129,22 @@ class Walk:
                 self.scorer.prune(request)
             else:
                 self.accept(request, *self.kept[request])
+        self.fork()
+
+    def fork(self) -> None:
+        """At times, let a request go on from the committed text of another of its prompt."""
+        pairs = [
+            (source, target)
+            for source, prompt in self.prompts.items()
+            for target, other in self.prompts.items()
+            if source != target and prompt == other
+        ]
+        if pairs and self.random.random() < 0.4:
+            source, target = self.random.choice(pairs)
+            self.scorer.fork(source, target)
+            self.committed[target] = self.committed[source]
+            self.kept.pop(target, None)
+            self.forks += 1
 
     def accept(self, request: int, branch: int, ids: list[int]) -> None:
         """Commit a branch."""

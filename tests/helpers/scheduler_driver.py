@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+from helpers.path_groups import Generation, GroupSpec
 from helpers.scheduler_draws import Event, Spec
 
 from stars_fast import _core
@@ -26,7 +27,7 @@ class Flight:
     aborted: set[int] = field(default_factory=set)
 
 
-@dataclass
+@dataclass(eq=False)
 class Party:
     """A group, the requests that are its paths, and what it has yet to do."""
 
@@ -272,7 +273,7 @@ class Driver:
     def check_decision(
         self, flight: Flight, decision: _core.Decision, tokens: npt.NDArray[np.int64]
     ) -> None:
-        touched: dict[int, Party] = {}
+        touched: list[Party] = []
         for event, request in enumerate(decision.request.tolist()):
             assert request in flight.known
             assert request not in flight.aborted | self.ended
@@ -290,16 +291,15 @@ class Driver:
                 assert tokens[row, : len(due.tokens)].tolist() == due.tokens
             self.committed[request] += due.tokens
             if request in self.parties:
-                touched[request] = self.parties[request]
+                if self.parties[request] not in touched:
+                    touched.append(self.parties[request])
             elif due.goes_on:
                 known = self.specs[request].prompt + self.committed[request]
                 assert self.scheduler.tokens(request) == known
             else:
                 assert not self.expected[request]
                 self.ended.add(request)
-        self._check_groups(
-            decision, list({id(party): party for party in touched.values()}.values())
-        )
+        self._check_groups(decision, touched)
 
     def _check_groups(self, decision: _core.Decision, touched: list[Party]) -> None:
         """Compare what the decision says of groups, and carry it out."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from stars_fast.errors import RewardError
 from stars_fast.models.paged import PagedModel
-from stars_fast.rewards import ScoreJob, load_scorer
+from stars_fast.rewards import Prompt, ScoreJob, load_scorer
 from stars_fast.rewards.causal import CausalScorer
 from stars_fast.rewards.head import linear_head
 from stars_fast.rewards.reading import LastToken
@@ -45,30 +45,133 @@ def reference(model: PreTrainedModel, item: Round) -> float:
     return plain_reward(model, [*item.prompt.token_ids, *item.job.response_ids])
 
 
-def walk_of(scorer: CausalScorer, requests: int, seed: int = 0) -> Walk:
+def walk_of(scorer: CausalScorer, requests: int, seed: int = 0, prompts: int = 6) -> Walk:
     walk = Walk(scorer, LM, seed=seed, candidates=4)
     for request in range(requests):
-        walk.start(request, text_prompt(LM, QUESTIONS[request % 3] * (1 + request // 3)), budget=30)
+        number = request % prompts
+        walk.start(request, text_prompt(LM, QUESTIONS[number % 3] * (1 + number // 3)), budget=30)
     return walk
 
 
 @pytest.mark.parametrize("spare_pages", [0, 3, 8, 20, 60])
-def test_short_pool(model: PreTrainedModel, spare_pages: int) -> None:
+@pytest.mark.parametrize("prompts", [6, 2])
+def test_short_pool(model: PreTrainedModel, prompts: int, spare_pages: int) -> None:
     longest = max(len(text_prompt(LM, q * 2).token_ids) for q in QUESTIONS)
-    scorer = plain_scorer(model, 1 + -(-(longest + 30) // PAGE) + spare_pages)
-    walk = walk_of(scorer, requests=5, seed=spare_pages)
-    walk.prompt_round()
+    limits = {"max_batch_tokens": 10} if spare_pages == 3 else {}
+    scorer = plain_scorer(model, 1 + -(-(longest + 30) // PAGE) + spare_pages, **limits)
+    walk = walk_of(scorer, requests=5, seed=spare_pages, prompts=prompts)
+    if prompts == 6:
+        walk.prompt_round()
     for _ in range(8):
         walk.step()
         scorer._cache.check()
         for request in [r for r, ids in walk.committed.items() if len(ids) > 10]:
             walk.restart(request)
     walk.check(lambda item: reference(model, item))
-    assert (scorer.stats()["rm_evictions"] > 0) == (spare_pages < 60)
+    if prompts == 6 or spare_pages in (0, 60):
+        assert (scorer.stats()["rm_evictions"] > 0) == (spare_pages < 60)
+    assert (walk.forks > 0) == (prompts == 2)
     for request in walk.prompts:
         scorer.finish(request)
     scorer._cache.check()
     assert scorer.stats()["rm_pages_used"] == 0
+
+
+class TestEqualPrompts:
+    """What requests have in common is run once."""
+
+    def rewards(self, model: PreTrainedModel, scorer: CausalScorer, jobs: list[ScoreJob]) -> int:
+        """Score the jobs, all of one prompt, and compare; the tokens that were run."""
+        before = scorer.stats()["rm_tokens"]
+        for job, reward in zip(jobs, scorer.score(jobs), strict=True):
+            want = plain_reward(model, [*self.prompt.token_ids, *job.response_ids])
+            assert reward == pytest.approx(want, abs=1e-4)
+        scorer._cache.check()
+        for job in jobs:
+            cached = scorer._cache.tokens(job.request)
+            assert cached == scorer._requests[job.request].committed[: len(cached)].tolist()
+        return scorer.stats()["rm_tokens"] - before
+
+    @property
+    def prompt(self) -> Prompt:
+        return text_prompt(LM, QUESTIONS[1])
+
+    @pytest.mark.parametrize("limits", [{}, {"max_rows": 1}, {"max_batch_tokens": 10}])
+    def test_prompt_runs_once(self, model: PreTrainedModel, limits: dict[str, int]) -> None:
+        scorer = plain_scorer(model, 300, **limits)
+        length = len(self.prompt.token_ids)
+        assert length > 20
+        for request in range(5):
+            scorer.start(request, self.prompt, 20)
+        jobs = [ScoreJob(i % 4, i, [100 + i], "") for i in range(8)]
+        assert self.rewards(model, scorer, jobs) == length + 8
+        for request in range(4):
+            scorer.accept(request, request)
+        # One that comes later takes the prompt from what another holds beside its response.
+        assert self.rewards(model, scorer, [ScoreJob(4, 9, [90, 91], "")]) == 2
+        # The prompt once, and a page for each token of a response.
+        scorer.accept(4, 9)
+        assert scorer.stats()["rm_pages_used"] == -(-length // PAGE) + 5
+
+    def test_reward_of_the_prompt_reads_the_pages_of_another(self, model: PreTrainedModel) -> None:
+        scorer = plain_scorer(model, 300)
+        for request in range(3):
+            scorer.start(request, self.prompt, 20)
+        self.rewards(model, scorer, [ScoreJob(0, 0, [100, 101], "")])
+        scorer.accept(0, 0)
+        assert self.rewards(model, scorer, [ScoreJob(1, 1, [], "")]) == 1
+        scorer.finish(0)
+        scorer.finish(1)  # and whoever came first has gone
+        assert (
+            self.rewards(model, scorer, [ScoreJob(2, 2, [100], "")])
+            == len(self.prompt.token_ids) + 1
+        )
+
+    def test_what_was_dropped_comes_back_from_the_others(self, model: PreTrainedModel) -> None:
+        scorer = plain_scorer(model, 300)
+        length = len(self.prompt.token_ids)
+        for request in range(3):
+            scorer.start(request, self.prompt, 20)
+        texts = {request: [100 + request] * 6 for request in range(3)}
+        self.rewards(model, scorer, [ScoreJob(r, r, ids, "") for r, ids in texts.items()])
+        for request in texts:
+            scorer.accept(request, request)
+        jobs = [ScoreJob(r, 10 + r, [*ids, 50], "") for r, ids in texts.items()]
+        scorer._evict(1)
+        assert self.rewards(model, scorer, jobs) == 6 + 3
+        for request in texts:
+            scorer._evict(request)
+        assert self.rewards(model, scorer, jobs) == length + 3 * 6 + 3
+        # What follows starts on a page of its own, though the first one's hole was not for all.
+        assert (length + 6) % PAGE
+        for job in jobs:
+            scorer.accept(job.request, job.branch)
+        copied = scorer.stats()["rm_copied_bytes"]
+        jobs = [ScoreJob(r, 20 + r, [*ids, 50, 51], "") for r, ids in texts.items()]
+        assert self.rewards(model, scorer, jobs) == 3
+        assert scorer.stats()["rm_copied_bytes"] == copied
+
+    def test_fork(self, model: PreTrainedModel) -> None:
+        scorer = plain_scorer(model, 300)
+        for request in range(2):
+            scorer.start(request, self.prompt, 20)
+        jobs = [ScoreJob(0, 0, [100] * 6, ""), ScoreJob(1, 1, [101] * 7, "")]
+        self.rewards(model, scorer, jobs)
+        scorer.accept(0, 0)
+        scorer.keep(1, 1)
+        scorer.fork(0, 1)
+        used = scorer.stats()["rm_pages_used"]
+        assert used == -(-len(self.prompt.token_ids) // PAGE) + 2
+        jobs = [ScoreJob(0, 2, [100] * 6 + [102], ""), ScoreJob(1, 3, [100] * 6 + [103], "")]
+        assert self.rewards(model, scorer, jobs) == 2
+        scorer.accept(1, 3)
+        scorer.prune(0)
+        assert scorer.stats()["rm_pages_used"] == used + 1  # its own copy of the last page
+        # From a request whose pages were dropped: committed all the same, and run again once.
+        scorer._evict(1)
+        scorer.fork(1, 0)
+        jobs = [ScoreJob(r, 4 + r, [100] * 6 + [103, 104 + r], "") for r in range(2)]
+        assert self.rewards(model, scorer, jobs) == len(self.prompt.token_ids) + 7 + 2
 
 
 @pytest.mark.parametrize("limits", [{"max_rows": 1}, {"max_rows": 3}, {"max_batch_tokens": 10}])

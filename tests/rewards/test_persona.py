@@ -65,11 +65,12 @@ def expected(model: PreTrainedModel, item: Round) -> float:
     return log_p(model, [*kind_ids(item.prompt), *item.job.response_ids], max(new, 0))
 
 
-def walk_of(scorer: PersonaScorer, requests: int, seed: int = 0) -> Walk:
+def walk_of(scorer: PersonaScorer, requests: int, seed: int = 0, prompts: int = 6) -> Walk:
     walk = Walk(scorer, LM, seed=seed, candidates=4)
     for request in range(requests):
-        make = chat_prompt if request % 2 else text_prompt
-        walk.start(request, make(LM, QUESTIONS[request % 3] * (1 + request // 3)), budget=30)
+        number = request % prompts
+        make = chat_prompt if number % 2 else text_prompt
+        walk.start(request, make(LM, QUESTIONS[number % 3] * (1 + number // 3)), budget=30)
     return walk
 
 
@@ -99,11 +100,13 @@ def test_log_probabilities_and_tokens(name: str) -> None:
     assert scorer.stats()["rm_pages_used"] == 0
 
 
-@pytest.mark.parametrize("spare_pages", [0, 3, 8, 90])
-def test_short_pool(model: PreTrainedModel, spare_pages: int) -> None:
+@pytest.mark.parametrize(
+    ("prompts", "spare_pages"), [(6, 0), (6, 3), (6, 8), (6, 90), (2, 0), (2, 90)]
+)
+def test_short_pool(model: PreTrainedModel, prompts: int, spare_pages: int) -> None:
     longest = max(len(kind_ids(text_prompt(LM, q * 2))) for q in QUESTIONS)
     scorer = scorer_of(model, num_pages=1 + -(-(longest + 30) // PAGE) + spare_pages)
-    walk = walk_of(scorer, requests=5, seed=spare_pages)
+    walk = walk_of(scorer, requests=5, seed=spare_pages, prompts=prompts)
     walk.prompt_round()
     for _ in range(8):
         walk.step()
@@ -112,10 +115,30 @@ def test_short_pool(model: PreTrainedModel, spare_pages: int) -> None:
             walk.restart(request)
     walk.check(lambda item: expected(model, item), TOLERANCE)
     assert (scorer.stats()["rm_evictions"] > 0) == (spare_pages < 90)
+    assert (walk.forks > 0) == (prompts == 2)
     for request in walk.prompts:
         scorer.finish(request)
     scorer._cache.check()
     assert scorer.stats()["rm_pages_used"] == 0
+
+
+def test_equal_prompts_run_once_and_forks_share_committed_text(model: PreTrainedModel) -> None:
+    scorer = scorer_of(model)
+    prompt = text_prompt(LM, QUESTIONS[0])
+    walk = Walk(scorer, LM)
+    for request in range(3):
+        walk.start(request, prompt)
+    for request in range(3):
+        walk.score([walk.job(request, [100 + request, 110, 120])])
+    length = len(kind_ids(prompt)) - 1
+    assert scorer.stats()["rm_tokens"] == length + 9
+    walk.accept(1, 2, [101, 110, 120])
+    scorer.fork(1, 2)
+    walk.committed[2] = walk.committed[1]
+    for request in range(1, 3):
+        walk.score([walk.job(request, [101, 110, 120, 130 + request, 140])])
+    assert scorer.stats()["rm_tokens"] == length + 13
+    walk.check(lambda item: expected(model, item), TOLERANCE)
 
 
 @pytest.mark.parametrize("limit", ["max_rows", "max_batch_tokens", "block"])
