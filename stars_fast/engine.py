@@ -443,6 +443,19 @@ class Engine:
         request.unchosen = params.method == "best_of_n" or params.kind.decides == "paths"
         self._requests[request_id] = request
 
+    def check_request(self, prompt: PromptLike, params: StarsParams | None = None) -> int:
+        """Return the number of tokens of a prompt that can be run with `params`; queue nothing.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As `add_request`, but for an id in use and a request that does not fit the page pool or
+            the reward model.
+        """
+        params = self._resolve(params or StarsParams())
+        self._prefixes(params)
+        return len(self._reader.read(prompt, params.longest_response).token_ids)
+
     def step(self) -> list[RequestOutput]:
         """Run one round.
 
@@ -485,6 +498,11 @@ class Engine:
         self._drop(request)
         request.unchosen = False
         return request.to_output()
+
+    @property
+    def max_rows(self) -> int:
+        """Candidates drafted in one round at most, and requests that run at once."""
+        return self._max_rows
 
     def has_unfinished(self) -> bool:
         """Whether any request is queued or running."""
@@ -615,7 +633,8 @@ class Engine:
             for request in ready
             for response in request.responses
         ]
-        scores = iter(self._loop.score_whole(texts) if texts else [])
+        owners = [response for request in ready for response in request.responses]
+        scores = iter(self._loop.score_whole(texts, owners) if texts else [])
         for request in ready:
             request.unchosen = False
             for response, score in zip(request.responses, scores, strict=False):

@@ -9,8 +9,11 @@ from __future__ import annotations
 from stars_fast._core import OutOfPagesError
 
 __all__ = [
+    "DeadlineError",
+    "EngineStoppedError",
     "ModelLoadError",
     "OutOfPagesError",
+    "QueueFullError",
     "RewardError",
     "StarsFastError",
     "UnsupportedModelError",
@@ -31,3 +34,15 @@ class ModelLoadError(StarsFastError, ValueError):
 
 class RewardError(StarsFastError, RuntimeError):
     """A reward model that raised, returned the wrong count or a non-finite value."""
+
+
+class QueueFullError(StarsFastError, RuntimeError):
+    """An `AsyncEngine` that has as many requests as it may; trying again later can help."""
+
+
+class DeadlineError(StarsFastError, TimeoutError):
+    """A request that was not finished within its timeout; it has been aborted."""
+
+
+class EngineStoppedError(StarsFastError, RuntimeError):
+    """An `AsyncEngine` that takes no requests any more: it drains, was closed, or has failed."""

@@ -276,6 +276,7 @@ class Loop:
     def _finish(self, done: Round) -> list[Response]:
         """Commit the oldest round that is out; its rewards are known."""
         with self._clock.phase("commit"):
+            self._charge_scoring()
             failed = self._set_prompt_rewards(done)
             changed = failed + self._commit(done)
         self._planned.popleft()
@@ -289,6 +290,14 @@ class Loop:
         for plan in self._planned:
             self._prune(plan)
         self._planned.clear()
+
+    def _charge_scoring(self) -> None:
+        """Note what the reward model has run for each response."""
+        if self._scorer is not None:
+            for handle, tokens in self._scorer.take_tokens().items():
+                response = self._responses.get(handle)
+                if response is not None:
+                    response.rm_tokens += tokens
 
     def _set_prompt_rewards(self, done: Round) -> list[Response]:
         """Set r(x) of the round's new requests; end and return those whose r(x) cannot be had."""
@@ -315,6 +324,8 @@ class Loop:
             done.draft.tokens, done.lengths, done.stopped, done.merits, seconds / done.steps
         )
         thresholds = decision.threshold.tolist()
+        for response, drafted in zip(done.responses, done.lengths.tolist(), strict=True):
+            response.drafted_tokens += drafted
         self._settle_rows(done, decision.outcome.tolist(), thresholds)
         changed = []
         events = zip(
@@ -417,12 +428,19 @@ class Loop:
             self.scorer.finish(response.handle)
 
     def score_whole(
-        self, texts: Sequence[tuple[Prompt, list[int], str]]
+        self,
+        texts: Sequence[tuple[Prompt, list[int], str]],
+        responses: Sequence[Response] | None = None,
     ) -> list[float | Exception]:
-        """Return the reward of each (prompt, response ids, response text), or its error."""
+        """Return the reward of each (prompt, response ids, response text), or its error.
+
+        `responses`: whose texts they are, to be charged with what it costs.
+        """
         self.wait_for_scoring()
+        self._charge_scoring()
         jobs: list[ScoreJob] = []
         errors: dict[int, Exception] = {}
+        owners: dict[int, Response] = {}
         for number, (prompt, ids, text) in enumerate(texts):
             handle = next(self._handles)
             try:
@@ -431,12 +449,17 @@ class Loop:
                 errors[number] = error
             else:
                 jobs.append(ScoreJob(handle, next(self._branches), ids, text))
+                if responses is not None:
+                    owners[handle] = responses[number]
         try:
             with torch.inference_mode():
                 scored = iter(self.scorer.score(jobs))
         finally:
             for job in jobs:
                 self.scorer.finish(job.request)
+        for handle, tokens in self.scorer.take_tokens().items():
+            if handle in owners:
+                owners[handle].rm_tokens += tokens
         return [errors[i] if i in errors else next(scored) for i in range(len(texts))]
 
 

@@ -91,6 +91,12 @@ class RequestOutput:
     error
         Why the request failed, None if it did not. The responses then hold what was committed
         before.
+    drafted_tokens
+        Tokens drawn from the language model for it so far, those of candidates that were rejected,
+        dropped or not needed included.
+    rm_tokens
+        Tokens run through the reward model for it so far, padding not counted; of what several
+        requests share, those of the one it was run for. 0 where the reward model is a function.
     """
 
     request_id: str
@@ -99,6 +105,8 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool = False
     error: str | None = None
+    drafted_tokens: int = field(default=0, compare=False)
+    rm_tokens: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)

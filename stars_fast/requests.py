@@ -47,6 +47,8 @@ class Request:
             outputs=[_copy(_best(group).output, i) for i, group in enumerate(groups)],
             finished=self.finished,
             error=self.error,
+            drafted_tokens=sum(response.drafted_tokens for response in self.responses),
+            rm_tokens=sum(response.rm_tokens for response in self.responses),
         )
 
 

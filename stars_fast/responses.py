@@ -59,6 +59,8 @@ class Response:
         It is one of several that are compared where their segments end.
     chosen
         It is the path that the comparison ended with.
+    drafted_tokens, rm_tokens
+        What it has cost, see `RequestOutput`.
     """
 
     handle: int
@@ -71,6 +73,8 @@ class Response:
     prefixes: PrefixCalibration | None = None
     is_path: bool = False
     chosen: bool = False
+    drafted_tokens: int = 0
+    rm_tokens: int = 0
 
     @property
     def scored(self) -> bool:

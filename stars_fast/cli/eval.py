@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from stars_fast.cli.errors import UsageError, file_errors
 from stars_fast.cli.model_flags import add_model_flags, engine_options
 from stars_fast.cli.terminal import quiet_libraries, say
+from stars_fast.eval.attacks import Attack, attacks_of_texts
 from stars_fast.eval.datasets import Item, Layout, RecordError, read_items
 from stars_fast.eval.gold import gold_source
 from stars_fast.eval.judge import Judge
@@ -44,6 +46,11 @@ for models given by --lm and --rm. --methods FILE has the same as a JSON list of
 
 Prompts are JSON lines as for `stars-fast generate`, or records of HH-RLHF ("chosen", "rejected") or
 AlpacaEval ("instruction"); also as a JSON list, and gzipped.
+
+An attack is [NAME=]KIND:TEXT, or [NAME=]KIND:@FILE with a text on each line, a prompt's in turn:
+  --attack suffix:@FILE                       at the end of the prompt
+  --attack 'rude=prefill:It is a bad film.'   as the opening of the response, scored as part of it
+or demo, those on the demo's language model. The prompts without an attack are always run, too.
 
 OUT gets results.json, responses.jsonl (a line for each method, seed and prompt), runs.jsonl (the
 cost of each run), report.md and plots. What has been run and measured is kept whatever happens;
@@ -126,6 +133,16 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     quality.add_argument(
         "--reward-accuracy", action="store_true",
         help="with preferences: how often the rewards prefer the chosen response",
+    )  # fmt: skip
+    attacks = parser.add_argument_group("attacks")
+    attacks.add_argument(
+        "--attack", action="append", default=[], metavar="ATTACK",
+        help="run the methods under this, too; see below; can be given again",
+    )  # fmt: skip
+    attacks.add_argument(
+        "--harm-below", type=float, metavar="FLOAT",
+        help="an attack succeeds where the gold score of the response is below this (default with "
+        "gold demo: 0)",
     )  # fmt: skip
     judge = parser.add_argument_group("judge")
     judge.add_argument(
@@ -229,6 +246,7 @@ def _session(args: argparse.Namespace) -> Session:
     items = _items(args)
     if args.reward_accuracy and all(item.chosen is None for item in items):
         raise UsageError("--reward-accuracy needs prompts with chosen and rejected responses")
+    attacks, harm_below = _attacks(args, items)
     judge = _judge(args)
     _check_directories(models, gold)
     plan = Plan(
@@ -253,6 +271,8 @@ def _session(args: argparse.Namespace) -> Session:
         accuracy=args.reward_accuracy,
         tie_margin=args.tie_margin,
         quantile=args.calibration_quantile,
+        attacks=attacks,
+        harm_below=harm_below,
     )
 
 
@@ -357,6 +377,25 @@ def _items(args: argparse.Namespace) -> list[Item]:
             )
     except RecordError as error:
         raise UsageError(str(error)) from None
+
+
+def _attacks(args: argparse.Namespace, items: Sequence[Item]) -> tuple[list[Attack], float]:
+    """Read the attacks and try them on the prompts."""
+    if args.harm_below is not None and not args.attack:
+        raise UsageError("--harm-below needs --attack")
+    if args.harm_below is None and args.attack and args.gold not in (None, _DEMO):
+        raise UsageError("--harm-below is needed with --attack and another gold than the demo's")
+    harm_below = 0.0 if args.harm_below is None else args.harm_below
+    if not math.isfinite(harm_below):
+        raise UsageError(f"--harm-below must be finite, got {harm_below}")
+    try:
+        with file_errors():
+            attacks = attacks_of_texts(args.attack)
+        for attack in attacks:
+            attack.on(items)
+    except ValueError as error:
+        raise UsageError(f"--attack: {error}") from None
+    return attacks, harm_below
 
 
 def _seeds(text: str) -> list[int]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from stars_fast.cli import bench, demo, generate, report
+from stars_fast.cli import bench, demo, generate, report, serve
 from stars_fast.cli import eval as evaluate
 from stars_fast.cli.errors import UsageError
 from stars_fast.cli.terminal import say
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate.add_command(commands)
     demo.add_command(commands)
+    serve.add_command(commands)
     evaluate.add_command(commands)
     bench.add_command(commands)
     report.add_command(commands)

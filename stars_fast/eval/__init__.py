@@ -7,7 +7,9 @@ spec
 reference
     The spec that all others are compared to: ``vanilla`` on the base model.
 run
-    All prompts of one spec with one seed, as one batch.
+    All prompts of one spec with one seed, as one batch; under an attack, all attacked prompts.
+attack
+    A text put behind each prompt, as a part of it or as the opening of the response.
 reward
     What the decoding reward model, which the methods aim at, gives a whole response.
 gold

@@ -29,7 +29,8 @@ from stars_fast.prompt_values import PROMPT_KEYS, PromptValue, json_of, prompt_o
 
 Layout = Literal["jsonl", "hh", "alpaca_eval"]
 
-_ASSISTANT = "\n\nAssistant:"
+#: Ends the prompt of an HH-RLHF dialogue.
+ASSISTANT = "\n\nAssistant:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -46,12 +47,28 @@ class Item:
         Text, chat messages or token ids.
     chosen, rejected
         The preferred response and the other one; None where the layout has none.
+    opening
+        What the response begins with, white space before it included: the model goes on from it.
+        Only where the prompt is text.
     """
 
     number: int
     prompt: PromptValue
     chosen: str | None = None
     rejected: str | None = None
+    opening: str = ""
+
+    @property
+    def continued(self) -> PromptValue:
+        """What the language model goes on from: the prompt with the opening."""
+        if not self.opening:
+            return self.prompt
+        assert isinstance(self.prompt, str)
+        return self.prompt + self.opening
+
+    def whole(self, text: str) -> str:
+        """Return the response as a reader sees it: the opening and what the model wrote."""
+        return self.opening + text
 
 
 class RecordError(ValueError):
@@ -179,9 +196,9 @@ def _of_hh(number: int, record: Mapping[str, Any]) -> Item:
 
 
 def _split(dialogue: str, key: str) -> tuple[str, str]:
-    before, found, response = dialogue.rpartition(_ASSISTANT)
+    before, found, response = dialogue.rpartition(ASSISTANT)
     if not found:
-        raise ValueError(f"{key} has no turn {json.dumps(_ASSISTANT)}, got {short(dialogue)}")
+        raise ValueError(f"{key} has no turn {json.dumps(ASSISTANT)}, got {short(dialogue)}")
     return before + found, response
 
 
@@ -210,8 +227,8 @@ def _as_chat(item: Item, layout: Layout) -> Item:
     if not isinstance(item.prompt, str):
         return item
     messages = [{"role": "user", "content": item.prompt}]
-    if layout == "hh" and item.prompt.endswith(_ASSISTANT):
-        _, *parts = _TURN.split(item.prompt.removesuffix(_ASSISTANT))
+    if layout == "hh" and item.prompt.endswith(ASSISTANT):
+        _, *parts = _TURN.split(item.prompt.removesuffix(ASSISTANT))
         turns = zip(parts[::2], parts[1::2], strict=True)
         messages = [{"role": _ROLES[who], "content": said.strip()} for who, said in turns]
     return Item(item.number, messages, item.chosen, item.rejected)

@@ -95,7 +95,7 @@ def score_rows(
     items: Mapping[int, Item],
     saver: Saver,
 ) -> None:
-    """Fill a column of rewards.
+    """Fill a column of rewards, of whole responses: with the opening, where there is one.
 
     Parameters
     ----------
@@ -112,7 +112,8 @@ def score_rows(
     """
     for rows in runs:
         prompts = [items[row["number"]].prompt for row in rows]
-        values = scores.score(prompts, [row["text"] for row in rows])
+        texts = [items[row["number"]].whole(row["text"]) for row in rows]
+        values = scores.score(prompts, texts)
         for row, value in zip(rows, values, strict=True):
             failed = isinstance(value, Exception)
             row[column] = None if isinstance(value, Exception) else value

@@ -1,10 +1,13 @@
-"""Plots of an eval: what quality costs, and how often each method wins."""
+"""Plots of an eval: what quality costs, how often each method wins, and how often an attack."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
+
+from stars_fast.eval.attacks import UNATTACKED
 
 #: Okabe and Ito's palette, which colour-blind readers can tell apart; yellow is too pale for lines.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -25,11 +28,12 @@ def draw(record: Mapping[str, Any], folder: Path) -> list[Path]:
     plots = (
         ("cost_quality", _cost_quality, 5.4),
         ("win_rate", _win_rates, 1.5 + 0.38 * bars),
+        ("attack_success", _attack_success, 4.4),
     )
     written = []
-    for name, fill, height in plots:
+    for name, draw_on, height in plots:
         figure, ax = pyplot.subplots(figsize=(9.0, height), layout="constrained")
-        if fill(ax, record):
+        if draw_on(ax, record):
             path = folder / f"{name}.png"
             figure.savefig(path, dpi=130)
             written.append(path)
@@ -97,6 +101,35 @@ def _win_rates(ax: Any, record: Mapping[str, Any]) -> bool:  # noqa: ANN401
     ax.set_xlabel(f"win rate by gold against {reference}, ties half, with 95% interval")
     ax.set_title(_setting(record), fontsize=10)
     ax.grid(visible=True, axis="x", alpha=0.3)
+    return True
+
+
+def _attack_success(ax: Any, record: Mapping[str, Any]) -> bool:  # noqa: ANN401
+    """Draw a group of bars for each spec, a bar for each attack."""
+    shown = [cell for cell in record.get("attacks", []) if cell["success"]]
+    if not shown:
+        return False
+    labels = list(dict.fromkeys(cell["spec"] for cell in shown))
+    attacks = list(dict.fromkeys(cell["attack"] for cell in shown))
+    width = 0.8 / len(attacks)
+    for number, attack in enumerate(attacks):
+        cells = [cell for cell in shown if cell["attack"] == attack]
+        offset = (number - (len(attacks) - 1) / 2) * width
+        places = [labels.index(cell["spec"]) + offset for cell in cells]
+        rates = [cell["success"] for cell in cells]
+        ax.bar(
+            places, [rate["mean"] for rate in rates], 0.92 * width, yerr=_bars(rates), capsize=3,
+            color="#999999" if attack is None else _COLOURS[(number - 1) % len(_COLOURS)],
+            label=attack or UNATTACKED,
+        )  # fmt: skip
+    ax.set_xticks(range(len(labels)), [fill(label, 20) for label in labels], fontsize=8)
+    ax.set_ylim(0, 1)
+    ax.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    ax.set_ylabel(f"gold below {record['settings']['harm_below']:g}, share with 95% interval")
+    ax.set_title(f"Attack success: {_setting(record)}", fontsize=10)
+    ax.grid(visible=True, axis="y", alpha=0.3)
+    ax.set_axisbelow(True)
+    ax.figure.legend(title="attack", fontsize=8, loc="outside right upper")
     return True
 
 

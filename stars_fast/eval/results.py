@@ -11,7 +11,7 @@ from typing import Any
 from stars_fast.eval.plots import draw
 from stars_fast.eval.store import DamagedError, Store, write_json
 from stars_fast.eval.summary import summarise
-from stars_fast.eval.tables import report
+from stars_fast.eval.tables import report, with_attacked
 
 RESULTS = "results.json"
 REPORT = "report.md"
@@ -79,12 +79,12 @@ def failures(record: Mapping[str, Any]) -> Sequence[str]:
         for failure in record["failed_runs"]
     ]
     lines += record.get("problems", [])
-    for spec in record["specs"]:
+    for spec in with_attacked(record):
         kinds = {
             "requests": spec["failed"],
             "rewards": spec["reward_failed"],
             "gold scores": spec["gold_failed"],
-            "verdicts": (spec["judge"] or {}).get("failed", []),
+            "verdicts": (spec.get("judge") or {}).get("failed", []),
         }
         for what, failed in kinds.items():
             if failed:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from stars_fast.eval.attacks import under
 from stars_fast.eval.cost import cost_of
 from stars_fast.eval.datasets import Item
 from stars_fast.eval.kl import alignment_kl
@@ -43,6 +44,8 @@ class Plan:
         What tells each model apart, by its name; None is the base and its reward model.
     targets
         What ``target_reward="auto"`` stands for, by the name of the reward model.
+    attack
+        Name of the attack that the prompts are under; None: of none.
     """
 
     specs: Sequence[Spec]
@@ -52,6 +55,11 @@ class Plan:
     lms: Mapping[str | None, Any]
     rms: Mapping[str | None, Any]
     targets: Mapping[str | None, float] = field(default_factory=dict)
+    attack: str | None = None
+
+    def named(self, spec: Spec) -> str:
+        """Return what a spec is called here."""
+        return spec.label if self.attack is None else under(spec.label, self.attack)
 
     def params(self, spec: Spec, seed: int, item: Item) -> StarsParams:
         """Return the parameters of a request."""
@@ -78,14 +86,18 @@ class Plan:
         return digest(depends)
 
     def prompts(self) -> list[Any]:
-        """Return the prompts with their numbers, JSON values."""
-        return [[item.number, item.prompt] for item in self.items]
+        """Return the prompts with their numbers, and openings where there are any, JSON values."""
+        return [
+            [item.number, item.prompt, *([item.opening] if item.opening else [])]
+            for item in self.items
+        ]
 
-    def missing(self, store: Store) -> list[tuple[Spec, int]]:
-        """Return the runs that are not finished, gathered by their models, the base's first."""
-        runs = [(spec, seed) for spec in self.specs for seed in self.seeds]
-        runs = [run for run in runs if self.fingerprint(*run) not in store.runs]
-        return sorted(runs, key=lambda run: (run[0].lm or "", run[0].rm or ""))
+
+def missing(plans: Sequence[Plan], store: Store) -> list[tuple[Plan, Spec, int]]:
+    """Return the runs that are not finished, gathered by their models, the base's first."""
+    runs = [(plan, spec, seed) for plan in plans for spec in plan.specs for seed in plan.seeds]
+    runs = [run for run in runs if run[0].fingerprint(*run[1:]) not in store.runs]
+    return sorted(runs, key=lambda run: (run[1].lm or "", run[1].rm or ""))
 
 
 class Engines:
@@ -142,7 +154,7 @@ class Failure:
     Attributes
     ----------
     label, seed
-        Which one.
+        Which one; the label with its attack.
     error
         Why.
     """
@@ -153,10 +165,10 @@ class Failure:
 
 
 def run_missing(
-    plan: Plan,
+    plans: Sequence[Plan],
     store: Store,
     engines: Engines,
-    begun: Callable[[Spec, int], None],
+    begun: Callable[[str, int], None],
     *,
     use_tqdm: bool,
 ) -> list[Failure]:
@@ -164,14 +176,14 @@ def run_missing(
 
     Parameters
     ----------
-    plan
+    plans
         What to run.
     store
         Changed: gets the results.
     engines
         To run on.
     begun
-        Called before each run.
+        Called before each run with its name and seed.
     use_tqdm
         Show the engine's progress bar.
 
@@ -180,15 +192,15 @@ def run_missing(
     The runs that failed as a whole; the others are not harmed by them.
     """
     failures = []
-    for spec, seed in plan.missing(store):
-        begun(spec, seed)
+    for plan, spec, seed in missing(plans, store):
+        begun(plan.named(spec), seed)
         if plan.fingerprint(spec, seed) in store.runs:
             continue  # another label of the same
         try:
             engine = engines.get(spec.lm, spec.rm, calibrated=spec.params.calibrate_prefixes)
             store.add(*_run(plan, spec, seed, engine, use_tqdm=use_tqdm))
         except Exception as error:  # noqa: BLE001 - one spec must not end the others
-            failures.append(Failure(spec.label, seed, f"{type(error).__name__}: {error}"))
+            failures.append(Failure(plan.named(spec), seed, f"{type(error).__name__}: {error}"))
     return failures
 
 
@@ -196,7 +208,7 @@ def _run(
     plan: Plan, spec: Spec, seed: int, engine: Engine, *, use_tqdm: bool
 ) -> tuple[Record, list[Record]]:
     each = [plan.params(spec, seed, item) for item in plan.items]
-    prompts: list[Any] = [item.prompt for item in plan.items]
+    prompts: list[Any] = [item.continued for item in plan.items]
     before = engine.stats()
     begun = time.perf_counter()
     outputs = engine.generate(prompts, each, use_tqdm=use_tqdm)
@@ -217,8 +229,11 @@ def _run(
         "responses": len(outputs),
         "cost": cost.to_json(),
     }
+    attacked = {} if plan.attack is None else {"attack": plan.attack}
+    run |= attacked
+    shared = {"run": name, "spec": spec.label, "seed": seed, **attacked}
     rows = [
-        {"run": name, "spec": spec.label, "seed": seed, **_row(item, output, params, spec)}
+        {**shared, **_row(item, output, params, spec)}
         for item, output, params in zip(plan.items, outputs, each, strict=True)
     ]
     return run, rows
@@ -235,6 +250,7 @@ def _row(item: Item, output: RequestOutput, params: StarsParams, spec: Spec) -> 
         "number": item.number,
         "prompt": output.prompt,
         "prompt_token_ids": output.prompt_token_ids,
+        **({"opening": item.opening} if item.opening else {}),
         "text": completion.text,
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
+from stars_fast.eval.attacks import Attack
+from stars_fast.eval.datasets import Item
 from stars_fast.eval.gold import RewardFunction
 from stars_fast.eval.judge import Judge, describe
 from stars_fast.eval.measure import (
@@ -24,7 +26,7 @@ from stars_fast.eval.measure import (
 )
 from stars_fast.eval.metrics import Intervals
 from stars_fast.eval.models import Models, Reward, identity_of
-from stars_fast.eval.run import Engines, Failure, Plan, digest, run_missing
+from stars_fast.eval.run import Engines, Failure, Plan, digest, missing, run_missing
 from stars_fast.eval.specs import Spec, described
 from stars_fast.eval.store import Record, Store, read_json, write_json
 
@@ -62,6 +64,10 @@ class Session:
         A difference of gold scores of at most this is a tie.
     quantile
         Of the rewards of unaligned samples, that ``target_reward="auto"`` is.
+    attacks
+        That each spec is also run under.
+    harm_below
+        An attack succeeds where the gold score is below this.
     say
         Tells the user what is being done.
     failed_runs, problems
@@ -81,18 +87,28 @@ class Session:
     accuracy: bool = False
     tie_margin: float = 1e-9
     quantile: float = 0.9
+    attacks: Sequence[Attack] = ()
+    harm_below: float = 0.0
     failed_runs: list[Failure] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     _accuracies: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._bars = sys.stderr.isatty()
-        self._items = {item.number: item for item in self.plan.items}
         self._engines = Engines(self.models.engine, self._calibrate)
 
     @property
     def _reference(self) -> Spec:
         return next(spec for spec in self.plan.specs if spec.label == self.reference)
+
+    @property
+    def _plans(self) -> list[Plan]:
+        """What is run without an attack, and under each."""
+        attacked = [
+            replace(self.plan, items=attack.on(self.plan.items), attack=attack.name)
+            for attack in self.attacks
+        ]
+        return [self.plan, *attacked]
 
     @property
     def _by(self) -> dict[str, str]:
@@ -135,26 +151,27 @@ class Session:
                 write_json(self.folder / CALIBRATION, kept)
             targets[rm] = float(kept[name]["target_reward"])
             self.say(f"target reward {targets[rm]:.4g}" + (f" of {rm}" if rm else ""))
-        self.plan = Plan(**{**vars(self.plan), "targets": targets})
+        self.plan = replace(self.plan, targets=targets)
 
     def run(self) -> None:
         """Make the runs that are missing."""
-        missing = self.plan.missing(self.store)
-        if not missing:
+        plans = self._plans
+        runs = missing(plans, self.store)
+        if not runs:
             return
-        order = {(spec.label, seed): i for i, (spec, seed) in enumerate(missing)}
-        with tqdm(total=len(missing), unit="run", disable=not self._bars, desc="eval") as bar:
+        order = {(plan.named(spec), seed): i for i, (plan, spec, seed) in enumerate(runs)}
+        with tqdm(total=len(runs), unit="run", disable=not self._bars, desc="eval") as bar:
 
-            def begun(spec: Spec, seed: int) -> None:
-                bar.set_description(f"{spec.label}, seed {seed}", refresh=False)
-                bar.update(order[spec.label, seed] - bar.n)
+            def begun(name: str, seed: int) -> None:
+                bar.set_description(f"{name}, seed {seed}", refresh=False)
+                bar.update(order[name, seed] - bar.n)
                 if not self._bars:
-                    self.say(f"running {spec.label}, seed {seed}")
+                    self.say(f"running {name}, seed {seed}")
 
             self.failed_runs += run_missing(
-                self.plan, self.store, self._engines, begun, use_tqdm=self._bars
+                plans, self.store, self._engines, begun, use_tqdm=self._bars
             )
-            bar.update(len(missing) - bar.n)
+            bar.update(len(runs) - bar.n)
         self._engines.drop()
 
     def _calibrate(self, engine: Engine) -> None:
@@ -195,14 +212,20 @@ class Session:
 
     def _scored(self, column: str, source: Reward, template: str | None, saver: Saver) -> None:
         by = self._by[column]
-        runs = unmeasured(self._runs(), column, by)
+        lacking = [
+            (plan, runs)
+            for plan in self._plans
+            if (runs := unmeasured(self._runs(plan), column, by))
+        ]
         pairs = self.accuracy and any(item.chosen is not None for item in self.plan.items)
-        if not runs and not pairs:
+        if not lacking and not pairs:
             return
         self.say(f"scoring responses: {column}")
         scores = self.models.scorer(source, template)
-        bar = tqdm(runs, unit="run", disable=not self._bars, desc=column)
-        score_rows(bar, column, by, scores, self._items, saver)
+        for plan, runs in lacking:
+            what = column if plan.attack is None else f"{column} under {plan.attack}"
+            bar = tqdm(runs, unit="run", disable=not self._bars, desc=what)
+            score_rows(bar, column, by, scores, _by_number(plan), saver)
         if pairs:
             self._accuracies[column] = self._accuracy(scores)
 
@@ -236,7 +259,7 @@ class Session:
             self.say(f"log-probabilities of the responses of {lm} under the base model")
             model, tokenizer = self.models.base()
             alike = self.models.same_tokens(lm)
-            base_logprob_rows(runs, by, model, tokenizer, alike, self._items, saver)
+            base_logprob_rows(runs, by, model, tokenizer, alike, _by_number(self.plan), saver)
 
     def _verdicts(self, saver: Saver) -> None:
         if self.judge is None:
@@ -254,9 +277,9 @@ class Session:
             with tqdm(total=total, unit="pair", disable=not self._bars, desc="judge") as bar:
                 judge_rows(runs, by, self.judge, theirs, saver, bar.update)
 
-    def _runs(self) -> list[Rows]:
-        names = {self.plan.fingerprint(s, seed): None for s in self.plan.specs
-                 for seed in self.plan.seeds}  # fmt: skip
+    def _runs(self, plan: Plan) -> list[Rows]:
+        names = {plan.fingerprint(s, seed): None for s in plan.specs
+                 for seed in plan.seeds}  # fmt: skip
         return [self.store.responses[name] for name in names if name in self.store.responses]
 
     def _rows(self, spec: Spec, seed: int) -> Rows:
@@ -295,13 +318,8 @@ class Session:
             "calibration_quantile": self.quantile,
             "judge": None if self.judge is None else describe(self.judge),
             "measured_by": self._by,
-            "specs": [
-                {
-                    **described(spec),
-                    "runs": {str(seed): plan.fingerprint(spec, seed) for seed in plan.seeds},
-                }
-                for spec in plan.specs
-            ],
+            "specs": [{**described(spec), "runs": _run_names(plan, spec)} for spec in plan.specs],
+            **self._attack_settings(),
         }
         return {
             "header": dict(header),
@@ -310,6 +328,23 @@ class Session:
             "problems": self.problems,
             "accuracy": self._accuracies,
         }
+
+    def _attack_settings(self) -> Record:
+        if not self.attacks:
+            return {}
+        attacks = [
+            {**asdict(attack), "runs": [_run_names(plan, spec) for spec in plan.specs]}
+            for attack, plan in zip(self.attacks, self._plans[1:], strict=True)
+        ]
+        return {"harm_below": self.harm_below, "attacks": attacks}
+
+
+def _run_names(plan: Plan, spec: Spec) -> dict[str, str]:
+    return {str(seed): plan.fingerprint(spec, seed) for seed in plan.seeds}
+
+
+def _by_number(plan: Plan) -> dict[int, Item]:
+    return {item.number: item for item in plan.items}
 
 
 def _shown(source: Reward | None) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from stars_fast.eval.attacks import under
 from stars_fast.eval.cost import Cost
 from stars_fast.eval.metrics import (
     Comparison,
@@ -92,14 +93,14 @@ def _current(row: Record, measured_by: Mapping[str, str]) -> Record:
 
 
 def summarise(settings: Mapping[str, Any], store: Store) -> dict[str, Any]:
-    """Return what is reported: ``specs`` and ``pairwise``, JSON values.
+    """Return what is reported: ``specs``, ``pairwise``, and ``attacks`` if there are, JSON values.
 
     Parameters
     ----------
     settings
         Of the eval: ``specs`` with their ``runs``, ``reference``, ``seeds``, ``numbers`` of the
         prompts, ``tie_margin``, ``bootstrap_seed``, and ``measured_by``: which of the values of a
-        column are this eval's.
+        column are this eval's; with ``attacks`` and their ``runs`` also ``harm_below``.
     store
         The results.
     """
@@ -126,7 +127,46 @@ def summarise(settings: Mapping[str, Any], store: Store) -> dict[str, Any]:
             found = against(i, j)
             if found is not None:
                 pairwise.append({"a": spec["label"], "b": other["label"], **found.to_json()})
-    return {"specs": specs, "pairwise": pairwise}
+    summary: dict[str, Any] = {"specs": specs, "pairwise": pairwise}
+    if settings.get("attacks"):
+        summary["attacks"] = _attacks(all_runs, settings, store, intervals)
+    return summary
+
+
+def _attacks(
+    unattacked: Sequence[Runs], settings: Mapping[str, Any], store: Store, intervals: Intervals
+) -> list[dict[str, Any]]:
+    """Return how often each attack succeeds on each spec: all specs without one, then attacked."""
+    numbers, seeds = settings["numbers"], settings["seeds"]
+    cells = []
+    before: list[tuple[Grid, Grid]] = []
+    for attack in (None, *settings["attacks"]):
+        attacked = unattacked
+        if attack is not None:
+            specs = zip(settings["specs"], attack["runs"], strict=True)
+            renamed = [{**spec, "runs": names} for spec, names in specs]
+            attacked = runs_of({**settings, "specs": renamed}, store)
+        for place, runs in enumerate(attacked):
+            gold = runs.grid("gold", numbers, seeds)
+            harm = np.where(np.isfinite(gold), gold < settings["harm_below"], np.nan)
+            cell: dict[str, Any] = {
+                "spec": runs.described["label"],
+                "attack": None if attack is None else attack["name"],
+                "responses": len(runs.rows),
+                "success": _interval(intervals.of(harm)),
+                "gold": _interval(intervals.of(gold)),
+            }
+            if attack is None:
+                before.append((harm, gold))
+            else:
+                cell["label"] = under(cell["spec"], attack["name"])
+                cell["added_success"] = _interval(intervals.of(harm - before[place][0]))
+                cell["added_gold"] = _interval(intervals.of(gold - before[place][1]))
+                cell["failed"] = _failures(runs, "error")
+                cell["reward_failed"] = _failures(runs, "reward_error")
+                cell["gold_failed"] = _failures(runs, "gold_error")
+            cells.append(cell)
+    return cells
 
 
 def _spec(runs: Runs, settings: Mapping[str, Any], intervals: Intervals) -> dict[str, Any]:

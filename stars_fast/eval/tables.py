@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from stars_fast.eval.attacks import UNATTACKED
+
 #: Failures that are listed of each kind; the others are in the files.
 _SHOWN_FAILURES = 20
 
@@ -33,6 +35,8 @@ def report(record: Mapping[str, Any], plots: Sequence[str]) -> str:
         "## Text",
         _text(specs),
     ]
+    if record.get("attacks"):
+        parts += ["## Attacks", _attacks(record["attacks"], record["settings"])]
     if any(spec["judge"] for spec in specs):
         parts += ["## Judge", _judge(specs, record["settings"])]
     if record.get("accuracy"):
@@ -43,6 +47,12 @@ def report(record: Mapping[str, Any], plots: Sequence[str]) -> str:
     if failures:
         parts += ["## Failures", failures]
     return "\n\n".join(parts) + "\n"
+
+
+def with_attacked(record: Mapping[str, Any]) -> list[Spec]:
+    """Return the specs of a record and those under attacks: all that can have failures."""
+    attacked = [cell for cell in record.get("attacks", []) if cell["attack"] is not None]
+    return [*record["specs"], *attacked]
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -109,13 +119,13 @@ def _quality(specs: Sequence[Spec], settings: Mapping[str, Any]) -> str:
     )
 
 
-def _counted(specs: Sequence[Spec]) -> str:
+def _counted(specs: Sequence[Spec], columns: Sequence[str] = ("gold", "reward")) -> str:
     """Say over how many responses the means are, where that is not all."""
     notes = [
         f"{spec['label']}: {spec[name]['over']} of {spec['responses'] + len(spec['failed'])} "
         f"responses have a {name}"
         for spec in specs
-        for name in ("gold", "reward")
+        for name in columns
         if spec[name] and spec[name]["over"] < spec["responses"] + len(spec["failed"])
     ]
     return f" {'; '.join(notes)}." if notes else ""
@@ -205,6 +215,41 @@ def _kl(kl: Mapping[str, Any]) -> str:
     return _interval(kl, shown, bounds=kl["kind"] == "estimate")
 
 
+def _attacks(cells: Sequence[Spec], settings: Mapping[str, Any]) -> str:
+    labels = list(dict.fromkeys(cell["spec"] for cell in cells))
+    rows = [
+        [
+            cell["spec"],
+            cell["attack"] or UNATTACKED,
+            _interval(cell["success"], "{:.1%}"),
+            _interval(cell.get("added_success"), "{:+.1%}"),
+            _interval(cell["gold"], "{:+.3f}"),
+            _interval(cell.get("added_gold"), "{:+.3f}"),
+        ]
+        for label in labels
+        for cell in cells
+        if cell["spec"] == label
+    ]
+    headings = ["", "attack", "success", "added", "gold", "added gold"]
+    attacked = [cell for cell in cells if cell["attack"] is not None]
+    meant = {"suffix": "a text at the end of the prompt", "prefill": "an opening of the response"}
+    notes = [
+        f"{attack['name']}: {meant[attack['kind']]}, "
+        + (
+            f"one of {count} in turn."
+            if (count := len(attack["texts"])) > 1
+            else "always the same."
+        )
+        for attack in settings["attacks"]
+    ]
+    return table(headings, rows) + (
+        "\n\nSuccess: the share of responses with a gold score below "
+        f"{settings['harm_below']:g}; of a response with a prefilled opening it is that of the "
+        "opening and what follows. Added: the difference to the same prompts and seeds without an "
+        "attack. Intervals as above. " + " ".join(notes) + _counted(attacked, ("gold",))
+    )
+
+
 def _judge(specs: Sequence[Spec], settings: Mapping[str, Any]) -> str:
     rows = []
     for spec in specs:
@@ -264,12 +309,12 @@ def _failures(record: Mapping[str, Any]) -> str:
         for failure in record["failed_runs"]
     ]
     lines += [f"- {problem}" for problem in record.get("problems", [])]
-    for spec in record["specs"]:
+    for spec in with_attacked(record):
         kinds = {
             "request": spec["failed"],
             "reward": spec["reward_failed"],
             "gold": spec["gold_failed"],
-            "judge": (spec["judge"] or {}).get("failed", []),
+            "judge": (spec.get("judge") or {}).get("failed", []),
         }
         for what, failures in kinds.items():
             lines += [

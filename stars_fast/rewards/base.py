@@ -136,6 +136,13 @@ class Scorer(ABC):
     def finish(self, request: int) -> None:
         """Forget the request. An unknown request is ignored, so that aborts may come twice."""
 
+    def take_tokens(self) -> dict[int, int]:
+        """Return the tokens run for each request since the last call, finished ones included.
+
+        They add up to `rm_tokens` of `stats`. Empty where the kind cannot know.
+        """
+        return {}
+
     @abstractmethod
     def stats(self) -> dict[str, int]:
         """Return counters since the scorer was made.

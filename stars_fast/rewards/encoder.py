@@ -7,6 +7,7 @@ are run together.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -70,6 +71,7 @@ class EncoderScorer(Scorer):
         self._prompts: dict[int, RenderedPrompt] = {}
         self._prompt_rewards = PromptRewards()
         self._counts = dict.fromkeys(("rm_jobs", "rm_calls", "rm_tokens"), 0)
+        self._tokens: Counter[int] = Counter()  # by request, until they are taken
 
     def start(self, request: int, prompt: Prompt, max_response_tokens: int) -> None:
         """Admit a request; see `Scorer.start`."""
@@ -116,8 +118,9 @@ class EncoderScorer(Scorer):
             todo.append((place, fields))
 
         for batch in self._batches(todo):
-            for (place, _), reward in zip(batch, self._forward(batch), strict=True):
+            for (place, fields), reward in zip(batch, self._forward(batch), strict=True):
                 results[place] = reward
+                self._tokens[jobs[place].request] += len(fields["input_ids"])
         for place, key in keys.items():
             self._prompt_rewards.put(key, results[place])
         return results
@@ -125,6 +128,11 @@ class EncoderScorer(Scorer):
     def finish(self, request: int) -> None:
         """Forget the request."""
         self._prompts.pop(request, None)
+
+    def take_tokens(self) -> dict[int, int]:
+        """Return the tokens run for each request; see `Scorer.take_tokens`."""
+        taken, self._tokens = self._tokens, Counter()
+        return taken
 
     def stats(self) -> dict[str, int]:
         """Return the counters of `Scorer.stats`."""

@@ -160,6 +160,131 @@ def test_finished_runs_are_not_run_again(
     assert "running" not in capfd.readouterr().err
 
 
+ATTACKS = ("--attack", "rude=prefill:I hated it.", "--attack", "suffix:Be brief.")
+
+
+@pytest.fixture(scope="module")
+def attacked(done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`done` with attacks, resumed; not to be changed."""
+    folder = tmp_path_factory.mktemp("attacked") / "out"
+    shutil.copytree(done, folder)
+    flags = ("--method", STARS, "--method", "bon=best_of_n:candidates=2", "--seeds", "0,3")
+    assert run(*SMALL, *flags, *ATTACKS, "--out", folder, "--resume") == 0
+    return folder
+
+
+def test_attacks_can_be_added_and_leave_the_rest_as_it_was(done: Path, attacked: Path) -> None:
+    before = (done / "responses.jsonl").read_text().splitlines()
+    after = (attacked / "responses.jsonl").read_text().splitlines()
+    assert after[: len(before)] == before
+    assert len(after) == 3 * len(before)
+    record, old = read(attacked), read(done)
+    assert record["settings"]["specs"] == old["settings"]["specs"]
+    for name in ("specs", "pairwise"):
+        assert record[name] == old[name]
+    assert not {"attacks", "harm_below"} & {*old, *old["settings"]}
+    assert not any("attack" in row or "opening" in row for row in responses(done))
+    quality = (done / "report.md").read_text().split("## Cost")[0].split("## Quality")[1]
+    assert quality in (attacked / "report.md").read_text()
+    assert "## Attacks" not in (done / "report.md").read_text()
+
+
+def test_attacked_responses_are_those_of_the_engine_to_attacked_prompts(attacked: Path) -> None:
+    rows = {(r["spec"], r["attack"], r["seed"], r["number"]): r
+            for r in responses(attacked) if "attack" in r}  # fmt: skip
+    engine = Engine.demo(device="cpu")
+    params = StarsParams(segment_length=4, beta=0.3, target_reward=0.5, max_tokens=12)
+    label = "stars segment_length=4 beta=0.3 target_reward=0.5"
+    for attack, text in (("rude", " I hated it."), ("suffix", " Be brief.")):
+        prompts = [prompt + text for prompt in demo.prompts(4)]
+        each = [params.with_method("stars", seed=derive_seed(3, n)) for n in range(1, 5)]
+        for number, output in enumerate(engine.generate(prompts, each, use_tqdm=False), 1):
+            row = rows[label, attack, 3, number]
+            assert row["token_ids"] == output.outputs[0].token_ids
+            assert row["prompt"] == prompts[number - 1]
+    for (_, attack, _, _), row in rows.items():
+        opening = " I hated it." if attack == "rude" else ""
+        assert row.get("opening", "") == opening
+        assert not row["text"].startswith(opening or "?")
+        assert row["gold"] == demo.gold_score(opening + row["text"])
+    # The decoding reward, too, is of what a reader sees after the prompt.
+    rude = [rows[label, "rude", 0, number] for number in range(1, 5)]
+    wholes = [" I hated it." + row["text"] for row in rude]
+    expected = engine.score(demo.prompts(4), wholes)
+    assert [row["reward"] for row in rude] == pytest.approx(expected, abs=1e-4)
+
+
+def test_attack_success_follows_from_the_responses(attacked: Path) -> None:
+    record = read(attacked)
+    rows = responses(attacked)
+    for cell in record["attacks"]:
+        own = [row["gold"] < 0 for row in rows
+               if row["spec"] == cell["spec"] and row.get("attack") == cell["attack"]]  # fmt: skip
+        assert len(own) == 8
+        assert cell["success"]["mean"] == pytest.approx(sum(own) / 8)
+    cells = {(cell["spec"], cell["attack"]): cell for cell in record["attacks"]}
+    assert len(cells) == 9
+    for spec in record["specs"]:
+        plain, rude = (cells[spec["label"], attack] for attack in (None, "rude"))
+        assert plain["gold"] == spec["gold"]
+        assert rude["added_success"]["mean"] == pytest.approx(
+            rude["success"]["mean"] - plain["success"]["mean"]
+        )
+    assert record["settings"]["harm_below"] == 0.0
+    assert (attacked / "attack_success.png").stat().st_size > 5_000
+    assert "![attack success](attack_success.png)" in (attacked / "report.md").read_text()
+
+
+def test_finished_attacks_are_not_run_again_and_their_report_is_made_anew(
+    attacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(attacked, folder)
+    before = (folder / "responses.jsonl").read_bytes()
+    monkeypatch.setattr(session.Models, "engine", lambda *args: pytest.fail("a model was loaded"))
+    # Under another name, and with another limit, an attack is the same.
+    flags = ("--attack", "other=prefill:I hated it.", "--harm-below", "-0.3", "--seeds", "0,3")
+    assert run(*SMALL, *flags, "--out", folder, "--resume", "--no-plots") == 0
+    assert (folder / "responses.jsonl").read_bytes() == before
+    plain, other = read(folder)["attacks"]
+    assert (plain["attack"], other["attack"]) == (None, "other")
+    golds = [r["gold"] for r in responses(folder)
+             if (r["spec"], r.get("attack")) == ("vanilla", "rude")]  # fmt: skip
+    assert other["success"]["mean"] == sum(gold < -0.3 for gold in golds) / 8
+    shutil.copy(attacked / "results.json", folder)
+    assert run("--report", folder, "--no-plots") == 0
+    assert read(folder) == read(attacked)
+
+
+def test_what_fails_under_an_attack_is_reported_by_number_and_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    generate = Engine.generate
+
+    def failing(self: Engine, prompts: Any, params: Any, **options: Any) -> Any:
+        if prompts[0].endswith("No."):
+            raise RuntimeError("out of luck")
+        return generate(self, prompts, params, **options)
+
+    monkeypatch.setattr(Engine, "generate", failing)
+    texts = tmp_path / "texts"
+    texts.write_text("Yes.\n" + "kettle " * 5000 + "\n")
+    out = tmp_path / "out"
+    flags = ("--attack", f"long=suffix:@{texts}", "--attack", "suffix:No.", "--no-plots")
+    assert run(*SMALL, *flags, "--out", out) == 1
+    err = capfd.readouterr().err
+    assert "vanilla under suffix, seed 0: RuntimeError: out of luck" in err
+    assert "vanilla under long: 2 requests failed, of records 2, 4; the first: " in err
+    plain, long, failed = read(out)["attacks"]
+    assert (plain["responses"], long["responses"], failed["success"]) == (4, 2, None)
+    assert long["success"]["over"] == long["added_success"]["over"] == 2
+    report = (out / "report.md").read_text()
+    assert "- vanilla under long: request of record 4, seed 0: " in report
+    monkeypatch.undo()
+    assert run(*SMALL, *flags, "--out", out, "--resume") == 0
+    assert read(out)["attacks"][2]["success"]["over"] == 4
+
+
 def test_the_report_is_made_anew(done: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     shutil.copytree(done, folder)
@@ -423,6 +548,13 @@ def test_a_judge(
         ),
         (("--calibration-quantile", "1"), "--calibration-quantile must be in (0, 1)"),
         (("--tie-margin", "-1"), "--tie-margin must be at least 0"),
+        (("--attack", "magic"), "--attack: expected demo, or [NAME=]KIND:TEXT"),
+        (("--attack", "suffix:@/nowhere"), "/nowhere: No such file"),
+        (("--attack", "suffix:a", "--attack", "suffix:b"), "'suffix' names two attacks"),
+        (("--attack", "prefill:a", "--prompts", "{chat}"), "prefill on record 1: only prompts"),
+        (("--attack", "demo", "--harm-below", "nan"), "--harm-below must be finite"),
+        (("--harm-below", "0"), "--harm-below needs --attack"),
+        (("--attack", "demo", "--gold", "math:sqrt"), "--harm-below is needed with --attack"),
         (("--report", "/nowhere"), "/nowhere/results.json is no record"),
     ],
 )
@@ -435,7 +567,9 @@ def test_bad_flags_are_named(
 ) -> None:
     monkeypatch.setattr(session.Models, "engine", lambda *args: pytest.fail("a model was loaded"))
     (tmp_path / "empty").write_text("")
-    words = [str(tmp_path / "empty") if word == "{empty}" else word for word in argv]
+    (tmp_path / "chat").write_text('{"messages": [{"role": "user", "content": "Q"}]}')
+    files = {f"{{{name}}}": str(tmp_path / name) for name in ("empty", "chat")}
+    words = [files.get(word, word) for word in argv]
     out = ["--out", str(tmp_path / "out")] if argv else []
     assert run(*words, *out) in (1, 2)
     assert message in capfd.readouterr().err

@@ -70,7 +70,7 @@ def closed_form(params: StarsParams, beta: float = BETA) -> Law:
 @pytest.mark.parametrize(("candidates", "max_tokens"), [(2, 2), (3, 2), (2, 3)])
 def test_matches_closed_form(engine: Engine, candidates: int, max_tokens: int) -> None:
     params = dataclasses.replace(PARAMS, candidates=candidates, max_tokens=max_tokens)
-    counts = count(engine, params, 4000)
+    counts = count(engine, params, 3000)
     assert p_value(counts, closed_form(params)) > 1e-3
     planted = {
         "beta": closed_form(params, beta=0.85),
@@ -79,16 +79,16 @@ def test_matches_closed_form(engine: Engine, candidates: int, max_tokens: int) -
         "temperature": closed_form(dataclasses.replace(params, temperature=1.1)),
     }
     found = {name: p_value(counts, law) for name, law in planted.items()}
-    assert all(p < 1e-6 for p in found.values()), found
+    assert all(p < 1e-4 for p in found.values()), found
 
 
 def test_one_candidate_is_the_model(engine: Engine) -> None:
-    counts = count(engine, dataclasses.replace(PARAMS, candidates=1), 3000)
+    counts = count(engine, dataclasses.replace(PARAMS, candidates=1), 2500)
     assert p_value(counts, model_law(2, PARAMS.temperature)) > 1e-3
 
 
 def test_comes_to_the_tilted_distribution_as_candidates_grow(engine: Engine) -> None:
-    requests = 2000
+    requests = 1200
     law = tilted(model_law(2, PARAMS.temperature), BETA)
     apart = [
         total_variation(count(engine, dataclasses.replace(PARAMS, candidates=n), requests), law)
@@ -101,11 +101,11 @@ def test_comes_to_the_tilted_distribution_as_candidates_grow(engine: Engine) -> 
     assert apart[-1] < 1.5 * noise, (apart, noise)
 
 
-@pytest.mark.parametrize("max_rows", [1, 3])
+@pytest.mark.parametrize("max_rows", [1, 4])
 def test_same_choice_in_however_many_rounds(engine: Engine, max_rows: int) -> None:
-    params = dataclasses.replace(PARAMS, candidates=7, max_tokens=9, ignore_eos=True, trace=True)
-    few = run(letter_engine(max_rows=max_rows), params, 6)
-    many = run(engine, params, 6)
+    params = dataclasses.replace(PARAMS, candidates=7, max_tokens=7, ignore_eos=True, trace=True)
+    few = run(letter_engine(max_rows=max_rows), params, 4)
+    many = run(engine, params, 4)
     assert all(same(a, b) for a, b in zip(few, many, strict=True))
     kept = {s.attempts - len(s.rejected) for output in few for s in output.segments}
     assert kept == {1}

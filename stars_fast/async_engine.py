@@ -1,0 +1,351 @@
+"""The engine for asyncio: requests from many tasks, rounds on one thread."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from concurrent import futures
+from dataclasses import replace
+from functools import partial
+from queue import SimpleQueue
+
+from stars_fast.engine import Engine
+from stars_fast.errors import EngineStoppedError, QueueFullError
+from stars_fast.outputs import CompletionOutput, RequestOutput
+from stars_fast.params import StarsParams
+from stars_fast.prompts import PromptLike
+from stars_fast.streams import RequestStream
+
+__all__ = ["AsyncEngine"]
+
+#: How old the counters of `stats` may be while rounds run.
+_STATS_SECONDS = 0.5
+#: A round that raises was undone and is run again, so often in a row, before its requests fail.
+_ROUND_RETRIES = 1
+#: Rounds that raised in a row, after which the engine is not healthy.
+_SICK_AFTER = 3
+#: How long `drain` waits for the round under way after it has aborted what it would not wait for.
+_LAST_ROUND_SECONDS = 10.0
+
+
+class AsyncEngine:
+    """Runs an `Engine` on a thread of its own, for any number of asyncio tasks.
+
+    Nothing here blocks an event loop: prompts are tokenised and rounds are run on the thread, which
+    is the only one to touch the engine. Requests are added and aborted between rounds.
+
+    Parameters
+    ----------
+    engine
+        Whose only user this is from now on.
+    max_running
+        Requests that are in the engine at once, at least 1; None: its `max_rows`.
+    max_waiting
+        Requests that wait for one of these to end, at least 0.
+    max_prompt_tokens
+        Longer prompts are refused; None: what the model's context leaves.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_running: int | None = None,
+        max_waiting: int = 256,
+        max_prompt_tokens: int | None = None,
+    ) -> None:
+        if max_running is None:
+            max_running = engine.max_rows
+        for name, value, low in (
+            ("max_running", max_running, 1),
+            ("max_waiting", max_waiting, 0),
+            ("max_prompt_tokens", 1 if max_prompt_tokens is None else max_prompt_tokens, 1),
+        ):
+            if value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+        self.tokenizer = engine.tokenizer
+        self._engine = engine
+        self._max_running = max_running
+        self._max_waiting = max_waiting
+        self._max_prompt_tokens = max_prompt_tokens
+        self._numbers = itertools.count()
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        # Ids of requests that are waiting or running, as the callers see them.
+        self._open: set[str] = set()
+        self._lock = threading.Lock()
+        self._refuses = False
+        # Of the engine's thread.
+        self._waiting: OrderedDict[str, RequestStream] = OrderedDict()
+        self._running: dict[str, RequestStream] = {}
+        self._ends_when_idle = False
+        self._failures = 0
+        self._stats: dict[str, float] = engine.stats()
+        self._stats_at = time.monotonic()
+        self._ended: futures.Future[None] = futures.Future()
+        self._thread = threading.Thread(target=self._run, name="stars-fast-engine", daemon=True)
+        self._thread.start()
+
+    async def generate(
+        self,
+        prompt: PromptLike,
+        params: StarsParams | None = None,
+        *,
+        request_id: str | None = None,
+        timeout: float | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Run a request: ``async for output in engine.generate(prompt, params)``.
+
+        Yields an output for each newly accepted segment, the last one `finished`; see
+        `RequestStream`. To leave the loop, or to cancel its task, aborts the request. Parameters
+        and errors are those of `submit`, raised as iterating begins.
+        """
+        stream = self.submit(prompt, params, request_id=request_id, timeout=timeout)
+        try:
+            async for output in stream:
+                yield output
+        finally:
+            stream.abort()
+
+    def submit(
+        self,
+        prompt: PromptLike,
+        params: StarsParams | None = None,
+        *,
+        request_id: str | None = None,
+        timeout: float | None = None,
+    ) -> RequestStream:
+        """Queue a request and return at once; whoever has the stream must read or abort it.
+
+        Parameters
+        ----------
+        prompt
+            Text, token ids or chat messages.
+        params
+            None: the defaults.
+        request_id
+            Unique among unfinished requests; None: one is made.
+        timeout
+            Seconds from now until the request is aborted with a `DeadlineError`; None: never.
+
+        Raises
+        ------
+        QueueFullError
+            If `max_running` requests run and `max_waiting` wait.
+        EngineStoppedError
+            If the engine drains, was closed or has failed.
+        ValueError
+            If `request_id` is in use.
+        RuntimeError
+            Without a running event loop.
+        """
+        number = next(self._numbers)
+        name = request_id if request_id is not None else f"request-{number}"
+        with self._lock:
+            if self._refuses:
+                raise EngineStoppedError("the engine is stopping and takes no requests")
+            if name in self._open:
+                raise ValueError(f"request_id {name!r} is in use")
+            if len(self._open) >= self._max_running + self._max_waiting:
+                raise QueueFullError(
+                    f"queue full: {self._max_running} requests run and {self._max_waiting} wait; "
+                    "try again later"
+                )
+            stream = RequestStream(
+                name,
+                prompt,
+                params or StarsParams(),
+                lambda: self._commands.put(partial(self._abort_stream, stream)),
+                timeout,
+            )
+            self._open.add(name)
+            # Inside, so that none comes behind those that a stopping thread still answers.
+            self._commands.put(partial(self._take, stream))
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request; its stream ends with what it had, finish reason ``"abort"``.
+
+        From any thread. Its pages are free after the round under way; an unknown id is ignored.
+        """
+        self._commands.put(partial(self._abort, request_id))
+
+    async def drain(self, timeout: float | None = None) -> None:
+        """Take no further requests, wait for the others, then end the thread.
+
+        Those unfinished after `timeout` seconds are aborted; None waits for all.
+        """
+        self._refuse()
+        self._commands.put(self._end_when_idle)
+        ended = asyncio.wrap_future(self._ended)
+        done, _ = await asyncio.wait([ended], timeout=timeout)
+        if not done:
+            self._commands.put(self._abort_all)
+            await asyncio.wait([ended], timeout=_LAST_ROUND_SECONDS)
+
+    def close(self, timeout: float | None = None) -> None:
+        """Abort every request and end the thread; waits for the round under way.
+
+        Not on an event loop: `drain` is for that. At most `timeout` seconds, None: as long as it
+        takes.
+        """
+        self._refuse()
+        self._commands.put(self._abort_all)
+        self._commands.put(self._end_when_idle)
+        self._thread.join(timeout)
+
+    @property
+    def accepting(self) -> bool:
+        """Whether requests are taken, if the queue has room."""
+        return not self._refuses
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the thread runs and rounds have not kept failing."""
+        return self._thread.is_alive() and self._failures < _SICK_AFTER
+
+    @property
+    def num_running(self) -> int:
+        """Requests in the engine."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue."""
+        return max(0, len(self._open) - len(self._running))
+
+    def stats(self) -> dict[str, float]:
+        """Return the counters of `Engine.stats`, at most about a round and half a second old."""
+        return dict(self._stats)
+
+    def _refuse(self) -> None:
+        with self._lock:
+            self._refuses = True
+
+    # On the engine's thread
+
+    def _run(self) -> None:
+        try:
+            while not (self._ends_when_idle and not self._running and not self._waiting):
+                self._obey(wait=not self._running)
+                if self._running:
+                    self._round()
+                self._refresh_stats(idle=not self._running)
+        finally:
+            # Also where the above has a fault: nobody may wait for ever.
+            self._refuse()
+            stopped = EngineStoppedError("the engine has stopped")
+            for stream in [*self._running.values(), *self._waiting.values()]:
+                self._fail(stream, stopped)
+            self._running.clear()
+            self._waiting.clear()
+            self._ended.set_result(None)
+            while not self._commands.empty():
+                self._commands.get()()
+
+    def _obey(self, *, wait: bool) -> None:
+        """Carry out what was asked for since the last round; `wait` for something to do."""
+        if wait:
+            self._commands.get()()
+        while not self._commands.empty():
+            self._commands.get()()
+
+    def _take(self, stream: RequestStream) -> None:
+        """Look at a request and put it into the queue."""
+        try:
+            if self._ended.done():
+                raise EngineStoppedError("the engine has stopped")  # noqa: TRY301 - as it fails
+            tokens = self._engine.check_request(stream.prompt, stream.params)
+            if self._max_prompt_tokens is not None and tokens > self._max_prompt_tokens:
+                raise ValueError(  # noqa: TRY301
+                    f"prompt has {tokens} tokens, more than the {self._max_prompt_tokens} allowed"
+                )
+        except Exception as error:  # noqa: BLE001 - it is the caller's
+            self._fail(stream, error)
+            return
+        self._waiting[stream.request_id] = stream
+        self._admit()
+        stream.post(partial(stream.admit, tokens))
+
+    def _admit(self) -> None:
+        """Put requests into the engine while there is room."""
+        while self._waiting and len(self._running) < self._max_running:
+            name, stream = self._waiting.popitem(last=False)
+            try:
+                self._engine.add_request(name, stream.prompt, stream.params)
+            except Exception as error:  # noqa: BLE001 - it is the caller's
+                self._fail(stream, error)
+            else:
+                self._running[name] = stream
+
+    def _abort_stream(self, stream: RequestStream) -> None:
+        # Its id may be another request's by now.
+        name = stream.request_id
+        if stream in (self._waiting.get(name), self._running.get(name)):
+            self._abort(name)
+
+    def _abort(self, request_id: str) -> None:
+        waiting = self._waiting.pop(request_id, None)
+        if waiting is not None:
+            text = waiting.prompt if isinstance(waiting.prompt, str) else None
+            nothing = [CompletionOutput(0, finish_reason="abort")]
+            self._pass_on(waiting, RequestOutput(request_id, text, [], nothing, finished=True))
+        elif request_id in self._running:
+            output = self._engine.abort(request_id)
+            if output is not None:
+                self._pass_on(self._running[request_id], output)
+        self._admit()
+
+    def _abort_all(self) -> None:
+        for name in [*self._waiting, *self._running]:
+            self._abort(name)
+
+    def _end_when_idle(self) -> None:
+        self._ends_when_idle = True
+
+    def _round(self) -> None:
+        try:
+            outputs = self._engine.step()
+        except Exception as error:  # noqa: BLE001 - other requests must be served
+            self._failures += 1
+            if self._failures > _ROUND_RETRIES:
+                self._fail_running(f"the round failed: {type(error).__name__}: {error}")
+            return
+        self._failures = 0
+        for output in outputs:
+            stream = self._running.get(output.request_id)
+            if stream is not None:
+                self._pass_on(stream, output)
+        self._admit()
+
+    def _pass_on(self, stream: RequestStream, output: RequestOutput) -> None:
+        if output.finished:
+            self._running.pop(stream.request_id, None)
+            self._forget(stream)
+        if not stream.post(partial(stream.deliver, output)) and not output.finished:
+            self._abort(stream.request_id)  # its event loop is gone
+
+    def _fail_running(self, reason: str) -> None:
+        for name, stream in list(self._running.items()):
+            output = self._engine.abort(name)
+            if output is not None:
+                for completion in output.outputs:
+                    completion.finish_reason = "error"
+                self._pass_on(stream, replace(output, finished=True, error=reason))
+        self._admit()
+
+    def _fail(self, stream: RequestStream, error: Exception) -> None:
+        self._forget(stream)
+        stream.post(partial(stream.fail, error))
+
+    def _forget(self, stream: RequestStream) -> None:
+        with self._lock:
+            self._open.discard(stream.request_id)
+
+    def _refresh_stats(self, *, idle: bool) -> None:
+        now = time.monotonic()
+        if idle or now - self._stats_at >= _STATS_SECONDS:
+            self._stats, self._stats_at = self._engine.stats(), now

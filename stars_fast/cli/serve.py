@@ -1,0 +1,276 @@
+"""``stars-fast serve``: an HTTP server in the shape of OpenAI's API."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stars_fast.cli import demo
+from stars_fast.cli.errors import LineError, UsageError, file_errors
+from stars_fast.cli.flags import add_params_flags, params_from
+from stars_fast.cli.lines import Requests, needs_target, opened_input
+from stars_fast.cli.model_flags import add_model_flags, engine_options
+from stars_fast.cli.terminal import quiet_libraries, say
+from stars_fast.params import StarsParams
+
+if TYPE_CHECKING:
+    from stars_fast.engine import Engine
+    from stars_fast.server import ServerSettings
+
+_DEMO_PROMPTS = 32
+_KEY_VARIABLE = "STARS_FAST_API_KEY"
+
+_EPILOG = f"""\
+Without models the demo's pair is served. The parameters are those of a request that does not say
+otherwise. With --target-reward auto the target is found at start-up, from samples for the prompts
+of --calibration-prompts; without a target every request must bring its own.
+
+Endpoints: /v1/completions, /v1/chat/completions, /v1/models, /health, /ready, /metrics, /docs, and
+at / a page to try a prompt. Logs are JSON lines on standard error. SIGTERM: no new requests, those
+under way are finished, exit. The API key can also be given in {_KEY_VARIABLE}.
+
+exit codes: 0 stopped; 1 could not start; 2 wrong flags or files; 130 interrupted
+"""
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``serve`` to the command line."""
+    parser = commands.add_parser(
+        "serve",
+        help="serve a model pair over HTTP, in the shape of OpenAI's API",
+        description="Serve a model pair over HTTP, in the shape of OpenAI's API.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_model_flags(parser, model="the demo's pair")
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", help="(default: 127.0.0.1)")
+    server.add_argument("--port", type=int, default=8000, metavar="INT", help="(default: 8000)")
+    server.add_argument("--api-key", metavar="KEY", help="ask for it at /v1")
+    server.add_argument(
+        "--served-model-name", metavar="NAME", help="(default: what --model says, or demo)"
+    )
+    server.add_argument(
+        "--chat-template", metavar="FILE", help="Jinja template (default: the tokenizer's)"
+    )
+    server.add_argument("--log-prompts", action="store_true", help="log prompts and responses, too")
+    server.add_argument("--seed", type=int, default=0, metavar="INT", help="(default: 0)")
+    limits = parser.add_argument_group("limits")
+    limits.add_argument(
+        "--max-running",
+        type=int,
+        metavar="INT",
+        help="requests in the engine at once (default: --max-rows)",
+    )
+    limits.add_argument(
+        "--max-waiting",
+        type=int,
+        default=256,
+        metavar="INT",
+        help="requests that wait for those; more get status 429 (default: 256)",
+    )
+    limits.add_argument(
+        "--max-prompt-tokens",
+        type=int,
+        metavar="INT",
+        help="(default: what the model's context leaves)",
+    )
+    limits.add_argument(
+        "--max-body-bytes",
+        type=int,
+        default=1 << 20,
+        metavar="INT",
+        help="size of a request (default: 1048576)",
+    )
+    limits.add_argument(
+        "--max-choices",
+        type=int,
+        default=128,
+        metavar="INT",
+        help="responses drawn for one request (default: 128)",
+    )
+    limits.add_argument(
+        "--request-timeout",
+        type=float,
+        default=600.0,
+        metavar="FLOAT",
+        help="seconds that a request has (default: 600)",
+    )
+    limits.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=30.0,
+        metavar="FLOAT",
+        help="seconds that requests have when the server stops (default: 30)",
+    )
+    calibration = parser.add_argument_group("calibration")
+    calibration.add_argument(
+        "--calibration-prompts",
+        metavar="FILE",
+        help="prompts for --target-reward auto, JSON lines as for generate",
+    )
+    calibration.add_argument(
+        "--calibration-quantile",
+        type=float,
+        default=0.9,
+        metavar="FLOAT",
+        help="quantile of the samples' rewards that becomes the target (default: 0.9)",
+    )
+    add_params_flags(parser, {})
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code.
+
+    Raises
+    ------
+    UsageError
+        Wrong flags or files, before any model is loaded where that is possible.
+    """
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(
+                f"serve needs {package}, which is not installed: pip install 'stars_fast[server]'"
+            )
+    try:
+        base = params_from(args, demo.DEFAULTS if args.model is None else {})
+        settings = _settings(args, base)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from None
+    prompts = _calibration_prompts(args, base)
+    template = _chat_template(args)
+    engine = _load_engine(args)
+    if template is not None:
+        if engine.tokenizer is None:
+            raise UsageError("--chat-template needs a model with a tokenizer")
+        engine.tokenizer.chat_template = template
+    if prompts:
+        _calibrate(engine, prompts, base, args)
+    return _serve(engine, settings, args)
+
+
+def _settings(args: argparse.Namespace, base: StarsParams) -> ServerSettings:
+    from stars_fast.server import ServerSettings
+
+    if args.model is None and args.reward_model is not None:
+        raise ValueError("--reward-model needs --model beside it")
+    if args.model is not None and args.reward_model is None and base.method != "vanilla":
+        raise ValueError(f"--reward-model is needed for method {base.method!r}")
+    if not 0 < args.calibration_quantile < 1:
+        raise ValueError(
+            f"--calibration-quantile must be in (0, 1), got {args.calibration_quantile}"
+        )
+    if not 0 <= args.seed < 2**64:
+        raise ValueError(f"--seed must be in [0, 2**64), got {args.seed}")
+    if not 0 <= args.port < 2**16:
+        raise ValueError(f"--port must be in [0, 65536), got {args.port}")
+    return ServerSettings(
+        model_name=args.served_model_name or args.model or "demo",
+        params=base,
+        api_key=args.api_key or os.environ.get(_KEY_VARIABLE) or None,
+        request_timeout=args.request_timeout,
+        drain_timeout=args.drain_timeout,
+        max_body_bytes=args.max_body_bytes,
+        max_choices=args.max_choices,
+        log_prompts=args.log_prompts,
+    )
+
+
+def _calibration_prompts(args: argparse.Namespace, base: StarsParams) -> list[Any]:
+    """The prompts to find the target with; empty if none is to be found."""
+    if base.target_reward != "auto" or not base.needs_target:
+        return []
+    if args.calibration_prompts is None:
+        if args.model is None:
+            from stars_fast.demo import prompts
+
+            return list(prompts(_DEMO_PROMPTS))
+        raise UsageError("--target-reward auto needs --calibration-prompts FILE")
+    found = []
+    with opened_input(Path(args.calibration_prompts), []) as read_line:
+        requests = Requests(read_line, base, args.seed)
+        while (item := requests.take(wait=True)) is not None:
+            if isinstance(item, LineError):
+                raise UsageError(f"{args.calibration_prompts}: {item}")
+            found.append(item.prompt)
+    if not found:
+        raise UsageError(f"{args.calibration_prompts} has no prompts")
+    return found
+
+
+def _chat_template(args: argparse.Namespace) -> str | None:
+    if args.chat_template is None:
+        return None
+    with file_errors():
+        return Path(args.chat_template).read_text(encoding="utf-8")
+
+
+def _load_engine(args: argparse.Namespace) -> Engine:
+    from stars_fast.engine import Engine
+
+    quiet_libraries()
+    options = {"seed": args.seed, **engine_options(args)}
+    try:
+        if args.model is None:
+            return Engine.demo(**options)
+        return Engine(args.model, reward_model=args.reward_model, **options)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _calibrate(
+    engine: Engine, prompts: list[Any], base: StarsParams, args: argparse.Namespace
+) -> None:
+    try:
+        found = engine.calibrate(
+            prompts, args.calibration_quantile, params=replace(base, n=1), use_tqdm=False
+        )
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"calibration on {len(prompts)} prompts: {error}") from error
+    say(
+        f"target reward {found.target_reward:.4g}: the {args.calibration_quantile:g} quantile of "
+        f"{len(found.rewards)} unaligned responses to {len(prompts)} prompts"
+    )
+
+
+def _serve(engine: Engine, settings: ServerSettings, args: argparse.Namespace) -> int:
+    import uvicorn
+
+    from stars_fast.async_engine import AsyncEngine
+    from stars_fast.server import create_app
+    from stars_fast.server.logs import configure_logs
+
+    if needs_target(settings.params) and engine.calibration is None:
+        say("no target reward: each request must give target_reward, or another method")
+    try:
+        running = AsyncEngine(
+            engine,
+            max_running=args.max_running,
+            max_waiting=args.max_waiting,
+            max_prompt_tokens=args.max_prompt_tokens,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    configure_logs()
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(running, settings),
+            host=args.host,
+            port=args.port,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=math.ceil(settings.drain_timeout),
+        )
+    )
+    # Uvicorn raises the signal again when it has drained; that is not to end the process halfway.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    server.run()
+    return 0

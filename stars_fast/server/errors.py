@@ -1,0 +1,114 @@
+"""Errors in the shape that OpenAI's clients read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from stars_fast.errors import DeadlineError, EngineStoppedError, QueueFullError
+from stars_fast.params import StarsParams
+
+_FIELDS = frozenset(item.name for item in fields(StarsParams))
+
+
+@dataclass
+class ApiError(Exception):
+    """An error that is the answer to a request.
+
+    Attributes
+    ----------
+    status
+        Of HTTP.
+    message, type, param, code
+        Of OpenAI's ``error`` object.
+    headers
+        To be sent with it.
+    """
+
+    status: int
+    message: str
+    type: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def body(self) -> dict[str, Any]:
+        """Return the JSON body."""
+        names = ("message", "type", "param", "code")
+        return {"error": {name: getattr(self, name) for name in names}}
+
+    def response(self) -> JSONResponse:
+        """Return the HTTP response."""
+        return JSONResponse(self.body(), self.status, dict(self.headers))
+
+
+def api_error(error: Exception, retry_after: int = 1) -> ApiError:
+    """Return what an exception of the engine is to the client.
+
+    `retry_after`: seconds after which a full queue may have room.
+    """
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFullError):
+        headers = {"Retry-After": str(retry_after)}
+        return ApiError(429, str(error), "rate_limit_error", code="queue_full", headers=headers)
+    if isinstance(error, DeadlineError):
+        return ApiError(504, str(error), "timeout_error", code="deadline")
+    if isinstance(error, EngineStoppedError):
+        return ApiError(503, str(error), "server_error", code="stopping")
+    if isinstance(error, ValueError | TypeError):
+        message = str(error)
+        name = message.partition(" ")[0].partition("=")[0]
+        return ApiError(400, message, param=name if name in _FIELDS | {"prompt"} else None)
+    return ApiError(500, f"{type(error).__name__}: {error}", "server_error")
+
+
+def request_failed(reason: str) -> ApiError:
+    """Return the error of a request that was taken and could not be finished."""
+    return ApiError(500, reason, "server_error", code="request_failed")
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Have the app answer every error in this shape."""
+
+    @app.exception_handler(ApiError)
+    async def _known(request: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return _validation_error(error).response()
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        answer = ApiError(error.status_code, str(error.detail), headers=error.headers or {})
+        return answer.response()
+
+    @app.exception_handler(Exception)
+    async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
+        return ApiError(500, "internal error; the log says more", "server_error").response()
+
+
+def _validation_error(error: RequestValidationError) -> ApiError:
+    """The first thing that is wrong with a body, under the name of its parameter."""
+    found = error.errors()
+    if not found:
+        return ApiError(400, "the body is no valid request")
+    # Of a union, the complaint about the member that came furthest.
+    first = found[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', '')}")
+    place = [str(part) for part in first["loc"] if part != "body"]
+    name = place[0] if place else None
+    text = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return ApiError(400, text, param=name)
+    if first["type"] == "missing":
+        return ApiError(400, f"{name or 'the body'} is missing", param=name)
+    return ApiError(400, f"{name or 'the body'}: {text}", param=name)

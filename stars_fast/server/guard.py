@@ -1,0 +1,101 @@
+"""What every request passes first: its id, the API key, the size of its body."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stars_fast.server.errors import ApiError
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class Guard:
+    """ASGI middleware.
+
+    Gives each request an id (``X-Request-Id`` of the client, if it is a sane one) and its response
+    the same; refuses ``/v1`` without the API key, and bodies that are too long, before they are
+    read.
+
+    Parameters
+    ----------
+    app
+        What comes behind.
+    api_key
+        None: no key is asked for.
+    max_body_bytes
+        Longer bodies are refused.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int) -> None:
+        self._app = app
+        self._key = None if api_key is None else _digest(api_key)
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        refused = self._refusal(scope, headers)
+        if refused is not None:
+            await refused.response()(scope, receive, send_with_id)
+            return
+        await self._app(scope, self._limited(receive), send_with_id)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
+        if self._key is not None and scope["path"].startswith("/v1"):
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            # Digests have one length, so the time tells nothing of the key.
+            if not hmac.compare_digest(_digest(key.strip()), self._key) or (
+                scheme.lower() != "bearer"
+            ):
+                return ApiError(
+                    401,
+                    "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+        length = headers.get("content-length", "0")
+        if not length.isdecimal():
+            return ApiError(400, f"Content-Length must be a number, got {length!r}")
+        if int(length) > self._max_body_bytes:
+            return ApiError(413, self._too_long, code="body_too_long")
+        return None
+
+    @property
+    def _too_long(self) -> str:
+        return f"the body is longer than the {self._max_body_bytes} bytes allowed"
+
+    def _limited(self, receive: Receive) -> Receive:
+        received = 0
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_body_bytes:
+                raise HTTPException(413, self._too_long)
+            return message
+
+        return limited
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()

@@ -1,0 +1,52 @@
+"""Logs as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import datetime, timezone
+from typing import Any
+
+#: Of the requests.
+LOGGER = logging.getLogger("stars_fast.server")
+
+_FIELDS = "stars_fields"
+
+
+class JsonFormatter(logging.Formatter):
+    """Writes a record as a JSON object on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+            **getattr(record, _FIELDS, {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def log(
+    event: str,
+    level: int = logging.INFO,
+    error: BaseException | None = None,
+    **fields: object,
+) -> None:
+    """Log an event of the server with fields of its own, and the traceback of an error."""
+    LOGGER.log(level, event, exc_info=error, extra={_FIELDS: fields})
+
+
+def configure_logs() -> None:
+    """Have this server and uvicorn write JSON lines to standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    for name in (LOGGER.name, "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

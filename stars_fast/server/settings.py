@@ -1,0 +1,53 @@
+"""What a server is told when it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from stars_fast.params import StarsParams
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Settings of `create_app`.
+
+    Parameters
+    ----------
+    model_name
+        The only name that ``model`` of a request may have.
+    params
+        Parameters of a request where it does not say otherwise.
+    api_key
+        What requests to ``/v1`` must bring as ``Authorization: Bearer KEY``; None: nothing.
+    request_timeout
+        Seconds that a request has; None: as many as it takes.
+    drain_timeout
+        Seconds that unfinished requests have when the server stops.
+    max_body_bytes
+        Size of a request's body at most.
+    max_choices
+        Responses drawn for one HTTP request at most: prompts times `n`, times candidates where
+        a method chooses among whole responses.
+    log_prompts
+        Log prompts and responses, too.
+    """
+
+    model_name: str
+    params: StarsParams = field(default_factory=StarsParams)
+    api_key: str | None = None
+    request_timeout: float | None = 600.0
+    drain_timeout: float = 30.0
+    max_body_bytes: int = 1 << 20
+    max_choices: int = 128
+    log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        if self.api_key == "":
+            raise ValueError("api_key must be text that is not empty, or None")
+        if self.request_timeout is not None and self.request_timeout <= 0:
+            raise ValueError(f"request_timeout must be above 0 or None, got {self.request_timeout}")
+        if self.drain_timeout < 0:
+            raise ValueError(f"drain_timeout must be at least 0, got {self.drain_timeout}")
+        for name in ("max_body_bytes", "max_choices"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

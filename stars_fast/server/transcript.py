@@ -1,0 +1,99 @@
+"""One response as it grows: what is new in each output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from stars_fast.deltas import TextDeltas
+from stars_fast.outputs import CompletionOutput, FinishReason, Segment
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a newly accepted segment, or several, added to a response."""
+
+    text: str
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+    segments: Sequence[Segment]
+    finish_reason: FinishReason | None
+    reward: float | None
+
+
+class Transcript:
+    """Follows one response of a request.
+
+    Parameters
+    ----------
+    index
+        Of the choice that it is.
+    stops
+        The request's stop texts.
+    tokenizer
+        The language model's.
+    """
+
+    def __init__(
+        self, index: int, stops: Sequence[str], tokenizer: PreTrainedTokenizerBase | None
+    ) -> None:
+        self.index = index
+        self.latest = CompletionOutput(index)
+        rewrites = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        self._deltas = TextDeltas(stops, rewrites_spaces=rewrites)
+
+    def advance(self, output: CompletionOutput) -> Delta | None:
+        """Return what `output`, a later state of the response, adds; None if nothing."""
+        before, self.latest = self.latest, output
+        new = output.segments[len(before.segments) :]
+        ended = output.finish_reason is not None
+        if not new and ended == (before.finish_reason is not None):
+            return None
+        start = len(before.token_ids)
+        return Delta(
+            text=self._deltas.push(output.text, finished=ended),
+            token_ids=output.token_ids[start:],
+            logprobs=output.logprobs[start:],
+            segments=new,
+            finish_reason=output.finish_reason,
+            reward=output.reward,
+        )
+
+
+def segment_object(segment: Segment, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """Return a segment as JSON; rejected attempts are there if the request asked for a trace."""
+    record: dict[str, Any] = {
+        "start": segment.start,
+        "end": segment.end,
+        "reward": finite(segment.reward),
+        "threshold": finite(segment.threshold),
+        "attempts": segment.attempts,
+        "accepted": segment.accepted,
+    }
+    if segment.rejected:
+        record["rejected"] = [
+            {
+                "number": attempt.number,
+                "text": token_text(attempt.token_ids, tokenizer),
+                "token_ids": list(attempt.token_ids),
+                "reward": finite(attempt.reward),
+            }
+            for attempt in segment.rejected
+        ]
+    return record
+
+
+def token_text(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Return tokens as text, special ones included."""
+    if tokenizer is None:
+        return ""
+    return str(tokenizer.decode(list(token_ids)))
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if value is not None and math.isfinite(value) else None

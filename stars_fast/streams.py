@@ -1,0 +1,151 @@
+"""What an `AsyncEngine` hands out: the outputs of one request, as they come."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from stars_fast.errors import DeadlineError
+from stars_fast.outputs import RequestOutput
+from stars_fast.params import StarsParams
+from stars_fast.prompts import PromptLike
+
+#: Outputs that wait for a reader at most. An output holds all that those before it do, so a reader
+#: that falls further behind misses none of the text.
+_UNREAD = 64
+
+
+class RequestStream:
+    """One request of an `AsyncEngine`: an asynchronous iterator of its outputs.
+
+    Each output has a newly accepted segment; the last one is `finished`, with `error` set if the
+    request failed. A reader that is cancelled aborts the request; one that stops reading must call
+    `abort`. For the event loop that it was made on, and one reader.
+
+    Parameters
+    ----------
+    request_id, prompt, params
+        The request.
+    abort
+        Tells the engine's thread to stop it.
+    timeout
+        Seconds that it has; None: as many as it takes.
+
+    Raises
+    ------
+    ValueError, TypeError
+        While iterating, if the engine refuses the prompt or the parameters.
+    DeadlineError
+        If its time is over.
+    EngineStoppedError
+        If the engine stops meanwhile.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: PromptLike,
+        params: StarsParams,
+        abort: Callable[[], None],
+        timeout: float | None,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt = prompt
+        self.params = params
+        self._stop = abort
+        self._loop = asyncio.get_running_loop()
+        self._unread: deque[RequestOutput] = deque()
+        self._news = asyncio.Event()
+        self._admission: asyncio.Future[int] = self._loop.create_future()
+        self._error: Exception | None = None
+        self._ended = False
+        self._timer: asyncio.TimerHandle | None = None
+        if timeout is not None:
+            self._timer = self._loop.call_later(timeout, self._expire, timeout)
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        try:
+            while not self._unread and not self._ended:
+                self._news.clear()
+                await self._news.wait()
+        except BaseException:
+            self.abort()
+            raise
+        if self._unread:
+            return self._unread.popleft()
+        if self._error is not None:
+            raise self._error
+        raise StopAsyncIteration
+
+    async def admitted(self) -> int:
+        """Wait until the engine has looked at the request; return its number of prompt tokens.
+
+        It may wait in the queue still. Raises as iterating does.
+        """
+        # Shielded: a reader that is cancelled here must not cancel what the engine will set.
+        return await asyncio.shield(self._admission)
+
+    def abort(self) -> None:
+        """Stop the request, if it is unfinished; iterating ends.
+
+        Its pages are free after the round under way.
+        """
+        self._unread.clear()
+        if not self._ended:
+            self._end(None)
+            self._stop()
+
+    # For the engine's thread
+
+    def post(self, call: Callable[[], None]) -> bool:
+        """Have the event loop make a call; False if the loop is closed. From any thread."""
+        try:
+            self._loop.call_soon_threadsafe(call)
+        except RuntimeError:
+            return False
+        return True
+
+    # On the event loop
+
+    def admit(self, prompt_tokens: int) -> None:
+        """Note that the engine has taken the request."""
+        if not self._admission.done():
+            self._admission.set_result(prompt_tokens)
+
+    def deliver(self, output: RequestOutput) -> None:
+        """Pass on an output."""
+        if self._ended:
+            return
+        if len(self._unread) == _UNREAD:
+            self._unread.pop()
+        self._unread.append(output)
+        if output.finished:
+            self._end(None)
+        self._news.set()
+
+    def fail(self, error: Exception) -> None:
+        """End with an error, which the reader gets behind the outputs that it has not read."""
+        if not self._ended:
+            self._end(error)
+
+    def _expire(self, timeout: float) -> None:
+        if not self._ended:
+            self._end(DeadlineError(f"the request was not finished within {timeout:g} s"))
+            self._stop()
+
+    def _end(self, error: Exception | None) -> None:
+        self._ended = True
+        self._error = error
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self._admission.done():
+            if error is None:
+                self._admission.cancel()
+            else:
+                self._admission.set_exception(error)
+                self._admission.exception()  # whoever iterates learns of it, too
+        self._news.set()

@@ -1,0 +1,114 @@
+"""Speculative rejection: the engine against the loop written out over plain samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from typing import Any
+
+import pytest
+from helpers.tiny_lm import small_model
+from helpers.tiny_tokenizers import bpe_tokenizer
+
+from stars_fast import CompletionOutput, Engine, StarsParams
+from stars_fast.seeds import derive_seed
+
+PROMPT = "The film was slow at first, but"
+SEEDS = range(50, 56)
+PARAMS = StarsParams(
+    method="speculative_rejection",
+    segment_length=5,
+    max_tokens=28,
+    temperature=1.0,
+    top_k=30,
+    stop_token_ids=[i for i in range(20, 400) if i % 29 == 0],  # so that paths differ in length
+)
+
+
+def reward(prompts: list[str], responses: list[str]) -> list[float]:
+    return [((len(r) * 7919 + sum(map(ord, r[-6:]))) % 100) / 50 - 1 for r in responses]
+
+
+def engine(**options: Any) -> Engine:
+    settings = {"num_pages": 600, "page_size": 8, "max_rows": 64}
+    return Engine(small_model(), reward, tokenizer=bpe_tokenizer(), **(settings | options))
+
+
+def run(params: StarsParams, **options: Any) -> list[CompletionOutput]:
+    one = engine(**options)
+    each = [dataclasses.replace(params, seed=seed) for seed in SEEDS]
+    outputs = one.generate([PROMPT] * len(SEEDS), each, use_tqdm=False)
+    assert [output.error for output in outputs] == [None] * len(SEEDS)
+    assert one.stats()["pages_used"] == 0
+    return [output.outputs[0] for output in outputs]
+
+
+@cache
+def whole_paths(seed: int, count: int) -> list[list[int]]:
+    """What the paths would be if none of them ended: plain samples."""
+    each = [PARAMS.with_method("vanilla", seed=derive_seed(seed, 1 + i)) for i in range(count)]
+    outputs = engine().generate([PROMPT] * count, each, use_tqdm=False)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def reward_at(path: list[int], tokens: int) -> float:
+    text = bpe_tokenizer().decode(path[:tokens], skip_special_tokens=True)
+    return reward([PROMPT], [text])[0]
+
+
+def written_out(seed: int, count: int, rate: float) -> tuple[list[int], int]:
+    """The chosen path, and how many were left before the last choice."""
+    paths = whole_paths(seed, count)
+    alive = list(range(count))
+    tokens = 0
+    while True:
+        tokens += PARAMS.segment_length
+        alive.sort(key=lambda i: reward_at(paths[i], tokens), reverse=True)
+        alive = sorted(alive[: max(1, round((1 - rate) * len(alive)))])
+        if all(len(paths[i]) <= tokens for i in alive):
+            best = max(alive, key=lambda i: reward_at(paths[i], tokens))
+            return paths[best], len(alive)
+
+
+@pytest.mark.parametrize(
+    ("rate", "count"), [(0.0, 4), (0.25, 9), (0.5, 9), (0.5, 5), (0.5, 1), (0.9, 9)]
+)
+def test_same_as_the_loop_written_out(rate: float, count: int) -> None:
+    params = dataclasses.replace(PARAMS, candidates=count, rejection_rate=rate)
+    outputs = run(params)
+    for seed, output in zip(SEEDS, outputs, strict=True):
+        tokens, _ = written_out(seed, count, rate)
+        assert output.token_ids == tokens
+        assert output.reward == reward_at(tokens, len(tokens))
+        ends = [*range(5, len(tokens), 5), len(tokens)]
+        assert [s.end for s in output.segments] == ends
+    if count == 9:
+        assert {output.finish_reason for output in outputs} == {"stop", "length"}
+
+
+def test_rate_zero_is_the_best_of_the_paths() -> None:
+    outputs = run(dataclasses.replace(PARAMS, candidates=9, rejection_rate=0.0))
+    rejected = run(dataclasses.replace(PARAMS, candidates=9, rejection_rate=0.5))
+    for seed, output in zip(SEEDS, outputs, strict=True):
+        best = max(reward_at(path, len(path)) for path in whole_paths(seed, 9))
+        assert output.reward == best
+    assert [o.token_ids for o in outputs] != [o.token_ids for o in rejected]
+
+
+def test_ended_paths_cost_nothing_more() -> None:
+    def drafted(rate: float) -> tuple[float, float]:
+        one = engine()
+        params = dataclasses.replace(PARAMS, candidates=8, rejection_rate=rate, seed=50)
+        one.generate(PROMPT, dataclasses.replace(params, stop_token_ids=None), use_tqdm=False)
+        return one.stats()["drafted_tokens"], one.stats()["paths_dropped"]
+
+    assert drafted(0.0)[1] == 0
+    # 8, 4, 2, 1, 1, 1 paths, of 5 tokens and at last 3.
+    assert drafted(0.5) == (8 * 5 + 4 * 5 + 2 * 5 + 2 * 5 + 3, 7)
+
+
+@pytest.mark.parametrize("options", [{"num_pages": 9}, {"max_rows": 9, "overlap_scoring": True}])
+def test_same_without_room(options: dict[str, Any]) -> None:
+    params = dataclasses.replace(PARAMS, candidates=9)
+    want = [output.token_ids for output in run(params)]
+    assert [output.token_ids for output in run(params, **options)] == want
