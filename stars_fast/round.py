@@ -164,5 +164,6 @@ def _job(
     ids: Sequence[int] = response.output.token_ids + candidate.token_ids
     text = ""
     if scorer.needs_text:
-        text = decode(tokenizer, list(ids))[: candidate.stop_text_at]
+        ends = candidate.stopped and candidate.stop_text_at is None
+        text = decode(tokenizer, list(ids[:-1] if ends else ids))[: candidate.stop_text_at]
     return ScoreJob(response.handle, candidate.branch, list(ids), text)

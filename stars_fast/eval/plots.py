@@ -8,6 +8,7 @@ from textwrap import fill
 from typing import Any
 
 from stars_fast.eval.attacks import UNATTACKED
+from stars_fast.eval.budgets import family
 
 #: Okabe and Ito's palette, which colour-blind readers can tell apart; yellow is too pale for lines.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -46,12 +47,12 @@ def _cost_quality(ax: Any, record: Mapping[str, Any]) -> bool:  # noqa: ANN401
     if not shown:
         return False
     families = _families(shown)
-    colours = {family: _COLOURS[i % len(_COLOURS)] for i, family in enumerate(families)}
-    for number, (family, specs) in enumerate(families.items()):
+    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(families)}
+    for number, (name, specs) in enumerate(families.items()):
         xs = [spec["cost"]["relative_flops"] for spec in specs]
         ys = [spec["gold"]["mean"] for spec in specs]
-        style = {"color": colours[family], "marker": _MARKERS[number % len(_MARKERS)]}
-        ax.plot(xs, ys, "-", label=family, markersize=7, zorder=3, **style)
+        style = {"color": colours[name], "marker": _MARKERS[number % len(_MARKERS)]}
+        ax.plot(xs, ys, "-", label=name, markersize=7, zorder=3, **style)
         ax.errorbar(
             xs, ys, yerr=_bars(spec["gold"] for spec in specs), fmt="none", capsize=3, alpha=0.6,
             ecolor=style["color"],
@@ -85,7 +86,7 @@ def _win_rates(ax: Any, record: Mapping[str, Any]) -> bool:  # noqa: ANN401
     places = list(range(len(shown)))
     bars = _bars(rates)
     for place, spec, rate in zip(places, shown, rates, strict=True):
-        ax.barh(place, rate["mean"], color=colours[_family(spec)], alpha=0.85)
+        ax.barh(place, rate["mean"], color=colours[family(spec)], alpha=0.85)
         ax.text(
             min((rate["high"] or rate["mean"]) + 0.015, 1.02), place, f"{rate['mean']:.0%}",
             va="center", fontsize=9,
@@ -134,18 +135,14 @@ def _attack_success(ax: Any, record: Mapping[str, Any]) -> bool:  # noqa: ANN401
 
 
 def _families(specs: Sequence[Spec]) -> dict[str, list[Spec]]:
-    """Gather specs of one method and language model, the cheapest first."""
+    """Gather specs of one family, the cheapest first."""
     found: dict[str, list[Spec]] = {}
     for spec in specs:
-        found.setdefault(_family(spec), []).append(spec)
+        found.setdefault(family(spec), []).append(spec)
     return {
         name: sorted(members, key=lambda spec: spec["cost"]["flops"] or 0.0)
         for name, members in found.items()
     }
-
-
-def _family(spec: Spec) -> str:
-    return str(spec["method"]) + (f" on {spec['lm']}" if spec["lm"] else "")
 
 
 def _bars(intervals: Any) -> list[list[float]]:  # noqa: ANN401 - an iterable of intervals
@@ -170,7 +167,7 @@ def _label_points(ax: Any, specs: Sequence[Spec], colours: Mapping[str, str]) ->
         short = name.removeprefix(spec["method"]).strip()  # the legend has the method
         text = ax.annotate(
             short or name, place, (0, 0), textcoords="offset points", fontsize=7.5, zorder=4,
-            color=colours[_family(spec)],
+            color=colours[family(spec)],
         )  # fmt: skip
         text.set_in_layout(False)
         best = (float("inf"), (0.0, 0.0))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stars_fast.eval.attacks import UNATTACKED
+from stars_fast.eval.budgets import leaders
 
 #: Failures that are listed of each kind; the others are in the files.
 _SHOWN_FAILURES = 20
@@ -31,6 +32,7 @@ def report(record: Mapping[str, Any], plots: Sequence[str]) -> str:
         _quality(specs, record["settings"]),
         "## Cost",
         _cost(specs),
+        *(["## At equal cost", at_cost] if (at_cost := _at_equal_cost(record)) else []),
         *(f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in plots),
         "## Text",
         _text(specs),
@@ -167,6 +169,33 @@ def _cost(specs: Sequence[Spec]) -> str:
         "included. Seconds are the median of the runs, each of all prompts. (front): no other "
         "method has a higher gold score for as few FLOPs."
     )
+
+
+def _at_equal_cost(record: Mapping[str, Any]) -> str:
+    rows = []
+    for found in leaders(record["specs"], record["pairwise"]):
+        other = found.next_best
+        rows.append(
+            [
+                f"{found.budget:g}",
+                *_point(found.best),
+                *(("", "", "") if other is None else _point(other)),
+                _interval(found.gain, "{:+.3f}"),
+            ]
+        )
+    if len(rows) < 2:
+        return ""  # nothing but the reference
+    headings = ["budget", "best", "cost", "gold", "next", "cost", "gold", "gain"]
+    return table(headings, rows) + (
+        "\n\nThe highest gold score for at most so many FLOPs, relative to the reference, and that "
+        "of the best other method; on the base model alone. Both are the best of those "
+        "run, on these prompts."
+    )
+
+
+def _point(spec: Spec) -> tuple[str, str, str]:
+    cost, gold = spec["cost"]["relative_flops"], spec["gold"]["mean"]
+    return spec["label"], f"{cost:.2f}", f"{gold:+.3f}"
 
 
 def _text(specs: Sequence[Spec]) -> str:

@@ -29,10 +29,9 @@ PARAMS = StarsParams(
 
 
 def letters_alike(prompts: list[str], responses: list[str]) -> list[float]:
-    return [
-        (sum(map(ord, r)) % 97) / 20 + len(p) / 50 - 2.5
-        for p, r in zip(prompts, responses, strict=True)
-    ]
+    """Above and below 0, which means nothing to calibration."""
+    pairs = zip(prompts, responses, strict=True)
+    return [(sum(map(ord, r)) % 97) / 20 + len(p) / 50 - 2.5 for p, r in pairs]
 
 
 def engine(rewards: Any = letters_alike, **options: Any) -> Engine:

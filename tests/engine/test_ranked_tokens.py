@@ -150,9 +150,8 @@ def test_mara_is_the_loop_written_out(acceptance: Any) -> None:
 def test_mara_with_any_number_of_candidates(acceptance: Any, candidates: int) -> None:
     params = dataclasses.replace(MARA, acceptance=acceptance)
     want = [o.segments for o in run(params)]
-    for options in ({}, {"max_rows": 2, "num_pages": 11}):
-        fixed = dataclasses.replace(params, candidates=candidates)
-        assert [o.segments for o in run(fixed, **options)] == want
+    fixed = dataclasses.replace(params, candidates=candidates)
+    assert [o.segments for o in run(fixed, max_rows=2, num_pages=11)] == want
 
 
 @pytest.mark.parametrize(("logit", "attempts"), [(0.0, 1), (-1e-6, 4), (800.0, 1), (-800.0, 4)])
