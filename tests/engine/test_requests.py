@@ -101,6 +101,16 @@ class TestStops:
         assert output.segments[-1].end == len(output.token_ids)
 
 
+    def test_the_reward_is_that_of_the_text_without_its_stop_token(self, engine: Engine) -> None:
+        stop = LETTERS.index("a")  # each of which counts for the reward
+        one = dataclasses.replace(PARAMS, stop_token_ids=[stop], max_attempts=1)
+        for seed in range(4):
+            output = only(engine, dataclasses.replace(one, seed=seed))
+            assert output.finish_reason == "stop"
+            assert output.token_ids[-1] == stop
+            assert [output.reward] == engine.score("ab", [output.text])
+
+
 class TestSegments:
     def test_they_cover_the_response(self, engine: Engine) -> None:
         output = only(engine, PARAMS)
