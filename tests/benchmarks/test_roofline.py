@@ -48,7 +48,7 @@ def engine() -> Engine:
 
 def params(**changed: Any) -> StarsParams:
     easy = StarsParams(segment_length=K, max_tokens=M, target_reward=EASY_TARGET, candidates=1)
-    return replace(easy, seed=1, **changed)
+    return easy.with_method(**{"method": easy.method, "seed": 1, **changed})
 
 
 # Each test has prompts of its own: the engine remembers r(x) of those it has seen.

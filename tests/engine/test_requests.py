@@ -100,7 +100,6 @@ class TestStops:
         assert output.finish_reason in ("stop", "length")
         assert output.segments[-1].end == len(output.token_ids)
 
-
     def test_the_reward_is_that_of_the_text_without_its_stop_token(self, engine: Engine) -> None:
         stop = LETTERS.index("a")  # each of which counts for the reward
         one = dataclasses.replace(PARAMS, stop_token_ids=[stop], max_attempts=1)

@@ -35,7 +35,7 @@ def test_sigterm_finishes_what_is_under_way_and_exits(tmp_path: Path) -> None:
         process = subprocess.Popen(
             [sys.executable, "-c", "from stars_fast.cli import main; raise SystemExit(main())",
              "serve", *flags],
-            stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=stream, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
     try:
         url = _address(process, log)
