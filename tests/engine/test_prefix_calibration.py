@@ -82,17 +82,12 @@ def test_samples_are_plain_ones(params: StarsParams, monkeypatch: pytest.MonkeyP
     outputs = one.generate(PROMPTS, plain, use_tqdm=False)
     drawn = [[o.token_ids for o in output.outputs] for _, output in seen]
     assert drawn == [[o.token_ids for o in output.outputs] for output in outputs]
-    scored = 0
     rewards = iter(calibration.rewards)
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         for response in output.outputs:
             reward = next(rewards)
-            text = bpe_tokenizer().decode(response.token_ids, skip_special_tokens=True)
-            assert [reward] == pytest.approx(letters_alike([prompt], [text]))
-            if response.finish_reason == "length":  # else a token was scored that is no text
-                assert [reward] == pytest.approx(one.score(prompt, [response.text]))
-                scored += 1
-    assert 0 < scored < len(calibration.rewards)
+            assert [reward] == pytest.approx(letters_alike([prompt], [response.text]))
+            assert [reward] == pytest.approx(one.score(prompt, [response.text]))
     assert next(rewards, None) is None
     assert calibration.target_reward == pytest.approx(np.quantile(calibration.rewards, 0.9))
 
