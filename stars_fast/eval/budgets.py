@@ -52,11 +52,8 @@ def leaders(
     """Return the leader at each budget that something keeps to, specs of the base model alone."""
     gains: dict[tuple[str, str], Mapping[str, Any]] = {}
     for pair in pairwise:
-        gain = pair["gain"]
-        gains[pair["a"], pair["b"]] = gain
-        gains[pair["b"], pair["a"]] = {
-            **gain, "mean": -gain["mean"], "low": -gain["high"], "high": -gain["low"],
-        }  # fmt: skip
+        gains[pair["a"], pair["b"]] = pair["gain"]
+        gains[pair["b"], pair["a"]] = _turned_around(pair["gain"])
     found = []
     for budget in budgets:
         within = [
@@ -75,3 +72,17 @@ def leaders(
         gain = None if next_best is None else gains.get((best["label"], next_best["label"]))
         found.append(Leader(budget, best, next_best, gain))
     return found
+
+
+def _turned_around(gain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the gain of the other side; an interval that is not known stays so."""
+
+    def minus(value: float | None) -> float | None:
+        return None if value is None else -value
+
+    return {
+        **gain,
+        "mean": minus(gain["mean"]),
+        "low": minus(gain["high"]),
+        "high": minus(gain["low"]),
+    }

@@ -52,7 +52,10 @@ def whole_paths(seed: int, count: int) -> list[list[int]]:
 
 
 def reward_at(path: list[int], tokens: int) -> float:
-    text = bpe_tokenizer().decode(path[:tokens], skip_special_tokens=True)
+    kept = path[:tokens]
+    if tokens >= len(path) and kept[-1] in (PARAMS.stop_token_ids or ()):
+        kept = kept[:-1]  # the stop token is no part of the text
+    text = bpe_tokenizer().decode(kept, skip_special_tokens=True)
     return reward([PROMPT], [text])[0]
 
 
