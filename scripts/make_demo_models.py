@@ -165,6 +165,13 @@ def batches(lengths: Sequence[int], size: int, rng: np.random.Generator) -> list
     return [result[i] for i in rng.permutation(len(result))]
 
 
+def epochs(
+    lengths: Sequence[int], count: int, size: int, rng: np.random.Generator
+) -> list[list[int]]:
+    """Batches of ``count`` passes over the data."""
+    return [group for _ in range(count) for group in batches(lengths, size, rng)]
+
+
 def fit(
     model: PreTrainedModel,
     groups: Sequence[list[int]],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -72,7 +72,7 @@ def sample_responses(
     RuntimeError
         If the engine refuses a prompt.
     """
-    plain = replace(params or StarsParams(), method="vanilla", n=samples_per_prompt)
+    plain = (params or StarsParams()).with_method("vanilla", n=samples_per_prompt)
     engine = Engine(model, seed=seed)
     outputs = engine.generate(list(prompts), plain, use_tqdm=use_tqdm)
     samples = []

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from candidate_tokens import candidate_outputs, draw_positions, likely_tokens
 from loading import load_classifier, load_lm
-from make_demo_models import batches, deterministic, fit, padded, save
+from make_demo_models import deterministic, epochs, fit, padded, save
 from prompt_sets import training_prompts, tuning_prompts
 from sampling import Sample, sample_responses
 from settings_flags import parser_of, settings_of
@@ -206,11 +206,7 @@ def train(settings: AcceptorSettings, out: Path) -> dict[str, float]:
         torch.nn.init.zeros_(model.score.weight)  # values are no logits
         rng = np.random.default_rng(settings.seed)
         lengths = [len(sample.ids) for sample in samples]
-        groups = [
-            group
-            for _ in range(settings.epochs)
-            for group in batches(lengths, settings.batch_size, rng)
-        ]
+        groups = epochs(lengths, settings.epochs, settings.batch_size, rng)
 
         def loss_of(group: list[int]) -> torch.Tensor:
             part = [samples[i] for i in group]

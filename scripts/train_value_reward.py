@@ -22,7 +22,7 @@ import make_demo_models
 import numpy as np
 import torch
 from loading import load_classifier
-from make_demo_models import batches, deterministic, fit, padded, save
+from make_demo_models import deterministic, epochs, fit, padded, save
 from position_rewards import position_rewards, rewards_of_rows
 from prompt_sets import training_prompts, tuning_prompts
 from sampling import Sample, sample_responses
@@ -116,11 +116,7 @@ def train(settings: ValueSettings, out: Path) -> dict[str, float]:
         before = mean_loss(model, checked, checked_rewards)
         rng = np.random.default_rng(settings.seed)
         lengths = [len(sample.ids) for sample in samples]
-        groups = [
-            group
-            for _ in range(settings.epochs)
-            for group in batches(lengths, settings.batch_size, rng)
-        ]
+        groups = epochs(lengths, settings.epochs, settings.batch_size, rng)
 
         def loss_of(group: list[int]) -> torch.Tensor:
             part = [samples[i] for i in group]

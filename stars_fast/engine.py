@@ -215,7 +215,7 @@ class Engine:
         self._clock = PhaseClock(PHASES, self._lm.device if device_timing else None)
         self._loop = Loop(
             self._lm,
-            make_drafter(self._lm, functools.cache(self._borders)),
+            make_drafter(self._lm, _borders_of(self.tokenizer, self._lm)),
             self._scheduler,
             self._scorer,
             self.tokenizer,
@@ -539,9 +539,7 @@ class Engine:
         ``"lm"`` and ``"rm"``: all parameters but an input embedding that is not the output head as
         well. ``"rm"`` is 0 without a reward model, and where it is a function.
         """
-        # What scorers of models keep theirs in; a function has none.
-        reward = getattr(self._scorer, "_model", None)
-        reward = reward.model if isinstance(reward, PagedModel) else reward
+        reward = None if self._scorer is None else self._scorer.module
         return {
             "lm": multiplied_parameters(self._lm.model),
             "rm": 0 if reward is None else multiplied_parameters(reward),
@@ -593,11 +591,6 @@ class Engine:
                 )
             return dataclasses.replace(params, target_reward=self.calibration.target_reward)
         return params
-
-    def _borders(self) -> Tensor:
-        """What ends with each token, for ``segment_end``."""
-        assert self.tokenizer is not None  # checked when the request came
-        return border_levels(self.tokenizer, self._lm.vocab_size).to(self._lm.device)
 
     def _prefixes(self, params: StarsParams) -> PrefixCalibration | None:
         """Return what ``calibrate_prefixes`` stands for."""
@@ -653,6 +646,20 @@ class Engine:
 
 #: Sets the draws of calibration apart from those of requests.
 _CALIBRATION_SALT = 0xCA11B8A7E
+
+
+def _borders_of(
+    tokenizer: PreTrainedTokenizerBase | None, model: PagedModel
+) -> Callable[[], Tensor]:
+    """Return what gives, once it is asked for, what ends with each token."""
+
+    # Not a method: an engine that its own parts hold would keep its pages until it is collected.
+    @functools.cache
+    def borders() -> Tensor:
+        assert tokenizer is not None  # checked when the request came
+        return border_levels(tokenizer, model.vocab_size).to(model.device)
+
+    return borders
 
 
 def make_drafter(model: PagedModel, borders: Callable[[], Tensor]) -> Drafter:

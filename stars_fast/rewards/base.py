@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
+from transformers import PreTrainedModel
 
 from stars_fast.errors import RewardError
 
@@ -91,6 +92,8 @@ class Scorer(ABC):
     needs_text: bool = True
     #: Where the reward model is; None where it is a function, which may be anywhere.
     device: torch.device | None = None
+    #: The model; None where it is a function.
+    module: PreTrainedModel | None = None
 
     @abstractmethod
     def start(self, request: int, prompt: Prompt, max_response_tokens: int) -> None:

@@ -115,6 +115,7 @@ class CausalScorer(Scorer):
         max_batch_tokens: int = 8192,
     ) -> None:
         self._model = model
+        self.module = model.model
         self._reading = reading
         self._source = source
         self.needs_text = source.needs_text

@@ -62,6 +62,7 @@ class EncoderScorer(Scorer):
         max_batch_tokens: int = 16384,
     ) -> None:
         self._model = model
+        self.module = model
         self.device = model.device
         self._tokenizer = tokenizer
         self._template = template

@@ -1,8 +1,10 @@
-"""The pool is allocated once; steady rounds allocate no KV."""
+"""The pool is allocated once; steady rounds allocate no KV; it goes with its engine."""
 
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 
 from helpers.tiny_lm import letter_model, letter_tokenizer
 
@@ -24,3 +26,15 @@ def test_steady_rounds_allocate_no_kv() -> None:
     before = addresses()
     engine.generate(["ba"] * 8, dataclasses.replace(params, seed=2), use_tqdm=False)
     assert addresses() == before
+
+
+def test_an_engine_that_is_dropped_frees_its_pages_at_once() -> None:
+    engine = Engine(letter_model(), tokenizer=letter_tokenizer(), num_pages=40, page_size=4)
+    pages = weakref.ref(engine._lm)
+    gc.collect()
+    gc.disable()
+    try:
+        del engine
+        assert pages() is None
+    finally:
+        gc.enable()
