@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.bpe_engine import bpe_engine, responses_of, text_reward
 from helpers.tiny_lm import small_model
 from helpers.tiny_tokenizers import bpe_tokenizer
 
-from stars_fast import Engine, StarsParams, _core, ops
+from stars_fast import StarsParams, _core, ops
 
 PROMPTS = ["The film was slow at first, but", "A terrible kettle", "Not bad at all. " * 4]
 PARAMS = StarsParams(
@@ -29,20 +30,9 @@ PARAMS = StarsParams(
 )
 
 
-def reward(prompts: list[str], responses: list[str]) -> list[float]:
-    return [((len(r) * 7919 + sum(map(ord, r[-6:]))) % 100) / 50 - 1 for r in responses]
-
-
-def engine(**options: Any) -> Engine:
-    settings = {"num_pages": 600, "page_size": 8, "max_rows": 64}
-    return Engine(small_model(), reward, tokenizer=bpe_tokenizer(), **(settings | options))
-
-
 def run(params: StarsParams = PARAMS, **options: Any) -> list[Any]:
-    each = [dataclasses.replace(params, seed=50 + i) for i in range(len(PROMPTS))]
-    outputs = engine(**options).generate(PROMPTS, each, use_tqdm=False)
-    assert [output.error for output in outputs] == [None] * len(PROMPTS)
-    return [output.outputs[0] for output in outputs]
+    seeds = [50 + i for i in range(len(PROMPTS))]
+    return responses_of(bpe_engine(**options), PROMPTS, params, seeds)
 
 
 @torch.inference_mode()
@@ -53,7 +43,7 @@ def written_out(prompt: str, seed: int) -> tuple[list[int], list[tuple[int, int]
         target_reward=0.5, alpha=p.alpha, beta=p.beta, max_tokens=p.max_tokens, hard=False
     )
     prompt_ids = tokenizer(prompt)["input_ids"]
-    prompt_reward = reward([prompt], [""])[0]
+    prompt_reward = text_reward([prompt], [""])[0]
     response: list[int] = []
     segments = []
     while len(response) < p.max_tokens:
@@ -79,7 +69,7 @@ def written_out(prompt: str, seed: int) -> tuple[list[int], list[tuple[int, int]
                     break
                 drawn.append(int(token))
             text = tokenizer.decode(response + drawn, skip_special_tokens=True)
-            r = reward([prompt], [text])[0]
+            r = text_reward([prompt], [text])[0]
             best = max(best, (r, drawn), key=lambda pair: pair[0])
             tau = schedule.threshold(prompt_reward, len(response) + len(drawn))
             if schedule.accepts(r, tau, _core.accept_uniform(seed, len(response), attempt)):
@@ -115,7 +105,7 @@ def test_any_number_of_candidates(candidates: Any) -> None:
 
 
 def test_beside_segments_of_fixed_length() -> None:
-    both = engine()
+    both = bpe_engine()
     fixed = PARAMS.with_method("stars")
     each = [dataclasses.replace(p, seed=50) for p in (PARAMS, fixed)]
     ragged, even = both.generate([PROMPTS[0]] * 2, each, use_tqdm=False)

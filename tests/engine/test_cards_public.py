@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.bpe_engine import bpe_engine, responses_of, text_reward
 from helpers.tiny_lm import small_model
 from helpers.tiny_tokenizers import bpe_tokenizer
 
-from stars_fast import CompletionOutput, Engine, StarsParams, _core, ops
+from stars_fast import CompletionOutput, StarsParams, _core, ops
 
 PROMPTS = ["The film was slow at first, but", "A terrible kettle", "Not bad at all. " * 4]
 PARAMS = StarsParams(
@@ -29,10 +30,6 @@ PARAMS = StarsParams(
 )
 
 
-def reward(prompts: list[str], responses: list[str]) -> list[float]:
-    return [((len(r) * 7919 + sum(map(ord, r[-6:]))) % 100) / 50 - 1 for r in responses]
-
-
 @pytest.fixture
 def model() -> Any:
     """The small model with an end-of-sequence token that is drawn often."""
@@ -44,13 +41,8 @@ def model() -> Any:
 
 
 def run(model: Any, params: StarsParams = PARAMS, **options: Any) -> list[CompletionOutput]:
-    settings = {"num_pages": 600, "page_size": 8, "max_rows": 64} | options
-    engine = Engine(model, reward, tokenizer=bpe_tokenizer(), **settings)
-    each = [dataclasses.replace(params, seed=50 + i) for i in range(len(PROMPTS))]
-    outputs = engine.generate(PROMPTS, each, use_tqdm=False)
-    assert [output.error for output in outputs] == [None] * len(PROMPTS)
-    assert engine.stats()["pages_used"] == 0
-    return [output.outputs[0] for output in outputs]
+    seeds = [50 + i for i in range(len(PROMPTS))]
+    return responses_of(bpe_engine(model=model, **options), PROMPTS, params, seeds)
 
 
 @torch.inference_mode()
@@ -76,7 +68,7 @@ def written_out(prompt: str, seed: int) -> tuple[list[int], list[tuple[int, int,
         target_reward=0.9, alpha=p.alpha, beta=p.beta, max_tokens=p.max_tokens, hard=False
     )
     prompt_ids = tokenizer(prompt)["input_ids"]
-    first = reward([prompt], [""])[0]
+    first = text_reward([prompt], [""])[0]
     response: list[int] = []
     segments = []
     while len(response) < p.max_tokens:  # and a segment may end past it
@@ -90,7 +82,7 @@ def written_out(prompt: str, seed: int) -> tuple[list[int], list[tuple[int, int,
                     break
                 drawn.append(token)
             text = tokenizer.decode(response + drawn, skip_special_tokens=True)
-            r = reward([prompt], [text])[0]
+            r = text_reward([prompt], [text])[0]
             seen.append((r, drawn))
             if len(seen) > p.max_attempts:
                 how = "fallback"

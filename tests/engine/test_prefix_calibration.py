@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.tiny_lm import small_model
+from helpers.bpe_engine import bpe_engine
 from helpers.tiny_rewards import reward_model
 from helpers.tiny_tokenizers import bpe_tokenizer
 
@@ -35,8 +35,7 @@ def letters_alike(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def engine(rewards: Any = letters_alike, **options: Any) -> Engine:
-    settings = {"num_pages": 600, "page_size": 8, "max_rows": 64}
-    return Engine(small_model(), rewards, tokenizer=bpe_tokenizer(), **(settings | options))
+    return bpe_engine(rewards, **options)
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.bpe_engine import bpe_engine, responses_of
 from helpers.outputs import same
 from helpers.tiny_lm import small_model
 from helpers.tiny_tokenizers import bpe_tokenizer
 
-from stars_fast import CompletionOutput, Engine, StarsParams, _core
+from stars_fast import CompletionOutput, StarsParams, _core
 
 PROMPTS = ["The film was slow at first, but", "A terrible kettle", "Not bad at all. " * 4]
 ARGS = StarsParams(method="args", candidates=6, reward_weight=0.8, temperature=0.0, max_tokens=20)
@@ -25,18 +26,9 @@ def reward(prompts: list[str], responses: list[str]) -> list[float]:
     return [((len(r) * 7919 + sum(map(ord, r[-6:]))) % 100) / 25 - 2 for r in responses]
 
 
-def engine(rewards: Any = reward, **options: Any) -> Engine:
-    settings = {"num_pages": 600, "page_size": 8, "max_rows": 64}
-    return Engine(small_model(), rewards, tokenizer=bpe_tokenizer(), **(settings | options))
-
-
 def run(params: StarsParams, rewards: Any = reward, **options: Any) -> list[CompletionOutput]:
-    one = engine(rewards, **options)
-    each = [dataclasses.replace(params, seed=50 + i) for i in range(len(PROMPTS))]
-    outputs = one.generate(PROMPTS, each, use_tqdm=False)
-    assert [output.error for output in outputs] == [None] * len(PROMPTS)
-    assert one.stats()["pages_used"] == 0
-    return [output.outputs[0] for output in outputs]
+    seeds = [50 + i for i in range(len(PROMPTS))]
+    return responses_of(bpe_engine(rewards, **options), PROMPTS, params, seeds)
 
 
 def uniform(seed: int, position: int, attempt: int, purpose: int) -> float:
@@ -168,12 +160,12 @@ def test_more_than_the_vocabulary_is_refused() -> None:
     for params, name in ((ARGS, "candidates"), (MARA, "max_attempts")):
         changed = dataclasses.replace(params, **{name: 401})
         with pytest.raises(ValueError, match=rf"{name} must be at most the vocabulary, 400.*401"):
-            engine().add_request("a", PROMPTS[0], changed)
+            bpe_engine(reward).add_request("a", PROMPTS[0], changed)
 
 
 def test_seed_does_not_matter_where_nothing_is_drawn() -> None:
     for params in (ARGS, dataclasses.replace(MARA, acceptance="hard")):
-        one = engine()
+        one = bpe_engine(reward)
         each = [dataclasses.replace(params, seed=seed) for seed in (1, 2)]
         first, second = one.generate([PROMPTS[0]] * 2, each, use_tqdm=False)
         assert first.outputs[0].segments == second.outputs[0].segments
@@ -184,7 +176,7 @@ def test_on_the_kernels(params: StarsParams) -> None:
     number = "candidates" if params.method == "args" else "max_attempts"
     short = dataclasses.replace(params, max_tokens=2, seed=2, **{number: 2})
     want, got = (
-        engine(**options).generate(PROMPTS[1], short, use_tqdm=False)[0]
+        bpe_engine(reward, **options).generate(PROMPTS[1], short, use_tqdm=False)[0]
         for options in ({}, {"backend": "triton", "max_rows": 2})
     )
     assert got.error is None

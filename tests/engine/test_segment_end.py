@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.bpe_engine import bpe_engine, responses_of, text_reward
 from helpers.tiny_lm import small_model
 from helpers.tiny_tokenizers import bpe_tokenizer
 from torch import Tensor
@@ -39,17 +40,9 @@ def levels(monkeypatch: pytest.MonkeyPatch) -> Tensor:
     return made
 
 
-def reward(prompts: list[str], responses: list[str]) -> list[float]:
-    return [((len(r) * 7919 + sum(map(ord, r[-6:]))) % 100) / 50 - 1 for r in responses]
-
-
 def run(params: StarsParams = PARAMS, **options: Any) -> list[Any]:
-    settings = {"num_pages": 600, "page_size": 8, "max_rows": 64}
-    engine = Engine(small_model(), reward, tokenizer=bpe_tokenizer(), **(settings | options))
-    each = [dataclasses.replace(params, seed=50 + i) for i in range(len(PROMPTS))]
-    outputs = engine.generate(PROMPTS, each, use_tqdm=False)
-    assert [output.error for output in outputs] == [None] * len(PROMPTS)
-    return [output.outputs[0] for output in outputs]
+    seeds = [50 + i for i in range(len(PROMPTS))]
+    return responses_of(bpe_engine(**options), PROMPTS, params, seeds)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +89,7 @@ def test_the_number_of_candidates_and_the_rows_beside_change_nothing() -> None:
         got = run(dataclasses.replace(PARAMS, candidates=candidates))
         assert [output.token_ids for output in got] == want
     plain = dataclasses.replace(PARAMS, segment_end="length", min_segment_length=4)
-    engine = Engine(small_model(), reward, tokenizer=bpe_tokenizer(), num_pages=600, page_size=8)
+    engine = bpe_engine()
     each = [dataclasses.replace(p, seed=50) for p in (PARAMS, plain)]
     ragged, even = engine.generate([PROMPTS[0]] * 2, each, use_tqdm=False)
     assert ragged.outputs[0].token_ids == want[0]
@@ -111,6 +104,6 @@ def test_on_the_kernels() -> None:
 
 
 def test_a_tokenizer_is_needed() -> None:
-    engine = Engine(small_model(), reward, num_pages=100)
+    engine = Engine(small_model(), text_reward, num_pages=100)
     with pytest.raises(ValueError, match="segment_end='clause' needs a tokenizer"):
         engine.add_request("a", [1, 2, 3], PARAMS)

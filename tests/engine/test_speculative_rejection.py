@@ -7,10 +7,10 @@ from functools import cache
 from typing import Any
 
 import pytest
-from helpers.tiny_lm import small_model
+from helpers.bpe_engine import bpe_engine, responses_of, text_reward
 from helpers.tiny_tokenizers import bpe_tokenizer
 
-from stars_fast import CompletionOutput, Engine, StarsParams
+from stars_fast import CompletionOutput, StarsParams
 from stars_fast.seeds import derive_seed
 
 PROMPT = "The film was slow at first, but"
@@ -25,29 +25,15 @@ PARAMS = StarsParams(
 )
 
 
-def reward(prompts: list[str], responses: list[str]) -> list[float]:
-    return [((len(r) * 7919 + sum(map(ord, r[-6:]))) % 100) / 50 - 1 for r in responses]
-
-
-def engine(**options: Any) -> Engine:
-    settings = {"num_pages": 600, "page_size": 8, "max_rows": 64}
-    return Engine(small_model(), reward, tokenizer=bpe_tokenizer(), **(settings | options))
-
-
 def run(params: StarsParams, **options: Any) -> list[CompletionOutput]:
-    one = engine(**options)
-    each = [dataclasses.replace(params, seed=seed) for seed in SEEDS]
-    outputs = one.generate([PROMPT] * len(SEEDS), each, use_tqdm=False)
-    assert [output.error for output in outputs] == [None] * len(SEEDS)
-    assert one.stats()["pages_used"] == 0
-    return [output.outputs[0] for output in outputs]
+    return responses_of(bpe_engine(**options), [PROMPT] * len(SEEDS), params, SEEDS)
 
 
 @cache
 def whole_paths(seed: int, count: int) -> list[list[int]]:
     """What the paths would be if none of them ended: plain samples."""
     each = [PARAMS.with_method("vanilla", seed=derive_seed(seed, 1 + i)) for i in range(count)]
-    outputs = engine().generate([PROMPT] * count, each, use_tqdm=False)
+    outputs = bpe_engine().generate([PROMPT] * count, each, use_tqdm=False)
     return [output.outputs[0].token_ids for output in outputs]
 
 
@@ -56,7 +42,7 @@ def reward_at(path: list[int], tokens: int) -> float:
     if tokens >= len(path) and kept[-1] in (PARAMS.stop_token_ids or ()):
         kept = kept[:-1]  # the stop token is no part of the text
     text = bpe_tokenizer().decode(kept, skip_special_tokens=True)
-    return reward([PROMPT], [text])[0]
+    return text_reward([PROMPT], [text])[0]
 
 
 def written_out(seed: int, count: int, rate: float) -> tuple[list[int], int]:
@@ -100,7 +86,7 @@ def test_rate_zero_is_the_best_of_the_paths() -> None:
 
 def test_ended_paths_cost_nothing_more() -> None:
     def drafted(rate: float) -> tuple[float, float]:
-        one = engine()
+        one = bpe_engine()
         params = dataclasses.replace(PARAMS, candidates=8, rejection_rate=rate, seed=50)
         one.generate(PROMPT, dataclasses.replace(params, stop_token_ids=None), use_tqdm=False)
         return one.stats()["drafted_tokens"], one.stats()["paths_dropped"]
