@@ -101,3 +101,8 @@ GIBBS = MethodKind(
     "choice",
     default_candidates=8,
 )
+
+
+def kind_of(method: Method, acceptance: str) -> MethodKind:
+    """Return what a method is made of; `acceptance` tells the two forms of ``"stars"`` apart."""
+    return GIBBS if method == "stars" and acceptance == "gibbs" else METHODS[method]

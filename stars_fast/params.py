@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
-from stars_fast.methods import COMMON, GIBBS, METHODS, Method, MethodKind
+from stars_fast.methods import COMMON, GIBBS, Method, MethodKind, kind_of
 
 __all__ = ["Acceptance", "CardsRules", "Method", "SegmentEnd", "StarsParams"]
 
@@ -205,7 +205,7 @@ class StarsParams:
     @property
     def kind(self) -> MethodKind:
         """What the method is made of."""
-        return GIBBS if self.acceptance == "gibbs" else METHODS[self.method]
+        return kind_of(self.method, self.acceptance)
 
     def own_parameters(self) -> tuple[str, ...]:
         """Return the names of the parameters that the method has."""
@@ -217,14 +217,11 @@ class StarsParams:
         `changes` are fields to set besides.
         """
         _choice("method", method, get_args(Method))
-        gibbs = changes.get("acceptance") == "gibbs" or (
-            "acceptance" not in changes and method == "stars" and self.acceptance == "gibbs"
-        )
-        own = (*COMMON, *(GIBBS if gibbs and method == "stars" else METHODS[method]).parameters)
+        kept = "soft" if self.acceptance == "gibbs" and method != "stars" else self.acceptance
+        kind = kind_of(method, changes.get("acceptance", kept))
+        own = (*COMMON, *kind.parameters)
         reset = {f.name: f.default for f in fields(self) if f.name not in own}
-        if self.acceptance == "gibbs" and method != "stars":
-            reset["acceptance"] = "soft"
-        return replace(self, **{**reset, "method": method, **changes})
+        return replace(self, **{"acceptance": kept, **reset, "method": method, **changes})
 
     @property
     def scored(self) -> bool:

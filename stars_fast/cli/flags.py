@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields, replace
 from inspect import cleandoc
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from stars_fast.methods import COMMON, METHODS
+from stars_fast.methods import COMMON, METHODS, kind_of
 from stars_fast.params import StarsParams
 
 #: Fields that the commands set themselves: each request's seed follows from the run's ``--seed``.
@@ -69,7 +69,8 @@ def params_from(args: argparse.Namespace, defaults: Mapping[str, object]) -> Sta
         if name.startswith(_PREFIX)
     }
     method = str(given.get("method", defaults.get("method", "stars")))
-    own = METHODS[method].parameters if method in METHODS else ()
+    acceptance = str(given.get("acceptance", defaults.get("acceptance", "soft")))
+    own = kind_of(method, acceptance).parameters if method in METHODS else ()
     # Defaults of the command that are of another method are nobody's wish.
     used = {name: value for name, value in defaults.items() if name in (*COMMON, *own)}
     return with_fields(StarsParams(), {**used, **given})

@@ -109,6 +109,12 @@ def test_what_stars_params_refuses_names_the_parameter() -> None:
         parse("--top-p", "1.5")
 
 
+@pytest.mark.parametrize("argv", [["--method", "smc"], ["--acceptance", "gibbs"]])
+def test_defaults_that_are_of_another_method_are_left_out(argv: list[str]) -> None:
+    params = parse(*argv, defaults={"target_reward": "auto", "beta": 0.3})
+    assert (params.target_reward, params.beta) == (None, 0.3)
+
+
 def test_defaults_of_a_command_give_way_to_flags() -> None:
     defaults: dict[str, object] = {"target_reward": "auto", "segment_length": 8}
     assert parse(defaults=defaults) == StarsParams(target_reward="auto", segment_length=8)
