@@ -10,7 +10,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-IN_SDIST = ("csrc", "kernels", "stars_fast", "tests", "benchmarks", "docs", "scripts")
+IN_SDIST = ("csrc", "kernels", "stars_fast", "tests", "benchmarks", "docs", "examples", "scripts")
 TOP_LEVEL = {
     "CHANGELOG.md",
     "CMakeLists.txt",

@@ -233,6 +233,7 @@ void bind_scheduler(py::module_& module) {
       .def("commit", &commit, py::arg("tokens"), py::arg("lengths"), py::arg("stopped"),
            py::arg("rewards"), py::arg("seconds") = 0.0)
       .def("cancel", &Scheduler::cancel)
+      .def("clear_cache", &Scheduler::clear_cache)
       .def("tokens", &Scheduler::tokens, py::arg("request"))
       .def("check", &Scheduler::check)
       .def_property_readonly("has_unfinished", &Scheduler::has_unfinished)

@@ -823,6 +823,13 @@ void Scheduler::cancel() {
   pool_.clear_cache();
 }
 
+void Scheduler::clear_cache() {
+  if (has_unfinished()) {
+    throw std::logic_error("clear_cache: requests are unfinished");
+  }
+  pool_.clear_cache();
+}
+
 void Scheduler::end_oldest() {
   Flight& flight = oldest();
   for (std::size_t row = 0; row < flight.num_rows; ++row) {

@@ -164,6 +164,9 @@ class Scheduler {
   // may never have been written, or not whole, is prefilled again, and the prefix cache is emptied.
   void cancel();
 
+  // Forgets the pages of prompts that are over. Throws std::logic_error if anything is unfinished.
+  void clear_cache();
+
   [[nodiscard]] bool has_unfinished() const { return !by_id_.empty(); }
   [[nodiscard]] std::int64_t num_running() const {
     return static_cast<std::int64_t>(by_id_.size()) - num_waiting_;

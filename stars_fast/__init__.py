@@ -6,27 +6,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from stars_fast.async_engine import AsyncEngine
     from stars_fast.engine import Engine
     from stars_fast.outputs import Calibration, CompletionOutput, RequestOutput, Segment
     from stars_fast.params import StarsParams
+    from stars_fast.remote import RemoteEngine, RemoteReward
     from stars_fast.rewards.persona import Persona
 
 # Imported on first use: the C++ core and the command line's --help need no torch.
 _HOMES = {
+    "AsyncEngine": "stars_fast.async_engine",
     "Calibration": "stars_fast.outputs",
     "CompletionOutput": "stars_fast.outputs",
     "Engine": "stars_fast.engine",
     "Persona": "stars_fast.rewards.persona",
+    "RemoteEngine": "stars_fast.remote",
+    "RemoteReward": "stars_fast.remote",
     "RequestOutput": "stars_fast.outputs",
     "Segment": "stars_fast.outputs",
     "StarsParams": "stars_fast.params",
 }
 
 __all__ = [
+    "AsyncEngine",
     "Calibration",
     "CompletionOutput",
     "Engine",
     "Persona",
+    "RemoteEngine",
+    "RemoteReward",
     "RequestOutput",
     "Segment",
     "StarsParams",

@@ -345,6 +345,12 @@ class Scheduler:
         What their copies and prefills were to write is prefilled again.
         """
 
+    def clear_cache(self) -> None:
+        """Forgets the pages of prompts that are over.
+
+        Raises RuntimeError if anything is unfinished.
+        """
+
     def tokens(self, request: int) -> list[int]:
         """Prompt and committed response. Raises IndexError for an unknown request."""
 

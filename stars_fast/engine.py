@@ -499,6 +499,19 @@ class Engine:
         request.unchosen = False
         return request.to_output()
 
+    def reset_prefix_cache(self) -> None:
+        """Forget the pages of prompts that are over: call it when weights have changed.
+
+        Raises
+        ------
+        ValueError
+            If requests are unfinished; their pages hold what the weights were.
+        """
+        if self.has_unfinished():
+            raise ValueError("reset_prefix_cache: requests are unfinished; step() or abort() first")
+        self._loop.wait_for_scoring()
+        self._scheduler.clear_cache()
+
     @property
     def max_rows(self) -> int:
         """Candidates drafted in one round at most, and requests that run at once."""

@@ -14,6 +14,7 @@ __all__ = [
     "ModelLoadError",
     "OutOfPagesError",
     "QueueFullError",
+    "RequestFailedError",
     "RewardError",
     "StarsFastError",
     "UnsupportedModelError",
@@ -34,6 +35,10 @@ class ModelLoadError(StarsFastError, ValueError):
 
 class RewardError(StarsFastError, RuntimeError):
     """A reward model that raised, returned the wrong count or a non-finite value."""
+
+
+class RequestFailedError(StarsFastError, RuntimeError):
+    """A request that failed, where all of a batch is wanted or nothing."""
 
 
 class QueueFullError(StarsFastError, RuntimeError):

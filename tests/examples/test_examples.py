@@ -1,0 +1,36 @@
+"""Every example is short, runs as it stands, and shows something."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = sorted(FOLDER.glob("*.py"))
+#: Of the standard library and the package itself; all others may be missing where an extra is.
+_IMPORT = re.compile(r"^(?:import|from) (\w+)", re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example(
+    path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) < 40
+    for package in _IMPORT.findall(source):
+        if find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(path), run_name="__main__")
+    assert capfd.readouterr().out.strip()
+
+
+def test_there_are_examples() -> None:
+    assert len(EXAMPLES) >= 5
