@@ -183,8 +183,8 @@ class EventStream(Response):
             usage = generation.usage_chunk()
             if usage is not None:
                 await _event(send, usage)
-        except OSError:
-            raise ClientLeftError from None
+        except ClientLeftError:
+            raise
         except Exception as error:  # noqa: BLE001 - the client is told
             await _event(send, self._call.failed(error).body())
         else:
@@ -201,7 +201,10 @@ async def _whole(generation: Generation, call: Call) -> None:
 async def _event(send: Send, content: dict[str, Any]) -> None:
     data = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     event = b"data: " + data.encode() + b"\n\n"
-    await send({"type": "http.response.body", "body": event, "more_body": True})
+    try:
+        await send({"type": "http.response.body", "body": event, "more_body": True})
+    except OSError:
+        raise ClientLeftError from None
 
 
 class ClientLeftError(Exception):

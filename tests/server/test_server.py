@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 import logging
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers.tiny_lm import LETTERS, letter_model, letter_tokenizer, small_model
+from helpers.tiny_lm import LETTERS, small_model
 from helpers.tiny_tokenizers import bpe_tokenizer
 
 from stars_fast import Engine, StarsParams
@@ -25,103 +21,11 @@ for package in ("fastapi", "uvicorn", "prometheus_client", "httpx", "openai"):
 
 import httpx  # noqa: E402
 import openai  # noqa: E402
-import uvicorn  # noqa: E402
+from helpers.serving import PARAMS, Gate, Served, letter_engine, serving, until  # noqa: E402
 
-from stars_fast.async_engine import AsyncEngine  # noqa: E402
-from stars_fast.server import ServerSettings, create_app  # noqa: E402
+from stars_fast.server import ServerSettings  # noqa: E402
 
-PARAMS = StarsParams(
-    segment_length=4,
-    max_tokens=12,
-    max_attempts=3,
-    target_reward=0.5,
-    temperature=1.0,
-    top_k=0,
-    ignore_eos=True,
-)
 VANILLA: dict[str, Any] = {"method": "vanilla"}
-
-
-class Gate:
-    """A reward function that waits where a test says so, and raises for prompts of c."""
-
-    def __init__(self) -> None:
-        self.open = threading.Event()
-        self.open.set()
-        self.calls = 0
-
-    def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
-        self.calls += 1
-        assert self.open.wait(20)
-        if any(prompt.startswith("c") for prompt in prompts):
-            raise RuntimeError("no reward for c")
-        return [float(text.count("a") - text.count("b")) / 2 for text in responses]
-
-
-@dataclass
-class Served:
-    """A running server."""
-
-    url: str
-    engine: AsyncEngine
-    gate: Gate
-    clients: list[openai.OpenAI] = field(default_factory=list)
-
-    def client(self, **options: Any) -> openai.OpenAI:
-        settings = {"api_key": "none", "max_retries": 0, "timeout": 60.0}
-        self.clients.append(openai.OpenAI(base_url=f"{self.url}/v1", **(settings | options)))
-        return self.clients[-1]
-
-    def post(self, body: dict[str, Any], path: str = "/v1/completions") -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60)
-
-    def metrics(self) -> dict[str, float]:
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
-        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-        return {name: float(value) for name, value in pairs}
-
-    def idle(self) -> bool:
-        busy = self.engine.num_running + self.engine.num_waiting
-        return busy == 0 and self.engine.stats()["pages_used"] == 0
-
-
-@contextmanager
-def serving(
-    engine: Engine, gate: Gate, settings: ServerSettings | None = None, **options: Any
-) -> Iterator[Served]:
-    running = AsyncEngine(engine, **options)
-    app = create_app(running, settings or ServerSettings("letters", PARAMS))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
-        thread.start()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        served = Served(url, running, gate)
-        try:
-            until(lambda: server.started)
-            yield served
-        finally:
-            gate.open.set()
-            for client in served.clients:
-                client.close()
-            server.should_exit = True
-            thread.join(30)
-            assert not thread.is_alive()
-            running.close(20)
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def letter_engine(gate: Gate) -> Engine:
-    return Engine(
-        letter_model(), gate, tokenizer=letter_tokenizer(), num_pages=400, page_size=4, max_rows=8
-    )
 
 
 @pytest.fixture(scope="module")
@@ -504,6 +408,28 @@ def test_limits_and_the_key() -> None:
             list(good.completions.create(model="letters", prompt="ab", stream=True))
         gate.open.set()
         until(served.idle)
+
+
+def test_a_stream_whose_time_is_over_ends_with_an_error() -> None:
+    class Late(Gate):
+        def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
+            if max(map(len, responses)) > PARAMS.segment_length:
+                assert self.open.wait(20)
+            return (
+                super().__call__(prompts, responses) if self.open.is_set() else [0.5] * len(prompts)
+            )
+
+    gate = Late()
+    gate.open.clear()
+    settings = ServerSettings("letters", PARAMS, request_timeout=1.0)
+    with serving(letter_engine(gate), gate, settings) as served:
+        chunks = events(served.post({"prompt": "ab", "stream": True}))
+        assert len(chunks) == 2
+        assert chunks[0]["choices"][0]["text"]
+        assert "not finished within" in chunks[1]["error"]["message"]
+        gate.open.set()
+        until(served.idle)
+        assert served.metrics()['stars:http_requests_total{status="504"}'] == 1
 
 
 def test_metrics_move(shared: Served) -> None:

@@ -1,0 +1,95 @@
+"""A server in a process of its own, for the scripts that load it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+_ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
+#: Torch included.
+_START_SECONDS = 180.0
+_STOP_SECONDS = 60.0
+
+#: ``stars-fast``, by this interpreter.
+COMMAND = (
+    sys.executable,
+    "-c",
+    "from stars_fast.cli import main; raise SystemExit(main())",
+    "serve",
+)
+
+
+@dataclass
+class Served:
+    """A server that runs.
+
+    Attributes
+    ----------
+    url
+        Its address.
+    process
+        Itself.
+    log
+        What it writes.
+    """
+
+    url: str
+    process: psutil.Process
+    log: Path
+
+    def resident_bytes(self) -> int:
+        """Memory that it holds."""
+        return int(self.process.memory_info().rss)
+
+
+@contextmanager
+def served(
+    command: Sequence[str], log: Path, environment: dict[str, str] | None = None
+) -> Iterator[Served]:
+    """Start a server, and stop it by SIGTERM, which it has to obey.
+
+    Parameters
+    ----------
+    command
+        That starts it; it must write its address on 127.0.0.1, as uvicorn does.
+    log
+        Where its output goes.
+    environment
+        Beside this process's.
+
+    Raises
+    ------
+    RuntimeError
+        If it ends before it serves, or not with 0 when it is told to end.
+    """
+    variables = {**os.environ, **(environment or {})}
+    with log.open("w", encoding="utf-8") as stream:
+        process = subprocess.Popen(list(command), stdout=stream, stderr=stream, env=variables)
+    try:
+        yield Served(_address(process, log), psutil.Process(process.pid), log)
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(_STOP_SECONDS)
+        if code != 0:
+            raise RuntimeError(f"the server ended with {code}; {log} says more")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+    deadline = time.monotonic() + _START_SECONDS
+    while (found := _ADDRESS.search(log.read_text(encoding="utf-8"))) is None:
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"the server did not start: {log.read_text(encoding='utf-8')}")
+        time.sleep(0.05)
+    return found.group()

@@ -1,0 +1,43 @@
+"""The server as a process: from an engine to a port, until a signal ends it."""
+
+from __future__ import annotations
+
+import math
+import signal
+
+import uvicorn
+
+from stars_fast.async_engine import AsyncEngine
+from stars_fast.server.app import create_app
+from stars_fast.server.logs import configure_logs
+from stars_fast.server.settings import ServerSettings
+
+
+def run_server(engine: AsyncEngine, settings: ServerSettings, host: str, port: int) -> None:
+    """Serve until SIGINT or SIGTERM, then drain.
+
+    Logs go to standard error as JSON lines. To be called on the main thread, which has the signals.
+
+    Parameters
+    ----------
+    engine
+        Whose server this is.
+    settings
+        Of the server.
+    host, port
+        To listen at; port 0 is any free one, which the log names.
+    """
+    configure_logs()
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(engine, settings),
+            host=host,
+            port=port,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=math.ceil(settings.drain_timeout),
+        )
+    )
+    # Uvicorn raises the signal again when it has drained; that is not to end the process halfway.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    server.run()

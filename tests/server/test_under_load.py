@@ -1,0 +1,63 @@
+"""The scripts that load the server, small: crowds, faults, and both sides of the overhead."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+for package in ("fastapi", "uvicorn", "prometheus_client", "aiohttp", "psutil"):
+    pytest.importorskip(package, reason=f"needs {package}, of the extras server and bench")
+
+from stars_fast.benchmarks import faults, load, overhead  # noqa: E402
+
+
+def test_faults_harm_no_neighbour_and_leave_nothing_behind(tmp_path: Path) -> None:
+    out = tmp_path / "faults.json"
+    # Memory is for a long run to judge: libraries keep what they compile for each new shape.
+    options = ["--requests", "300", "--clients", "56", "--max-growth", "1000", "--out", str(out)]
+    assert faults.main(options) == 0
+    record = json.loads(out.read_text())
+    assert record["statuses"]["stream"]["200"] > 10
+    assert set(record["statuses"]["bad"]) >= {"400", "404", "413"}
+
+
+def test_what_faults_finds_is_found() -> None:
+    found = faults.Findings(logged={"a", "b", "c"}, quiet={"d", "e"})
+    names = ["a", "b", "b", "d", "d"]
+    lines = [json.dumps({"event": "request", "request_id": name}) for name in names]
+    lines.append(json.dumps({"event": "request", "request_id": "z", "exception": "boom"}))
+    faults.check_log("\n".join(lines), found)
+    assert sorted(found.wrong) == [
+        "b is in the log 2 times",
+        "c is in the log 0 times",
+        "d is in the log 2 times",
+        "in the log: boom",
+    ]
+    assert faults.growth([10, 50, 90, 100, 100, 100, 100, 100]) == pytest.approx(0, abs=20)
+    assert faults.growth(list(range(0, 8000, 1000))) == pytest.approx(6000)
+
+
+def test_a_crowd_of_streams_comes_to_its_end(tmp_path: Path) -> None:
+    out = tmp_path / "load.json"
+    options = ["--requests", "8", "--together", "4", "--clients", "100", "--max-tokens", "8"]
+    assert load.main([*options, "--parts", "0.5", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())["load"]
+    assert found["crowd"]["complete"] == 100
+    assert found["closed"]["complete"] == 8
+    (opened,) = found["open"]
+    assert opened["complete"] == 8
+    assert opened["offered_per_second"] == pytest.approx(
+        0.5 * found["closed"]["requests_per_second"]
+    )
+    assert opened["first_segment"]["p50"] <= opened["latency"]["p50"] <= opened["latency"]["p99"]
+
+
+def test_both_sides_of_the_overhead_give_the_same_texts(tmp_path: Path) -> None:
+    out = tmp_path / "overhead.json"
+    options = ["--requests", "4", "--max-tokens", "16", "--repeats", "1", "--out", str(out)]
+    assert overhead.main(options) == 0
+    record = json.loads(out.read_text())
+    assert record["tokens"] == 64
+    assert len(record["engine_seconds"]) == len(record["server_seconds"]) == 1
