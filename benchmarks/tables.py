@@ -54,9 +54,11 @@ class Line:
 
 
 def suites_of(record: Mapping[str, Any]) -> list[str]:
-    """Suites of a record; ``roofline`` is what `benchmarks/roofline.py` records."""
+    """Suites of a record; ``roofline`` and ``load`` are those of the scripts of these names."""
     if "median_run" in record:
         return ["roofline"]
+    if "load" in record:
+        return ["load"]
     return list(dict.fromkeys(row["suite"] for row in record["benchmarks"]))
 
 
@@ -125,11 +127,12 @@ def as_markdown(record: Mapping[str, Any], suite: str) -> str:
     ValueError
         If the record has nothing of the suite.
     """
-    if suites_of(record) == [suite] == ["roofline"]:
-        headings, cells = _phases(record["median_run"])
-        return _with_origin(headings, cells, record)
     if suite not in suites_of(record):
         raise ValueError(f"the record has no suite {suite!r}")
+    if suite == "roofline":
+        return _with_origin(*_phases(record["median_run"]), record)
+    if suite == "load":
+        return _with_origin(*_loads(record["load"]), record)
     lines = lines_of(record, suite)
     rows = [(SIDES.get(x.against, x.benchmark), x) for x in lines]
     if suite == "end-to-end":
@@ -156,6 +159,30 @@ def _phases(run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         ]
         for phase in [*run["phases"], whole]
         if phase["least_seconds"]
+    ]
+    return headings, cells
+
+
+def _loads(load: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Rates and times of the closed run, of each open one and of the crowd."""
+    headings = [
+        "load", "requests", "complete", "a second", "tokens/s",
+        "first segment p50", "p95", "p99", "whole p50", "p95", "p99",
+    ]  # fmt: skip
+    runs = [("saturated", load["closed"])]
+    runs += [(f"{run['part']:.0%} of that, at random", run) for run in load["open"]]
+    runs.append(("all at once", load["crowd"]))
+    cells = [
+        [
+            name,
+            f"{run['requests']:,}",
+            f"{run['complete']:,}",
+            f"{run['requests_per_second']:.3g}",
+            f"{run['tokens_per_second']:.0f}",
+            *(_time(run["first_segment"][q]) for q in ("p50", "p95", "p99")),
+            *(_time(run["latency"][q]) for q in ("p50", "p95", "p99")),
+        ]
+        for name, run in runs
     ]
     return headings, cells
 

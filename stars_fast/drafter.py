@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -54,6 +54,8 @@ class Draft:
         int64 ``[R]``: the first step whose logits were NaN, +inf or all -inf; -1 if none.
     steps
         Forward passes of the model.
+    errors
+        Why a row has no segment; its entries are meaningless, but for a length of at least 1.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -62,6 +64,7 @@ class Draft:
     logprobs: npt.NDArray[np.float32]
     bad_step: npt.NDArray[np.int64]
     steps: int = 0
+    errors: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def of_no_rows(cls) -> Draft:
@@ -158,7 +161,7 @@ class RowParameters:
         values: dict[str, npt.NDArray[np.integer]] = {
             "temperature": _bits([s.temperature for s in sampling]),
             "top_k": np.array([s.top_k for s in sampling]),
-            "top_p": _bits([s.top_p for s in sampling]),
+            "top_p": _bits([max(s.top_p, _LEAST) for s in sampling]),
             "min_p": _bits([s.min_p for s in sampling]),
             "seed": plan.seed,
             "position": plan.position,
@@ -186,6 +189,7 @@ _COLUMNS = (
     "entropy_limit", "min_length", "border", "ranked",
 )  # fmt: skip
 _NO_BORDER = 1 << 30
+_LEAST = float(np.finfo(np.float32).tiny)  # smaller ones would be 0, and keep nothing
 _FLOATS = frozenset({"temperature", "top_p", "min_p", "entropy_limit"})
 
 
@@ -208,6 +212,8 @@ class Progress:
         Most likely tokens that rows may ask for, 0 if none does.
     borders
         int64 ``[vocab]``, level of each token; None if no row ends at borders.
+    share
+        Overwrites a tensor with rank 0's, where several ranks draw the same.
     """
 
     def __init__(
@@ -218,12 +224,14 @@ class Progress:
         ragged: bool,
         ranks: int = 0,
         borders: Tensor | None = None,
+        share: Callable[[Tensor], None] | None = None,
     ) -> None:
         rows, device = parameters.lengths.shape[0], parameters.lengths.device
         self._parameters = parameters
         self._ragged = ragged
         self._ranks = ranks
         self._borders = borders
+        self._share = share
         self._tokens = torch.zeros((rows, max_new), dtype=torch.int64, device=device)
         self._logprobs = torch.zeros((rows, max_new), dtype=torch.float32, device=device)
         self._ended_at = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -273,6 +281,11 @@ class Progress:
             by_rank = (p.ranked > 0) & self.live & ok
             token = torch.where(by_rank, likely, token)
             logprob = torch.where(by_rank, its_logprob, logprob)
+        if self._share is not None:
+            drawn = torch.stack((token, _float_bits(logprob), _float_bits(entropy), ok.long()))
+            self._share(drawn)
+            token, ok = drawn[0], drawn[3].bool()
+            logprob, entropy = (x.int().view(torch.float32) for x in (drawn[1], drawn[2]))
         if self._ragged:
             # The token just drawn is the next segment's, which draws it again.
             ends = self.live & (step >= p.min_length) & (entropy >= p.entropy_limit)
@@ -324,14 +337,26 @@ class EagerDrafter:
         The language model.
     borders
         Gives the level of every token, int64 ``[vocab]``; asked for once a row ends at borders.
+    share
+        See `Progress`.
     """
 
-    def __init__(self, model: PagedModel, borders: Callable[[], Tensor]) -> None:
+    def __init__(
+        self,
+        model: PagedModel,
+        borders: Callable[[], Tensor],
+        share: Callable[[Tensor], None] | None = None,
+    ) -> None:
         self._model = model
         self._borders = borders
+        self._share = share
 
     def draft(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Draft:
         """Draw the segments of a round; see `Drafter.draft`."""
+        with self._model.on_backend():
+            return self._draft(plan, sampling)
+
+    def _draft(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Draft:
         batch = plan.draft
         rows, steps = batch.num_rows, batch.max_new
         device = self._model.device
@@ -343,6 +368,7 @@ class EagerDrafter:
             ragged=any(s.ragged for s in sampling),
             ranks=most_ranks(sampling, self._model.vocab_size),
             borders=self._borders() if any(s.border for s in sampling) else None,
+            share=self._share,
         )
         ids = torch.from_numpy(plan.first_token).to(device)
         step = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -388,6 +414,10 @@ def likely_tokens(logits: Tensor, rank: Tensor, ranks: int) -> tuple[Tensor, Ten
     values, tokens = log_p.topk(ranks, dim=-1)
     at = rank.clamp(max=ranks - 1).unsqueeze(1)
     return tokens.gather(1, at).squeeze(1), values.gather(1, at).squeeze(1)
+
+
+def _float_bits(values: Tensor) -> Tensor:
+    return values.contiguous().view(torch.int32).long()
 
 
 def _to_host(packed: Tensor) -> Tensor:

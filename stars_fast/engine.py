@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -37,9 +39,13 @@ from stars_fast.prompts import PromptLike, PromptReader, as_prompt_list
 from stars_fast.requests import Request
 from stars_fast.rewards.base import Scorer
 from stars_fast.rewards.load import RewardModelLike, load_scorer
-from stars_fast.rewards.persona import PersonaScorer
+from stars_fast.rewards.on_ranks import load_on_ranks
+from stars_fast.rewards.persona import Persona
 from stars_fast.rewards.text import TemplateLike
 from stars_fast.seeds import derive_seed
+from stars_fast.tensor_parallel import Ranks
+
+_log = logging.getLogger(__name__)
 
 #: Rows that cost as much as a round's fixed part (reading the weights), until that is measured.
 FIXED_COST_ROWS = {"cpu": 16.0, "cuda": 256.0}
@@ -105,6 +111,9 @@ class Engine:
     device_timing
         Take the seconds of `stats` from CUDA events, phase by phase as the device sees them, at a
         few microseconds a phase. Off, the host's clock charges a phase with its waits.
+    tensor_parallel
+        Split the models over the processes that ``torchrun`` has started, each of which makes this
+        engine and the same calls, or follows (`lead`, `follow`). With one process, nothing changes.
     trust_remote_code, allow_pickle
         Off unless asked for: run code that comes with a model; load weights that are not
         safetensors.
@@ -113,6 +122,10 @@ class Engine:
     -----
     One thread at a time.
     """
+
+    _ranks: Ranks | None = None  # where several run this engine
+    _calibration: Calibration | None = None
+    _judges = False  # whether the language model is its own reward model
 
     def __init__(
         self,
@@ -137,6 +150,7 @@ class Engine:
         compile_model: bool = False,
         overlap_scoring: bool | None = None,
         device_timing: bool = False,
+        tensor_parallel: bool = False,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
     ) -> None:
@@ -148,12 +162,24 @@ class Engine:
             raise ValueError(f"num_pages must be at least 2 or None, got {num_pages}")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+        ranks = Ranks.connect(device) if tensor_parallel else None
+        if ranks is not None:
+            device = ranks.device
+            for name, value in (
+                ("overlap_scoring", overlap_scoring),
+                ("compile_model", compile_model),
+            ):
+                if value:
+                    raise ValueError(f"{name} must be off with tensor_parallel=True, got {value}")
+            overlap_scoring = False
+        self._ranks = ranks
         loaded, found_tokenizer = load_causal_lm(
             model,
             dtype=dtype,
             device=device,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
+            num_ranks=1 if ranks is None else ranks.size,
         )
         self.tokenizer = tokenizer if tokenizer is not None else found_tokenizer
         if num_pages is None:
@@ -164,6 +190,7 @@ class Engine:
                 gpu_share=LM_POOL_SHARE,
                 kv_dtype=kv_dtype,
             )
+            num_pages = num_pages if ranks is None else ranks.smallest(num_pages)
         check_numbers(loaded, backend=backend)
         self._lm = PagedModel(
             loaded,
@@ -172,6 +199,7 @@ class Engine:
             backend=backend,
             kv_dtype=kv_dtype,
             compile_model=compile_model,
+            ranks=ranks,
         )
         if device_timing and self._lm.device.type != "cuda":
             raise ValueError(
@@ -179,7 +207,8 @@ class Engine:
             )
         self._scorer: Scorer | None = None
         if reward_model is not None:
-            self._scorer = load_scorer(
+            load = functools.partial(
+                load_scorer,
                 reward_model,
                 lm_tokenizer=self.tokenizer,
                 language_model=loaded,
@@ -196,10 +225,17 @@ class Engine:
                 kv_dtype=kv_dtype,
                 compile_model=compile_model,
             )
+            if ranks is None:
+                self._scorer = load()
+            else:
+                self._scorer = load_on_ranks(
+                    lambda on: load(ranks=on), reward_model, ranks, device=reward_device
+                )
+        self._judges = isinstance(reward_model, Persona)
         if overlap_scoring is None:
             elsewhere = None if self._scorer is None else self._scorer.device
             overlap_scoring = elsewhere is not None and elsewhere != self._lm.device
-        if overlap_scoring and isinstance(self._scorer, PersonaScorer):
+        if overlap_scoring and self._judges:
             raise ValueError(
                 "overlap_scoring must be False with a Persona: it judges by the model that drafts"
             )
@@ -215,12 +251,13 @@ class Engine:
         self._clock = PhaseClock(PHASES, self._lm.device if device_timing else None)
         self._loop = Loop(
             self._lm,
-            make_drafter(self._lm, _borders_of(self.tokenizer, self._lm)),
+            make_drafter(self._lm, _borders_of(self.tokenizer, self._lm), ranks),
             self._scheduler,
             self._scorer,
             self.tokenizer,
             self._clock,
             overlap=overlap_scoring,
+            ranks=ranks,
         )
         self._reader = PromptReader(self.tokenizer, self._lm.vocab_size, self._lm.max_length)
         self._eos_ids = _eos_token_ids(loaded, self.tokenizer)
@@ -229,7 +266,6 @@ class Engine:
         self._num_seeded = 0
         self._requests: dict[str, Request] = {}
         self._owners: dict[int, Request] = {}  # by response handle
-        self.calibration: Calibration | None = None
 
     @classmethod
     def demo(cls, **options: Any) -> Engine:
@@ -288,7 +324,8 @@ class Engine:
                 )
         done: dict[str, RequestOutput] = {}
         names = [f"generate-{i}" for i in range(len(texts))]
-        with tqdm(total=len(texts), disable=not use_tqdm, unit="request", desc="generate") as bar:
+        hidden = not use_tqdm or self.rank != 0
+        with tqdm(total=len(texts), disable=hidden, unit="request", desc="generate") as bar:
             for name, text, one in zip(names, texts, each, strict=True):
                 try:
                     self.add_request(name, text, one)
@@ -328,7 +365,8 @@ class Engine:
             if self.tokenizer is not None and response:
                 ids = list(self.tokenizer(response, add_special_tokens=False)["input_ids"])
             pairs.append((self._reader.read(text, 0), ids, response))
-        scores = self._loop.score_whole(pairs)
+        with self._told("score", texts, list(responses)):
+            scores = self._loop.score_whole(pairs)
         for number, score in enumerate(scores):
             if isinstance(score, Exception):
                 raise RewardError(f"score: response {number}: {score}") from score
@@ -418,13 +456,19 @@ class Engine:
             raise ValueError(f"request_id {request_id!r} is in use")
         params = self._resolve(params or StarsParams())
         request = Request(request_id, self._reader.read(prompt, params.longest_response), params)
+        prefixes = self._prefixes(params)
+        with self._told("add_request", request_id, prompt, params):
+            self._queue(request, prefixes)
+
+    def _queue(self, request: Request, prefixes: PrefixCalibration | None) -> None:
+        """Start the responses of a request, all or none."""
+        params = request.params
         seed = params.seed
         if seed is None:
             self._num_seeded += 1
             seed = derive_seed(self._seed, self._num_seeded)
         ends = not params.ignore_eos and params.rules != "public"
         stop_ids = (self._eos_ids if ends else ()) + tuple(params.stop_token_ids or ())
-        prefixes = self._prefixes(params)
         try:
             samples = params.num_candidates if params.method == "best_of_n" else 1
             for index in range(params.n * samples):
@@ -441,7 +485,7 @@ class Engine:
             self._drop(request)
             raise
         request.unchosen = params.method == "best_of_n" or params.kind.decides == "paths"
-        self._requests[request_id] = request
+        self._requests[request.request_id] = request
 
     def check_request(self, prompt: PromptLike, params: StarsParams | None = None) -> int:
         """Return the number of tokens of a prompt that can be run with `params`; queue nothing.
@@ -466,6 +510,10 @@ class Engine:
             request that failed. Requests that choose among whole responses or paths appear once,
             when they are finished.
         """
+        with self._told("step"):
+            return self._step()
+
+    def _step(self) -> list[RequestOutput]:
         changed: dict[str, Request] = {}
         for response in self._loop.step():
             request = self._owners.get(response.handle)
@@ -495,7 +543,8 @@ class Engine:
         request = self._requests.get(request_id)
         if request is None:
             return None
-        self._drop(request)
+        with self._told("abort", request_id):
+            self._drop(request)
         request.unchosen = False
         return request.to_output()
 
@@ -509,8 +558,70 @@ class Engine:
         """
         if self.has_unfinished():
             raise ValueError("reset_prefix_cache: requests are unfinished; step() or abort() first")
-        self._loop.wait_for_scoring()
-        self._scheduler.clear_cache()
+        with self._told("reset_prefix_cache"):
+            self._loop.wait_for_scoring()
+            self._scheduler.clear_cache()
+
+    # Several processes
+
+    @property
+    def rank(self) -> int:
+        """Which of the processes of a tensor-parallel engine this is; 0 for an engine of one."""
+        return 0 if self._ranks is None else self._ranks.rank
+
+    def lead(self) -> contextlib.AbstractContextManager[None]:
+        """Have the other ranks, which `follow`, do what this one does inside of ``with``.
+
+        For rank 0, where only one process knows what is to be done: a server, or a reader of files.
+        At the end the others return from `follow`. In one process it changes nothing.
+
+        Raises
+        ------
+        ValueError
+            On another rank than 0, or inside of another `lead`.
+        EngineStoppedError
+            If this rank is out of step with the others.
+        """
+        return contextlib.nullcontext() if self._ranks is None else self._ranks.leading()
+
+    def follow(self) -> None:
+        """Do what rank 0 does, until its `lead` ends; for every other rank.
+
+        Raises
+        ------
+        ValueError
+            On rank 0.
+        Exception
+            What put this rank out of step with the others: end its process.
+        """
+        if self._ranks is None:
+            raise ValueError("follow: there is one process, which has nobody to follow")
+        self._ranks.follow(
+            {
+                "add_request": self.add_request,
+                "abort": self.abort,
+                "step": self.step,
+                "score": self.score,
+                "calibration": functools.partial(setattr, self, "calibration"),
+                "reset_prefix_cache": self.reset_prefix_cache,
+            }
+        )
+
+    def _told(self, name: str, *arguments: Any) -> contextlib.AbstractContextManager[None]:
+        """Have the ranks that follow make the call whose work is done inside."""
+        if self._ranks is None:
+            return contextlib.nullcontext()
+        return self._ranks.told(name, *arguments)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What ``target_reward="auto"`` and None stand for; None before `calibrate`."""
+        return self._calibration
+
+    @calibration.setter
+    def calibration(self, value: Calibration | None) -> None:
+        with self._told("calibration", value):
+            self._calibration = value
 
     @property
     def max_rows(self) -> int:
@@ -585,7 +696,7 @@ class Engine:
             raise ValueError(
                 f"method={params.method!r} needs a reward model: pass Engine(..., reward_model=...)"
             )
-        if (params.method == "persona_judge") != isinstance(self._scorer, PersonaScorer):
+        if (params.method == "persona_judge") != self._judges:
             raise ValueError(
                 "method='persona_judge' and Engine(..., reward_model=Persona(...)) go together, "
                 f"got method={params.method!r} with {type(self._scorer).__name__}"
@@ -675,8 +786,14 @@ def _borders_of(
     return borders
 
 
-def make_drafter(model: PagedModel, borders: Callable[[], Tensor]) -> Drafter:
+def make_drafter(
+    model: PagedModel, borders: Callable[[], Tensor], ranks: Ranks | None = None
+) -> Drafter:
     """Return the drafter that suits a model's backend; for `borders` see `EagerDrafter`."""
+    if ranks is not None:
+        if model.on_kernels:
+            _log.info("decode steps run without a CUDA graph: the model is tensor-parallel")
+        return EagerDrafter(model, borders, ranks.share)
     if not model.on_kernels:
         return EagerDrafter(model, borders)
     from stars_fast.captured_drafter import CapturedDrafter  # Triton is for Linux only

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -32,6 +33,7 @@ from stars_fast.responses import Candidate, Response, decode
 from stars_fast.rewards.base import Prompt, ScoreJob, Scorer
 from stars_fast.round import Round, cut_candidates, score_round
 from stars_fast.seeds import derive_seed
+from stars_fast.tensor_parallel import Ranks
 
 PHASES = ("plan", "fork", "prefill", "draft", "score", "commit")
 
@@ -68,6 +70,8 @@ class Loop:
     overlap
         Score a round on a thread of its own while the next one, of other requests, is drafted; the
         scheduler has two lanes then.
+    ranks
+        Those that run the same rounds; None: there is one. Not with `overlap`.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class Loop:
         clock: PhaseClock,
         *,
         overlap: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self._model = model
         self._drafter = drafter
@@ -90,6 +95,7 @@ class Loop:
         self._handles = itertools.count()
         self._branches = itertools.count()
         self._clock = clock
+        self._ranks = ranks
         self._worker = futures.ThreadPoolExecutor(1, "stars-fast-score") if overlap else None
         self._scoring: futures.Future[Round] | None = None
         self._planned: deque[_core.Plan] = deque()  # out, the oldest first
@@ -213,7 +219,7 @@ class Loop:
         Where scoring overlaps, those are of the round before, and the new one is being scored when
         this returns. If a phase raises, the rounds under way are undone and can be run again.
         """
-        with torch.inference_mode():
+        with torch.inference_mode(), self._together():
             with self._clock.phase("plan"):
                 plan = self._scheduler.plan()
             self._planned.append(plan)
@@ -223,6 +229,9 @@ class Loop:
                 self._undo()
                 raise
 
+    def _together(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._ranks is None else self._ranks.together()
+
     def wait_for_scoring(self) -> None:
         """Wait until the scorer is free, so that the caller's thread may use it."""
         if self._scoring is not None:
@@ -231,6 +240,13 @@ class Loop:
     # The phases of a round
 
     def _run(self, plan: _core.Plan) -> list[Response]:
+        if self._ranks is not None:
+            draft = plan.draft
+            self._ranks.check_same(
+                "the round",
+                *(plan.request, plan.attempt, plan.seed, plan.position, plan.first_token),
+                *(plan.prefill_tokens, plan.unscored, draft.new_lengths, draft.slots),
+            )
         done = self._draft(plan)
         if self._worker is None:
             return self._finish(self._score(done))
@@ -320,6 +336,8 @@ class Loop:
     def _commit(self, done: Round) -> list[Response]:
         spent = done.seconds.values()
         seconds = max(spent) if self._worker is not None else sum(spent)
+        if self._ranks is not None:
+            seconds = self._ranks.first(seconds)
         decision = self._scheduler.commit(
             done.draft.tokens, done.lengths, done.stopped, done.merits, seconds / done.steps
         )
@@ -437,6 +455,11 @@ class Loop:
         `responses`: whose texts they are, to be charged with what it costs.
         """
         self.wait_for_scoring()
+        if self._ranks is not None:
+            ids_of_all = [
+                ids for prompt, response, _ in texts for ids in (prompt.token_ids, response)
+            ]
+            self._ranks.check_same("what is to be scored", *map(np.asarray, ids_of_all))
         self._charge_scoring()
         jobs: list[ScoreJob] = []
         errors: dict[int, Exception] = {}
@@ -452,7 +475,7 @@ class Loop:
                 if responses is not None:
                     owners[handle] = responses[number]
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._together():
                 scored = iter(self.scorer.score(jobs))
         finally:
             for job in jobs:

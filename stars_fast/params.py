@@ -16,6 +16,9 @@ Acceptance = Literal["soft", "hard", "gibbs"]
 CardsRules = Literal["paper", "public"]
 SegmentEnd = Literal["length", "clause", "sentence"]
 
+#: Counts and token ids are 32 bits wide where they are used, sums of two of them included.
+_MOST = 2**30
+
 
 @dataclass(frozen=True)
 class StarsParams:
@@ -121,7 +124,8 @@ class StarsParams:
     Raises
     ------
     ValueError, TypeError
-        At construction, naming the parameter, its value and the allowed range.
+        At construction, naming the parameter, its value and the allowed range. Counts and token
+        ids are at most 2**30.
     """
 
     method: Method = "stars"
@@ -179,7 +183,7 @@ class StarsParams:
         if not 0.0 < _number("top_p", self.top_p) <= 1.0:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
         _number("min_p", self.min_p, 0.0, 1.0)
-        if self.seed is not None and _integer("seed", self.seed, 0) >= 2**64:
+        if self.seed is not None and _integer("seed", self.seed, 0, high=None) >= 2**64:
             raise ValueError(f"seed must be in [0, 2**64), got {self.seed!r}")
         for flag in ("ignore_eos", "trace", "calibrate_prefixes"):
             if not isinstance(getattr(self, flag), bool):
@@ -272,12 +276,15 @@ def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def _integer(name: str, value: object, low: int, also: str = "") -> int:
+def _integer(name: str, value: object, low: int, also: str = "", high: int | None = _MOST) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer of at least {low}{also}, got {value!r}")
     if value < low:
         raise ValueError(f"{name} must be at least {low}{also}, got {value!r}")
-    return int(value)
+    number = int(value)
+    if high is not None and number > high:
+        raise ValueError(f"{name} must be at most {high}{also}, got {value!r}")
+    return number
 
 
 def _number(
@@ -285,7 +292,10 @@ def _number(
 ) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number{also}, got {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of more than 1,024 bits
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite{also}, got {value!r}")
     if not low <= number <= high:

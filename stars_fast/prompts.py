@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast.rewards.base import Prompt
@@ -82,6 +83,7 @@ class PromptReader:
         if isinstance(prompt[0], Mapping):
             return self._parse_chat(prompt)  # type: ignore[arg-type]
         ids = _checked_ids(prompt)
+        self._check_range(ids)  # tokenizers fail on ids of more than 32 bits
         return Prompt(self._decode(ids), ids, None)
 
     def _parse_chat(self, messages: Sequence[Mapping[str, str]]) -> Prompt:
@@ -101,7 +103,10 @@ class PromptReader:
                 "prompt is a list of chat messages, but the tokenizer has no chat template"
             )
         plain = [dict(message) for message in messages]
-        text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:  # some templates refuse roles, or their order
+            raise ValueError(f"prompt is refused by the chat template: {error}") from error
         # The template writes its own special tokens.
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return Prompt(str(text), list(ids), plain)
@@ -121,18 +126,21 @@ class PromptReader:
     def _check(self, ids: list[int], max_tokens: int) -> None:
         if not ids:
             raise ValueError("prompt is empty: it has no tokens after tokenisation")
-        for position, token in enumerate(ids):
-            if not 0 <= token < self._vocab_size:
-                raise ValueError(
-                    f"prompt token id {token} at position {position} is out of range: "
-                    f"must be in [0, {self._vocab_size})"
-                )
+        self._check_range(ids)
         if self._max_length is not None and len(ids) + max_tokens > self._max_length:
             raise ValueError(
                 f"prompt of {len(ids)} tokens with max_tokens={max_tokens} does not fit the "
                 f"model's context of {self._max_length} tokens: shorten the prompt or lower "
                 "max_tokens"
             )
+
+    def _check_range(self, ids: list[int]) -> None:
+        for position, token in enumerate(ids):
+            if not 0 <= token < self._vocab_size:
+                raise ValueError(
+                    f"prompt token id {token} at position {position} is out of range: "
+                    f"must be in [0, {self._vocab_size})"
+                )
 
 
 def _checked_ids(prompt: Sequence[Any]) -> list[int]:

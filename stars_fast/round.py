@@ -108,7 +108,9 @@ def cut_candidates(
         if 0 <= bad < length:
             at = len(response.output.token_ids) + bad
             done.errors[row] = f"the model's logits at response position {at} are NaN or infinite"
-            done.rewards[row] = done.merits[row] = np.nan
+    done.errors |= draft.errors
+    for row in done.errors:
+        done.rewards[row] = done.merits[row] = np.nan
     return done
 
 

@@ -20,7 +20,11 @@ from stars_fast.cli.lines import (
     needs_target,
     opened_input,
 )
-from stars_fast.cli.model_flags import add_model_flags, engine_options
+from stars_fast.cli.model_flags import (
+    add_model_flags,
+    add_tensor_parallel_flag,
+    engine_options,
+)
 from stars_fast.cli.records import Done, InputRecord, read_done
 from stars_fast.cli.runner import Runner
 from stars_fast.cli.terminal import quiet_libraries, say
@@ -60,6 +64,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         allow_abbrev=False,
     )
     add_model_flags(parser)
+    add_tensor_parallel_flag(parser)
     data = parser.add_argument_group("input and output")
     data.add_argument(
         "--input", metavar="FILE", help="JSON lines; - for standard input (the default)"
@@ -127,19 +132,23 @@ def run(args: argparse.Namespace) -> int:
         return 0
     with opened_input(source, args.prompt) as read_line, _opened(output) as stream:
         engine = _load_engine(args)
+        if engine.rank != 0:
+            engine.follow()
+            return 0
         requests = Requests(read_line, base, args.seed)
-        if needs_target(base) and target is None:
-            target = _calibrate(engine, requests, base, sidecar, args)
-        with _progress(total, done=len(done), to_terminal=stream.isatty()) as bar:
-            job = Runner(engine, requests, done, stream, bar, target, args.on_error == "record")
-            limit = _REQUESTS_PER_ROW * args.max_rows
-            try:
-                code = job.run(limit)
-            except KeyboardInterrupt:
-                bar.close()
-                kept = f"; {job.written} results are in {output}; --resume continues"
-                say("interrupted" + (kept if output else ""))
-                return 130
+        with engine.lead():
+            if needs_target(base) and target is None:
+                target = _calibrate(engine, requests, base, sidecar, args)
+            with _progress(total, done=len(done), to_terminal=stream.isatty()) as bar:
+                job = Runner(engine, requests, done, stream, bar, target, args.on_error == "record")
+                limit = _REQUESTS_PER_ROW * args.max_rows
+                try:
+                    code = job.run(limit)
+                except KeyboardInterrupt:
+                    bar.close()
+                    kept = f"; {job.written} results are in {output}; --resume continues"
+                    say("interrupted" + (kept if output else ""))
+                    return 130
     if output:
         failed = f", {job.failed} of them errors" if job.failed else ""
         say(f"{job.written} results written to {output}{failed}")
@@ -230,7 +239,11 @@ def _load_engine(args: argparse.Namespace) -> Engine:
     quiet_libraries()
     try:
         return Engine(
-            args.model, reward_model=args.reward_model, seed=args.seed, **engine_options(args)
+            args.model,
+            reward_model=args.reward_model,
+            seed=args.seed,
+            tensor_parallel=args.tensor_parallel,
+            **engine_options(args),
         )
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error

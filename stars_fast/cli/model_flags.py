@@ -73,6 +73,15 @@ def add_model_flags(parser: argparse.ArgumentParser, model: str | None = None) -
     )
 
 
+def add_tensor_parallel_flag(parser: argparse.ArgumentParser) -> None:
+    """Add ``--tensor-parallel``, for commands in which the other ranks follow rank 0."""
+    parser.add_argument(
+        "--tensor-parallel",
+        action="store_true",
+        help="split the models over the processes that torchrun has started",
+    )
+
+
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of `Engine` that the flags ask for, the models left out."""
     names = (

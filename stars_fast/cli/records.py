@@ -57,12 +57,19 @@ def parse_line(raw: bytes, line: int, base: StarsParams) -> InputRecord | None:
     """
     try:
         text = text_of(raw, first=line == 1)
-        return _record(json_of(text), line, base) if text else None
+        return input_record(json_of(text), line, base) if text else None
     except (ValueError, TypeError) as error:
         raise LineError(line, str(error)) from None
 
 
-def _record(value: object, line: int, base: StarsParams) -> InputRecord:
+def input_record(value: object, line: int, base: StarsParams) -> InputRecord:
+    """Read the object of an input line.
+
+    Raises
+    ------
+    ValueError, TypeError
+        See `parse_line`.
+    """
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {short(value)}")
     for key in value:
@@ -197,7 +204,7 @@ def read_done(path: Path) -> Done:
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             whole = raw.endswith(b"\n")  # only a last line can lack its newline
-            record = _output_record(raw)
+            record = output_record(raw)
             if record is None and whole:
                 raise UsageError(f"{path}, line {number}, is not a result of this command")
             if record is None or record["error"] is not None:
@@ -216,7 +223,7 @@ def _keep_results(path: Path) -> None:
     partial = target.with_name(target.name + ".partial")
     with target.open("rb") as old, partial.open("wb") as new:
         for raw in old:
-            record = _output_record(raw)
+            record = output_record(raw)
             if record is not None and record["error"] is None:
                 new.write(raw.rstrip(b"\n") + b"\n")
         new.flush()
@@ -225,7 +232,8 @@ def _keep_results(path: Path) -> None:
     partial.replace(target)
 
 
-def _output_record(raw: bytes) -> dict[str, Any] | None:
+def output_record(raw: bytes) -> dict[str, Any] | None:
+    """Read an output line; None if it is none, or a torn one."""
     try:
         record = json.loads(raw)
     except (ValueError, RecursionError):

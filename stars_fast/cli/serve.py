@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
 import os
 import signal
 from dataclasses import replace
@@ -15,7 +14,11 @@ from stars_fast.cli import demo
 from stars_fast.cli.errors import LineError, UsageError, file_errors
 from stars_fast.cli.flags import add_params_flags, params_from
 from stars_fast.cli.lines import Requests, needs_target, opened_input
-from stars_fast.cli.model_flags import add_model_flags, engine_options
+from stars_fast.cli.model_flags import (
+    add_model_flags,
+    add_tensor_parallel_flag,
+    engine_options,
+)
 from stars_fast.cli.terminal import quiet_libraries, say
 from stars_fast.params import StarsParams
 
@@ -50,6 +53,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         allow_abbrev=False,
     )
     add_model_flags(parser, model="the demo's pair")
+    add_tensor_parallel_flag(parser)
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="(default: 127.0.0.1)")
     server.add_argument("--port", type=int, default=8000, metavar="INT", help="(default: 8000)")
@@ -152,9 +156,16 @@ def run(args: argparse.Namespace) -> int:
         if engine.tokenizer is None:
             raise UsageError("--chat-template needs a model with a tokenizer")
         engine.tokenizer.chat_template = template
-    if prompts:
-        _calibrate(engine, prompts, base, args)
-    return _serve(engine, settings, args)
+    if engine.rank != 0:
+        # torchrun sends signals to all: these end when rank 0 has drained.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        engine.follow()
+        return 0
+    with engine.lead():
+        if prompts:
+            _calibrate(engine, prompts, base, args)
+        return _serve(engine, settings, args)
 
 
 def _settings(args: argparse.Namespace, base: StarsParams) -> ServerSettings:
@@ -217,7 +228,11 @@ def _load_engine(args: argparse.Namespace) -> Engine:
     from stars_fast.engine import Engine
 
     quiet_libraries()
-    options = {"seed": args.seed, **engine_options(args)}
+    options = {
+        "seed": args.seed,
+        "tensor_parallel": args.tensor_parallel,
+        **engine_options(args),
+    }
     try:
         if args.model is None:
             return Engine.demo(**options)
@@ -242,11 +257,8 @@ def _calibrate(
 
 
 def _serve(engine: Engine, settings: ServerSettings, args: argparse.Namespace) -> int:
-    import uvicorn
-
     from stars_fast.async_engine import AsyncEngine
-    from stars_fast.server import create_app
-    from stars_fast.server.logs import configure_logs
+    from stars_fast.server.run import run_server
 
     if needs_target(settings.params) and engine.calibration is None:
         say("no target reward: each request must give target_reward, or another method")
@@ -259,18 +271,5 @@ def _serve(engine: Engine, settings: ServerSettings, args: argparse.Namespace) -
         )
     except ValueError as error:
         raise UsageError(str(error)) from None
-    configure_logs()
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(running, settings),
-            host=args.host,
-            port=args.port,
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=math.ceil(settings.drain_timeout),
-        )
-    )
-    # Uvicorn raises the signal again when it has drained; that is not to end the process halfway.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    server.run()
+    run_server(running, settings, args.host, args.port)
     return 0

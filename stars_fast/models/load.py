@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.checks import has_lm_head
+from stars_fast.models.sharded import loading_options, num_shards, why_not_sharded
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -34,6 +35,7 @@ def load_causal_lm(
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    num_ranks: int = 1,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a causal language model and its tokenizer, or take a loaded one as it is.
 
@@ -50,6 +52,9 @@ def load_causal_lm(
     allow_pickle : bool
         Whether weights may be loaded from pickled files, which can run code, where there are no
         safetensors.
+    num_ranks : int
+        Over how many ranks of ``torch.distributed`` to split the model, all of which load it; a
+        loaded model must have been split so.
 
     Returns
     -------
@@ -63,15 +68,18 @@ def load_causal_lm(
     ModelLoadError
         If a directory or a file of it is missing, incomplete or damaged.
     UnsupportedModelError
-        If it is not a causal language model.
+        If it is not a causal language model, or cannot be split over `num_ranks`.
     ValueError
-        If `dtype` or `device` contradicts a loaded model.
+        If `dtype`, `device` or `num_ranks` contradicts a loaded model.
     """
     if isinstance(source, PreTrainedModel):
+        _check_shards(source, num_ranks)
         return _take_loaded(source, dtype, device, trust_remote_code)
     name = os.fspath(source)
     check_model_directory(name, allow_pickle=allow_pickle)
     config = _load_config(name, trust_remote_code)
+    if num_ranks > 1 and (reason := why_not_sharded(config, num_ranks)):
+        raise UnsupportedModelError(f"model {name!r} cannot be tensor-parallel: {reason}")
     tokenizer = _load_tokenizer(name, trust_remote_code)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,10 +91,11 @@ def load_causal_lm(
             use_safetensors=None if allow_pickle else True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,  # makes the result a pair
+            **loading_options(num_ranks),
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelLoadError(f"model {name!r}: {error}") from error
-    model: PreTrainedModel = loaded[0].to(device).eval()
+    model: PreTrainedModel = (loaded[0] if num_ranks > 1 else loaded[0].to(device)).eval()
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
         shown = ", ".join(missing[:4]) + (" and others" if len(missing) > 4 else "")
@@ -217,6 +226,18 @@ def _load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBa
         raise ModelLoadError(f"tokenizer of model {name!r}: {error}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
+
+
+def _check_shards(model: PreTrainedModel, num_ranks: int) -> None:
+    shards = num_shards(model)
+    if shards == num_ranks:
+        return
+    if num_ranks == 1:
+        raise ValueError(f"model is split over {shards} ranks: pass tensor_parallel=True on each")
+    raise ValueError(
+        f"model must be split over the {num_ranks} ranks there are, got one on {shards}: load it "
+        "with distributed_config=DistributedConfig(tp_plan='auto'), or pass its directory"
+    )
 
 
 def _take_loaded(

@@ -30,6 +30,7 @@ from stars_fast.ops.attention import AttentionPlan, attend, plan_attention
 from stars_fast.ops.backend import Backend, check_backend, uses_triton
 from stars_fast.ops.backend import backend as choose_backend
 from stars_fast.ops.pages import copy_pages, kv_append
+from stars_fast.tensor_parallel import Ranks
 
 if TYPE_CHECKING:  # Triton is for Linux only
     from stars_fast.kernels.attention import Tiles
@@ -74,6 +75,8 @@ class PagedModel:
     compile_model : bool
         Fuse what lies between the model's matrix products and its attention (norms, rotary
         embeddings, gates) by `torch.compile`; the first passes wait for the compiler.
+    ranks : Ranks, optional
+        Those that hold the model together, each with the pages of its own KV heads.
 
     Raises
     ------
@@ -93,6 +96,7 @@ class PagedModel:
         backend: Backend = "auto",
         kv_dtype: KvDtype = "auto",
         compile_model: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         if num_pages < 2:
             raise ValueError(
@@ -131,6 +135,7 @@ class PagedModel:
         #: Bytes that `copy_pages` has written since the model was made.
         self.copied_bytes = 0
         self._workspace = Workspace()
+        self._ranks = ranks
         self._linears = None if compile_model else OneDnnLinears(model)
         self._compiled: dict[nn.Module, Callable[..., Any]] = {}
         if compile_model:
@@ -351,7 +356,8 @@ class PagedModel:
         """First output of a forward on packed tokens ``[T]``, without its batch dimension."""
         ids = input_ids.unsqueeze(0)
         linears = contextlib.nullcontext() if self._linears is None else self._linears.active()
-        with attention_implementation(self._configs, STARS_PAGED), linears:
+        together = contextlib.nullcontext() if self._ranks is None else self._ranks.together()
+        with attention_implementation(self._configs, STARS_PAGED), linears, together:
             output = self._compiled.get(module, module)(
                 input_ids=ids,
                 # Padding is not expressed through the mask; some models ask for one all the same.

@@ -133,11 +133,16 @@ def default_num_pages(
     kv_dtype : str
         ``"auto"`` or ``"fp8"``.
     """
-    context = max_length(model) or _UNKNOWN_CONTEXT
-    # Each row ends in a page of its own, and page 0 is scratch.
-    wanted = max_rows * (-(-context // page_size) + 1) + 1
+    wanted = enough_pages(model, page_size=page_size, max_rows=max_rows)
     budget = _memory_budget(model.device, gpu_share) // page_bytes(model, page_size, kv_dtype)
     return max(min(wanted, budget), _MIN_PAGES)
+
+
+def enough_pages(model: PreTrainedModel, *, page_size: int, max_rows: int) -> int:
+    """Return the pages with which `max_rows` full contexts fit: more are of no use."""
+    context = max_length(model) or _UNKNOWN_CONTEXT
+    # Each row ends in a page of its own, and page 0 is scratch.
+    return max_rows * (-(-context // page_size) + 1) + 1
 
 
 def _memory_budget(device: torch.device, gpu_share: float) -> int:

@@ -29,6 +29,7 @@ from stars_fast.models.load import check_model_directory, same_device
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.pool import KvDtype, default_num_pages
 from stars_fast.models.selfcheck import check_numbers
+from stars_fast.models.sharded import loading_options
 from stars_fast.ops.backend import Backend
 from stars_fast.rewards.base import RewardModel, Scorer
 from stars_fast.rewards.callable import CallableScorer, RewardFunction
@@ -40,6 +41,7 @@ from stars_fast.rewards.reading import LastToken
 from stars_fast.rewards.text import CallableTemplate, TemplateLike, make_template
 from stars_fast.rewards.tokens import RetokenizedText, SharedTokens, TokenSource
 from stars_fast.rewards.vocabulary import check_vocabulary, embedding_rows, same_tokens
+from stars_fast.tensor_parallel import Ranks
 
 __all__ = ["RewardModelLike", "load_scorer"]
 
@@ -47,7 +49,7 @@ RewardModelLike: TypeAlias = (
     "str | os.PathLike[str] | PreTrainedModel | Persona | RewardModel | RewardFunction"
 )
 # Of the free memory on a GPU, once the language model's pool is there.
-_POOL_SHARE = 0.6
+RM_POOL_SHARE = 0.6
 _CALLABLE_ADVICE = (
     "pass as reward_model a function f(prompts, responses) -> list[float] that loads and calls it"
 )
@@ -70,6 +72,8 @@ def load_scorer(
     backend: Backend = "auto",
     kv_dtype: KvDtype = "auto",
     compile_model: bool = False,
+    texts_only: bool = False,
+    ranks: Ranks | None = None,
 ) -> Scorer:
     """Make the scorer of a reward model.
 
@@ -106,6 +110,10 @@ def load_scorer(
         Most rows of one forward pass.
     backend, kv_dtype, compile_model
         Of a causal reward model or a judge, see `stars_fast.models.paged.PagedModel`.
+    texts_only
+        There are texts though there is no tokenizer: responses come as such.
+    ranks : Ranks, optional
+        Over which to split a model, or that hold a loaded one or the language model together.
 
     Raises
     ------
@@ -126,13 +134,14 @@ def load_scorer(
         backend=backend,
         kv_dtype=kv_dtype,
         compile_model=compile_model,
+        ranks=ranks,
     )
     if isinstance(reward_model, Persona):
         judge = _check_judge(language_model, lm_tokenizer, reward_tokenizer, template, device)
         return _persona_scorer(reward_model, *judge, pool)
     if not isinstance(reward_model, str | os.PathLike | PreTrainedModel):
         return _python_scorer(reward_model, template)
-    if lm_tokenizer is None:
+    if lm_tokenizer is None and not texts_only:
         raise ValueError(
             "a reward model that is not a function needs the language model's tokenizer, and none "
             "was found beside the language model: pass tokenizer"
@@ -141,7 +150,8 @@ def load_scorer(
         source = os.fspath(reward_model)
         config = _load_config(source, allow_pickle)
         tokenizer = reward_tokenizer or _load_tokenizer(source, trust_remote_code)
-        model = _load_model(source, config, device, dtype, allow_pickle)
+        num_ranks = 1 if ranks is None else ranks.size
+        model = _load_model(source, config, device, dtype, allow_pickle, num_ranks)
     else:
         model = reward_model
         model.train(False)
@@ -162,6 +172,7 @@ class _Pool:
     backend: Backend
     kv_dtype: KvDtype
     compile_model: bool
+    ranks: Ranks | None
 
     def paged(self, model: PreTrainedModel) -> PagedModel:
         """Return the model on pages, as many as fit where none were asked for."""
@@ -171,9 +182,10 @@ class _Pool:
                 model,
                 page_size=self.page_size,
                 max_rows=self.max_rows,
-                gpu_share=_POOL_SHARE,
+                gpu_share=RM_POOL_SHARE,
                 kv_dtype=self.kv_dtype,
             )
+            num_pages = num_pages if self.ranks is None else self.ranks.smallest(num_pages)
         return PagedModel(
             model,
             num_pages=num_pages,
@@ -181,6 +193,7 @@ class _Pool:
             backend=self.backend,
             kv_dtype=self.kv_dtype,
             compile_model=self.compile_model,
+            ranks=self.ranks,
         )
 
 
@@ -225,7 +238,7 @@ def _encoder_scorer(
 def _causal_scorer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    lm_tokenizer: PreTrainedTokenizerBase,
+    lm_tokenizer: PreTrainedTokenizerBase | None,
     template: TemplateLike,
     pool: _Pool,
 ) -> Scorer:
@@ -239,7 +252,11 @@ def _causal_scorer(
         raise UnsupportedModelError(f"{error} As a reward model: {_CALLABLE_ADVICE}") from error
     paged = pool.paged(model)
     source: TokenSource
-    if not isinstance(chosen, CallableTemplate) and same_tokens(lm_tokenizer, tokenizer):
+    if (
+        lm_tokenizer is not None
+        and not isinstance(chosen, CallableTemplate)
+        and same_tokens(lm_tokenizer, tokenizer)
+    ):
         source = SharedTokens(tokenizer, chosen, rows)
     else:
         source = RetokenizedText(tokenizer, chosen)
@@ -340,6 +357,7 @@ def _load_model(
     device: torch.device | str | None,
     dtype: torch.dtype | str,
     allow_pickle: bool,
+    num_ranks: int,
 ) -> PreTrainedModel:
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
@@ -349,6 +367,7 @@ def _load_model(
             use_safetensors=None if allow_pickle else True,
             trust_remote_code=False,
             output_loading_info=True,
+            **loading_options(num_ranks),
         )
     except (OSError, ValueError, RuntimeError) as error:
         hint = "" if allow_pickle else " (only safetensors are loaded unless allow_pickle=True)"
@@ -369,7 +388,7 @@ def _load_model(
             f"reward model {source!r} has head weights that {type(model).__name__} does not read "
             f"({', '.join(unread)}): {_CALLABLE_ADVICE}"
         )
-    loaded: PreTrainedModel = model.to(device or "cpu").eval()
+    loaded: PreTrainedModel = (model if num_ranks > 1 else model.to(device or "cpu")).eval()
     return loaded
 
 

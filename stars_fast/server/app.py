@@ -10,16 +10,27 @@ from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from stars_fast.async_engine import AsyncEngine
+from stars_fast.server.answers import (
+    ChatAnswer,
+    ChatChunk,
+    CompletionAnswer,
+    CompletionChunk,
+    ModelList,
+    ModelObject,
+    State,
+)
 from stars_fast.server.errors import ApiError, add_handlers
 from stars_fast.server.guard import Guard
 from stars_fast.server.logs import log
 from stars_fast.server.metrics import Metrics
+from stars_fast.server.openapi import describe, errors, generated
 from stars_fast.server.protocol import ChatRequest, CompletionRequest
+from stars_fast.server.reference import reference
 from stars_fast.server.serving import Serving
 from stars_fast.server.settings import ServerSettings
 from stars_fast.server.shapes import ChatShape, CompletionShape
@@ -30,11 +41,12 @@ shape of OpenAI's API; a `stars` object in the body sets parameters of its own. 
 the segment that they are part of has been accepted, and never taken back.
 """
 
-#: The page needs nothing from elsewhere, and may not have it.
-_PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+#: The pages need nothing from elsewhere, and may not have it.
+_POLICY = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+}
 
 
 def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
@@ -60,7 +72,10 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
         version=version("stars-fast"),
         description=_DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,  # FastAPI's own pages load scripts from elsewhere
+        redoc_url=None,
     )
+    describe(app, (CompletionChunk, ChatChunk), needs_key=settings.api_key is not None)
     app.add_middleware(Guard, api_key=settings.api_key, max_body_bytes=settings.max_body_bytes)
     add_handlers(app)
     metrics = Metrics(engine)
@@ -68,50 +83,65 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
     created = int(time.time())
     page = files("stars_fast.server").joinpath("page.html").read_text(encoding="utf-8")
 
+    states: dict[int | str, dict[str, Any]] = {
+        status: {"model": State, "description": text}
+        for status, text in ((200, "It is well."), (503, "It is not."))
+    }
+
     def model_object() -> dict[str, Any]:
         name = settings.model_name
         return {"id": name, "object": "model", "created": created, "owned_by": "stars_fast"}
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post(
+        "/v1/completions",
+        response_model=None,
+        responses=generated(CompletionAnswer, CompletionChunk),
+    )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt or several."""
         return await serving.answer(request, body, CompletionShape())
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post(
+        "/v1/chat/completions", response_model=None, responses=generated(ChatAnswer, ChatChunk)
+    )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a chat; the model's tokenizer needs a chat template."""
         return await serving.answer(request, body, ChatShape())
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model=ModelList, responses=errors(401))
     async def models() -> dict[str, Any]:
         """Return the one model."""
         return {"object": "list", "data": [model_object()]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", response_model=ModelObject, responses=errors(401, 404))
     async def model(name: str) -> dict[str, Any]:
         """Return a model by its name."""
         if name != settings.model_name:
             raise ApiError(404, f"the model {name!r} does not exist", code="model_not_found")
         return model_object()
 
-    @app.get("/health", response_model=None)
+    @app.get("/health", response_model=None, responses=states)
     async def health() -> JSONResponse:
         """Return 200 while the engine works, 503 when it has stopped or rounds keep failing."""
         return _state(engine.healthy)
 
-    @app.get("/ready", response_model=None)
+    @app.get("/ready", response_model=None, responses=states)
     async def ready() -> JSONResponse:
         """Return 200 while requests are taken, 503 when the server drains."""
         return _state(engine.healthy and engine.accepting)
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Return the metrics as Prometheus reads them."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(reference(app.openapi()), headers=_POLICY)
+
     @app.get("/", include_in_schema=False)
     async def root() -> HTMLResponse:
-        return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
+        return HTMLResponse(page, headers=_POLICY)
 
     return app
 

@@ -162,6 +162,7 @@ class Generation:
             "index": transcript.index,
             **self._shape.delta(delta.text, first=first),
             "logprobs": self._logprobs(*tokens, before=transcript.latest.token_ids[:start]),
+            **self._token_ids(delta.token_ids),
             "finish_reason": delta.finish_reason,
             "stars": stars,
         }
@@ -207,12 +208,16 @@ class Generation:
             "index": transcript.index,
             **self._shape.choice(output.text),
             "logprobs": self._logprobs(output.token_ids, output.logprobs, before=[]),
+            **self._token_ids(output.token_ids),
             "finish_reason": output.finish_reason,
             "stars": {
                 "reward": output.reward,
                 "segments": [segment_object(s, self._engine.tokenizer) for s in output.segments],
             },
         }
+
+    def _token_ids(self, token_ids: Sequence[int]) -> dict[str, list[int]]:
+        return {"token_ids": list(token_ids)} if self._body.wants_token_ids else {}
 
     def _logprobs(
         self, token_ids: Sequence[int], logprobs: Sequence[float], *, before: Sequence[int]

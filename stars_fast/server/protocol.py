@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, model_validator
 
 from stars_fast.cli.flags import with_fields
 from stars_fast.params import StarsParams
+from stars_fast.server.openapi import RANGES, stars_schema
 
 #: Parameters of OpenAI's that cannot be honoured, with the values that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -58,24 +59,36 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
+class StarsFields(RootModel[dict[str, Any]]):
+    """Fields of `StarsParams`; each method has its own, and those of another are an error."""
+
+    model_config = ConfigDict(
+        strict=True, json_schema_extra=lambda schema: schema.update(stars_schema())
+    )
+
+
 class GenerationRequest(Strict):
     """What completions and chat completions have in common."""
 
     model: str | None = Field(None, description="The model's name; may be left out.")
-    max_tokens: int | None = Field(None, description="Tokens of a response at most.")
-    temperature: float | None = None
-    top_p: float | None = None
-    n: int | None = Field(None, description="Responses to each prompt.")
+    max_tokens: int | None = Field(
+        None, description="Tokens of a response at most.", json_schema_extra=RANGES["max_tokens"]
+    )
+    temperature: float | None = Field(None, json_schema_extra=RANGES["temperature"])
+    top_p: float | None = Field(None, json_schema_extra=RANGES["top_p"])
+    n: int | None = Field(
+        None, description="Responses to each prompt.", json_schema_extra=RANGES["n"]
+    )
     seed: int | None = Field(
         None, description="Fixes every draw; a negative number is taken modulo 2**64."
     )
-    stop: str | list[str] | None = Field(None, description="Texts that end the response.")
+    stop: str | list[str] | None = Field(
+        None, description="Texts that end the response.", json_schema_extra=RANGES["stop"]
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Logged.")
-    stars: dict[str, Any] | None = Field(
-        None, description="Fields of `StarsParams`, such as `beta` or `target_reward`."
-    )
+    stars: StarsFields | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -102,6 +115,11 @@ class GenerationRequest(Strict):
             raise ValueError("stream_options must be left out unless stream is true")
         return self
 
+    @property
+    def wants_token_ids(self) -> bool:
+        """Whether each choice has its token ids."""
+        return False
+
     def openai_values(self) -> dict[str, Any]:
         """Return the fields of `StarsParams` that OpenAI's parameters stand for."""
         values: dict[str, Any] = {
@@ -124,11 +142,19 @@ class CompletionRequest(GenerationRequest):
     logprobs: Annotated[int, Field(ge=0, le=0)] | None = Field(
         None, description="0: with the log-probability of each token. More are not kept."
     )
+    return_token_ids: bool | None = Field(
+        None, description="With `token_ids` in each choice, as vLLM has them."
+    )
 
     @property
     def wants_logprobs(self) -> bool:
         """Whether each token's log-probability is asked for."""
         return self.logprobs is not None
+
+    @property
+    def wants_token_ids(self) -> bool:
+        """Whether each choice has its token ids."""
+        return bool(self.return_token_ids)
 
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts, each to be answered `n` times.
@@ -172,7 +198,9 @@ class ChatRequest(GenerationRequest):
     """Body of ``/v1/chat/completions``."""
 
     messages: list[ChatMessage]
-    max_completion_tokens: int | None = Field(None, description="As `max_tokens`.")
+    max_completion_tokens: int | None = Field(
+        None, description="As `max_tokens`.", json_schema_extra=RANGES["max_tokens"]
+    )
     logprobs: bool | None = Field(None, description="With the log-probability of each token.")
 
     @property
@@ -211,7 +239,7 @@ def params_of(body: GenerationRequest, base: StarsParams) -> StarsParams:
         A name that is no parameter, one that is given twice, or what `StarsParams` refuses.
     """
     values = body.openai_values()
-    stars = body.stars or {}
+    stars = body.stars.root if body.stars is not None else {}
     for name in values.keys() & stars.keys():
         raise ValueError(f"{name} is given twice, in the body and in its stars object")
     return with_fields(base, {**values, **stars})

@@ -67,6 +67,20 @@ def test_lines() -> None:
     assert {len(line) for line in text if not line.endswith(("row", "ms"))} == {len(text[0])}
 
 
+def test_latency_against_load() -> None:
+    times = {"p50": 0.5, "p95": 1.5, "p99": 2.25}
+    run = {"requests": 1000, "complete": 999, "requests_per_second": 12.345,
+           "tokens_per_second": 789.4, "first_segment": times, "latency": times}  # fmt: skip
+    load = {"closed": run, "open": [{**run, "part": 0.25}], "crowd": run}
+    table = as_markdown({**RECORD, "load": load}, "load").splitlines()
+    shown = "| 1,000 | 999 | 12.3 | 789 | 500 ms | 1.5 s | 2.25 s | 500 ms | 1.5 s | 2.25 s |"
+    assert table[2:5] == [
+        f"| saturated {shown}",
+        f"| 25% of that, at random {shown}",
+        f"| all at once {shown}",
+    ]
+
+
 def test_phases_against_the_least_time() -> None:
     run = {
         "seconds": 8.0,

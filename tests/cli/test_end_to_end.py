@@ -159,7 +159,7 @@ def test_the_flags_have_the_defaults_of_the_engine() -> None:
         for name, parameter in inspect.signature(Engine).parameters.items()
         if name in args and name != "model"
     }
-    assert len(defaults) == 13
+    assert len(defaults) == 14
     assert {name: args[name] for name in defaults} == defaults
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -33,6 +34,10 @@ class ScriptedEngine:
     most: int = 0
     added: list[str] = field(default_factory=list)
     calibrated: list[Sequence[object]] = field(default_factory=list)
+    rank: int = 0
+
+    def lead(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def add_request(self, request_id: str, prompt: object, params: StarsParams) -> None:
         text = str(prompt)

@@ -201,3 +201,15 @@ def test_methods_that_need_a_reward_model_say_so() -> None:
         plain.calibrate("ab")
     (output,) = plain.generate("ab", PARAMS.with_method("vanilla"), use_tqdm=False)
     assert output.error is None
+
+
+@pytest.mark.parametrize("backend", ["pytorch", "triton"])
+def test_a_top_p_that_float32_does_not_hold_keeps_one_token(backend: Any) -> None:
+    small = Engine(letter_model(), num_pages=50, page_size=4, backend=backend)
+    params = StarsParams(method="vanilla", top_k=0, max_tokens=2, ignore_eos=True)
+    chosen = [
+        small.generate([[0, 1]], dataclasses.replace(params, **change), use_tqdm=False)[0]
+        for change in ({"top_p": 1e-60}, {"temperature": 0.0})
+    ]
+    assert chosen[0].error is None
+    assert chosen[0].outputs[0].token_ids == chosen[1].outputs[0].token_ids

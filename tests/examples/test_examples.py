@@ -15,6 +15,8 @@ EXAMPLES = sorted(FOLDER.glob("*.py"))
 _IMPORT = re.compile(r"^(?:import|from) (\w+)", re.MULTILINE)
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated.*:DeprecationWarning:ray.*")  # of its own settings
+@pytest.mark.filterwarnings("ignore:Tip. In future versions of Ray:FutureWarning")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(
     path: Path,

@@ -1,0 +1,148 @@
+"""What a served application is told: names and defaults as of ``stars-fast serve``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from stars_fast.cli.flags import with_fields
+from stars_fast.params import StarsParams
+from stars_fast.server.settings import ServerSettings
+
+#: Seconds that a replica has to end beyond what its requests have.
+_SHUTDOWN_SECONDS = 15.0
+
+
+class ServeArgs(BaseModel):
+    """Arguments of `stars_fast.cluster.serve.build_app`; text is read as what is wanted.
+
+    Fields that are not described here are flags of ``stars-fast serve``.
+    """
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model: str | None = Field(None, description="None: the demo's pair.")
+    reward_model: str | Callable[..., Any] | None = None
+    reward_template: str | None = None
+    device: str | None = None
+    reward_device: str | None = None
+    dtype: str = "auto"
+    kv_dtype: Literal["auto", "fp8"] = "auto"
+    compile_model: bool = False
+    page_size: int = 16
+    num_pages: int | None = None
+    reward_num_pages: int | None = None
+    max_rows: int = Field(256, ge=1)
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+    params: dict[str, Any] = Field(
+        default_factory=dict, description="Fields of `StarsParams`; may be JSON text."
+    )
+    seed: int = Field(0, ge=0, lt=2**64)
+    calibration_prompts: str | None = Field(None, description="File, read where this is built.")
+    calibration_quantile: float = Field(0.9, gt=0, lt=1)
+
+    served_model_name: str | None = None
+    api_key: str | None = None
+    chat_template: str | None = Field(None, description="File, read where this is built.")
+    log_prompts: bool = False
+    max_running: int | None = Field(None, ge=1)
+    max_waiting: int = Field(256, ge=0)
+    max_prompt_tokens: int | None = Field(None, ge=1)
+    max_body_bytes: int = 1 << 20
+    max_choices: int = 128
+    request_timeout: float | None = 600.0
+    drain_timeout: float = 30.0
+
+    min_replicas: int = Field(1, ge=0)
+    max_replicas: int = Field(1, ge=1)
+    target_ongoing_requests: float | None = Field(
+        None, gt=0, description="Requests of a replica to aim at; None: its `max_running`."
+    )
+    upscale_delay_s: float = Field(30.0, ge=0)
+    downscale_delay_s: float = Field(600.0, ge=0)
+    num_cpus: float = Field(1, ge=0, description="Of each replica.")
+    num_gpus: float = Field(0, ge=0, description="Of each replica; Ray hides the GPUs at 0.")
+
+    @field_validator("params", mode="before")
+    @classmethod
+    def _from_json(cls, value: object) -> object:
+        return json.loads(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> ServeArgs:
+        base = self.stars_params()
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas must be at most max_replicas, {self.max_replicas}, "
+                f"got {self.min_replicas}"
+            )
+        if self.model is None and self.reward_model is not None:
+            raise ValueError("reward_model needs model beside it")
+        if self.model is not None and self.reward_model is None and base.method != "vanilla":
+            raise ValueError(f"reward_model is needed for method {base.method!r}")
+        if base.needs_target and base.target_reward == "auto" and not self.calibration_prompts:
+            raise ValueError("params.target_reward 'auto' needs calibration_prompts")
+        self.server_settings()
+        return self
+
+    def stars_params(self) -> StarsParams:
+        """Return the parameters of a request that does not say otherwise."""
+        return with_fields(StarsParams(), self.params)
+
+    def server_settings(self) -> ServerSettings:
+        """Return what the HTTP application is told."""
+        return ServerSettings(
+            model_name=self.served_model_name or self.model or "demo",
+            params=self.stars_params(),
+            api_key=self.api_key,
+            request_timeout=self.request_timeout,
+            drain_timeout=self.drain_timeout,
+            max_body_bytes=self.max_body_bytes,
+            max_choices=self.max_choices,
+            log_prompts=self.log_prompts,
+        )
+
+    def engine_options(self) -> dict[str, Any]:
+        """Return the options of `Engine`, models and seed left out."""
+        return self.model_dump(
+            include={
+                "reward_template",
+                "device",
+                "reward_device",
+                "dtype",
+                "kv_dtype",
+                "compile_model",
+                "page_size",
+                "num_pages",
+                "reward_num_pages",
+                "max_rows",
+                "trust_remote_code",
+                "allow_pickle",
+            }
+        )
+
+    def deployment_options(self) -> dict[str, Any]:
+        """Return the options of `ray.serve.deployment`.
+
+        A replica is sent as many requests as its engine takes; the others wait in Ray's proxies.
+        Autoscaling aims at `target_ongoing_requests` for each replica, those in the proxies
+        included.
+        """
+        running = self.max_running or self.max_rows
+        return {
+            "max_ongoing_requests": running + self.max_waiting,
+            "autoscaling_config": {
+                "min_replicas": self.min_replicas,
+                "max_replicas": self.max_replicas,
+                "target_ongoing_requests": self.target_ongoing_requests or running,
+                "upscale_delay_s": self.upscale_delay_s,
+                "downscale_delay_s": self.downscale_delay_s,
+            },
+            "graceful_shutdown_timeout_s": self.drain_timeout + _SHUTDOWN_SECONDS,
+            "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
+        }

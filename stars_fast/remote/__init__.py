@@ -1,0 +1,16 @@
+"""STARS over a server of completions that is not ours: vLLM, SGLang, llama.cpp and the like.
+
+Needs the extra ``remote``. Terms:
+
+call
+    One HTTP request for one segment, or for the segments of several candidates.
+server
+    What answers the calls, with the parameters that it takes beside OpenAI's.
+"""
+
+from stars_fast.remote.engine import RemoteEngine
+from stars_fast.remote.http import RemoteError
+from stars_fast.remote.rewards import RemoteReward
+from stars_fast.remote.servers import SERVERS, Server
+
+__all__ = ["SERVERS", "RemoteEngine", "RemoteError", "RemoteReward", "Server"]

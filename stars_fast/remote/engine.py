@@ -1,0 +1,346 @@
+"""The engine whose language model is at a server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from random import SystemRandom
+from typing import Any, NoReturn, cast
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from stars_fast import _core
+from stars_fast.clock import PhaseClock
+from stars_fast.engine import Engine
+from stars_fast.errors import ModelLoadError
+from stars_fast.loop import PHASES, Loop
+from stars_fast.models.paged import PagedModel
+from stars_fast.models.parameters import multiplied_parameters
+from stars_fast.outputs import CompletionOutput, RequestOutput
+from stars_fast.params import StarsParams
+from stars_fast.prompts import PromptReader
+from stars_fast.remote.completions import Completions
+from stars_fast.remote.drafter import RemoteDrafter
+from stars_fast.remote.history import History, TextHistory, TokenHistory
+from stars_fast.remote.http import Endpoint, RemoteError
+from stars_fast.remote.prompts import TextPromptReader
+from stars_fast.remote.servers import find_server
+from stars_fast.requests import Request
+from stars_fast.rewards.load import RewardModelLike, load_scorer
+from stars_fast.rewards.persona import Persona
+from stars_fast.rewards.text import TemplateLike
+
+#: Those that need no more of a segment than its text and its number of tokens.
+METHODS = ("stars", "vanilla", "rejection", "best_of_n", "smc", "speculative_rejection")
+
+#: The scheduler counts the pages of a cache that is not here: 16384 tokens a row.
+_PAGE_SIZE = 256
+_PAGES_PER_ROW = 64
+
+
+class RemoteEngine(Engine):
+    """`Engine` with the language model at a server of OpenAI's completions.
+
+    The server draws segments, with ``max_tokens`` of their length; the scheduler, the accept tests
+    and the reward model are here. Everything else is as `Engine` has it: `generate`, `calibrate`,
+    `add_request`, `step`, `abort`, `score`, and `AsyncEngine` on top.
+
+    Methods: ``stars`` with each acceptance, ``vanilla``, ``rejection``, ``best_of_n``, ``smc`` and
+    ``speculative_rejection``; segments end by length.
+
+    Parameters
+    ----------
+    base_url
+        Such as ``http://127.0.0.1:8000/v1``.
+    model
+        Its name there; None: the only one that the server has.
+    reward_model
+        As `Engine` takes it, but for a `Persona`; or a `RemoteReward`.
+    server
+        What the server is, one of `SERVERS`; ``"auto"``: what its ``/models`` says.
+    tokenizer
+        The language model's, or its directory or hub id. With one, and a server that tells the ids
+        of tokens (vLLM, ``stars-fast serve``), a response is known by its tokens, and what is drawn
+        has the law that it has with `Engine`. Otherwise it is known by its text, which the server
+        tokenises again for each segment, and `CompletionOutput.token_ids` stay empty; a tokenizer
+        then writes chat messages as text.
+    api_key
+        Sent as a bearer token; None: none is sent.
+    max_concurrency
+        Calls under way at once, at least 1.
+    timeout, retries
+        Of a call, see `stars_fast.remote.http.Endpoint`. A request whose call fails after that ends
+        with `RequestOutput.error`, and harms no other.
+    seed
+        Each call is sent a seed that follows from this, the request, the position and the attempt,
+        and draws one candidate: runs are repeatable where the server's draws are. None: one call
+        draws all candidates of a response (``n``), without a seed, where a response is known by
+        its tokens and the request has no seed.
+    max_rows
+        Candidates drawn in one round at most, and requests that run at once.
+    overlap_scoring
+        Draw for one half of the requests while the other half is scored, on a thread of its own.
+    extra_body
+        Put over the body of every call.
+    reward_template, reward_tokenizer, reward_device, reward_num_pages, dtype, allow_pickle
+        Of the reward model, see `Engine`; its device is the GPU if there is one.
+    trust_remote_code
+        For tokenizers.
+
+    Raises
+    ------
+    ValueError
+        A parameter is out of range, or it cannot be told what the server is.
+    RemoteError
+        The server cannot be asked for its models.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str | None = None,
+        reward_model: RewardModelLike | None = None,
+        *,
+        server: str = "auto",
+        tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
+        api_key: str | None = None,
+        max_concurrency: int = 64,
+        timeout: float = 600.0,
+        retries: int = 4,
+        seed: int | None = 0,
+        max_rows: int = 256,
+        overlap_scoring: bool = True,
+        extra_body: Mapping[str, Any] | None = None,
+        reward_template: TemplateLike = None,
+        reward_tokenizer: PreTrainedTokenizerBase | None = None,
+        reward_device: str | torch.device | None = None,
+        reward_num_pages: int | None = None,
+        dtype: str | torch.dtype = "auto",
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
+    ) -> None:
+        # Not the constructor of Engine: what it loads is at the server.
+        if max_rows < 1:
+            raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+        if seed is not None and not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be None or in [0, 2**64), got {seed}")
+        if isinstance(reward_model, Persona):
+            raise ValueError("reward_model must not be a Persona: the judging model is not here")
+        if isinstance(tokenizer, str | os.PathLike):
+            tokenizer = _load_tokenizer(os.fspath(tokenizer), trust_remote_code)
+        self.tokenizer = tokenizer
+        self._endpoint = Endpoint(
+            base_url,
+            api_key=api_key,
+            timeout=timeout,
+            retries=retries,
+            max_connections=max_concurrency,
+        )
+        try:
+            models = _models(self._endpoint) if server == "auto" or model is None else []
+            self._server = find_server(server, models)
+            #: Name of the language model at the server.
+            self.model_name = model if model is not None else _only(models)
+            self._scorer = None
+            # By its tokens, or by its text.
+            by_tokens = tokenizer is not None and self._server.token_ids
+            if reward_model is not None:
+                self._scorer = load_scorer(
+                    reward_model,
+                    lm_tokenizer=tokenizer if by_tokens else None,
+                    texts_only=not by_tokens,
+                    reward_tokenizer=reward_tokenizer,
+                    device=reward_device or ("cuda" if torch.cuda.is_available() else "cpu"),
+                    dtype=dtype,
+                    template=reward_template,
+                    num_pages=reward_num_pages,
+                    max_rows=max_rows,
+                    trust_remote_code=trust_remote_code,
+                    allow_pickle=allow_pickle,
+                )
+        except BaseException:
+            self._endpoint.close()
+            raise
+        self._history: History
+        if by_tokens:
+            assert tokenizer is not None
+            self._history = TokenHistory(tokenizer)
+            self._reader = PromptReader(tokenizer, len(tokenizer), None)
+            texts = tokenizer
+        else:
+            self._history = TextHistory(counts_end=self._server.counts_end)
+            self._reader = TextPromptReader(tokenizer)
+            texts = cast(PreTrainedTokenizerBase, self._history.texts)  # its decode is all it has
+        self._by_tokens = by_tokens
+        completions = Completions(
+            self._endpoint,
+            self._server,
+            self.model_name,
+            with_ids=by_tokens,
+            extra_body=extra_body or {},
+        )
+        self._drafter = RemoteDrafter(
+            completions,
+            self._history,
+            self._request_of,
+            max_concurrency=max_concurrency,
+            # A segment that ends within a character is drawn again, with the same seed.
+            seeded=seed is not None or not by_tokens,
+        )
+        self._scheduler = _core.Scheduler(
+            num_pages=1 + _PAGES_PER_ROW * max_rows,
+            page_size=_PAGE_SIZE,
+            max_rows=max_rows,
+            max_prefill_tokens=2**30,
+            prefix_caching=False,
+            fixed_cost_rows=float(max_concurrency),
+            lanes=2 if overlap_scoring else 1,
+        )
+        self._clock = PhaseClock(PHASES)
+        self._lm = cast(PagedModel, _NoPages())
+        self._loop = Loop(
+            self._lm,
+            self._drafter,
+            self._scheduler,
+            self._scorer,
+            texts,
+            self._clock,
+            overlap=overlap_scoring,
+        )
+        end = None if tokenizer is None else tokenizer.eos_token_id
+        self._eos_ids = () if end is None else (int(end),)
+        self._max_rows = max_rows
+        self._seed = SystemRandom().getrandbits(64) if seed is None else seed
+        self._num_seeded = 0
+        self._requests = {}
+        self._owners = {}
+        self.calibration = None
+
+    @classmethod
+    def demo(cls, **options: Any) -> NoReturn:
+        """Raise TypeError: a server has its own model."""
+        raise TypeError("RemoteEngine has no demo: run `stars-fast serve` and give its address")
+
+    def step(self) -> list[RequestOutput]:
+        """Run one round, see `Engine.step`."""
+        return [self._shown(output) for output in super().step()]
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Stop a request, see `Engine.abort`; a call under way is not called back."""
+        output = super().abort(request_id)
+        return None if output is None else self._shown(output)
+
+    def stats(self) -> dict[str, float]:
+        """Return counters as `Engine.stats` does.
+
+        Pages are those of no cache, ``lm_calls`` are calls of rounds. Besides: ``http_calls`` and
+        ``http_retries``, of the language model's endpoint, and ``cut_characters``, segments that
+        lost bytes of an incomplete character.
+        """
+        return {
+            **super().stats(),
+            **self._endpoint.stats(),
+            "cut_characters": self._drafter.cut_characters,
+        }
+
+    def num_parameters(self) -> dict[str, int]:
+        """Return the weights of the reward model as `Engine` does; ``"lm"`` is 0, not known."""
+        reward = None if self._scorer is None else self._scorer.module
+        return {"lm": 0, "rm": 0 if reward is None else multiplied_parameters(reward)}
+
+    def close(self) -> None:
+        """Close the connections; unfinished requests cannot go on."""
+        self._drafter.close()
+        self._endpoint.close()
+
+    def __enter__(self) -> RemoteEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _request_of(self, handle: int) -> Request:
+        return self._owners[handle]
+
+    def _resolve(self, params: StarsParams) -> StarsParams:
+        """Check the parameters against the server, then as `Engine` does."""
+        if params.method not in METHODS:
+            raise ValueError(
+                f"method must be one of {', '.join(map(repr, METHODS))} with RemoteEngine, got "
+                f"{params.method!r}: it needs more of the model than texts"
+            )
+        if params.segment_end != "length":
+            raise ValueError(
+                f"segment_end must be 'length' with RemoteEngine, got {params.segment_end!r}: a "
+                "server ends a segment by its number of tokens"
+            )
+        if params.trace and not self._by_tokens:
+            raise ValueError(
+                "trace needs token ids: a server that tells them, and RemoteEngine(tokenizer=...)"
+            )
+        if params.ignore_eos and not self._by_tokens:
+            raise ValueError(
+                "ignore_eos needs token ids, for texts go on without special tokens: a server that "
+                "tells them, and RemoteEngine(tokenizer=...)"
+            )
+        self._server.check(params)
+        # Stop texts are found in texts, whatever made them.
+        return replace(super()._resolve(replace(params, stop=None)), stop=params.stop)
+
+    def _drop(self, request: Request) -> None:
+        super()._drop(request)
+        self._history.forget(request.request_id)
+
+    def _shown(self, output: RequestOutput) -> RequestOutput:
+        """Leave out what is not known: log-probabilities, and ids that stand for texts."""
+        if self._by_tokens:
+            outputs = [replace(one, logprobs=[]) for one in output.outputs]
+            return replace(output, outputs=outputs)
+        texts: list[CompletionOutput] = [
+            replace(one, token_ids=[], logprobs=[]) for one in output.outputs
+        ]
+        return replace(output, prompt_token_ids=[], outputs=texts)
+
+
+class _NoPages:
+    """What rounds and engine ask of a model on pages, where there are none."""
+
+    device = torch.device("cpu")
+    vocab_size = 2**31
+    max_length = None
+    copied_bytes = 0
+
+    def copy_pages(self, *_: object) -> None:
+        """Do nothing: forks are the server's prefix cache."""
+
+    def prefill(self, *_: object) -> None:
+        """Do nothing: the server prefills."""
+
+
+def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"tokenizer {source!r}: {error}") from error
+    return loaded
+
+
+def _models(endpoint: Endpoint) -> list[dict[str, Any]]:
+    answer = endpoint.get("/models")
+    data = answer.get("data") if isinstance(answer, dict) else None
+    if not isinstance(data, list):
+        raise RemoteError(f"{endpoint.url}/models: the answer has no list of models")
+    return [model for model in data if isinstance(model, dict)]
+
+
+def _only(models: Sequence[Mapping[str, Any]]) -> str:
+    names = [str(model.get("id")) for model in models]
+    if len(names) != 1:
+        raise ValueError(
+            f"model must be given: the server has {len(names)} models ({', '.join(names[:8])})"
+        )
+    return names[0]

@@ -1,0 +1,50 @@
+"""Prompts for a server that takes text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from transformers import PreTrainedTokenizerBase
+
+from stars_fast.prompts import PromptLike, PromptReader
+from stars_fast.rewards.base import Prompt
+from stars_fast.rewards.tokens import TextEncoder
+
+
+class TextPromptReader(PromptReader):
+    """Reads prompts as texts.
+
+    Parameters
+    ----------
+    tokenizer
+        Writes chat messages and token ids as text; None: prompts must be text.
+    """
+
+    #: The rounds want a token to begin with.
+    NO_IDS = (0,)
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        super().__init__(tokenizer, 0 if tokenizer is None else len(tokenizer), None)
+        self._chat = None if tokenizer is None else TextEncoder(tokenizer, add_special_tokens=True)
+
+    def read(self, prompt: PromptLike, max_tokens: int) -> Prompt:
+        """Return the prompt with its text.
+
+        A chat template may write the token that begins a text; the server adds one itself.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If it is empty or malformed, or needs a tokenizer and there is none.
+        """
+        if isinstance(prompt, str):
+            if not prompt:
+                raise ValueError("prompt is empty: give text")
+            return Prompt(prompt, list(self.NO_IDS), None)
+        if self._chat is None:
+            raise ValueError(
+                "prompt must be text, or RemoteEngine needs tokenizer= to write chat messages and "
+                f"token ids as text, got {type(prompt).__name__}"
+            )
+        read = super().read(prompt, max_tokens)
+        return replace(read, text=self._chat.single_bos(read.text), token_ids=list(self.NO_IDS))

@@ -1,0 +1,150 @@
+"""What the servers of completions take and tell beside OpenAI's parameters.
+
+A parameter that a server does not take is an error before any call, never dropped: it would change
+the distribution. Every parameter that a server takes is sent, for its own defaults are others, and
+may come from the model's ``generation_config.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stars_fast.params import StarsParams
+
+#: Parameters that not every server takes, with the value that asks for nothing.
+_OFF: dict[str, object] = {"top_k": 0, "min_p": 0.0, "ignore_eos": False, "stop_token_ids": None}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A kind of server.
+
+    Attributes
+    ----------
+    name
+        As `RemoteEngine` takes it.
+    takes
+        Of ``top_k``, ``min_p``, ``ignore_eos`` and ``stop_token_ids``.
+    where
+        How the parameters beside OpenAI's are sent: in the ``"body"``, in its ``"stars"`` object,
+        or as a ``"generation_config"`` of transformers.
+    no_top_k
+        What stands for no `top_k`.
+    extra
+        Sent with every call: it turns defaults off that would change the distribution.
+    token_ids
+        It continues token ids, and tells those that it drew if ``return_token_ids`` asks for them.
+    counts_end
+        Its ``usage`` counts the end-of-sequence token.
+    """
+
+    name: str
+    takes: frozenset[str]
+    where: Literal["body", "stars", "generation_config"] = "body"
+    no_top_k: int = 0
+    extra: tuple[tuple[str, Any], ...] = ()
+    token_ids: bool = False
+    counts_end: bool = True
+
+    def check(self, params: StarsParams) -> None:
+        """Refuse parameters that the server does not take.
+
+        Raises
+        ------
+        ValueError
+            Naming the first of them.
+        """
+        for name, off in _OFF.items():
+            value = getattr(params, name)
+            if name not in self.takes and value != off:
+                raise ValueError(
+                    f"{name} must be {off!r} with server={self.name!r}, which does not take it, "
+                    f"got {value!r}"
+                )
+
+    def sampling(self, params: StarsParams) -> dict[str, Any]:
+        """Return the part of a call's body that says how tokens are drawn."""
+        own: dict[str, Any] = {}
+        if "top_k" in self.takes:
+            own["top_k"] = params.top_k or self.no_top_k
+        if "min_p" in self.takes:
+            own["min_p"] = params.min_p
+        if "ignore_eos" in self.takes:
+            own["ignore_eos"] = params.ignore_eos
+        if "stop_token_ids" in self.takes and params.stop_token_ids:
+            own["stop_token_ids"] = list(params.stop_token_ids)
+        shared = {"temperature": params.temperature, "top_p": params.top_p}
+        if self.where == "stars":
+            return {**shared, "stars": {"method": "vanilla", **own}}
+        if self.where == "generation_config":
+            # It replaces the model's own, which may well say that nothing is sampled.
+            draws = {"do_sample": True, **shared, **own}
+            greedy = {"do_sample": False}
+            return {
+                "generation_config": json.dumps(draws if params.temperature else greedy),
+                **dict(self.extra),
+            }
+        return {**shared, **own, **dict(self.extra)}
+
+
+_ALL = frozenset(_OFF)
+
+#: By name.
+SERVERS: dict[str, Server] = {
+    server.name: server
+    for server in (
+        Server("vllm", _ALL, no_top_k=-1, extra=(("repetition_penalty", 1.0),), token_ids=True),
+        Server("sglang", _ALL, no_top_k=-1, extra=(("repetition_penalty", 1.0),)),
+        Server(
+            "llama.cpp",
+            frozenset({"top_k", "min_p"}),
+            extra=(("repeat_penalty", 1.0),),
+            counts_end=False,
+        ),
+        Server("transformers", frozenset({"top_k", "min_p"}), where="generation_config"),
+        Server("stars_fast", _ALL, where="stars", token_ids=True),
+        Server("openai", frozenset()),
+    )
+}
+
+#: What the servers' ``/models`` says of who owns a model.
+_OWNERS = {
+    "vllm": "vllm",
+    "sglang": "sglang",
+    "llamacpp": "llama.cpp",
+    "me": "llama.cpp",  # llama-cpp-python
+    "stars_fast": "stars_fast",
+}
+
+
+def find_server(name: str, models: list[dict[str, Any]]) -> Server:
+    """Return the server of a name, or for ``"auto"`` the one that `models` gives away.
+
+    Parameters
+    ----------
+    name
+        One of `SERVERS`, or ``"auto"``.
+    models
+        The ``data`` of its ``/models``.
+
+    Raises
+    ------
+    ValueError
+        There is no such server, or it cannot be told.
+    """
+    if name != "auto":
+        if name not in SERVERS:
+            known = ", ".join(map(repr, SERVERS))
+            raise ValueError(f"server must be 'auto' or one of {known}, got {name!r}")
+        return SERVERS[name]
+    owners = {str(model.get("owned_by")) for model in models}
+    found = {_OWNERS[owner] for owner in owners if owner in _OWNERS}
+    if len(found) != 1:
+        raise ValueError(
+            f"server='auto': /models does not tell what the server is (owned_by: "
+            f"{', '.join(sorted(owners)) or 'no model'}); pass server= one of "
+            f"{', '.join(map(repr, SERVERS))}"
+        )
+    return SERVERS[found.pop()]

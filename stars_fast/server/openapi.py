@@ -1,0 +1,143 @@
+"""The description of the API (OpenAPI): which answers there are, and the key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from http import HTTPStatus
+from typing import Any, get_type_hints
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel, TypeAdapter
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
+
+from stars_fast.cli.flags import field_texts
+from stars_fast.params import StarsParams
+from stars_fast.server.answers import ErrorAnswer
+
+_COUNT: dict[str, Any] = {"minimum": 1, "maximum": 2**30}
+_PART: dict[str, Any] = {"minimum": 0, "maximum": 1}
+
+#: What `StarsParams` checks, as JSON Schema has it.
+RANGES: dict[str, dict[str, Any]] = {
+    "segment_length": _COUNT,
+    "max_attempts": _COUNT,
+    "candidates": _COUNT,
+    "max_tokens": _COUNT,
+    "n": _COUNT,
+    "min_segment_length": _COUNT,
+    "beta": {"exclusiveMinimum": 0},
+    "alpha": _PART,
+    "temperature": {"minimum": 0},
+    "top_k": {"minimum": 0, "maximum": 2**30},
+    "top_p": {"exclusiveMinimum": 0, "maximum": 1},
+    "min_p": _PART,
+    "seed": {"minimum": 0, "exclusiveMaximum": 2**64},
+    "stop": {"minLength": 1},
+    "entropy_threshold": {"minimum": 0},
+    "reward_weight": {"minimum": 0},
+    "rejection_rate": {"minimum": 0, "exclusiveMaximum": 1},
+    "ess_threshold": _PART,
+}
+
+_ERRORS = {
+    400: "The request cannot be honoured; `param` says why.",
+    401: "The API key is missing or wrong.",
+    404: "There is no such model.",
+    413: "The body is too long.",
+    429: "The queue is full; `Retry-After` says when to come again.",
+    500: "The request failed, for instance in its reward function.",
+    503: "The server stops.",
+    504: "Not finished in time.",
+}
+
+_KEY = "api_key"
+_REF = "#/components/schemas/{model}"
+
+#: Of `field_texts`: fields that share a description.
+_REFERENCE = re.compile(r"^See --(\w+)\.$")
+
+
+def stars_schema() -> dict[str, Any]:
+    """Return the JSON Schema of the ``stars`` object: each field of `StarsParams`."""
+    hints = get_type_hints(StarsParams)
+    texts = field_texts(StarsParams.__doc__ or "")
+    properties = {
+        field.name: {
+            **TypeAdapter(hints[field.name]).json_schema(),
+            **RANGES.get(field.name, {}),
+            "description": _REFERENCE.sub(r"See `\1`.", texts.get(field.name, "")),
+        }
+        for field in fields(StarsParams)
+    }
+    return {"properties": properties, "additionalProperties": False}
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the ``responses`` of a route for some of the errors that the server has."""
+    return {status: {"model": ErrorAnswer, "description": _ERRORS[status]} for status in statuses}
+
+
+def generated(whole: type[BaseModel], chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """Return the ``responses`` of a route that generates: `whole`, or a stream of `chunk`."""
+    bodies = [{"$ref": _REF.format(model=model.__name__)} for model in (chunk, ErrorAnswer)]
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": bodies},
+    }
+    event = {
+        "type": "object",
+        "required": ["data"],
+        "properties": {"data": {"anyOf": [data, {"const": "[DONE]"}]}},
+    }
+    stream = {"text/event-stream": {"itemSchema": event}}
+    good = {
+        "model": whole,
+        "content": stream,
+        "description": "The whole response; with `stream`, an event for each accepted segment, "
+        "an error among them where one occurs, and `[DONE]` as the last.",
+    }
+    return {200: good, **errors(400, 401, 404, 413, 429, 500, 503, 504)}
+
+
+def describe(app: FastAPI, chunks: Sequence[type[BaseModel]], *, needs_key: bool) -> None:
+    """Have the app describe itself as it is.
+
+    FastAPI's own description lacks the key, which is asked for before FastAPI sees the request, and
+    `chunks`, the events of its streams; and it has a 422 that is a 400 here.
+    """
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(
+                title=app.title,
+                version=app.version,
+                description=app.description,
+                routes=app.routes,
+            )
+            for path, operations in schema["paths"].items():
+                for operation in operations.values():
+                    operation["responses"].pop(str(HTTPStatus.UNPROCESSABLE_ENTITY.value), None)
+                    if path.startswith("/v1"):
+                        operation["security"] = [{_KEY: []}] if needs_key else [{}, {_KEY: []}]
+            components = schema["components"]
+            for unused in ("HTTPValidationError", "ValidationError"):
+                components["schemas"].pop(unused, None)
+            mode: JsonSchemaMode = "serialization"
+            events = [(chunk, mode) for chunk in chunks]
+            _, events_schema = models_json_schema(events, ref_template=_REF)
+            components["schemas"] |= events_schema["$defs"]
+            components["securitySchemes"] = {
+                _KEY: {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "The key that the server was started with, if it was with one.",
+                }
+            }
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

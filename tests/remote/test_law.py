@@ -1,0 +1,79 @@
+"""Responses drawn by calls follow the closed form of STARS, by tokens and by text."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("httpx", reason="needs httpx, of the extra remote")
+
+from helpers.letter_law import (
+    EOS,
+    PROMPT,
+    Law,
+    Tokens,
+    first_to_pass,
+    law_of,
+    model_law,
+    p_value,
+    reward_of,
+    segments,
+    text,
+)
+from helpers.tiny_lm import LETTERS
+
+from stars_fast import StarsParams
+
+REQUESTS = 500
+PARAMS = StarsParams(
+    segment_length=2,
+    max_tokens=4,
+    max_attempts=3,
+    target_reward=0.5,
+    alpha=0.7,
+    beta=0.3,
+    temperature=1.0,
+    top_k=0,
+)
+
+
+def closed_form(params: StarsParams) -> Law:
+    target, total = float(params.target_reward or 0), params.max_tokens
+    start = (1 - params.alpha) * reward_of("") + params.alpha * target
+
+    def step(done: Tokens) -> Law:
+        table = []
+        for segment, p in segments(done, min(params.segment_length, total - len(done))):
+            whole = done + segment
+            reward = reward_of(text(whole))
+            tau = min(target, start + (target - start) * len(whole) / total)
+            table.append((whole, p, reward, min(1.0, math.exp((reward - tau) / params.beta))))
+        return first_to_pass(table, params.max_attempts)
+
+    return law_of(step, total)
+
+
+def response_of(output: Any) -> Tokens:
+    """The tokens, from text and finish reason alone: without an end the four letters are all."""
+    assert output.error is None
+    (completion,) = output.outputs
+    ends = (EOS,) if completion.finish_reason == "stop" else ()
+    return tuple(LETTERS.index(letter) for letter in completion.text) + ends
+
+
+@pytest.mark.parametrize("tokens", [True, False], ids=["tokens", "text"])
+def test_matches_closed_form(connect: Any, tokens: bool) -> None:
+    engine = connect(tokens=tokens, seed=0)
+    outputs = engine.generate([PROMPT] * REQUESTS, replace(PARAMS, candidates=2), use_tqdm=False)
+    counts = Counter(response_of(output) for output in outputs)
+    if tokens:
+        assert counts == Counter(tuple(output.outputs[0].token_ids) for output in outputs)
+    assert p_value(counts, closed_form(PARAMS)) > 1e-3
+    # And not that of a slightly different algorithm.
+    for other in ({"max_attempts": 1}, {"beta": 1.0}, {"target_reward": 1.2}):
+        assert p_value(counts, closed_form(replace(PARAMS, **other))) < 1e-3, other
+    assert p_value(counts, model_law(PARAMS.max_tokens)) < 1e-9
