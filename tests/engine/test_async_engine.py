@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from helpers.gate import Gate
 from helpers.outputs import same
 from helpers.tiny_lm import letter_model, letter_tokenizer
 
@@ -29,22 +30,6 @@ PARAMS = StarsParams(
     ignore_eos=True,
 )
 LONG = dataclasses.replace(PARAMS.with_method("vanilla"), max_tokens=80)
-
-
-class Gate:
-    """A reward function that waits where a test says so, and raises for prompts of c."""
-
-    def __init__(self) -> None:
-        self.open = threading.Event()
-        self.open.set()
-        self.calls = 0
-
-    def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
-        self.calls += 1
-        assert self.open.wait(20)
-        if any(prompt.startswith("c") for prompt in prompts):
-            raise RuntimeError("no reward for c")
-        return [float(text.count("a") - text.count("b")) / 2 for text in responses]
 
 
 def new_engine(reward: Any = None) -> Engine:

@@ -5,9 +5,6 @@ Import it after the packages of the extras server and test were found to be inst
 
 from __future__ import annotations
 
-import asyncio
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,12 +13,13 @@ from typing import Any
 
 import httpx
 import openai
-import uvicorn
+from helpers.gate import Gate
 from helpers.tiny_lm import letter_model, letter_tokenizer
 
 from stars_fast import Engine, StarsParams
 from stars_fast.async_engine import AsyncEngine
-from stars_fast.server import ServerSettings, create_app
+from stars_fast.benchmarks.server_thread import server_thread
+from stars_fast.server import ServerSettings
 
 PARAMS = StarsParams(
     segment_length=4,
@@ -32,25 +30,6 @@ PARAMS = StarsParams(
     top_k=0,
     ignore_eos=True,
 )
-
-
-class Gate:
-    """A reward function that waits where a test says so, and raises for prompts of c."""
-
-    def __init__(self) -> None:
-        self.open = threading.Event()
-        self.open.set()
-        self.calls = 0
-
-    def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
-        return self.reward(prompts, responses)
-
-    def reward(self, prompts: list[str], responses: list[str]) -> list[float]:
-        self.calls += 1
-        assert self.open.wait(20)
-        if any(prompt.startswith("c") for prompt in prompts):
-            raise RuntimeError("no reward for c")
-        return [float(text.count("a") - text.count("b")) / 2 for text in responses]
 
 
 @dataclass
@@ -85,25 +64,14 @@ def serving(
     engine: Engine, gate: Gate, settings: ServerSettings | None = None, **options: Any
 ) -> Iterator[Served]:
     running = AsyncEngine(engine, **options)
-    app = create_app(running, settings or ServerSettings("letters", PARAMS))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
-        thread.start()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with server_thread(running, settings or ServerSettings("letters", PARAMS)) as url:
         served = Served(url, running, gate)
         try:
-            until(lambda: server.started)
             yield served
         finally:
             gate.open.set()
             for client in served.clients:
                 client.close()
-            server.should_exit = True
-            thread.join(30)
-            assert not thread.is_alive()
-            running.close(20)
 
 
 def until(condition: Callable[[], object]) -> None:
