@@ -50,7 +50,7 @@ def main() -> int:
     """Serve until SIGTERM."""
     engine = Engine(str(demo.model_dir()), Faulty(), num_pages=1000, max_rows=64)
     params = StarsParams(
-        segment_length=8, max_tokens=24, max_attempts=4, target_reward=0.8, beta=0.1
+        segment_length=8, max_tokens=24, max_attempts=4, target_reward=0.8, beta=0.1, candidates=1
     )
     settings = ServerSettings(
         "faulty",
