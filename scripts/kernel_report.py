@@ -1,6 +1,6 @@
 """Compile every form of every kernel for every architecture, and print what each takes.
 
-    python scripts/kernel_report.py [--only TEXT] [--skip TEXT ...] [--json FILE]
+    python scripts/kernel_report.py [--only TEXT] [--skip TEXT ...] [--arch 90 ...] [--json FILE]
 
 Needs no GPU. Exits with 1 if a form spills registers to memory or takes more shared memory than
 the architecture has.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from stars_fast.kernels.aot import SHARED_LIMIT, Resources, Variant, resources
+from stars_fast.kernels.aot import ARCHITECTURES, SHARED_LIMIT, Resources, Variant, resources
 
 MODULES = ("philox", "pages", "sample", "attention")
 VARIANTS: list[Variant] = [
@@ -36,13 +36,16 @@ def main() -> int:
     parser.add_argument(
         "--skip", nargs="*", default=[], help="no forms whose name has one of these"
     )
+    parser.add_argument("--arch", nargs="*", type=int, choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--json", type=Path, help="also write the rows to a file")
     options = parser.parse_args()
     jobs = [
         (number, capability)
         for number, variant in enumerate(VARIANTS)
         for capability in variant.capabilities
-        if options.only in variant.name and not any(x in variant.name for x in options.skip)
+        if capability in options.arch
+        and options.only in variant.name
+        and not any(x in variant.name for x in options.skip)
     ]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         done = list(tqdm(pool.map(_resources, jobs), total=len(jobs), unit="form"))
