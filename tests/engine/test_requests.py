@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.outputs import same
-from helpers.tiny_architectures import MAX_LENGTH, tiny_lm
+from helpers.tiny_architectures import tiny_lm
 from helpers.tiny_lm import LETTERS, letter_model, letter_tokenizer, small_model
 from helpers.tiny_tokenizers import bpe_tokenizer
 
@@ -338,17 +338,20 @@ def test_segments_that_end_inside_a_page_are_copied(engine: Engine) -> None:
 @pytest.mark.parametrize("backend", ["pytorch", "triton"])
 def test_a_row_that_has_ended_goes_no_further_than_the_context(backend: Any) -> None:
     """Beside a longer one; learned position embeddings have no row for what lies behind."""
-    model = tiny_lm("gpt2").to("cuda" if torch.cuda.is_available() else "cpu")
+    context = 12  # and one layer of one head: the interpreter is slow
+    model = tiny_lm(
+        "gpt2", max_position_embeddings=context, num_hidden_layers=1, num_attention_heads=1
+    ).to("cuda" if torch.cuda.is_available() else "cpu")
     engine = Engine(model, backend=backend, num_pages=60, page_size=8, max_rows=4)
     params = StarsParams(method="vanilla", ignore_eos=True, seed=0, top_k=0)
     each = [
         dataclasses.replace(params, max_tokens=2, segment_length=2),
-        dataclasses.replace(params, max_tokens=6, segment_length=6),
+        dataclasses.replace(params, max_tokens=5, segment_length=5),
     ]
-    prompts = [[5] * (MAX_LENGTH - 2), [6, 7]]
+    prompts = [[5] * (context - 2), [6, 7]]
     outputs = engine.generate(prompts, each, use_tqdm=False)
     assert [output.error for output in outputs] == [None, None]
-    assert [len(output.outputs[0].token_ids) for output in outputs] == [2, 6]
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [2, 5]
 
 
 def test_what_rows_cost_leaves_out_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:

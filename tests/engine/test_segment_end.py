@@ -40,9 +40,9 @@ def levels(monkeypatch: pytest.MonkeyPatch) -> Tensor:
     return made
 
 
-def run(params: StarsParams = PARAMS, **options: Any) -> list[Any]:
-    seeds = [50 + i for i in range(len(PROMPTS))]
-    return responses_of(bpe_engine(**options), PROMPTS, params, seeds)
+def run(params: StarsParams = PARAMS, prompts: list[str] = PROMPTS, **options: Any) -> list[Any]:
+    seeds = [50 + i for i in range(len(prompts))]
+    return responses_of(bpe_engine(**options), prompts, params, seeds)
 
 
 @pytest.mark.parametrize(
@@ -96,11 +96,16 @@ def test_the_number_of_candidates_and_the_rows_beside_change_nothing() -> None:
     assert {s.end - s.start for s in even.outputs[0].segments} == {12, 4}
 
 
-def test_on_the_kernels() -> None:
-    short = dataclasses.replace(PARAMS, max_tokens=8, segment_length=4, max_attempts=2)
-    want = run(short)
-    got = run(short, backend="triton")
+def test_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    frequent = torch.where(torch.arange(400) % 3 == 0, CLAUSE, NONE)
+    monkeypatch.setattr("stars_fast.engine.border_levels", lambda *_: frequent)
+    short = dataclasses.replace(PARAMS, max_tokens=6, segment_length=3, max_attempts=2)
+    model = small_model(layers=1)  # little work for the interpreter
+    want = run(short, PROMPTS[:2], model=model)
+    got = run(short, PROMPTS[:2], model=model, backend="triton")
     assert [output.segments for output in got] == [output.segments for output in want]
+    # Borders were met.
+    assert {s.end - s.start for output in got for s in output.segments} > {3}
 
 
 def test_a_tokenizer_is_needed() -> None:

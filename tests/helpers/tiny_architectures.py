@@ -96,13 +96,18 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-def tiny_lm(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A random model of an architecture of `CONFIGS`, in eval mode.
+def tiny_lm(
+    name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
+) -> PreTrainedModel:
+    """A random model of an architecture of `CONFIGS`, with some fields changed, in eval mode.
 
     Weights are drawn large enough that attention is far from uniform, so that a wrong mask or
     position shows.
     """
-    return randomize(AutoModelForCausalLM.from_config(CONFIGS[name]()), seed=seed).to(dtype)
+    config = CONFIGS[name]()
+    for field, value in changes.items():
+        setattr(config, field, value)
+    return randomize(AutoModelForCausalLM.from_config(config), seed=seed).to(dtype)
 
 
 def randomize(model: PreTrainedModel, *, seed: int) -> PreTrainedModel:

@@ -43,14 +43,14 @@ def letter_tokenizer() -> Any:
 
 
 @cache
-def small_model(vocab_size: int = 400) -> LlamaForCausalLM:
+def small_model(vocab_size: int = 400, *, layers: int = 2) -> LlamaForCausalLM:
     """A causal LM for the tokenizer of `bpe_tokenizer(vocab_size)`, grouped-query attention."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,

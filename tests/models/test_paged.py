@@ -28,18 +28,23 @@ ROOM = 40  # longest sequence; several windows long
     ],
 )
 def test_logits_agree_with_eager_attention(name: str, backend: Backend) -> None:
-    driver = PageDriver(tiny_lm(name), page_size=4, num_pages=256, tolerance=1e-5, backend=backend)
+    window, model = WINDOW, tiny_lm(name)
+    if backend == "triton":  # the interpreter is slow: a layer of each type, and a shorter window
+        window = 3
+        mixed = ["sliding_attention", "full_attention"]
+        model = tiny_lm(name, num_hidden_layers=2, layer_types=mixed, sliding_window=window)
+    driver = PageDriver(model, page_size=4, num_pages=256, tolerance=1e-5, backend=backend)
     rng = random.Random(name)
     long, short, fresh = Sequence(), Sequence(), Sequence()
 
     # Prefill, unequal lengths; the longest passes the window several times.
-    prompts = [driver.random_tokens(rng, n) for n in (3 * WINDOW + 1, 3)]
+    prompts = [driver.random_tokens(rng, n) for n in (3 * window + 1, 3)]
     rows = driver.extend([(long, [prompts[0]]), (short, [prompts[1]])])
     driver.commit(long, rows[0], 0, len(prompts[0]))
     driver.commit(short, rows[1], 0, 3)
     driver.seal(long)
     # Decode, forked unequally, beside a sequence without any prefix; rows of unequal length.
-    candidates = [driver.random_tokens(rng, n) for n in (WINDOW + 2, 4, 6)]
+    candidates = [driver.random_tokens(rng, n) for n in (window + 2, 4, 6)]
     groups = [(long, candidates), (short, [driver.random_tokens(rng, 5)]), (fresh, [[7, 8]])]
     rows = driver.decode(groups)
     driver.commit(long, rows[0], 1, 3)
@@ -47,7 +52,7 @@ def test_logits_agree_with_eager_attention(name: str, backend: Backend) -> None:
     driver.commit(fresh, rows[2], None, 0)
     # Roll back and continue differently, on pages that others have used.
     driver.truncate(short, 2)
-    driver.truncate(long, 3 * WINDOW + 2)
+    driver.truncate(long, 3 * window + 2)
     rows = driver.decode([(long, [[9, 10], [11, 12]]), (short, [[13, 14], [15, 16]])])
     driver.commit(long, rows[0], 1, 2)
     driver.commit(short, rows[1], 0, 1)
@@ -55,7 +60,7 @@ def test_logits_agree_with_eager_attention(name: str, backend: Backend) -> None:
     rows = driver.extend([(long, [[20, 21, 22], [23]]), (short, [[24], [25, 26]])])
     for sequence, candidates_ in zip((long, short), rows, strict=True):
         driver.commit(sequence, candidates_, 0, 1)
-    for _ in range(4 if backend == "pytorch" else 1):  # the interpreter is slow
+    for _ in range(4 if backend == "pytorch" else 0):
         driver.random_step(rng, [long, short, fresh], ROOM)
     assert driver.compared > 30
 
