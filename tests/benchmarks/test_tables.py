@@ -151,7 +151,7 @@ def test_a_panel_takes_its_rows_alone_in_order() -> None:
     assert [r["name"] for r in shown] == ["requests[1]", "requests[4]"]
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/benchmarks.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/benchmarks.md", "docs/serving.md"])
 def test_tables_in_the_repository_are_those_of_the_records(name: str) -> None:
     path = ROOT / name
     text = path.read_text(encoding="utf-8")
