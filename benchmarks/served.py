@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import subprocess
-import sys
+import sysconfig
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +20,8 @@ _ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
 _START_SECONDS = 180.0
 _STOP_SECONDS = 60.0
 
-#: ``stars-fast``, by this interpreter.
-COMMAND = (
-    sys.executable,
-    "-c",
-    "from stars_fast.cli import main; raise SystemExit(main())",
-    "serve",
-)
+#: Of this interpreter's environment.
+COMMAND = (str(Path(sysconfig.get_path("scripts")) / "stars-fast"), "serve")
 
 
 @dataclass
