@@ -122,6 +122,12 @@ def many_connections() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
 
 
+def read_metrics(text: str) -> dict[str, float]:
+    """Return the values of Prometheus's text by their names, labels included."""
+    lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in lines}
+
+
 async def _serve_tasks() -> None:
     for line in sys.stdin:
         task = json.loads(line)

@@ -33,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 from stars_fast import demo
-from stars_fast.benchmarks.clients import Answer, complete, many_connections
+from stars_fast.benchmarks.clients import Answer, complete, many_connections, read_metrics
 from stars_fast.benchmarks.faulty_server import MAX_BODY_BYTES, MAX_PROMPT_TOKENS
 from stars_fast.benchmarks.flags import number
 from stars_fast.benchmarks.measure import header
@@ -42,13 +42,8 @@ from stars_fast.benchmarks.served import Served, served
 HERE = Path(__file__).resolve().parent
 #: How often each kind of request is made.
 KINDS = {"whole": 4, "stream": 6, "leave": 3, "vanish": 2, "slow": 1, "bad": 4}
-#: What the server may answer to each. 429: its queue is full; 500: no reward.
-ALLOWED = {
-    "whole": {200, 429, 500, 504},
-    "stream": {200, 429, 500, 504},
-    "leave": {200, 429, 500, 504},
-    "slow": {200, 429, 500, 504},
-}
+#: What the server may answer where a body is right. 429: its queue is full; 500: no reward.
+ALLOWED = {200, 429, 500, 504}
 _PROMPTS = [prompt[:60] for prompt in demo.prompts(8)]
 _SEEDS = 6
 #: Seconds that a client stays away when the queue was full.
@@ -180,7 +175,7 @@ class Run:
     def _judge(self, kind: str, name: str, key: tuple[str, int, int], answer: Answer) -> None:
         found = self.found
         found.statuses[kind][answer.status] += 1
-        if answer.status not in ALLOWED[kind]:
+        if answer.status not in ALLOWED:
             found.wrong.append(f"{name}: {answer.status}: {answer.error}")
             return
         if answer.error is not None:
@@ -200,7 +195,7 @@ class Run:
         deadline = time.monotonic() + 30
         while True:
             async with session.get(f"{self._server.url}/metrics") as response:
-                values = metrics(await response.text())
+                values = read_metrics(await response.text())
             names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
             busy = {name: values[f"stars:{name}"] for name in names if values[f"stars:{name}"]}
             if not busy:
@@ -209,12 +204,6 @@ class Run:
                 self.found.wrong.append(f"left behind: {busy}")
                 return
             await asyncio.sleep(0.1)
-
-
-def metrics(text: str) -> dict[str, float]:
-    """Read Prometheus's text."""
-    lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
-    return {name: float(value) for name, value in lines}
 
 
 def check_log(text: str, found: Findings) -> None:

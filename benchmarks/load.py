@@ -28,17 +28,18 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from stars_fast import demo
 from stars_fast.benchmarks.clients import Answer, complete, many_connections
 from stars_fast.benchmarks.flags import number
-from stars_fast.benchmarks.measure import header
+from stars_fast.benchmarks.measure import header, percentiles
 from stars_fast.benchmarks.served import COMMAND, Served, served
 
 HERE = Path(__file__).resolve().parent
+#: Of times, in percent.
+QUANTILES = (50, 95, 99)
 #: Of the saturation.
 PARTS = (0.25, 0.5, 0.75, 0.9, 1.1)
 
@@ -148,16 +149,9 @@ def summary(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
         "seconds": seconds,
         "requests_per_second": len(good) / seconds,
         "tokens_per_second": sum(answer.tokens for answer in good) / seconds,
-        "first_segment": percentiles([answer.chunks[0] for answer in good if answer.chunks]),
-        "latency": percentiles([answer.seconds for answer in good]),
+        "first_segment": percentiles([a.chunks[0] for a in good if a.chunks], QUANTILES),
+        "latency": percentiles([a.seconds for a in good], QUANTILES),
     }
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """Return p50, p95 and p99, in the unit of the values; empty for none."""
-    if not values:
-        return {}
-    return {f"p{q}": float(np.percentile(values, q)) for q in (50, 95, 99)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

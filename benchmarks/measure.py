@@ -137,10 +137,14 @@ def in_turn(
     return taken
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """Return the values at 20, 50 and 80 %."""
-    at = np.quantile(np.asarray(values, dtype=np.float64), [0.2, 0.5, 0.8])
-    return dict(zip(("p20", "p50", "p80"), at.tolist(), strict=True))
+def percentiles(values: Sequence[float], at: Sequence[int] = (20, 50, 80)) -> dict[str, float]:
+    """Return percentiles of values, in their unit, under names such as ``p50``.
+
+    Nothing of no values.
+    """
+    if not values:
+        return {}
+    return {f"p{q}": float(np.quantile(np.asarray(values, np.float64), q / 100)) for q in at}
 
 
 # The machine's ceilings

@@ -5,6 +5,21 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+#: Options of `Engine` that are flags, the models left out.
+ENGINE_OPTIONS = (
+    "reward_template",
+    "device",
+    "reward_device",
+    "dtype",
+    "kv_dtype",
+    "compile_model",
+    "page_size",
+    "num_pages",
+    "max_rows",
+    "trust_remote_code",
+    "allow_pickle",
+)
+
 
 def add_model_flags(parser: argparse.ArgumentParser, model: str | None = None) -> None:
     """Add flags for models and memory.
@@ -84,17 +99,4 @@ def add_tensor_parallel_flag(parser: argparse.ArgumentParser) -> None:
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of `Engine` that the flags ask for, the models left out."""
-    names = (
-        "reward_template",
-        "device",
-        "reward_device",
-        "dtype",
-        "kv_dtype",
-        "compile_model",
-        "page_size",
-        "num_pages",
-        "max_rows",
-        "trust_remote_code",
-        "allow_pickle",
-    )
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in ENGINE_OPTIONS}

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from stars_fast.cli.flags import with_fields
+from stars_fast.cli.model_flags import ENGINE_OPTIONS
 from stars_fast.params import StarsParams
 from stars_fast.server.settings import ServerSettings
 
@@ -109,22 +110,7 @@ class ServeArgs(BaseModel):
 
     def engine_options(self) -> dict[str, Any]:
         """Return the options of `Engine`, models and seed left out."""
-        return self.model_dump(
-            include={
-                "reward_template",
-                "device",
-                "reward_device",
-                "dtype",
-                "kv_dtype",
-                "compile_model",
-                "page_size",
-                "num_pages",
-                "reward_num_pages",
-                "max_rows",
-                "trust_remote_code",
-                "allow_pickle",
-            }
-        )
+        return self.model_dump(include={*ENGINE_OPTIONS, "reward_num_pages"})
 
     def deployment_options(self) -> dict[str, Any]:
         """Return the options of `ray.serve.deployment`.

@@ -18,6 +18,7 @@ from helpers.tiny_lm import letter_model, letter_tokenizer
 
 from stars_fast import Engine, StarsParams
 from stars_fast.async_engine import AsyncEngine
+from stars_fast.benchmarks.clients import read_metrics
 from stars_fast.benchmarks.server_thread import server_thread
 from stars_fast.server import ServerSettings
 
@@ -50,9 +51,7 @@ class Served:
         return httpx.post(self.url + path, json=body, timeout=60)
 
     def metrics(self) -> dict[str, float]:
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
-        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-        return {name: float(value) for name, value in pairs}
+        return read_metrics(httpx.get(f"{self.url}/metrics").text)
 
     def idle(self) -> bool:
         busy = self.engine.num_running + self.engine.num_waiting
