@@ -249,13 +249,24 @@ class Ranks:
 
     def _broadcast(self, value: _T, group: Any) -> _T:  # noqa: ANN401 - torch's own type is private
         box = [value]
-        with self.together():
+        with self.together(), self._over_gloo():
             dist.broadcast_object_list(box, 0, group=group, device=torch.device("cpu"))
         return box[0]
 
     def _gather(self, value: int, group: Any) -> list[int]:  # noqa: ANN401
         mine = torch.tensor([value])
         found = [torch.empty_like(mine) for _ in range(self.size)]
-        with self.together():
+        with self.together(), self._over_gloo():
             dist.all_gather(found, mine, group=group)
         return [int(one) for one in found]
+
+    @contextlib.contextmanager
+    def _over_gloo(self) -> Iterator[None]:
+        """Say in our words that another rank is gone: gloo's depend on how its end was seen."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank} lost the other ranks: one of them failed, was ended, or took "
+                f"more than its time, and says why in its own log ({error})"
+            ) from error

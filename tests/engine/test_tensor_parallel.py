@@ -164,14 +164,14 @@ def test_other_requests_on_a_rank_end_the_engine(ranks: list[dict[str, Any]]) ->
 
 def test_a_follower_that_cannot_follow_stops_the_leader(ranks: list[dict[str, Any]]) -> None:
     assert ranks[1]["only 0 can"].startswith("AttributeError: ")
-    assert ranks[0]["only 0 can"].startswith("RuntimeError: ")
-    assert "losed by peer" in ranks[0]["only 0 can"]
+    assert ranks[0]["only 0 can"].startswith("RuntimeError: rank 0 lost the other ranks: one of ")
 
 
 def test_one_rank_that_fails_stops_the_other(ranks: list[dict[str, Any]]) -> None:
     assert ranks[1]["one fails"] == "MemoryError: no room"
+    # Within a pass of the model, the words are gloo's: they depend on how it saw the end.
     assert ranks[0]["one fails"].startswith("RuntimeError: ")
-    assert "losed by peer" in ranks[0]["one fails"]
+    assert "gloo/transport" in ranks[0]["one fails"]
 
 
 # In one process
