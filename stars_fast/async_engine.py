@@ -18,6 +18,7 @@ from stars_fast.errors import EngineStoppedError, QueueFullError
 from stars_fast.outputs import CompletionOutput, RequestOutput
 from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptLike
+from stars_fast.rewards.base import Prompt
 from stars_fast.streams import RequestStream
 
 __all__ = ["AsyncEngine"]
@@ -79,7 +80,7 @@ class AsyncEngine:
         self._lock = threading.Lock()
         self._refuses = False
         # Of the engine's thread.
-        self._waiting: OrderedDict[str, RequestStream] = OrderedDict()
+        self._waiting: OrderedDict[str, tuple[RequestStream, Prompt]] = OrderedDict()
         self._running: dict[str, RequestStream] = {}
         self._ends_when_idle = False
         self._failures = 0
@@ -238,7 +239,8 @@ class AsyncEngine:
             # Also where the above has a fault: nobody may wait for ever.
             self._refuse()
             stopped = EngineStoppedError("the engine has stopped")
-            for stream in [*self._running.values(), *self._waiting.values()]:
+            waiting = (stream for stream, _ in self._waiting.values())
+            for stream in [*self._running.values(), *waiting]:
                 self._fail(stream, stopped)
             self._running.clear()
             self._waiting.clear()
@@ -258,7 +260,8 @@ class AsyncEngine:
         try:
             if self._ended.done():
                 raise EngineStoppedError("the engine has stopped")  # noqa: TRY301 - as it fails
-            tokens = self._engine.check_request(stream.prompt, stream.params)
+            prompt = self._engine.check_request(stream.prompt, stream.params)
+            tokens = len(prompt.token_ids)
             if self._max_prompt_tokens is not None and tokens > self._max_prompt_tokens:
                 raise ValueError(  # noqa: TRY301
                     f"prompt has {tokens} tokens, more than the {self._max_prompt_tokens} allowed"
@@ -266,16 +269,16 @@ class AsyncEngine:
         except Exception as error:  # noqa: BLE001 - it is the caller's
             self._fail(stream, error)
             return
-        self._waiting[stream.request_id] = stream
+        self._waiting[stream.request_id] = stream, prompt
         self._admit()
         stream.post(partial(stream.admit, tokens))
 
     def _admit(self) -> None:
         """Put requests into the engine while there is room."""
         while self._waiting and len(self._running) < self._max_running:
-            name, stream = self._waiting.popitem(last=False)
+            name, (stream, prompt) = self._waiting.popitem(last=False)
             try:
-                self._engine.add_request(name, stream.prompt, stream.params)
+                self._engine.add_request(name, prompt, stream.params)
             except Exception as error:  # noqa: BLE001 - it is the caller's
                 self._fail(stream, error)
             else:
@@ -284,15 +287,16 @@ class AsyncEngine:
     def _abort_stream(self, stream: RequestStream) -> None:
         # Its id may be another request's by now.
         name = stream.request_id
-        if stream in (self._waiting.get(name), self._running.get(name)):
+        waiting, _ = self._waiting.get(name, (None, None))
+        if stream in (waiting, self._running.get(name)):
             self._abort(name)
 
     def _abort(self, request_id: str) -> None:
-        waiting = self._waiting.pop(request_id, None)
-        if waiting is not None:
-            text = waiting.prompt if isinstance(waiting.prompt, str) else None
+        if request_id in self._waiting:
+            stream, prompt = self._waiting.pop(request_id)
             nothing = [CompletionOutput(0, finish_reason="abort")]
-            self._pass_on(waiting, RequestOutput(request_id, text, [], nothing, finished=True))
+            read = prompt.text or None, list(prompt.token_ids)
+            self._pass_on(stream, RequestOutput(request_id, *read, nothing, finished=True))
         elif request_id in self._running:
             output = self._engine.abort(request_id)
             if output is not None:

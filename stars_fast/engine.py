@@ -37,7 +37,7 @@ from stars_fast.outputs import (
 from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptLike, PromptReader, as_prompt_list
 from stars_fast.requests import Request
-from stars_fast.rewards.base import Scorer
+from stars_fast.rewards.base import Prompt, Scorer
 from stars_fast.rewards.load import RewardModelLike, load_scorer
 from stars_fast.rewards.on_ranks import load_on_ranks
 from stars_fast.rewards.persona import Persona
@@ -442,9 +442,11 @@ class Engine:
     # One request at a time, for serving stacks
 
     def add_request(
-        self, request_id: str, prompt: PromptLike, params: StarsParams | None = None
+        self, request_id: str, prompt: PromptLike | Prompt, params: StarsParams | None = None
     ) -> None:
         """Queue a request; `step` runs it.
+
+        A prompt that `check_request` has read is not tokenised again.
 
         Raises
         ------
@@ -455,9 +457,10 @@ class Engine:
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use")
         params = self._resolve(params or StarsParams())
-        request = Request(request_id, self._reader.read(prompt, params.longest_response), params)
+        read = self._reader.read(prompt, params.longest_response)
+        request = Request(request_id, read, params)
         prefixes = self._prefixes(params)
-        with self._told("add_request", request_id, prompt, params):
+        with self._told("add_request", request_id, read, params):
             self._queue(request, prefixes)
 
     def _queue(self, request: Request, prefixes: PrefixCalibration | None) -> None:
@@ -487,8 +490,8 @@ class Engine:
         request.unchosen = params.method == "best_of_n" or params.kind.decides == "paths"
         self._requests[request.request_id] = request
 
-    def check_request(self, prompt: PromptLike, params: StarsParams | None = None) -> int:
-        """Return the number of tokens of a prompt that can be run with `params`; queue nothing.
+    def check_request(self, prompt: PromptLike, params: StarsParams | None = None) -> Prompt:
+        """Return a prompt that can be run with `params` as `add_request` reads it; queue nothing.
 
         Raises
         ------
@@ -498,7 +501,7 @@ class Engine:
         """
         params = self._resolve(params or StarsParams())
         self._prefixes(params)
-        return len(self._reader.read(prompt, params.longest_response).token_ids)
+        return self._reader.read(prompt, params.longest_response)
 
     def step(self) -> list[RequestOutput]:
         """Run one round.

@@ -55,8 +55,10 @@ class PromptReader:
         self._vocab_size = vocab_size
         self._max_length = max_length
 
-    def read(self, prompt: PromptLike, max_tokens: int) -> Prompt:
+    def read(self, prompt: PromptLike | Prompt, max_tokens: int) -> Prompt:
         """Return the prompt with its ids, ready to be continued by `max_tokens` tokens.
+
+        One that was read before is checked only.
 
         Raises
         ------
@@ -64,7 +66,7 @@ class PromptReader:
             If it is empty, malformed, holds ids outside the vocabulary, or does not fit the context
             together with `max_tokens`.
         """
-        read = self._parse(prompt)
+        read = prompt if isinstance(prompt, Prompt) else self._parse(prompt)
         self._check(read.token_ids, max_tokens)
         return read
 

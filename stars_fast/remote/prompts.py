@@ -27,8 +27,8 @@ class TextPromptReader(PromptReader):
         super().__init__(tokenizer, 0 if tokenizer is None else len(tokenizer), None)
         self._chat = None if tokenizer is None else TextEncoder(tokenizer, add_special_tokens=True)
 
-    def read(self, prompt: PromptLike, max_tokens: int) -> Prompt:
-        """Return the prompt with its text.
+    def read(self, prompt: PromptLike | Prompt, max_tokens: int) -> Prompt:
+        """Return the prompt with its text; one that was read before as it is.
 
         A chat template may write the token that begins a text; the server adds one itself.
 
@@ -37,6 +37,8 @@ class TextPromptReader(PromptReader):
         ValueError, TypeError
             If it is empty or malformed, or needs a tokenizer and there is none.
         """
+        if isinstance(prompt, Prompt):
+            return prompt
         if isinstance(prompt, str):
             if not prompt:
                 raise ValueError("prompt is empty: give text")

@@ -98,6 +98,21 @@ def test_outputs_are_those_of_the_engine(make: Callable[..., AsyncEngine]) -> No
     asyncio.run(main())
 
 
+def test_a_prompt_is_read_once(
+    make: Callable[..., AsyncEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, parsed = make(), []
+    parse = engine._engine._reader._parse
+
+    def counted(prompt: Any) -> Any:
+        parsed.append(prompt)
+        return parse(prompt)
+
+    monkeypatch.setattr(engine._engine._reader, "_parse", counted)
+    asyncio.run(collect(engine, "ab", PARAMS))
+    assert parsed == ["ab"]
+
+
 @pytest.mark.parametrize("how", ["cancel", "break", "abort"])
 def test_who_leaves_frees_the_pages(make: Callable[..., AsyncEngine], how: str) -> None:
     async def main() -> None:
@@ -182,6 +197,7 @@ def test_a_waiting_request_can_leave(make: Callable[..., AsyncEngine], gate: Gat
         assert [output async for output in left] == []
         (only,) = [output async for output in named]
         assert only.finished
+        assert (only.prompt, only.prompt_token_ids) == ("ab", letter_tokenizer()("ab")["input_ids"])
         assert only.outputs[0].finish_reason == "abort"
         assert [output async for output in first][-1].outputs[0].finish_reason == "length"
         await until(lambda: idle(engine))
