@@ -1,11 +1,11 @@
 """What the server costs over the bare engine: the same requests through both, in one process.
 
-    python benchmarks/overhead.py [--requests 64] [--repeats 5] [--shape SMALL] [--out ...]
+    python benchmarks/overhead.py [--requests 512] [--rows 64] [--repeats 5] [--shape SMALL] ...
 
-All requests are there at once, the engine has rows for all, so it is saturated on both sides.
-`Engine.generate` takes them as a list; the server, on the same engine, streams them over HTTP to
-clients in a process of their own. The two take turns; texts must be the same. Torch has one thread
-unless OMP_NUM_THREADS says otherwise, so that on two cores the clients have one.
+All requests are there at once, many more than the engine has rows for, so it is saturated on both
+sides. `Engine.generate` takes them as a list; the server, on the same engine, streams them over
+HTTP to clients in a process of their own. The two take turns; texts must be the same. Torch has one
+thread unless OMP_NUM_THREADS says otherwise, so that on two cores the clients have one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             **header(" ".join(["python benchmarks/overhead.py", *given]), torch.device("cpu")),
             "shape": options.shape,
             "requests": options.requests,
+            "rows": options.rows,
             "tokens": tokens,
             "segments": segments,
             "engine_seconds": bare,
@@ -92,15 +94,16 @@ def _setting(options: argparse.Namespace) -> tuple[Engine, list[Any], StarsParam
         segment_length=options.segment_length, max_tokens=options.max_tokens, ignore_eos=True
     )
     if options.shape == "demo":
-        engine = Engine.demo(max_rows=max(64, 2 * options.requests))
-        prompts: list[Any] = list(demo.prompts(options.requests))
+        engine = Engine.demo(max_rows=options.rows)
+        held_out = demo.prompts(min(options.requests, 256))
+        prompts: list[Any] = list(islice(cycle(held_out), options.requests))
     else:
         shape = getattr(models, options.shape)
         engine = models.id_engine(
             models.language_model(shape),
             models.reward_model(shape),
             shape,
-            max_rows=max(64, 2 * options.requests),
+            max_rows=options.rows,
         )
         prompts = models.prompts(shape, options.requests, 32, 64)
     found = engine.calibrate(prompts[:16], 0.5, params=params, use_tqdm=False)
@@ -139,7 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="demo", help="of the models; demo: those it ships with")
-    add("--requests", type=number(int, low=1), default=64)
+    add("--requests", type=number(int, low=1), default=512)
+    add("--rows", type=number(int, low=1), default=64, help="candidates in a round at most")
     add("--segment-length", type=number(int, low=1), default=16, help="K")
     add("--max-tokens", type=number(int, low=1), default=64, help="M")
     add("--repeats", type=number(int, low=1), default=5)

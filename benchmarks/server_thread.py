@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import threading
 import time
@@ -30,7 +29,7 @@ def server_thread(engine: AsyncEngine, settings: ServerSettings) -> Iterator[str
         listener.bind(("127.0.0.1", 0))
         config = uvicorn.Config(create_app(engine, settings), log_config=None, access_log=False)
         server = uvicorn.Server(config)
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
+        thread = threading.Thread(target=lambda: server.run([listener]))
         thread.start()
         try:
             deadline = time.monotonic() + _SECONDS

@@ -19,7 +19,7 @@ from stars_fast.outputs import CompletionOutput, RequestOutput
 from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptLike
 from stars_fast.rewards.base import Prompt
-from stars_fast.streams import RequestStream
+from stars_fast.streams import Outbox, RequestStream
 
 __all__ = ["AsyncEngine"]
 
@@ -82,6 +82,7 @@ class AsyncEngine:
         # Of the engine's thread.
         self._waiting: OrderedDict[str, tuple[RequestStream, Prompt]] = OrderedDict()
         self._running: dict[str, RequestStream] = {}
+        self._outbox = Outbox()
         self._ends_when_idle = False
         self._failures = 0
         self._stats: dict[str, float] = engine.stats()
@@ -232,8 +233,10 @@ class AsyncEngine:
         try:
             while not (self._ends_when_idle and not self._running and not self._waiting):
                 self._obey(wait=not self._running)
+                self._hand_over()
                 if self._running:
                     self._round()
+                    self._hand_over()
                 self._refresh_stats(idle=not self._running)
         finally:
             # Also where the above has a fault: nobody may wait for ever.
@@ -244,9 +247,11 @@ class AsyncEngine:
                 self._fail(stream, stopped)
             self._running.clear()
             self._waiting.clear()
+            self._outbox.send()
             self._ended.set_result(None)
             while not self._commands.empty():
                 self._commands.get()()
+            self._outbox.send()
 
     def _obey(self, *, wait: bool) -> None:
         """Carry out what was asked for since the last round; `wait` for something to do."""
@@ -271,7 +276,7 @@ class AsyncEngine:
             return
         self._waiting[stream.request_id] = stream, prompt
         self._admit()
-        stream.post(partial(stream.admit, tokens))
+        self._outbox.put(stream, partial(stream.admit, tokens))
 
     def _admit(self) -> None:
         """Put requests into the engine while there is room."""
@@ -329,8 +334,11 @@ class AsyncEngine:
         if output.finished:
             self._running.pop(stream.request_id, None)
             self._forget(stream)
-        if not stream.post(partial(stream.deliver, output)) and not output.finished:
-            self._abort(stream.request_id)  # its event loop is gone
+        self._outbox.put(stream, partial(stream.deliver, output))
+
+    def _hand_over(self) -> None:
+        for stream in self._outbox.send():
+            self._abort_stream(stream)  # its event loop is gone
 
     def _fail_running(self, reason: str) -> None:
         for name, stream in list(self._running.items()):
@@ -343,7 +351,7 @@ class AsyncEngine:
 
     def _fail(self, stream: RequestStream, error: Exception) -> None:
         self._forget(stream)
-        stream.post(partial(stream.fail, error))
+        self._outbox.put(stream, partial(stream.fail, error))
 
     def _forget(self, stream: RequestStream) -> None:
         with self._lock:

@@ -15,6 +15,8 @@ from stars_fast.prompts import PromptLike
 #: that falls further behind misses none of the text.
 _UNREAD = 64
 
+Call = Callable[[], None]
+
 
 class RequestStream:
     """One request of an `AsyncEngine`: an asynchronous iterator of its outputs.
@@ -47,22 +49,22 @@ class RequestStream:
         request_id: str,
         prompt: PromptLike,
         params: StarsParams,
-        abort: Callable[[], None],
+        abort: Call,
         timeout: float | None,
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
         self.params = params
         self._stop = abort
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._unread: deque[RequestOutput] = deque()
         self._news = asyncio.Event()
-        self._admission: asyncio.Future[int] = self._loop.create_future()
+        self._admission: asyncio.Future[int] = self.loop.create_future()
         self._error: Exception | None = None
         self._ended = False
         self._timer: asyncio.TimerHandle | None = None
         if timeout is not None:
-            self._timer = self._loop.call_later(timeout, self._expire, timeout)
+            self._timer = self.loop.call_later(timeout, self._expire, timeout)
 
     def __aiter__(self) -> RequestStream:
         return self
@@ -98,16 +100,6 @@ class RequestStream:
         if not self._ended:
             self._end(None)
             self._stop()
-
-    # For the engine's thread
-
-    def post(self, call: Callable[[], None]) -> bool:
-        """Have the event loop make a call; False if the loop is closed. From any thread."""
-        try:
-            self._loop.call_soon_threadsafe(call)
-        except RuntimeError:
-            return False
-        return True
 
     # On the event loop
 
@@ -149,3 +141,34 @@ class RequestStream:
                 self._admission.set_exception(error)
                 self._admission.exception()  # whoever iterates learns of it, too
         self._news.set()
+
+
+class Outbox:
+    """What the engine's thread has for streams, handed to their event loops in one go.
+
+    Waking a loop makes its thread compete with the engine's for the interpreter: once a round will
+    do, and not for each request.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, Call]]] = {}
+
+    def put(self, stream: RequestStream, call: Call) -> None:
+        """Keep a call that the stream's event loop is to make."""
+        self._kept.setdefault(stream.loop, []).append((stream, call))
+
+    def send(self) -> list[RequestStream]:
+        """Have the loops make the calls, in their order; the streams whose loop is closed."""
+        lost: list[RequestStream] = []
+        kept, self._kept = self._kept, {}
+        for loop, calls in kept.items():
+            try:
+                loop.call_soon_threadsafe(_make, [call for _, call in calls])
+            except RuntimeError:
+                lost += [stream for stream, _ in calls]
+        return lost
+
+
+def _make(calls: list[Call]) -> None:
+    for call in calls:
+        call()
