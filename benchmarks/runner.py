@@ -84,8 +84,8 @@ def run_suites(
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
         arguments = [
-            "-p",
-            "no:xdist",  # benchmarks run one after the other, wherever this is called from
+            "--disable-plugin-autoload",  # others take seconds to load, and may run tests at once
+            *("-p", "pytest_benchmark.plugin"),
             *(str(HERE / f"test_{name.replace('-', '_')}.py") for name in names),
             f"--rootdir={HERE}",
             f"--config-file={_config(Path(folder))}",

@@ -19,7 +19,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"sampling", "pages", "attention", "scheduler", "round", "end-to-end"} <= set(names)
 
 
-def test_runs_records_and_reports(tmp_path: Path) -> None:
+def test_runs_records_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In a process of its own, as pytest does not run within pytest."""
     path = tmp_path / "record.json"
     script = "import sys; from stars_fast.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -35,11 +35,10 @@ def test_runs_records_and_reports(tmp_path: Path) -> None:
     assert set(record["benchmarks"][0]["ours"]) == {"p20", "p50", "p80"}
     assert record["command"] == f"stars-fast bench pages scheduler --out {path}"
     assert not record["full"]
-    shown = subprocess.run(
-        [*command, "report", str(path)], capture_output=True, text=True, check=True, cwd=tmp_path
-    )
-    assert "## pages" in shown.stdout
-    assert "| `fork_and_prune[3-48-aligned]` | transformers |" in shown.stdout
+    assert main(["report", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "## pages" in shown
+    assert "| `fork_and_prune[3-48-aligned]` | transformers |" in shown
 
 
 def test_a_failing_benchmark_is_shown(tmp_path: Path) -> None:

@@ -110,7 +110,8 @@ def test_compiled_models() -> None:
     changes = {"max_tokens": 3}
     want = run(engine(backend="pytorch"), changes)
     torch._dynamo.utils.counters.clear()
-    got = run(engine(backend="triton", compile_model=True), changes)
+    with torch._inductor.config.patch({"cpp.simdlen": 1}):  # code that is compiled in less time
+        got = run(engine(backend="triton", compile_model=True), changes)
     assert tokens(got) == tokens(want)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
