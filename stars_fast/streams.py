@@ -170,5 +170,6 @@ class Outbox:
 
 
 def _make(calls: list[Call]) -> None:
+    loop = asyncio.get_running_loop()
     for call in calls:
-        call()
+        loop.call_soon(call)  # by itself: what one raises is not to keep the others

@@ -17,7 +17,7 @@ from helpers.tiny_lm import letter_model, letter_tokenizer
 from stars_fast import Engine, RequestOutput, StarsParams
 from stars_fast.async_engine import AsyncEngine
 from stars_fast.errors import DeadlineError, EngineStoppedError, QueueFullError
-from stars_fast.streams import RequestStream
+from stars_fast.streams import Outbox, RequestStream
 
 PARAMS = StarsParams(
     segment_length=4,
@@ -388,6 +388,33 @@ def test_an_event_loop_that_is_gone_ends_its_requests(make: Callable[..., AsyncE
     while not idle(engine):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_event_loops_are_woken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what fails for one request keeps nothing from the others."""
+    wakes: list[object] = []
+    seen: list[object] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        wake = loop.call_soon_threadsafe
+
+        def counted(call: Callable[..., object], *arguments: Any) -> asyncio.Handle:
+            wakes.append(call)
+            return wake(call, *arguments)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+        loop.set_exception_handler(lambda _, context: seen.append(type(context["exception"])))
+        streams = [RequestStream(str(i), "ab", PARAMS, lambda: None, None) for i in range(3)]
+        outbox = Outbox()
+        for number, stream in enumerate(streams):
+            outbox.put(stream, lambda number=number: seen.append(1 // number))
+        assert outbox.send() == outbox.send() == []
+        await until(lambda: len(seen) == 3)
+
+    asyncio.run(main())
+    assert seen == [ZeroDivisionError, 1, 0]
+    assert len(wakes) == 1
 
 
 def test_costs_of_requests_add_up_to_those_of_the_engine() -> None:
