@@ -97,6 +97,7 @@ def run_suites(
         # What pytest prints is for whoever writes a suite; it is shown where a test fails.
         with (
             _without("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"),
+            _no_bytecode(),
             _Progress(sys.stderr, show=use_tqdm) as progress,
             redirect_stdout(printed),
             redirect_stderr(printed),
@@ -123,6 +124,16 @@ def _without(*variables: str) -> Iterator[None]:
         yield
     finally:
         os.environ.update(held)
+
+
+@contextmanager
+def _no_bytecode() -> Iterator[None]:
+    """Leave nothing of pytest's beside the suites: an uninstall would not find it."""
+    held, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = held
 
 
 def _config(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,12 +57,15 @@ def test_a_failing_benchmark_is_shown(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", script, "bench", "wrong", "--out", str(record), str(tmp_path)],
         capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={name: x for name, x in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
     )  # fmt: skip
     assert done.returncode == 1
     assert "they differ" in done.stderr
     assert "wrong: others" in done.stdout  # what else was measured is not lost
     rows = json.loads(record.read_text(encoding="utf-8"))["benchmarks"]
     assert [row["name"] for row in rows] == ["others"]
+    # Where the package is installed, this would outlive it, and hide an editable install.
+    assert not (tmp_path / "__pycache__").exists()
 
 
 @pytest.mark.parametrize(
