@@ -35,6 +35,7 @@ from stars_fast.benchmarks import models
 from stars_fast.benchmarks.flags import number
 from stars_fast.benchmarks.measure import header
 from stars_fast.benchmarks.server_thread import server_thread
+from stars_fast.demo.openings import HELD_OUT
 from stars_fast.server import ServerSettings
 
 HERE = Path(__file__).resolve().parent
@@ -95,7 +96,7 @@ def _setting(options: argparse.Namespace) -> tuple[Engine, list[Any], StarsParam
     )
     if options.shape == "demo":
         engine = Engine.demo(max_rows=options.rows)
-        held_out = demo.prompts(min(options.requests, 256))
+        held_out = demo.prompts(min(options.requests, HELD_OUT))
         prompts: list[Any] = list(islice(cycle(held_out), options.requests))
     else:
         shape = getattr(models, options.shape)

@@ -15,7 +15,7 @@ from stars_fast.prompts import PromptLike
 #: that falls further behind misses none of the text.
 _UNREAD = 64
 
-Call = Callable[[], None]
+_Call = Callable[[], None]
 
 
 class RequestStream:
@@ -49,7 +49,7 @@ class RequestStream:
         request_id: str,
         prompt: PromptLike,
         params: StarsParams,
-        abort: Call,
+        abort: _Call,
         timeout: float | None,
     ) -> None:
         self.request_id = request_id
@@ -151,9 +151,9 @@ class Outbox:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, Call]]] = {}
+        self._kept: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, _Call]]] = {}
 
-    def put(self, stream: RequestStream, call: Call) -> None:
+    def put(self, stream: RequestStream, call: _Call) -> None:
         """Keep a call that the stream's event loop is to make."""
         self._kept.setdefault(stream.loop, []).append((stream, call))
 
@@ -169,7 +169,7 @@ class Outbox:
         return lost
 
 
-def _make(calls: list[Call]) -> None:
+def _make(calls: list[_Call]) -> None:
     loop = asyncio.get_running_loop()
     for call in calls:
         loop.call_soon(call)  # by itself: what one raises is not to keep the others
