@@ -69,7 +69,7 @@ class ContinuousBaseline:
         text = PaddedText.of(prompts, self._model.device)
         prompt_rewards = text.rewards(self._reward_model, list(rows))
         responses: list[list[int]] = [[] for _ in rows]
-        attempts, fallbacks, tried = ([0] * len(prompts) for _ in range(3))
+        attempts, fallbacks, tried, number = ([0] * len(prompts) for _ in range(4))
         best = [BestAttempt() for _ in rows]
         with drafting(self._model, params, self._candidates, self.cache) as manager:
             while unfinished := [r for r in rows if len(responses[r]) < params.max_tokens]:
@@ -91,7 +91,7 @@ class ContinuousBaseline:
                         if best[row].passed or tried[row] == params.max_attempts:
                             continue  # a candidate before it has won, or was the last one
                         tau = schedule.threshold(prompt_rewards[row], start + len(segment))
-                        uniform = _core.accept_uniform(seeds[row], start, tried[row])
+                        uniform = _core.accept_uniform(seeds[row], start, tried[row], number[row])
                         passed = schedule.accepts(reward, tau, uniform)
                         best[row].offer(segment, reward, passed=passed)
                         attempts[row] += 1
@@ -100,6 +100,7 @@ class ContinuousBaseline:
                         fallbacks[row] += not best[row].passed
                         responses[row] += best[row].token_ids
                         best[row], tried[row] = BestAttempt(), 0
+                        number[row] += 1
         return [BaselineOutput(responses[r], attempts[r], fallbacks[r]) for r in rows]
 
     def _draft(

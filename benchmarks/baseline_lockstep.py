@@ -97,7 +97,7 @@ class LockstepBaseline:
         cache = DynamicCache(config=model.config)
         self._feed(text, cache, text.length - 1)
         attempts, fallbacks = [0] * len(rows), [0] * len(rows)
-        done = 0
+        done = number = 0
         while done < params.max_tokens:
             length = min(params.segment_length, params.max_tokens - done)
             best = [BestAttempt() for _ in rows]
@@ -106,12 +106,12 @@ class LockstepBaseline:
                 waiting = [row for row in rows if not best[row].passed]
                 if not waiting:
                     break
-                drawn = self._draft(text, cache, seeds, best, done, attempt, length)
+                drawn = self._draft(text, cache, seeds, best, done, attempt, number, length)
                 rewards = text.followed_by(drawn).rewards(self._reward_model, waiting)
                 for row, reward in zip(waiting, rewards, strict=True):
                     attempts[row] += 1
                     tau = schedule.threshold(prompt_rewards[row], done + length)
-                    uniform = _core.accept_uniform(seeds[row], done, attempt)
+                    uniform = _core.accept_uniform(seeds[row], done, attempt, number)
                     passed = schedule.accepts(reward, tau, uniform)
                     best[row].offer(drawn[row].tolist(), reward, passed=passed)
             for row in rows:
@@ -122,6 +122,7 @@ class LockstepBaseline:
                 _crop(cache, begun)
                 self._feed(text, cache, text.length - 1)
             done += length
+            number += 1
         responses = text.ids[:, -done:].tolist()
         return [
             BaselineOutput(response, attempts[row], fallbacks[row])
@@ -149,13 +150,14 @@ class LockstepBaseline:
         best: list[BestAttempt],
         position: int,
         attempt: int,
+        number: int,
         length: int,
     ) -> Tensor:
         """Draw the segment of every row ``[B, length]``; rows that have passed repeat theirs."""
         _crop(cache, text.length - 1)
         for step in range(length):
             logits = self._feed(text, cache, text.length)
-            token = sample_rows(logits, self._params, seeds, position + step, attempt)
+            token = sample_rows(logits, self._params, seeds, position + step, attempt, number)
             for row, b in enumerate(best):
                 if b.passed:
                     token[row] = b.token_ids[step]

@@ -64,7 +64,12 @@ def schedule_of(params: StarsParams) -> _core.Schedule:
 
 
 def sample_rows(
-    logits: Tensor, params: StarsParams, seeds: Sequence[int], position: int, attempt: int
+    logits: Tensor,
+    params: StarsParams,
+    seeds: Sequence[int],
+    position: int,
+    attempt: int,
+    segment: int,
 ) -> Tensor:
     """Draw a token of each row ``[R]`` from logits ``[R, vocab]``, as the engine draws it."""
     rows = len(seeds)
@@ -77,13 +82,14 @@ def sample_rows(
         torch.tensor(seeds, device=logits.device),
         logits.new_full((rows,), position, dtype=torch.int64),
         logits.new_full((rows,), attempt, dtype=torch.int64),
+        logits.new_full((rows,), segment, dtype=torch.int64),
         with_entropy=False,
     )
     return token
 
 
-#: Draws one segment: (tokens so far, response position, attempt, length) -> tokens.
-DrawSegment = Callable[[list[int], int, int, int], list[int]]
+#: Draws one segment: (tokens so far, response position, attempt, segment, length) -> tokens.
+DrawSegment = Callable[[list[int], int, int, int, int], list[int]]
 
 
 class Baseline:
@@ -122,21 +128,22 @@ class Baseline:
         draw = self._draw_cached(seed) if self._cached else self._draw_uncached(seed)
         prompt_reward = self._reward(prompt)
         response: list[int] = []
-        attempts = fallbacks = 0
+        attempts = fallbacks = number = 0
         while len(response) < params.max_tokens:
             length = min(params.segment_length, params.max_tokens - len(response))
             best = BestAttempt()
             for attempt in range(params.max_attempts):
                 attempts += 1
-                segment = draw(prompt + response, len(response), attempt, length)
+                segment = draw(prompt + response, len(response), attempt, number, length)
                 reward = self._reward(prompt + response + segment)
                 tau = schedule.threshold(prompt_reward, len(response) + length)
-                uniform = _core.accept_uniform(seed, len(response), attempt)
+                uniform = _core.accept_uniform(seed, len(response), attempt, number)
                 best.offer(segment, reward, passed=schedule.accepts(reward, tau, uniform))
                 if best.passed:
                     break
             fallbacks += not best.passed
             response += best.token_ids
+            number += 1
         return BaselineOutput(response, attempts, fallbacks)
 
     def _reward(self, ids: list[int]) -> float:
@@ -146,16 +153,18 @@ class Baseline:
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids], device=self._model.device)
 
-    def _sample(self, logits: Tensor, seed: int, position: int, attempt: int) -> int:
-        return int(sample_rows(logits, self._params, [seed], position, attempt))
+    def _sample(self, logits: Tensor, seed: int, position: int, attempt: int, number: int) -> int:
+        return int(sample_rows(logits, self._params, [seed], position, attempt, number))
 
     def _draw_uncached(self, seed: int) -> DrawSegment:
-        def draw(tokens: list[int], position: int, attempt: int, length: int) -> list[int]:
+        def draw(
+            tokens: list[int], position: int, attempt: int, number: int, length: int
+        ) -> list[int]:
             segment: list[int] = []
             for step in range(length):
                 ids = self._tensor(tokens + segment)
                 logits = self._model(ids, use_cache=False, logits_to_keep=1).logits[:, -1]
-                segment.append(self._sample(logits, seed, position + step, attempt))
+                segment.append(self._sample(logits, seed, position + step, attempt, number))
             return segment
 
         return draw
@@ -164,7 +173,9 @@ class Baseline:
         cache = DynamicCache(config=self._model.config)
         held: list[int] = []  # the tokens that are cached
 
-        def draw(tokens: list[int], position: int, attempt: int, length: int) -> list[int]:
+        def draw(
+            tokens: list[int], position: int, attempt: int, number: int, length: int
+        ) -> list[int]:
             # Of the last attempt that is cached, keep what has been committed; the last committed
             # token is fed again.
             common = 0
@@ -182,7 +193,7 @@ class Baseline:
                     self._tensor(fed), past_key_values=cache, use_cache=True, logits_to_keep=1
                 ).logits[:, -1]
                 held.extend(fed)
-                fed = [self._sample(logits, seed, position + step, attempt)]
+                fed = [self._sample(logits, seed, position + step, attempt, number)]
                 segment += fed
             return segment
 

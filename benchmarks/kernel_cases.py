@@ -181,6 +181,7 @@ def sample_cases(size: Size, rows: int, device: torch.device) -> Iterator[Case]:
             torch.arange(rows, device=device),
             torch.full((rows,), 7, device=device),
             torch.zeros(rows, dtype=torch.int64, device=device),
+            torch.zeros(rows, dtype=torch.int64, device=device),
         )
 
         def check(arguments: tuple[Tensor, ...] = arguments) -> None:

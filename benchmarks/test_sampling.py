@@ -41,9 +41,10 @@ def test_sample(
     logits = 3.0 * torch.randn((rows, vocabulary), generator=generator, device=device)
     logits = logits.to(dtype)
     temperature, top_k, top_p = FILTERS[name]
-    stream = (
+    draw = (
         torch.arange(rows, device=device),
         torch.full((rows,), 7, device=device),
+        torch.zeros(rows, dtype=torch.int64, device=device),
         torch.zeros(rows, dtype=torch.int64, device=device),
     )
 
@@ -54,13 +55,14 @@ def test_sample(
             torch.full((rows,), top_k, dtype=torch.int32, device=device),
             torch.full((rows,), top_p, device=device),
             torch.zeros(rows, device=device),
-            *stream,
+            *draw,
             with_entropy=False,
         )[0]
 
     few = min(rows, 64)
     kept = warped(logits[:few], temperature, top_k, top_p)
-    noise = token_noise_all(stream[0][:few], stream[1][:few], stream[2][:few], vocabulary)
+    seed, position, attempt, stream = (column[:few] for column in draw)
+    noise = token_noise_all(seed, position, attempt, stream, vocabulary)
     same = (ours()[:few] == (kept + noise).argmax(dim=-1)).float().mean()
     # Two roundings of logit and noise may order a near tie differently.
     assert same >= 1 - 2 / max(few, 64)

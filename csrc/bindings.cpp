@@ -114,6 +114,7 @@ void bind_plan(py::module_& module) {
       .def_property_readonly("attempt", vector_property(&Plan::attempt))
       .def_property_readonly("seed", vector_property(&Plan::seed))
       .def_property_readonly("position", vector_property(&Plan::position))
+      .def_property_readonly("stream", vector_property(&Plan::stream))
       .def_property_readonly("first_token", vector_property(&Plan::first_token))
       .def_property_readonly("unscored", vector_property(&Plan::unscored))
       .def_property_readonly("preempted", vector_property(&Plan::preempted));
@@ -379,7 +380,7 @@ PYBIND11_MODULE(_core, module) {
   py::register_exception<RequestTooLarge>(module, "RequestTooLargeError", PyExc_ValueError);
   module.def("philox4x32", &philox, py::arg("counters"), py::arg("keys"));
   module.def("accept_uniform", &accept_uniform, py::arg("seed"), py::arg("position"),
-             py::arg("attempt"));
+             py::arg("attempt"), py::arg("stream"));
   py::class_<Schedule>(module, "Schedule")
       .def(py::init(
                [](double target_reward, double alpha, double beta, std::int32_t max_tokens,

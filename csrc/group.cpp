@@ -44,7 +44,7 @@ void Group::turn(Turn& into) {
 }
 
 double Group::uniform(std::uint32_t what) const {
-  return purpose_uniform(options_.seed, generation_, what, Purpose::kResample);
+  return purpose_uniform(options_.seed, generation_, what, 0, Purpose::kResample);
 }
 
 void Group::resample(Turn& into) {

@@ -48,6 +48,8 @@ class Group {
   // Ends a complete generation.
   void turn(Turn& into);
   [[nodiscard]] bool ended(std::int32_t member) const { return at(member).ended; }
+  // Boundaries that have been turned.
+  [[nodiscard]] std::uint32_t generation() const { return generation_; }
 
  private:
   struct Member {

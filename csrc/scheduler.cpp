@@ -50,6 +50,7 @@ void Plan::clear() {
   attempt.clear();
   seed.clear();
   position.clear();
+  stream.clear();
   first_token.clear();
   unscored.clear();
   preempted.clear();
@@ -196,6 +197,7 @@ Scheduler::Slot Scheduler::enter(std::int64_t id, const std::int64_t* prompt,
   request.tokens.assign(prompt, prompt + prompt_length);
   request.prompt_length = static_cast<std::int32_t>(prompt_length);
   request.attempt = 0;
+  request.stream = 0;
   request.prompt_reward =
       options.needs_prompt_reward() ? std::numeric_limits<double>::quiet_NaN() : 0.0;
   request.pass_rate = global_pass_rate_;
@@ -598,6 +600,7 @@ void Scheduler::open_rows() {
       plan.attempt.push_back(request.attempt + i);
       plan.seed.push_back(static_cast<std::int64_t>(request.options.seed));
       plan.position.push_back(request.response_length());
+      plan.stream.push_back(static_cast<std::int32_t>(request.stream));
       plan.first_token.push_back(request.tokens.back());
     }
   }
@@ -697,8 +700,9 @@ bool Scheduler::passes(Request& request, double reward, std::int32_t tokens, std
   const std::int32_t start = request.response_length();
   const double tau = options.schedule.threshold(request.prompt_reward, start + tokens);
   decision_->threshold[row] = tau;
-  const double uniform = accept_uniform(options.seed, static_cast<std::uint32_t>(start),
-                                        static_cast<std::uint32_t>(request.attempt - 1));
+  const double uniform =
+      accept_uniform(options.seed, static_cast<std::uint32_t>(start),
+                     static_cast<std::uint32_t>(request.attempt - 1), request.stream);
   const bool tested = !options.last_untested || request.attempt < options.max_attempts;
   const bool passed = tested && options.schedule.accepts(reward, tau, uniform);
   step_towards(request.pass_rate, passed, kPassRateStep);
@@ -714,7 +718,8 @@ double Scheduler::merit_of(const Request& request, double reward) {
   return request.options.schedule.choice_key(
       reward,
       purpose_uniform(request.options.seed, static_cast<std::uint32_t>(request.response_length()),
-                      static_cast<std::uint32_t>(request.attempt - 1), Purpose::kChoose));
+                      static_cast<std::uint32_t>(request.attempt - 1), request.stream,
+                      Purpose::kChoose));
 }
 
 void Scheduler::accept(Flight& flight, Request& request, std::size_t row,
@@ -772,6 +777,7 @@ void Scheduler::advance(Request& request, const std::vector<std::int32_t>& segme
   stats_.accepted_tokens += static_cast<std::int64_t>(segment.size());
   ++stats_.segments;
   request.attempt = 0;
+  request.stream += request.options.rule == Rule::kAlways ? 0 : 1;
   drop_best_pages(request);
   request.best.any = false;
   const bool over = finish != Finish::kNone;
@@ -875,6 +881,7 @@ void Scheduler::turn_groups() {
       decision_->copy_target.push_back(target.id);
       decision_->copy_source.push_back(source.id);
       copy_path(target, source);
+      target.stream = turned.group.generation();
     }
     stats_.paths_copied += static_cast<std::int64_t>(turn_.target.size());
     for (const std::int32_t member : turn_.dropped) {

@@ -69,6 +69,7 @@ struct Plan {
   std::vector<std::int32_t> attempt;      // [rows]
   std::vector<std::int64_t> seed;         // [rows] the bits of the 64-bit key
   std::vector<std::int32_t> position;     // [rows] response position of the row's first new token
+  std::vector<std::int32_t> stream;       // [rows] of the row's draws, see philox.h
   std::vector<std::int64_t> first_token;  // [rows] the last committed token, fed first
   std::vector<std::int64_t> unscored;     // requests of the round whose prompt reward is not set
   std::vector<std::int64_t> preempted;    // requests that lost their pages in this plan
@@ -201,6 +202,7 @@ class Scheduler {
     std::vector<std::int32_t> tokens;
     std::int32_t prompt_length = 0;
     std::int32_t attempt = 0;  // of the segment at hand, next to be made
+    std::uint32_t stream = 0;  // of its draws, see philox.h
     double prompt_reward = std::numeric_limits<double>::quiet_NaN();
     double pass_rate = 0.0;  // estimate of an attempt's chance to pass
     bool running = false;

@@ -24,14 +24,14 @@ settings = [
     column(0.0, torch.float32),  # min_p
     column(7, torch.int64),  # seed of the request
 ]
-attempt = torch.arange(N, device=device)
+attempt, stream = torch.arange(N, device=device), column(0, torch.int64)  # of the first segment
 ids, cache, drawn = tokenizer("The film", return_tensors="pt").input_ids.to(device), None, []
 ids = ids.expand(N, -1)
 with torch.inference_mode():
     for position in range(K):
         out = model(ids, past_key_values=cache, use_cache=True)
         where = column(position, torch.int64)
-        token, logprob, *_ = sample(out.logits[:, -1], *settings, where, attempt)
+        token, logprob, *_ = sample(out.logits[:, -1], *settings, where, attempt, stream)
         drawn.append(token)
         ids, cache = token[:, None], out.past_key_values
 for text in tokenizer.batch_decode(torch.stack(drawn, dim=1)):

@@ -14,6 +14,7 @@ from torch import Tensor
 from stars_fast.kernels.aot import Variant
 
 _BLOCK = 256
+_PURPOSE_BITS = tl.constexpr(3)  # below the stream, see csrc/philox.h
 
 
 @triton.jit
@@ -31,6 +32,19 @@ def philox4x32_10(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
         k0 = k0 + 0x9E3779B9
         k1 = k1 + 0xBB67AE85
     return c0, c1, c2, c3
+
+
+@triton.jit
+def token_counter(seed_ptr, position_ptr, attempt_ptr, stream_ptr, row):  # type: ignore[no-untyped-def]
+    """What a row's token draws share: words 1 to 3 of their counters, then the key's two."""
+    seed = tl.load(seed_ptr + row)
+    return (
+        tl.load(position_ptr + row).to(tl.uint32),
+        tl.load(attempt_ptr + row).to(tl.uint32),
+        tl.load(stream_ptr + row).to(tl.uint32) << _PURPOSE_BITS,  # purpose 0
+        seed.to(tl.uint32),
+        (seed >> 32).to(tl.uint32),
+    )
 
 
 @triton.jit

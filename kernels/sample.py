@@ -36,14 +36,15 @@ def sample(
     seed: Tensor,
     position: Tensor,
     attempt: Tensor,
+    stream: Tensor,
     live: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Draw one token per row; `stars_fast.ops.sample` on a GPU.
 
     The token is the arg max of scaled logits plus Gumbel noise over what the filters keep, an
-    exact draw from their softmax. The noise depends on seed, position, attempt and vocabulary
-    index alone (Philox), every sum has a fixed order, and rows are cut by V alone: a row's result
-    is the same to the bit whatever else is in the batch.
+    exact draw from their softmax. The noise depends on seed, position, attempt, stream and
+    vocabulary index alone (Philox), every sum has a fixed order, and rows are cut by V alone: a
+    row's result is the same to the bit whatever else is in the batch.
 
     Launches two kernels on the current stream and allocates the results and about R * V / 4 +
     16384 R bytes for what passes between them; nothing waits for the device, so that a CUDA graph
@@ -61,7 +62,7 @@ def sample(
         int32 ``[R]``.
     seed : Tensor
         int64 ``[R]``, the bit pattern of an unsigned 64-bit seed.
-    position, attempt : Tensor
+    position, attempt, stream : Tensor
         int64 or int32 ``[R]``; int64 saves a conversion.
     live : Tensor, optional
         bool ``[R]``; of a row that is not live nothing is read, its results are 0 and true.
@@ -96,6 +97,7 @@ def sample(
         ("seed", seed, _INT64),
         ("position", position, _INTEGER),
         ("attempt", attempt, _INTEGER),
+        ("stream", stream, _INTEGER),
         ("live", live, _BOOL),
     ):
         if tensor is not None:
@@ -124,6 +126,7 @@ def sample(
         seed.contiguous(),
         position.to(torch.int64).contiguous(),
         attempt.to(torch.int64).contiguous(),
+        stream.to(torch.int64).contiguous(),
         ok if live is None else live.contiguous(),
         int(live is not None),
         bound,
@@ -191,6 +194,7 @@ def _inputs_signature(dtype: str) -> dict[str, str]:
         "seed_ptr": "*i64",
         "position_ptr": "*i64",
         "attempt_ptr": "*i64",
+        "stream_ptr": "*i64",
         "live_ptr": "*i1",
         "masked": "i32",
         "bound_ptr": "*fp32",

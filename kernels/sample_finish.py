@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stars_fast.kernels.philox import philox4x32_10
+from stars_fast.kernels.philox import philox4x32_10, token_counter
 from stars_fast.kernels.sample_reduce import LOG2_E, MINI, MINIS, PARTIALS, log2_scale
 
 MAX_SPLITS = tl.constexpr(64)  # a power of two
@@ -46,6 +46,7 @@ def sample_finish_kernel(  # type: ignore[no-untyped-def]
     seed_ptr,
     position_ptr,
     attempt_ptr,
+    stream_ptr,
     live_ptr,
     masked,  # 0: there is no mask, live_ptr is not read
     bound_ptr,  # float32 [R, splits * MINIS]; then int32, in the order of entries
@@ -107,11 +108,7 @@ def sample_finish_kernel(  # type: ignore[no-untyped-def]
             tl.load(top_k_ptr + row),
             tl.load(top_p_ptr + row),
             tl.load(min_p_ptr + row),
-            (
-                tl.load(seed_ptr + row),
-                tl.load(position_ptr + row).to(tl.uint32),
-                tl.load(attempt_ptr + row).to(tl.uint32),
-            ),
+            token_counter(seed_ptr, position_ptr, attempt_ptr, stream_ptr, row),
             bounds_ptr,
             partial,
             mini_ptr + row.to(tl.int64) * splits * MINIS,
@@ -145,7 +142,7 @@ def _draw(  # type: ignore[no-untyped-def]
     top_k,
     top_p,
     min_p,
-    stream,  # seed, position and attempt
+    counter,  # of `token_counter`
     bounds_ptr,
     peaks_ptr,
     minis_ptr,
@@ -222,7 +219,7 @@ def _draw(  # type: ignore[no-untyped-def]
         if by_top_k:
             target = _part(top_p, _mass_from(entries, cut, scaled_peak).to(tl.float64))
         cut = _cut(entries, target, cut, end, scaled_peak, False)
-    token, kept = _race(entries, cut, log_min_p, stream, scaled_peak)
+    token, kept = _race(entries, cut, log_min_p, counter, scaled_peak)
     log_kept = tl.log(tl.where(full, scaled_mass, kept.to(tl.float64) / _UNIT))
     return token, log_kept
 
@@ -393,12 +390,12 @@ def _cut(entries, target, low, high, scaled_peak, BY_VALUE: tl.constexpr):  # ty
 
 
 @triton.jit
-def _race(entries, cut, log_min_p, stream, scaled_peak):  # type: ignore[no-untyped-def]
+def _race(entries, cut, log_min_p, counter, scaled_peak):  # type: ignore[no-untyped-def]
     """The arg max of value plus noise over what is kept, and the mass of that.
 
     Of equal maxima the lowest index.
     """
-    seed, position, attempt = stream
+    c1, c2, c3, k0, k1 = counter
     best = tl.full((_TILE,), -float("inf"), tl.float32)
     token = tl.full((_TILE,), 0, tl.int32)
     mass = tl.zeros((_TILE,), tl.int64)
@@ -408,14 +405,7 @@ def _race(entries, cut, log_min_p, stream, scaled_peak):  # type: ignore[no-unty
         index = (entry & _HIGHEST_INDEX).to(tl.int32)
         kept = (entry >= cut) & ((value - scaled_peak).to(tl.float64) >= log_min_p)
         mass += tl.where(kept, _weight_of(entry, scaled_peak), 0)
-        w0, w1, w2, w3 = philox4x32_10(
-            (index >> 2).to(tl.uint32),
-            position,
-            attempt,
-            tl.full((), 0, tl.uint32),
-            seed.to(tl.uint32),
-            (seed >> 32).to(tl.uint32),
-        )
+        w0, w1, w2, w3 = philox4x32_10((index >> 2).to(tl.uint32), c1, c2, c3, k0, k1)
         word = tl.where(
             index % 2 == 0, tl.where(index % 4 == 0, w0, w2), tl.where(index % 4 == 1, w1, w3)
         )

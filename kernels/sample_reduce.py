@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stars_fast.kernels.philox import philox4x32_10
+from stars_fast.kernels.philox import philox4x32_10, token_counter
 
 MINI = tl.constexpr(32)  # entries of a mini-chunk
 MINIS = tl.constexpr(128)  # mini-chunks of a chunk
@@ -38,6 +38,7 @@ def sample_reduce_kernel(  # type: ignore[no-untyped-def]
     seed_ptr,
     position_ptr,
     attempt_ptr,
+    stream_ptr,
     live_ptr,
     masked,  # 0: there is no mask, live_ptr is not read
     bound_ptr,  # out, float32 [R, splits * MINIS]
@@ -83,14 +84,7 @@ def sample_reduce_kernel(  # type: ignore[no-untyped-def]
     if scores == 0:
         tl.store(bounds_ptr + mini, bound)
     else:
-        seed = tl.load(seed_ptr + row)
-        stream = (
-            tl.load(position_ptr + row).to(tl.uint32),
-            tl.load(attempt_ptr + row).to(tl.uint32),
-            tl.full((), 0, tl.uint32),
-            seed.to(tl.uint32),
-            (seed >> 32).to(tl.uint32),
-        )
+        counter = token_counter(seed_ptr, position_ptr, attempt_ptr, stream_ptr, row)
         # A few mini-chunks at a time, read again from the cache: the noise of all takes registers
         # that every other row would have to do without.
         for start in range(0, MINIS, _SCORED):
@@ -98,7 +92,7 @@ def sample_reduce_kernel(  # type: ignore[no-untyped-def]
             at = some[:, None] * MINI + tl.arange(0, MINI)[None, :]
             logit = tl.load(row_ptr + at, mask=at < vocab_size, other=-float("inf"))
             scaled = (logit.to(tl.float32) - peak) * log2_scale(temperature)
-            tl.store(bounds_ptr + some, _largest_score(scaled, some, stream))
+            tl.store(bounds_ptr + some, _largest_score(scaled, some, counter))
 
     partial = partial_ptr + row.to(tl.int64) * PARTIALS * splits + split
     tl.store(partial, peak)
@@ -108,11 +102,11 @@ def sample_reduce_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _largest_score(z, mini, stream):  # type: ignore[no-untyped-def]
+def _largest_score(z, mini, counter):  # type: ignore[no-untyped-def]
     """The largest score of each mini-chunk, of scaled logits ``[_SCORED, MINI]``."""
-    position, attempt, purpose, low, high = stream
+    c1, c2, c3, k0, k1 = counter
     block = mini[:, None] * (MINI // 4) + tl.arange(0, MINI // 4)[None, :]
-    w0, w1, w2, w3 = philox4x32_10(block.to(tl.uint32), position, attempt, purpose, low, high)
+    w0, w1, w2, w3 = philox4x32_10(block.to(tl.uint32), c1, c2, c3, k0, k1)
     even, odd = tl.split(tl.reshape(z, [_SCORED, MINI // 4, 2, 2]))
     z0, z2 = tl.split(even)
     z1, z3 = tl.split(odd)

@@ -30,10 +30,11 @@ class RequestTooLargeError(ValueError):
 def philox4x32(counters: npt.ArrayLike, keys: npt.ArrayLike) -> npt.NDArray[np.uint32]:
     """Philox4x32-10 of counters [n, 4] and keys [n, 2], uint32 -> words [n, 4]."""
 
-def accept_uniform(seed: int, position: int, attempt: int) -> float:
+def accept_uniform(seed: int, position: int, attempt: int, stream: int) -> float:
     """The uniform in (0, 1) of an accept test, 53 bits.
 
-    `position`: response position at which the segment starts; `attempt`: number of the attempt.
+    `position`: response position at which the segment starts; `attempt`: number of the attempt;
+    `stream`: number of the segment, see csrc/philox.h.
     """
 
 @final
@@ -161,6 +162,10 @@ class Plan:
     @property
     def position(self) -> npt.NDArray[np.int32]:
         """[R] response position of the row's first new token."""
+
+    @property
+    def stream(self) -> npt.NDArray[np.int32]:
+        """[R] stream of the row's draws, see csrc/philox.h."""
 
     @property
     def first_token(self) -> npt.NDArray[np.int64]:

@@ -101,7 +101,7 @@ class RowParameters:
         float32.
     top_k
         int32.
-    seed, position, attempt
+    seed, position, attempt, stream
         int64; `position` is that of the row's first new token in the response.
     lengths
         int64, tokens to draw.
@@ -122,6 +122,7 @@ class RowParameters:
     seed: Tensor
     position: Tensor
     attempt: Tensor
+    stream: Tensor
     lengths: Tensor
     entropy_limit: Tensor
     min_length: Tensor
@@ -144,6 +145,7 @@ class RowParameters:
             seed=column(torch.int64),
             position=column(torch.int64),
             attempt=column(torch.int64),
+            stream=column(torch.int64),
             lengths=column(torch.int64),
             entropy_limit=column(torch.float32).fill_(math.inf),
             min_length=column(torch.int64),
@@ -166,6 +168,7 @@ class RowParameters:
             "seed": plan.seed,
             "position": plan.position,
             "attempt": plan.attempt,
+            "stream": plan.stream,
             "lengths": plan.draft.new_lengths,
             "entropy_limit": _bits([s.entropy_limit for s in sampling]),
             "min_length": np.array([s.min_length for s in sampling]),
@@ -185,8 +188,8 @@ class RowParameters:
 
 #: Columns of the table that `RowParameters.write` moves, and those of them that are float64 bits.
 _COLUMNS = (
-    "temperature", "top_k", "top_p", "min_p", "seed", "position", "attempt", "lengths",
-    "entropy_limit", "min_length", "border", "ranked",
+    "temperature", "top_k", "top_p", "min_p", "seed", "position", "attempt", "stream",
+    "lengths", "entropy_limit", "min_length", "border", "ranked",
 )  # fmt: skip
 _NO_BORDER = 1 << 30
 _LEAST = float(np.finfo(np.float32).tiny)  # smaller ones would be 0, and keep nothing
@@ -273,6 +276,7 @@ class Progress:
             p.seed,
             p.position + step,
             p.attempt,
+            p.stream,
             self.live,
             with_entropy=self._ragged,
         )

@@ -244,7 +244,8 @@ class Loop:
             draft = plan.draft
             self._ranks.check_same(
                 "the round",
-                *(plan.request, plan.attempt, plan.seed, plan.position, plan.first_token),
+                *(plan.request, plan.attempt, plan.seed, plan.position, plan.stream),
+                plan.first_token,
                 *(plan.prefill_tokens, plan.unscored, draft.new_lengths, draft.slots),
             )
         done = self._draft(plan)

@@ -19,21 +19,22 @@ void test_philox() {
   double sum = 0.0;
   constexpr int kDraws = 100000;
   for (int i = 0; i < kDraws; ++i) {
-    const double uniform = sf::accept_uniform(42, static_cast<std::uint32_t>(i), 7);
+    const double uniform = sf::accept_uniform(42, static_cast<std::uint32_t>(i), 7, 0);
     CHECK(uniform > 0.0 && uniform < 1.0);
     sum += uniform;
   }
   // Five standard deviations of the mean of uniforms.
   CHECK(std::abs(sum / kDraws - 0.5) < 5.0 * 0.2887 / 316.2);
-  CHECK(sf::accept_uniform(1, 2, 3) != sf::accept_uniform(1, 3, 2));
-  CHECK(sf::accept_uniform(1, 2, 3) != sf::accept_uniform(1ULL << 32U, 2, 3));
+  CHECK(sf::accept_uniform(1, 2, 3, 4) != sf::accept_uniform(1, 3, 2, 4));
+  CHECK(sf::accept_uniform(1, 2, 3, 4) != sf::accept_uniform(1, 2, 3, 5));
+  CHECK(sf::accept_uniform(1, 2, 3, 4) != sf::accept_uniform(1ULL << 32U, 2, 3, 4));
 
-  // The words of its counter and nothing else, the purpose among them.
-  constexpr sf::PhiloxCounter kWords = sf::philox4x32({0, 2, 3, 3}, {5, 6});
+  // The words of its counter and nothing else, stream and purpose among them.
+  constexpr sf::PhiloxCounter kWords = sf::philox4x32({0, 2, 3, (4U << 3U) + 3U}, {5, 6});
   const double bits = std::ldexp(kWords[0], 20) + (kWords[1] >> 12U);
-  CHECK(sf::purpose_uniform(5 + (6ULL << 32U), 2, 3, sf::Purpose::kResample) ==
+  CHECK(sf::purpose_uniform(5 + (6ULL << 32U), 2, 3, 4, sf::Purpose::kResample) ==
         std::ldexp(bits + 0.5, -52));
-  CHECK(sf::accept_uniform(1, 2, 3) == sf::purpose_uniform(1, 2, 3, sf::Purpose::kAccept));
-  CHECK(sf::accept_uniform(1, 2, 3) != sf::purpose_uniform(1, 2, 3, sf::Purpose::kChoose));
-  CHECK(sf::accept_uniform(1, 2, 3) != sf::purpose_uniform(1, 2, 3, sf::Purpose::kResample));
+  CHECK(sf::accept_uniform(1, 2, 3, 4) == sf::purpose_uniform(1, 2, 3, 4, sf::Purpose::kAccept));
+  CHECK(sf::accept_uniform(1, 2, 3, 4) != sf::purpose_uniform(1, 2, 3, 4, sf::Purpose::kChoose));
+  CHECK(sf::accept_uniform(1, 2, 3, 4) != sf::purpose_uniform(1, 2, 3, 4, sf::Purpose::kResample));
 }

@@ -17,7 +17,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 
-_PURPOSE_TOKEN = 0  # the counter's last word; 1 is the accept test, drawn in the C++ core
+_PURPOSE_BITS = 3  # below the stream, in the counter's last word; 0 is a token draw
 
 
 def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
@@ -76,18 +76,20 @@ def gumbel_from_words(words: Tensor) -> Tensor:
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
-def token_noise(seed: Tensor, position: Tensor, attempt: Tensor, vocab_index: Tensor) -> Tensor:
+def token_noise(
+    seed: Tensor, position: Tensor, attempt: Tensor, stream: Tensor, vocab_index: Tensor
+) -> Tensor:
     """Gumbel noise of single vocabulary entries.
 
-    The word for entry ``i`` is word ``i % 4`` of the counter ``(i // 4, position, attempt, 0)``
-    under the key ``(seed low, seed high)``.
+    The word for entry ``i`` is word ``i % 4`` of the counter ``(i // 4, position, attempt,
+    stream << 3)`` under the key ``(seed low, seed high)``; csrc/philox.h says what a stream is.
 
     Parameters
     ----------
     seed : Tensor
         int64 ``[R]``, the bit pattern of each row's unsigned 64-bit seed.
-    position, attempt : Tensor
-        integer ``[R]``, position in the response and attempt number of the segment.
+    position, attempt, stream : Tensor
+        integer ``[R]``, position in the response, attempt of the segment, and stream.
     vocab_index : Tensor
         int64 ``[R, W]``.
 
@@ -96,24 +98,28 @@ def token_noise(seed: Tensor, position: Tensor, attempt: Tensor, vocab_index: Te
     Tensor
         float32 ``[R, W]``.
     """
-    words = _token_words(vocab_index >> 2, seed, position, attempt)
+    words = _token_words(vocab_index >> 2, seed, position, attempt, stream)
     return gumbel_from_words(words.gather(-1, (vocab_index & 3).unsqueeze(-1)).squeeze(-1))
 
 
-def token_noise_all(seed: Tensor, position: Tensor, attempt: Tensor, vocab_size: int) -> Tensor:
+def token_noise_all(
+    seed: Tensor, position: Tensor, attempt: Tensor, stream: Tensor, vocab_size: int
+) -> Tensor:
     """Gumbel noise of the whole vocabulary, float32 ``[R, vocab_size]``; see `token_noise`."""
     blocks = torch.arange((vocab_size + 3) // 4, device=seed.device).expand(seed.shape[0], -1)
-    words = _token_words(blocks, seed, position, attempt)
+    words = _token_words(blocks, seed, position, attempt, stream)
     return gumbel_from_words(words.flatten(1)[:, :vocab_size])
 
 
-def _token_words(block: Tensor, seed: Tensor, position: Tensor, attempt: Tensor) -> Tensor:
+def _token_words(
+    block: Tensor, seed: Tensor, position: Tensor, attempt: Tensor, stream: Tensor
+) -> Tensor:
     """Words ``[R, W, 4]`` of the token draws of blocks ``[R, W]`` of four vocabulary entries."""
     words = _rounds(
         block,
         position.to(torch.int64).unsqueeze(1),
         attempt.to(torch.int64).unsqueeze(1),
-        torch.full_like(block, _PURPOSE_TOKEN),
+        stream.to(torch.int64).unsqueeze(1) << _PURPOSE_BITS,
         (seed & _MASK).unsqueeze(1),
         ((seed >> 32) & _MASK).unsqueeze(1),
     )

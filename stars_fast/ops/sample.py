@@ -32,6 +32,7 @@ def sample(
     seed: Tensor,
     position: Tensor,
     attempt: Tensor,
+    stream: Tensor,
     live: Tensor | None = None,
     with_entropy: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -56,9 +57,11 @@ def sample(
         float32 ``[R]``, in [0, 1]; 0 is off.
     seed : Tensor
         int64 ``[R]``, the bit pattern of each row's unsigned 64-bit seed.
-    position, attempt : Tensor
-        int32 or int64 ``[R]``, position in the response and attempt number: with `seed`, all that
-        the noise depends on.
+    position, attempt, stream : Tensor
+        int32 or int64 ``[R]``, position in the response, attempt of the segment, and stream: with
+        `seed`, all that the noise depends on. No two draws that both count may share all four. A
+        loop that draws each position once passes zeros; one that rejects numbers its attempts,
+        and takes another stream, the number of the segment, for what it goes on with.
     live : Tensor, optional
         bool ``[R]``; nothing of a row that is not live is read, and its results are token 0, three
         times 0.0, and true.
@@ -80,7 +83,7 @@ def sample(
         bool ``[R]``, false where the row holds a NaN, +inf or nothing but -inf; its token is then
         0, its log-probabilities and its entropy are NaN.
     """
-    arguments = (logits, temperature, top_k, top_p, min_p, seed, position, attempt)
+    arguments = (logits, temperature, top_k, top_p, min_p, seed, position, attempt, stream)
     if uses_triton(logits.device):
         from stars_fast.kernels import sample as kernel
 
@@ -132,6 +135,7 @@ def _sample_block(
     seed: Tensor,
     position: Tensor,
     attempt: Tensor,
+    stream: Tensor,
     *,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -160,13 +164,13 @@ def _sample_block(
             truncated_logprob[rows] = 0.0
             continue
         scaled = part / temperature[rows].unsqueeze(1)
-        stream = (seed[rows], position[rows], attempt[rows])
+        draw = (seed[rows], position[rows], attempt[rows], stream[rows])
         if route == "full":
-            drawn, log_p = _draw_full(scaled, min_p[rows], *stream)
+            drawn, log_p = _draw_full(scaled, min_p[rows], *draw)
         else:
             width = scaled.shape[1]
             limit = top_k[rows].clamp(max=width) if route == "top_k" else None
-            drawn, log_p = _draw_sorted(scaled, limit, top_p[rows], min_p[rows], *stream)
+            drawn, log_p = _draw_sorted(scaled, limit, top_p[rows], min_p[rows], *draw)
         token[rows] = drawn
         truncated_logprob[rows] = log_p
 
@@ -204,6 +208,7 @@ def _(
     seed: Tensor,
     position: Tensor,
     attempt: Tensor,
+    stream: Tensor,
     live: Tensor | None = None,
     with_entropy: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -218,7 +223,7 @@ def _(
 
 
 def _draw_full(
-    scaled: Tensor, min_p: Tensor, seed: Tensor, position: Tensor, attempt: Tensor
+    scaled: Tensor, min_p: Tensor, seed: Tensor, position: Tensor, attempt: Tensor, stream: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Draw rows that have neither top-k nor top-p: noise over the vocabulary, no sort."""
     if bool((min_p > 0).any()):
@@ -226,7 +231,7 @@ def _draw_full(
         relative = (scaled - scaled.amax(dim=-1, keepdim=True)).to(torch.float64).exp_()
         removed = relative < min_p.to(torch.float64).unsqueeze(1)
         scaled = scaled.masked_fill(removed, -torch.inf)
-    noise = token_noise_all(seed, position, attempt, scaled.shape[1])
+    noise = token_noise_all(seed, position, attempt, stream, scaled.shape[1])
     token = noise.add_(scaled).argmax(dim=-1)
     log_p = scaled.log_softmax(dim=-1).gather(1, token.unsqueeze(1)).squeeze(1)
     return token, log_p
@@ -240,6 +245,7 @@ def _draw_sorted(
     seed: Tensor,
     position: Tensor,
     attempt: Tensor,
+    stream: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Draw rows with top-k or top-p: sort what may be kept, noise for those entries only.
 
@@ -264,7 +270,7 @@ def _draw_sorted(
     width = int(counts.max())  # noise for no more than that
     values, index, keep = values[:, :width], index[:, :width], keep[:, :width]
 
-    noisy = values + token_noise(seed, position, attempt, index)
+    noisy = values + token_noise(seed, position, attempt, stream, index)
     noisy.masked_fill_(~keep, -torch.inf)
     # The lowest vocabulary index of equal maxima, as an arg max over the vocabulary would take.
     best = noisy == noisy.amax(dim=-1, keepdim=True)

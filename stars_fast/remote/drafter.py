@@ -111,7 +111,10 @@ class RemoteDrafter:
     def _calls(self, plan: _core.Plan, wanted: Sequence[int]) -> list[Call]:
         """Return the calls of a plan, one for each row or for each response."""
         seeds = plan.seed.view(np.uint64).tolist()
-        positions, attempts = plan.position.tolist(), plan.attempt.tolist()
+        positions = plan.position.tolist()
+        draws = list(
+            zip(seeds, positions, plan.attempt.tolist(), plan.stream.tolist(), strict=True)
+        )
         shared: dict[int, list[int]] = {}
         calls = []
         for row, handle in enumerate(plan.request.tolist()):
@@ -119,7 +122,7 @@ class RemoteDrafter:
             if not self._seeded and request.params.seed is None:
                 shared.setdefault(handle, []).append(row)
             else:
-                seed = call_seed(seeds[row], positions[row], attempts[row])
+                seed = call_seed(*draws[row])
                 calls.append(self._call(handle, request, (row,), wanted, positions, seed))
         for handle, rows in shared.items():
             request = self._request_of(handle)
@@ -175,7 +178,7 @@ class RemoteDrafter:
         ]
 
 
-def call_seed(seed: int, position: int, attempt: int) -> int:
+def call_seed(seed: int, position: int, attempt: int, stream: int) -> int:
     """Return the seed that a call is sent with: of 31 bits, fixed by what the call is for.
 
     Parameters
@@ -186,9 +189,12 @@ def call_seed(seed: int, position: int, attempt: int) -> int:
         Tokens of the response before the segment.
     attempt
         Number of the attempt.
+    stream
+        Of the draws, see csrc/philox.h.
     """
-    segment = derive_seed(seed, 1 + position)
-    return derive_seed(segment, 1 + attempt) >> (64 - _SEED_BITS)
+    for part in (position, attempt, stream):
+        seed = derive_seed(seed, 1 + part)
+    return seed >> (64 - _SEED_BITS)
 
 
 def _is_cut(choice: Choice) -> bool:

@@ -74,8 +74,8 @@ class RemoteEngine(Engine):
         Of a call, see `stars_fast.remote.http.Endpoint`. A request whose call fails after that ends
         with `RequestOutput.error`, and harms no other.
     seed
-        Each call is sent a seed that follows from this, the request, the position and the attempt,
-        and draws one candidate: runs are repeatable where the server's draws are. None: one call
+        Each call is sent a seed that follows from this, the request, the segment, the position and
+        the attempt, and draws one candidate: runs are repeatable where the server's draws are. None: one call
         draws all candidates of a response (``n``), without a seed, where a response is known by
         its tokens and the request has no seed.
     max_rows

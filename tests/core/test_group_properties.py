@@ -38,6 +38,7 @@ class GroupMachine(DriverMachine):
         rejection_rate=st.sampled_from([0.0, 0.2, 0.5, 0.9]),
         seed=st.integers(0, 2**64 - 1),
         stop_rate=st.sampled_from([0.0, 0.1, 0.3]),
+        ends_early=st.sampled_from([0.0, 0.5]),
         bad_rate=st.sampled_from([0.0, 0.0, 0.05]),
     )
     def add_group(
@@ -53,6 +54,7 @@ class GroupMachine(DriverMachine):
         rejection_rate: float,
         seed: int,
         stop_rate: float,
+        ends_early: float,
         bad_rate: float,
     ) -> None:
         prompt = self.prompt(length, prefix)
@@ -67,6 +69,7 @@ class GroupMachine(DriverMachine):
                     scored=False,
                     seed=(seed + path) % 2**64,
                     stop_rate=stop_rate,
+                    ends_early=ends_early,
                     bad_rate=bad_rate,
                 )
                 for path in range(min(paths, self.driver.max_rows))

@@ -37,6 +37,7 @@ class SchedulerMachine(DriverMachine):
         seed=st.integers(0, 2**64 - 1),
         bias=st.sampled_from([-1e9, 0.0, 1e9]),
         stop_rate=st.sampled_from([0.0, 0.1]),
+        ends_early=st.sampled_from([0.0, 0.5]),
         bad_rate=st.sampled_from([0.0, 0.0, 0.1]),
     )
     def add(
@@ -56,6 +57,7 @@ class SchedulerMachine(DriverMachine):
         seed: int,
         bias: float,
         stop_rate: float,
+        ends_early: float,
         bad_rate: float,
     ) -> None:
         prompt = [prefix] * (length - 1) + [self.driver.next_id % 7]
@@ -74,6 +76,7 @@ class SchedulerMachine(DriverMachine):
             seed=seed,
             bias=bias,
             stop_rate=stop_rate,
+            ends_early=ends_early,
             bad_rate=bad_rate,
         )
         try:

@@ -64,6 +64,7 @@ def written_out(prompt: str, seed: int) -> tuple[list[int], list[tuple[int, int]
                     torch.tensor([seed]),
                     torch.tensor([len(response) + len(drawn)]),
                     torch.tensor([attempt]),
+                    torch.tensor([len(segments)]),
                 )
                 if len(drawn) >= p.min_segment_length and float(entropy) >= p.entropy_threshold:
                     break
@@ -72,7 +73,9 @@ def written_out(prompt: str, seed: int) -> tuple[list[int], list[tuple[int, int]
             r = text_reward([prompt], [text])[0]
             best = max(best, (r, drawn), key=lambda pair: pair[0])
             tau = schedule.threshold(prompt_reward, len(response) + len(drawn))
-            if schedule.accepts(r, tau, _core.accept_uniform(seed, len(response), attempt)):
+            if schedule.accepts(
+                r, tau, _core.accept_uniform(seed, len(response), attempt, len(segments))
+            ):
                 best = (r, drawn)
                 break
         segments.append((len(best[1]), attempt + 1))

@@ -46,7 +46,7 @@ def run(model: Any, params: StarsParams = PARAMS, **options: Any) -> list[Comple
 
 
 @torch.inference_mode()
-def draw(ids: list[int], seed: int, position: int, attempt: int) -> tuple[int, float]:
+def draw(ids: list[int], seed: int, position: int, attempt: int, segment: int) -> tuple[int, float]:
     """A token and the entropy of its distribution."""
     token, _, _, entropy, _ = ops.sample(
         small_model()(torch.tensor([ids]), use_cache=False).logits[:, -1],
@@ -57,6 +57,7 @@ def draw(ids: list[int], seed: int, position: int, attempt: int) -> tuple[int, f
         torch.tensor([seed]),
         torch.tensor([position]),
         torch.tensor([attempt]),
+        torch.tensor([segment]),
     )
     return int(token), float(entropy)
 
@@ -77,7 +78,9 @@ def written_out(prompt: str, seed: int) -> tuple[list[int], list[tuple[int, int,
             drawn: list[int] = []
             while len(drawn) < p.segment_length:
                 position = len(response) + len(drawn)
-                token, entropy = draw(prompt_ids + response + drawn, seed, position, len(seen))
+                token, entropy = draw(
+                    prompt_ids + response + drawn, seed, position, len(seen), len(segments)
+                )
                 if len(drawn) >= p.min_segment_length and entropy >= p.entropy_threshold:
                     break
                 drawn.append(token)
@@ -89,7 +92,9 @@ def written_out(prompt: str, seed: int) -> tuple[list[int], list[tuple[int, int,
                 drawn = max(seen, key=lambda pair: pair[0])[1]
                 break
             tau = schedule.threshold(first, len(response) + len(drawn))
-            if schedule.accepts(r, tau, _core.accept_uniform(seed, len(response), len(seen) - 1)):
+            if schedule.accepts(
+                r, tau, _core.accept_uniform(seed, len(response), len(seen) - 1, len(segments))
+            ):
                 how = "test"
                 break
         segments.append((len(drawn), len(seen), how))
@@ -142,7 +147,7 @@ def test_the_last_attempt_is_kept_for_its_reward_alone(model: Any) -> None:
 
 def test_a_stop_token_of_ones_own_still_ends(model: Any) -> None:
     drawn = run(model)[0].token_ids
-    params = dataclasses.replace(PARAMS, stop_token_ids=[drawn[3]])
+    params = dataclasses.replace(PARAMS, stop_token_ids=[drawn[2]])
     output = run(model, params)[0]
     assert output.finish_reason == "stop"
-    assert output.token_ids == drawn[:4]
+    assert output.token_ids == drawn[:3]

@@ -32,9 +32,11 @@ def run(params: StarsParams, rewards: Any = reward, **options: Any) -> list[Comp
 
 
 def uniform(seed: int, position: int, attempt: int, purpose: int) -> float:
-    """The uniform of one decision, from the generator's words."""
+    """The uniform of one decision, from the generator's words; segment i is token i."""
     key = [seed & 0xFFFFFFFF, seed >> 32]
-    (words,) = _core.philox4x32(np.array([[0, position, attempt, purpose]]), np.array([key]))
+    (words,) = _core.philox4x32(
+        np.array([[0, position, attempt, position << 3 | purpose]]), np.array([key])
+    )
     bits = (int(words[0]) << 32 | int(words[1])) >> 12
     return (bits + 0.5) * 2.0**-52
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from helpers.scheduler_draws import PURPOSE_RESAMPLE, Event, Spec, purpose_uniform
@@ -30,6 +30,7 @@ class Generation:
 @dataclass
 class Path:
     position: int = 0
+    stream: int = 0
     reward: float = 0.0
     before: float = 0.0  # the reward when weights were last made equal
     alive: bool = True
@@ -68,14 +69,15 @@ class GroupSpec:
         generations: list[Generation] = []
         while not generations or (generations[-1].chosen is None and not generations[-1].fails):
             events = {
-                number: self.paths[number].outcome_at(path.position)
+                number: self.paths[number].outcome_at(path.position, path.stream)
                 for number, path in enumerate(paths)
                 if path.alive and path.grows
             }
             for number, event in events.items():
-                paths[number].position += len(event.tokens)
-                paths[number].reward = self.paths[number].draw(event.start, 0).reward
-                paths[number].grows = event.goes_on
+                path = paths[number]
+                path.position += len(event.tokens)
+                path.reward = self.paths[number].draw(event.start, 0, path.stream).reward
+                path.grows = event.goes_on
             generation = Generation(events, [], [], None)
             if not generation.fails:
                 compare = self._resample if self.resample else self._prune
@@ -95,20 +97,20 @@ class GroupSpec:
             effective = ends[-1] ** 2 / sum(weight**2 for weight in weights)
             if effective >= self.ess_threshold * number:
                 return [], [], None
-            uniform = purpose_uniform(self.seed, generation, 0, PURPOSE_RESAMPLE)
+            uniform = purpose_uniform(self.seed, generation, 0, 0, PURPOSE_RESAMPLE)
             points = [(k + uniform) / number * ends[-1] for k in range(number)]
             drawn = [bisect.bisect(ends, point) for point in points]
             spare = [path for path in range(number) for _ in range(drawn.count(path) - 1)]
             gone = [path for path in range(number) if path not in drawn]
             copies = list(zip(gone, spare, strict=True))
             for target, source in copies:
-                paths[target] = Path(**vars(paths[source]))
+                paths[target] = replace(paths[source], stream=generation + 1)
             for path in paths:
                 path.before = path.reward
             if any(path.grows for path in paths):
                 return copies, [], None
             ends = [float(path + 1) for path in range(number)]
-        uniform = purpose_uniform(self.seed, generation, 1, PURPOSE_RESAMPLE)
+        uniform = purpose_uniform(self.seed, generation, 1, 0, PURPOSE_RESAMPLE)
         return copies, [], bisect.bisect_left(ends, uniform * ends[-1])
 
     def _prune(

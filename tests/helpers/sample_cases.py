@@ -40,6 +40,7 @@ class Rows:
     seed: Tensor
     position: Tensor
     attempt: Tensor
+    stream: Tensor
     live: Tensor | None = None
 
     def arguments(self) -> tuple[Tensor | None, ...]:
@@ -72,6 +73,7 @@ def rows(
         torch.arange(seed, seed + n),
         torch.full((n,), 3),
         torch.full((n,), 1, dtype=torch.int32),
+        torch.full((n,), 2, dtype=torch.int32),
     )
 
 
@@ -101,6 +103,7 @@ def row_of_each_filter(
         seed + n * 7919 - 2**62,
         n % 5,
         n % 3,
+        n % 4,
     )
 
 

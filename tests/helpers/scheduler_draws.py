@@ -1,4 +1,4 @@
-"""Requests whose draws are a function of (seed, position, attempt), and so what they do."""
+"""Requests whose draws are a function of what names them, and so what they do."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from stars_fast import _core
 PURPOSE_CHOOSE, PURPOSE_RESAMPLE = 2, 3
 
 
-def purpose_uniform(seed: int, position: int, attempt: int, purpose: int) -> float:
+def purpose_uniform(seed: int, position: int, attempt: int, stream: int, purpose: int) -> float:
     """A uniform of the core in (0, 1), from the words that it is made of."""
-    counter = np.array([[0, position, attempt, purpose]], np.uint32)
+    counter = np.array([[0, position, attempt, stream << 3 | purpose]], np.uint32)
     key = np.array([[seed % 2**32, seed >> 32]], np.uint32)
     words: list[int] = _core.philox4x32(counter, key)[0].tolist()
     return ((words[0] << 32 | words[1]) >> 12) * 2.0**-52 + 2.0**-53
@@ -32,7 +32,10 @@ class Draw:
 
 @dataclass(frozen=True)
 class Spec:
-    """A request whose draws are a function of (seed, position, attempt), and so its outcome."""
+    """A request whose draws are a function of what names them, and so its outcome.
+
+    `ends_early`: how often an attempt is shorter than it might be and the response goes on.
+    """
 
     prompt: list[int]
     segment_length: int
@@ -43,6 +46,7 @@ class Spec:
     seed: int
     bias: float = 0.0  # of rewards: far below, about or far above what passes
     stop_rate: float = 0.0
+    ends_early: float = 0.0
     bad_rate: float = 0.0
     alpha: float = 0.5
     choose: bool = False
@@ -54,13 +58,13 @@ class Spec:
     def prompt_reward(self) -> float:
         return self.seed % 3 - 1.0
 
-    def draw(self, position: int, attempt: int) -> Draw:
-        rng = random.Random(f"{self.seed} {position} {attempt}")
+    def draw(self, position: int, attempt: int, stream: int) -> Draw:
+        rng = random.Random(f"{self.seed} {position} {attempt} {stream}")
         length = self.segment_length
         if not self.overrun:
             length = min(length, self.max_tokens - position)
         stopped = rng.random() < self.stop_rate
-        if stopped:
+        if stopped or rng.random() < self.ends_early:
             length = rng.randint(1, length)
         tokens = [rng.randrange(50) for _ in range(length)]
         bad = rng.random() < self.bad_rate
@@ -86,12 +90,13 @@ class Spec:
 
     def outcome(self) -> list[Event]:
         """What the request does, one segment after the other."""
-        events = [self.outcome_at(0)]
+        events = [self.outcome_at(0, 0)]
         while events[-1].goes_on:
-            events.append(self.outcome_at(events[-1].end))
+            stream = len(events) if self.scored else 0
+            events.append(self.outcome_at(events[-1].end, stream))
         return events
 
-    def outcome_at(self, position: int) -> Event:
+    def outcome_at(self, position: int, stream: int) -> Event:
         """The segment at a position, one attempt after the other."""
         schedule = _core.Schedule(
             target_reward=0.0,
@@ -105,17 +110,17 @@ class Spec:
         attempt = 0
         kind = _core.EVENT_CHOSEN if self.scored and self.choose else _core.EVENT_FALLBACK
         for attempt in range(self.max_attempts):
-            made = self.draw(position, attempt)
+            made = self.draw(position, attempt, stream)
             if math.isnan(made.reward):
                 return Event(position, [], _core.EVENT_FAILED, attempt + 1, 0)
             merit, passed = made.reward, not self.scored
             if self.scored and self.choose:
                 if not self.hard:
-                    uniform = purpose_uniform(self.seed, position, attempt, PURPOSE_CHOOSE)
+                    uniform = purpose_uniform(self.seed, position, attempt, stream, PURPOSE_CHOOSE)
                     merit -= math.log(-math.log(uniform))
             elif self.scored and not (self.last_untested and attempt + 1 == self.max_attempts):
                 tau = schedule.threshold(self.prompt_reward, position + len(made.tokens))
-                uniform = _core.accept_uniform(self.seed, position, attempt)
+                uniform = _core.accept_uniform(self.seed, position, attempt, stream)
                 passed = schedule.accepts(made.reward, tau, uniform)
             if passed or merit > most:
                 best, most = made, merit

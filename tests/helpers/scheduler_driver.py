@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 from helpers.path_groups import Generation, GroupSpec
-from helpers.scheduler_draws import Event, Spec
+from helpers.scheduler_draws import Draw, Event, Spec
 
 from stars_fast import _core
 
@@ -60,8 +60,7 @@ class Device:
             else:
                 for row, request in enumerate(plan.request.tolist()):
                     known = flight.known[request]
-                    position, attempt = int(plan.position[row]), int(plan.attempt[row])
-                    drawn = specs[request].draw(position, attempt).tokens
+                    drawn = draw_of(plan, row, specs[request]).tokens
                     assert self._prefix(plan.draft, row) == digests(0, known[:-1])
                     self._write(plan.draft, row, [known[-1], *drawn[:-1]])
             flight.issued += 1
@@ -82,6 +81,11 @@ class Device:
             batch.slots[row].tolist(), digests(prefix[-1] if prefix else 0, tokens), strict=False
         ):
             self.slots[slot] = value
+
+
+def draw_of(plan: _core.Plan, row: int, spec: Spec) -> Draw:
+    """What a row of a plan draws."""
+    return spec.draw(int(plan.position[row]), int(plan.attempt[row]), int(plan.stream[row]))
 
 
 def digests(before: int, tokens: list[int]) -> list[int]:
@@ -131,6 +135,7 @@ class Driver:
         self.committed: dict[int, list[int]] = {}
         self.ended: set[int] = set()
         self.parties: dict[int, Party] = {}  # by each of their requests
+        self.drawn: dict[tuple[int, ...], tuple[int, ...]] = {}  # by counter: what came before
         self.out: deque[Flight] = deque()
 
     @property
@@ -200,7 +205,7 @@ class Driver:
         lengths, stopped = np.zeros(rows, np.int32), np.zeros(rows, np.uint8)
         rewards = np.zeros(rows)
         for row, request in enumerate(plan.request.tolist()):
-            made = self.specs[request].draw(int(plan.position[row]), int(plan.attempt[row]))
+            made = draw_of(plan, row, self.specs[request])
             lengths[row], stopped[row], rewards[row] = len(made.tokens), made.stopped, made.reward
             tokens[row, : lengths[row]] = made.tokens
         decision = self.scheduler.commit(tokens, lengths, stopped, rewards, seconds=1e-3)
@@ -256,6 +261,7 @@ class Driver:
             assert draft.row_start[row] == len(flight.known[request]) - 1
             assert plan.first_token[row] == flight.known[request][-1]
             assert plan.position[row] == len(self.committed[request])
+            self._check_counters(plan, row, flight.known[request])
         # Copies can run side by side.
         sources, targets, _ = (set(column.tolist()) for column in plan.copies)
         assert len(targets) == len(plan.copies[1])
@@ -269,6 +275,21 @@ class Driver:
             assert not pages & {slot // self.page_size for slot in other.written}
         if self.scheduler.has_unfinished and not self.out:
             assert draft.num_rows + plan.prefill.num_rows > 0, "a round that moves nobody"
+
+    def _check_counters(self, plan: _core.Plan, row: int, known: list[int]) -> None:
+        """No counter is used twice, but where a round that was undone is drawn again.
+
+        Where attempts are rejected, all that is planned may be drawn, and more than is kept.
+        """
+        spec = self.specs[int(plan.request[row])]
+        length = len(draw_of(plan, row, spec).tokens)
+        if spec.scored:
+            length = int(plan.draft.new_lengths[row])
+        seed, attempt, stream = (int(x[row]) for x in (plan.seed, plan.attempt, plan.stream))
+        begin = int(plan.position[row])
+        for position in range(begin, begin + length):
+            counter = (int(plan.request[row]), seed, position, attempt, stream)
+            assert self.drawn.setdefault(counter, tuple(known)) == tuple(known)
 
     def check_decision(
         self, flight: Flight, decision: _core.Decision, tokens: npt.NDArray[np.int64]

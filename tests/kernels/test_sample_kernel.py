@@ -275,7 +275,9 @@ def test_frequencies() -> None:
     kept = PROBABILITY * (PROBABILITY > 0.11)
     assert p_value(token, kept) > 1e-4
     # The same test rejects noise that takes one word for two neighbours.
-    noise = token_noise_all(torch.arange(80), torch.full((80,), 3), torch.ones(80), 7)
+    noise = token_noise_all(
+        torch.arange(80), torch.full((80,), 3), torch.ones(80), torch.full((80,), 2), 7
+    )
     noise[:, 1] = noise[:, 0]
     biased = (kept.log() + noise).argmax(-1)
     assert p_value(biased, kept) < 1e-4

@@ -59,18 +59,17 @@ def test_gumbel_is_monotonic_and_finite() -> None:
 def test_noise_of_single_entries_is_the_noise_of_the_vocabulary() -> None:
     seed = torch.tensor([1, -1, 2**62])  # -1 is the bit pattern of 2**64 - 1
     position, attempt = torch.tensor([0, 7, 100]), torch.tensor([0, 3, 1], dtype=torch.int32)
+    stream = torch.tensor([0, 5, 2**28])
     for vocab_size in (1, 3, 10):
-        whole = token_noise_all(seed, position, attempt, vocab_size)
+        whole = token_noise_all(seed, position, attempt, stream, vocab_size)
         index = torch.arange(vocab_size).flip(0).expand(3, -1)
         assert whole.shape == (3, vocab_size)
-        assert torch.equal(token_noise(seed, position, attempt, index), whole.flip(1))
+        assert torch.equal(token_noise(seed, position, attempt, stream, index), whole.flip(1))
 
 
 def test_layout_of_counter_and_key() -> None:
-    """Counter (index // 4, position, attempt, 0), word index % 4, key (low, high)."""
+    """Counter (index // 4, position, attempt, stream * 8), word index % 4, key (low, high)."""
     seed = (3 << 32) | 9
-    got = token_noise(
-        torch.tensor([seed]), torch.tensor([5]), torch.tensor([2]), torch.tensor([[11]])
-    )
-    words = philox4x32(torch.tensor([2, 5, 2, 0]), torch.tensor([9, 3]))
+    got = token_noise(*(torch.tensor([x]) for x in (seed, 5, 2, 2**28 + 1)), torch.tensor([[11]]))
+    words = philox4x32(torch.tensor([2, 5, 2, 2**31 + 8]), torch.tensor([9, 3]))
     assert got.item() == gumbel_from_words(words[3]).item()

@@ -57,7 +57,7 @@ def test_agrees_with_the_warpers_of_transformers(
     token, logprob, truncated, _, ok = batch.draw()
 
     want = warped(logits, temperature, top_k, top_p, min_p)
-    noise = token_noise_all(batch.seed, batch.position, batch.attempt, 101)
+    noise = token_noise_all(batch.seed, batch.position, batch.attempt, batch.stream, 101)
     assert ok.all()
     assert torch.equal(token, (want + noise).argmax(-1))
     at = token.unsqueeze(1)
@@ -135,7 +135,7 @@ def test_a_large_vocabulary(vocab_size: int) -> None:
     batch = rows(logits, temperature=0.8, top_k=40)
     token, _, truncated, _, _ = batch.draw()
     want = warped(logits, 0.8, 40, 1.0, 0.0)
-    noise = token_noise_all(batch.seed, batch.position, batch.attempt, vocab_size)
+    noise = token_noise_all(batch.seed, batch.position, batch.attempt, batch.stream, vocab_size)
     assert torch.equal(token, (want + noise).argmax(-1))
     want_log_p = want.log_softmax(-1).gather(1, token.unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(truncated, want_log_p)
@@ -190,6 +190,7 @@ def _mixed_rows() -> Rows:
         torch.arange(n) * 7919,
         torch.arange(n) % 5,
         torch.arange(n) % 3,
+        torch.arange(n) % 4,
     )
 
 

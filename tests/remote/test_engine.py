@@ -68,13 +68,13 @@ def test_segments_report_rewards_and_thresholds(
         ends = [segment.end for segment in completion.segments]
         assert ends[-1] == len(completion.text) + ended == (ends[-1] if ended else 10)
         assert ends[:-1] == list(range(3, ends[-1], 3))
-        for segment in completion.segments:
+        for at, segment in enumerate(completion.segments):
             assert segment.reward == reward_of(completion.text[: segment.end])
             tau = schedule.threshold(reward_of(""), segment.end)
             assert segment.threshold == pytest.approx(tau, abs=1e-12)
             if segment.accepted == "test":
                 number = segment.attempts - 1
-                uniform = _core.accept_uniform(5, segment.start, number)
+                uniform = _core.accept_uniform(5, segment.start, number, at)
                 assert schedule.accepts(segment.reward, segment.threshold, uniform)
                 tests += 1
             else:

@@ -155,13 +155,13 @@ def test_stars(remote: RemoteEngine, local: Engine) -> None:
         )
         assert completion.segments[-1].reward == completion.reward
         position = 0
-        for segment in completion.segments:
+        for at, segment in enumerate(completion.segments):
             assert segment.start == position
             position = segment.end
             tau = schedule.threshold(prompt_reward, position)
             assert segment.threshold == pytest.approx(tau, abs=1e-4)
             if segment.accepted == "test":
-                uniform = _core.accept_uniform(3, segment.start, segment.attempts - 1)
+                uniform = _core.accept_uniform(3, segment.start, segment.attempts - 1, at)
                 assert schedule.accepts(segment.reward or 0.0, segment.threshold or 0.0, uniform)
             kinds.add((segment.accepted, segment.attempts > 1))
         if completion.finish_reason == "length":
