@@ -9,18 +9,20 @@ from dataclasses import dataclass
 
 import pytest
 from helpers.letter_law import (
+    LETTER,
     PROMPT,
     Law,
     Tokens,
+    World,
     first_to_pass,
     law_of,
     letter_engine,
     model_law,
     p_value,
-    reward_of,
     segments,
     text,
 )
+from helpers.ragged_law import EVEN, RAGGED, SETTINGS, coin, count, ragged_engine
 
 from stars_fast import Engine, StarsParams
 
@@ -40,9 +42,10 @@ class Rule:
     segment: int
     temperature: float
     fallback_is_best: bool = True
+    world: World = LETTER
 
     def tau(self, tokens: int) -> float:
-        prompt = reward_of("")
+        prompt = self.world.reward("")
         start = (1 - self.alpha) * prompt + self.alpha * self.target
         return min(self.target, start + (self.target - start) * tokens / self.max_tokens)
 
@@ -59,9 +62,9 @@ def closed_form(rule: Rule) -> Law:
     def step(done: Tokens) -> Law:
         table = []
         length = min(rule.segment, rule.max_tokens - len(done))
-        for segment, p in segments(done, length, rule.temperature):
+        for segment, p in segments(done, length, rule.temperature, rule.world):
             whole = done + segment
-            reward = reward_of(text(whole))
+            reward = rule.world.reward(text(whole))
             table.append((whole, p, reward, rule.pass_chance(reward, len(whole))))
         if rule.fallback_is_best:
             return first_to_pass(table, rule.attempts)
@@ -83,8 +86,8 @@ def engine() -> Engine:
     return letter_engine()
 
 
-def sample(engine: Engine, rule: Rule, candidates: int) -> Counter[Tokens]:
-    params = StarsParams(
+def params_of(rule: Rule, candidates: int) -> StarsParams:
+    return StarsParams(
         segment_length=rule.segment,
         max_tokens=rule.max_tokens,
         max_attempts=rule.attempts,
@@ -96,6 +99,10 @@ def sample(engine: Engine, rule: Rule, candidates: int) -> Counter[Tokens]:
         top_k=0,
         candidates=candidates,
     )
+
+
+def sample(engine: Engine, rule: Rule, candidates: int) -> Counter[Tokens]:
+    params = params_of(rule, candidates)
     each = [dataclasses.replace(params, seed=1000 + i) for i in range(REQUESTS)]
     outputs = engine.generate([PROMPT] * REQUESTS, each, use_tqdm=False)
     assert all(output.error is None for output in outputs)
@@ -107,6 +114,35 @@ def sample(engine: Engine, rule: Rule, candidates: int) -> Counter[Tokens]:
 )
 def test_matches_closed_form(engine: Engine, rule: Rule, candidates: int) -> None:
     assert p_value(sample(engine, rule, candidates), closed_form(rule)) > 1e-3
+
+
+SOFT_RAGGED = Rule(0.0, 1.0, 1.0, False, 50, 5, 5, 1.0, world=RAGGED)
+HARD_RAGGED = Rule(-1.0, 1.0, 1.0, True, 50, 5, 5, 1.0, world=RAGGED)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [SOFT_RAGGED, HARD_RAGGED, dataclasses.replace(HARD_RAGGED, attempts=3)],
+    ids=["soft", "hard", "fallbacks"],
+)
+def test_segments_of_unequal_length_match_closed_form(rule: Rule) -> None:
+    params = dataclasses.replace(params_of(rule, 2), **SETTINGS)
+    counts = count(ragged_engine(), params, REQUESTS)
+    assert p_value(counts, closed_form(rule)) > 1e-3
+    assert p_value(counts, closed_form(dataclasses.replace(rule, world=EVEN))) < 1e-6
+
+
+def test_segments_ended_by_entropy_match_closed_form() -> None:
+    """The distribution after "b" has more entropy than 0.6, that after "a" has less."""
+    chances = (0.75, 0.6)
+    rule = dataclasses.replace(SOFT_RAGGED, world=coin(*chances))
+    params = params_of(rule, 2).with_method(
+        "cards", entropy_threshold=0.6, min_segment_length=1, segment_length=5
+    )
+    counts = count(ragged_engine(*chances), params, REQUESTS)
+    assert p_value(counts, closed_form(rule)) > 1e-3
+    even = dataclasses.replace(rule.world, ends=None)
+    assert p_value(counts, closed_form(dataclasses.replace(rule, world=even))) < 1e-6
 
 
 def test_rejects_every_planted_change(engine: Engine) -> None:

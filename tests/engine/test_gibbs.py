@@ -9,20 +9,23 @@ from collections import Counter
 
 import pytest
 from helpers.letter_law import (
+    LETTER,
     PROMPT,
     Law,
     Tokens,
+    World,
     law_of,
     letter_engine,
     model_law,
     p_value,
-    reward_of,
     segments,
     text,
     tilted,
     total_variation,
 )
 from helpers.outputs import same
+from helpers.ragged_law import EVEN, RAGGED, SETTINGS, ragged_engine
+from helpers.ragged_law import count as count_ragged
 
 from stars_fast import CompletionOutput, Engine, StarsParams
 
@@ -48,14 +51,14 @@ def count(engine: Engine, params: StarsParams, requests: int) -> Counter[Tokens]
     return Counter(tuple(output.token_ids) for output in run(engine, params, requests))
 
 
-def closed_form(params: StarsParams, beta: float = BETA) -> Law:
+def closed_form(params: StarsParams, beta: float = BETA, world: World = LETTER) -> Law:
     """Every tuple of N independent segments, and the choice of one of them."""
 
     def step(done: Tokens) -> Law:
         length = min(params.segment_length, params.max_tokens - len(done))
         table = [
-            (done + segment, p, math.exp(reward_of(text(done + segment)) / beta))
-            for segment, p in segments(done, length, params.temperature)
+            (done + segment, p, math.exp(world.reward(text(done + segment)) / beta))
+            for segment, p in segments(done, length, params.temperature, world)
         ]
         law: Law = {}
         for drawn in itertools.product(table, repeat=params.num_candidates):
@@ -80,6 +83,13 @@ def test_matches_closed_form(engine: Engine, candidates: int, max_tokens: int) -
     }
     found = {name: p_value(counts, law) for name, law in planted.items()}
     assert all(p < 1e-4 for p in found.values()), found
+
+
+def test_segments_of_unequal_length_match_closed_form() -> None:
+    params = dataclasses.replace(PARAMS, candidates=3, beta=1.0, **SETTINGS)
+    counts = count_ragged(ragged_engine(), params, 12_000)
+    assert p_value(counts, closed_form(params, 1.0, RAGGED)) > 1e-3
+    assert p_value(counts, closed_form(params, 1.0, EVEN)) < 1e-6
 
 
 def test_one_candidate_is_the_model(engine: Engine) -> None:

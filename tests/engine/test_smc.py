@@ -10,20 +10,23 @@ from typing import Any
 
 import pytest
 from helpers.letter_law import (
+    LETTER,
     PROMPT,
     Law,
     Tokens,
+    World,
     is_over,
     letter_engine,
     model_law,
     p_value,
-    reward_of,
     segments,
     text,
     tilted,
     total_variation,
 )
 from helpers.outputs import all_same
+from helpers.ragged_law import EVEN, RAGGED, SETTINGS, ragged_engine
+from helpers.ragged_law import count as count_ragged
 from helpers.tiny_lm import letter_tokenizer, small_model
 from helpers.tiny_rewards import plain_reward, reward_model
 from helpers.tiny_tokenizers import bpe_tokenizer
@@ -48,7 +51,7 @@ def count(engine: Engine, params: StarsParams, requests: int) -> Counter[Tokens]
     return Counter(tuple(output.outputs[0].token_ids) for output in outputs)
 
 
-def law_of_two_paths(params: StarsParams, beta: float = BETA) -> Law:
+def law_of_two_paths(params: StarsParams, beta: float = BETA, world: World = LETTER) -> Law:
     """Every pair of paths, every way in which it is resampled, and the draw at the end."""
     law: Law = {}
 
@@ -64,10 +67,10 @@ def law_of_two_paths(params: StarsParams, beta: float = BETA) -> Law:
         if is_over(path, params.max_tokens):
             return [(path, 1.0, 1.0)]
         length = min(params.segment_length, params.max_tokens - len(path))
-        before = reward_of(text(path))
+        before = world.reward(text(path))
         return [
-            (path + segment, p, math.exp((reward_of(text(path + segment)) - before) / beta))
-            for segment, p in segments(path, length)
+            (path + segment, p, math.exp((world.reward(text(path + segment)) - before) / beta))
+            for segment, p in segments(path, length, world=world)
         ]
 
     # Pairs of paths that grow, with their weights, and the probability of that.
@@ -115,6 +118,26 @@ def test_two_paths_match_the_exact_law(
         other = 1.0 - ess_threshold if ess_threshold != 0.8 else 0.0
         changed = dataclasses.replace(params, ess_threshold=other)
         assert p_value(counts, law_of_two_paths(changed)) < 1e-6
+
+
+UNEQUAL = StarsParams(method="smc", beta=1.0, ess_threshold=1.0, **SETTINGS)
+
+
+def test_two_paths_of_unequal_segments_match_the_exact_law() -> None:
+    params = dataclasses.replace(UNEQUAL, candidates=2)
+    counts = count_ragged(ragged_engine(), params, 4000)
+    assert p_value(counts, law_of_two_paths(params, beta=1.0, world=RAGGED)) > 1e-3
+    assert p_value(counts, law_of_two_paths(params, beta=1.0, world=EVEN)) < 1e-6
+
+
+@pytest.mark.parametrize("paths", [16, 64])
+def test_many_paths_of_unequal_segments_follow_the_tilted_law(paths: int) -> None:
+    """With so many, the bias cannot be seen in so few requests."""
+    params = dataclasses.replace(UNEQUAL, candidates=paths)
+    counts = count_ragged(ragged_engine(), params, 12_000 // paths)
+    plain = model_law(5, world=RAGGED)
+    assert p_value(counts, tilted(plain, 1.0, RAGGED)) > 1e-3
+    assert p_value(counts, plain) < 1e-6
 
 
 def test_one_path_is_the_model(letters: Engine) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from functools import cache
 from typing import Any
 
 import pytest
 from helpers.bpe_engine import bpe_engine, responses_of, text_reward
+from helpers.letter_law import Law, model_law, p_value, segments, text
+from helpers.ragged_law import EVEN, RAGGED, SETTINGS, count, ragged_engine
 from helpers.tiny_tokenizers import bpe_tokenizer
 
 from stars_fast import CompletionOutput, StarsParams
@@ -73,6 +76,22 @@ def test_same_as_the_loop_written_out(rate: float, count: int) -> None:
         assert [s.end for s in output.segments] == ends
     if count == 9:
         assert {output.finish_reason for output in outputs} == {"stop", "length"}
+
+
+def test_two_paths_of_unequal_segments_match_the_exact_law() -> None:
+    """At the first boundary the worse path ends, the second of equals; the other goes on alone."""
+    law: Law = {}
+    for (a, p), (b, q) in itertools.product(segments((), 5, world=RAGGED), repeat=2):
+        best = a if RAGGED.reward(text(a)) >= RAGGED.reward(text(b)) else b
+        rest = list(segments(best, 5 - len(best), world=EVEN)) if len(best) < 5 else [((), 1.0)]
+        for behind, chance in rest:
+            law[best + behind] = law.get(best + behind, 0.0) + p * q * chance
+    params = StarsParams(
+        method="speculative_rejection", candidates=2, rejection_rate=0.5, **SETTINGS
+    )
+    counts = count(ragged_engine(), params, 4000)
+    assert p_value(counts, law) > 1e-3
+    assert p_value(counts, model_law(5, world=RAGGED)) < 1e-6
 
 
 def test_rate_zero_is_the_best_of_the_paths() -> None:

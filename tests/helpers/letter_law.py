@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -34,10 +35,11 @@ def reward_model(prompts: list[str], responses: list[str]) -> list[float]:
     return [reward_of(response) for response in responses]
 
 
-def letter_engine(reward: Any = reward_model, **options: Any) -> Engine:
+def letter_engine(reward: Any = reward_model, model: Any = None, **options: Any) -> Engine:
     """An engine on the letter model with room for many requests."""
     settings: dict[str, Any] = {"num_pages": 4000, "max_rows": 1024}
-    return Engine(letter_model(), reward, tokenizer=letter_tokenizer(), **(settings | options))
+    settings["tokenizer"] = letter_tokenizer()
+    return Engine(model or letter_model(), reward, **(settings | options))
 
 
 @cache
@@ -50,15 +52,30 @@ def next_probs(tokens: Tokens, temperature: float = 1.0, prompt: str = PROMPT) -
     return probs
 
 
-def segments(done: Tokens, length: int, temperature: float = 1.0) -> Iterator[tuple[Tokens, float]]:
+@dataclass(frozen=True)
+class World:
+    """A model, a reward, and a letter that ends a segment."""
+
+    probs: Callable[[Tokens, float], list[float]] = next_probs
+    reward: Callable[[str], float] = reward_of
+    ends: int | None = None
+
+
+LETTER = World()
+
+
+def segments(
+    done: Tokens, length: int, temperature: float = 1.0, world: World = LETTER
+) -> Iterator[tuple[Tokens, float]]:
     """Every segment of at most `length` tokens that can follow, with its probability."""
 
     def grow(segment: Tokens, p: float) -> Iterator[tuple[Tokens, float]]:
-        if len(segment) == length or (segment and segment[-1] == EOS):
+        if len(segment) == length or (segment and segment[-1] in (EOS, world.ends)):
             yield segment, p
             return
-        for token, chance in enumerate(next_probs(done + segment, temperature)):
-            yield from grow((*segment, token), p * chance)
+        for token, chance in enumerate(world.probs(done + segment, temperature)):
+            if chance > 0:
+                yield from grow((*segment, token), p * chance)
 
     yield from grow((), 1.0)
 
@@ -86,14 +103,14 @@ def law_of(step: Callable[[Tokens], Law], max_tokens: int) -> Law:
     return finished
 
 
-def model_law(max_tokens: int, temperature: float = 1.0) -> Law:
+def model_law(max_tokens: int, temperature: float = 1.0, world: World = LETTER) -> Law:
     """The law of plain samples."""
-    return dict(segments((), max_tokens, temperature))
+    return dict(segments((), max_tokens, temperature, replace(world, ends=None)))
 
 
-def tilted(law: Law, beta: float) -> Law:
+def tilted(law: Law, beta: float, world: World = LETTER) -> Law:
     """p(y) exp(r(y) / beta) / Z."""
-    weights = {y: p * math.exp(reward_of(text(y)) / beta) for y, p in law.items()}
+    weights = {y: p * math.exp(world.reward(text(y)) / beta) for y, p in law.items()}
     total = sum(weights.values())
     return {y: w / total for y, w in weights.items()}
 

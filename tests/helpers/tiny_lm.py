@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -32,14 +33,30 @@ def letter_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def letter_tokenizer() -> Any:
+@cache
+def coin_model(after_a: float, after_b: float) -> LlamaForCausalLM:
+    """A causal LM over LETTERS that draws "a" or "b", by a chance that the last letter decides."""
+    model = LlamaForCausalLM(letter_model().config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.model.norm.weight.fill_(1.0)
+        for letter, chance in enumerate((after_a, after_b)):
+            model.model.embed_tokens.weight[letter, letter] = 1.0
+            logits = torch.tensor([math.log(chance), math.log1p(-chance), -100.0, -100.0])
+            # The norm makes 4 of the 1 in a state of 16 numbers.
+            model.lm_head.weight[:, letter] = logits / 4
+    return model
+
+
+def letter_tokenizer(letters: tuple[str, ...] = LETTERS) -> Any:
     """One token a letter, no spaces: text and ids are the same thing."""
     backend = Tokenizer(
-        models.WordLevel({letter: i for i, letter in enumerate(LETTERS)}, unk_token="a")
+        models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="a")
     )
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=LETTERS[-1])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=letters[-1])
 
 
 @cache
