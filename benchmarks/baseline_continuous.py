@@ -100,7 +100,7 @@ class ContinuousBaseline:
                         fallbacks[row] += not best[row].passed
                         responses[row] += best[row].token_ids
                         best[row], tried[row] = BestAttempt(), 0
-                        number[row] += 1
+                        number[row] += params.max_attempts > 1
         return [BaselineOutput(responses[r], attempts[r], fallbacks[r]) for r in rows]
 
     def _draft(

@@ -122,7 +122,7 @@ class LockstepBaseline:
                 _crop(cache, begun)
                 self._feed(text, cache, text.length - 1)
             done += length
-            number += 1
+            number += params.max_attempts > 1
         responses = text.ids[:, -done:].tolist()
         return [
             BaselineOutput(response, attempts[row], fallbacks[row])

@@ -143,7 +143,7 @@ class Baseline:
                     break
             fallbacks += not best.passed
             response += best.token_ids
-            number += 1
+            number += params.max_attempts > 1
         return BaselineOutput(response, attempts, fallbacks)
 
     def _reward(self, ids: list[int]) -> float:

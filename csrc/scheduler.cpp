@@ -777,7 +777,7 @@ void Scheduler::advance(Request& request, const std::vector<std::int32_t>& segme
   stats_.accepted_tokens += static_cast<std::int64_t>(segment.size());
   ++stats_.segments;
   request.attempt = 0;
-  request.stream += request.options.rule == Rule::kAlways ? 0 : 1;
+  request.stream += request.options.may_reject() ? 1 : 0;
   drop_best_pages(request);
   request.best.any = false;
   const bool over = finish != Finish::kNone;

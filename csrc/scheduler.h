@@ -53,6 +53,8 @@ struct RequestOptions {
   [[nodiscard]] bool needs_prompt_reward() const {
     return rule == Rule::kTest && schedule.needs_prompt_reward();
   }
+  // Whether a segment may have attempts that are drawn and not taken.
+  [[nodiscard]] bool may_reject() const { return rule != Rule::kAlways && max_attempts > 1; }
   // Response tokens, at most.
   [[nodiscard]] std::int32_t longest_response() const {
     return schedule.max_tokens + (overrun ? segment_length - 1 : 0);

@@ -47,7 +47,7 @@ def engine(**options: Any) -> Engine:
 
 def run(engine: Engine, *changes: dict[str, Any]) -> list[RequestOutput]:
     each = [
-        PARAMS.with_method(**{"method": PARAMS.method, "seed": 50 + i, **change})
+        PARAMS.with_method(**{"method": PARAMS.method, "seed": 51 + i, **change})
         for i, change in enumerate(changes or ({}, {}))
     ]
     outputs = engine.generate(PROMPTS[: len(each)], each, use_tqdm=False)

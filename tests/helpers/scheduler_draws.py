@@ -92,7 +92,7 @@ class Spec:
         """What the request does, one segment after the other."""
         events = [self.outcome_at(0, 0)]
         while events[-1].goes_on:
-            stream = len(events) if self.scored else 0
+            stream = len(events) if self.scored and self.max_attempts > 1 else 0
             events.append(self.outcome_at(events[-1].end, stream))
         return events
 

@@ -283,7 +283,7 @@ class Driver:
         """
         spec = self.specs[int(plan.request[row])]
         length = len(draw_of(plan, row, spec).tokens)
-        if spec.scored:
+        if spec.scored and spec.max_attempts > 1:
             length = int(plan.draft.new_lengths[row])
         seed, attempt, stream = (int(x[row]) for x in (plan.seed, plan.attempt, plan.stream))
         begin = int(plan.position[row])
