@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-#: What an incomplete character is decoded to.
-_HALF_CHARACTER = "\ufffd"
+from stars_fast.detokenize import settled
 
 
 class TextDeltas:
@@ -38,17 +37,17 @@ class TextDeltas:
         finished
             It is the final text: nothing is held back.
         """
-        settled = text if finished else text[: self._settled(text)]
-        delta = settled[self._sent :]
+        sendable = text if finished else text[: self._sendable(text)]
+        delta = sendable[self._sent :]
         self._sent += len(delta)
         return delta
 
-    def _settled(self, text: str) -> int:
-        settled = text.rstrip(_HALF_CHARACTER)
+    def _sendable(self, text: str) -> int:
+        whole = settled(text)
         if self._rewrites_spaces:
-            words = settled.rstrip()
-            settled = words[: max(words.rfind(" "), 0)]
-        return len(settled) - max((overlap(settled, stop) for stop in self._stops), default=0)
+            words = whole.rstrip()
+            whole = words[: max(words.rfind(" "), 0)]
+        return len(whole) - max((overlap(whole, stop) for stop in self._stops), default=0)
 
 
 def overlap(text: str, stop: str) -> int:

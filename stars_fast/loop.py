@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from stars_fast import _core, borders
 from stars_fast.clock import PhaseClock
 from stars_fast.decisions import scheduler_options
+from stars_fast.detokenize import decode
 from stars_fast.drafter import Draft, Drafter, RowSampling
 from stars_fast.models.paged import PagedModel
 from stars_fast.outputs import (
@@ -29,7 +30,7 @@ from stars_fast.outputs import (
     Segment,
 )
 from stars_fast.params import StarsParams
-from stars_fast.responses import Candidate, Response, decode
+from stars_fast.responses import Candidate, Response
 from stars_fast.rewards.base import Prompt, ScoreJob, Scorer
 from stars_fast.round import Round, cut_candidates, score_round
 from stars_fast.seeds import derive_seed

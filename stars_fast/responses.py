@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-
-from transformers import PreTrainedTokenizerBase
 
 from stars_fast.drafter import RowSampling
 from stars_fast.outputs import Attempt, CompletionOutput, PrefixCalibration, Segment
@@ -107,38 +104,3 @@ class Response:
         mine.token_ids = list(theirs.token_ids)
         mine.logprobs = list(theirs.logprobs)
         mine.segments = list(theirs.segments)
-
-
-def decode(tokenizer: PreTrainedTokenizerBase | None, token_ids: list[int]) -> str:
-    """Return the text of a response, special tokens left out; empty without a tokenizer."""
-    if tokenizer is None:
-        return ""
-    return str(tokenizer.decode(token_ids, skip_special_tokens=True))
-
-
-def find_stop(
-    tokenizer: PreTrainedTokenizerBase,
-    committed: list[int],
-    segment: list[int],
-    stops: Sequence[str],
-) -> tuple[int, int] | None:
-    """Return where a stop text ends the response, if the segment completes one.
-
-    Returns
-    -------
-    tuple[int, int] or None
-        The fewest tokens of the segment that complete a stop text, and where that text begins in
-        the response's text.
-    """
-    if _first_stop(decode(tokenizer, committed + segment), stops) is None:
-        return None
-    for kept in range(1, len(segment) + 1):
-        begin = _first_stop(decode(tokenizer, committed + segment[:kept]), stops)
-        if begin is not None:
-            return kept, begin
-    return None
-
-
-def _first_stop(text: str, stops: Sequence[str]) -> int | None:
-    found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
-    return min(found, default=None)

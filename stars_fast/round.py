@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from stars_fast import _core
 from stars_fast.decisions import merit, shown_reward
+from stars_fast.detokenize import decode, find_stop
 from stars_fast.drafter import Draft
-from stars_fast.responses import Candidate, Response, decode, find_stop
+from stars_fast.responses import Candidate, Response
 from stars_fast.rewards.base import ScoreJob, Scorer
 
 

@@ -75,9 +75,9 @@ class RemoteEngine(Engine):
         with `RequestOutput.error`, and harms no other.
     seed
         Each call is sent a seed that follows from this, the request, the segment, the position and
-        the attempt, and draws one candidate: runs are repeatable where the server's draws are. None: one call
-        draws all candidates of a response (``n``), without a seed, where a response is known by
-        its tokens and the request has no seed.
+        the attempt, and draws one candidate: runs are repeatable where the server's draws are.
+        None: one call draws all candidates of a response (``n``), without a seed, where a response
+        is known by its tokens and the request has no seed.
     max_rows
         Candidates drawn in one round at most, and requests that run at once.
     overlap_scoring

@@ -20,9 +20,6 @@ from stars_fast.remote.http import RemoteError
 from stars_fast.rewards.base import Prompt
 from stars_fast.rewards.tokens import special_ids
 
-#: What an incomplete character is decoded to.
-HALF_CHARACTER = "\ufffd"
-
 
 @dataclass(frozen=True)
 class Drawn:

@@ -6,15 +6,14 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from itertools import accumulate
 from typing import Any
 
 from stars_fast.async_engine import AsyncEngine
+from stars_fast.detokenize import token_offsets
 from stars_fast.errors import EngineStoppedError
 from stars_fast.outputs import RequestOutput
 from stars_fast.params import StarsParams
 from stars_fast.requests import samples_per_response
-from stars_fast.responses import decode
 from stars_fast.server.errors import ApiError, request_failed
 from stars_fast.server.protocol import ChatRequest, CompletionRequest, params_of
 from stars_fast.server.settings import ServerSettings
@@ -151,8 +150,6 @@ class Generation:
         """Return the chunk of a stream for a delta."""
         first = transcript.index not in self._sent
         self._sent.add(transcript.index)
-        tokens = (delta.token_ids, delta.logprobs)
-        start = len(transcript.latest.token_ids) - len(delta.token_ids)
         stars: dict[str, Any] = {
             "segments": [segment_object(s, self._engine.tokenizer) for s in delta.segments]
         }
@@ -161,7 +158,7 @@ class Generation:
         choice = {
             "index": transcript.index,
             **self._shape.delta(delta.text, first=first),
-            "logprobs": self._logprobs(*tokens, before=transcript.latest.token_ids[:start]),
+            "logprobs": self._logprobs(transcript.latest.token_ids, delta.logprobs),
             **self._token_ids(delta.token_ids),
             "finish_reason": delta.finish_reason,
             "stars": stars,
@@ -207,7 +204,7 @@ class Generation:
         return {
             "index": transcript.index,
             **self._shape.choice(output.text),
-            "logprobs": self._logprobs(output.token_ids, output.logprobs, before=[]),
+            "logprobs": self._logprobs(output.token_ids, output.logprobs),
             **self._token_ids(output.token_ids),
             "finish_reason": output.finish_reason,
             "stars": {
@@ -220,15 +217,15 @@ class Generation:
         return {"token_ids": list(token_ids)} if self._body.wants_token_ids else {}
 
     def _logprobs(
-        self, token_ids: Sequence[int], logprobs: Sequence[float], *, before: Sequence[int]
+        self, token_ids: Sequence[int], logprobs: Sequence[float]
     ) -> dict[str, Any] | None:
+        """Return those of the last tokens, as many as there are log-probabilities."""
         if not self._body.wants_logprobs:
             return None
         tokenizer = self._engine.tokenizer
-        texts = [token_text([token], tokenizer) for token in token_ids]
-        # Special tokens are no part of the response's text.
-        lengths = [len(decode(tokenizer, [token])) for token in [*before, *token_ids]]
-        offsets = [0, *accumulate(lengths)][len(before) : -1]
+        first = len(token_ids) - len(logprobs)
+        texts = [token_text([token], tokenizer) for token in token_ids[first:]]
+        offsets = token_offsets(tokenizer, token_ids, first)
         return self._shape.logprobs(list(zip(texts, logprobs, strict=True)), offsets)
 
 

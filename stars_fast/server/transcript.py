@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast.deltas import TextDeltas
+from stars_fast.detokenize import rewrites_spaces
 from stars_fast.outputs import CompletionOutput, FinishReason, Segment
 
 
@@ -43,8 +44,7 @@ class Transcript:
     ) -> None:
         self.index = index
         self.latest = CompletionOutput(index)
-        rewrites = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
-        self._deltas = TextDeltas(stops, rewrites_spaces=rewrites)
+        self._deltas = TextDeltas(stops, rewrites_spaces=rewrites_spaces(tokenizer))
 
     def advance(self, output: CompletionOutput) -> Delta | None:
         """Return what `output`, a later state of the response, adds; None if nothing."""

@@ -110,7 +110,9 @@ def sample(engine: Engine, rule: Rule, candidates: int) -> Counter[Tokens]:
 
 
 @pytest.mark.parametrize(
-    ("rule", "candidates"), [(SOFT, 1), (SOFT, 3), (HARD, 2), (ODD, 1)], ids=str
+    ("rule", "candidates"),
+    [(SOFT, 1), (SOFT, 3), (HARD, 2), (ODD, 1)],
+    ids=["soft", "soft, three candidates", "hard", "cut short"],
 )
 def test_matches_closed_form(engine: Engine, rule: Rule, candidates: int) -> None:
     assert p_value(sample(engine, rule, candidates), closed_form(rule)) > 1e-3
