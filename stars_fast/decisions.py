@@ -52,7 +52,6 @@ def scheduler_options(params: StarsParams) -> SchedulerOptions:
     candidates = 0 if params.candidates == "auto" else params.candidates
     if params.kind.decides == "choice":
         candidates = params.num_candidates
-    public = params.rules == "public"
     return SchedulerOptions(
         scored=params.scored,
         segment_length=params.draft_length,
@@ -64,8 +63,9 @@ def scheduler_options(params: StarsParams) -> SchedulerOptions:
         beta=beta,
         hard=hard,
         choose=params.scored and not tested,
-        overrun=public,
-        last_untested=public,
+        overrun=params.rules == "public",
+        # The one more that the public rules make; a greedy request makes none.
+        last_untested=tested and params.attempts_per_segment > params.max_attempts,
     )
 
 

@@ -151,3 +151,14 @@ def test_a_stop_token_of_ones_own_still_ends(model: Any) -> None:
     output = run(model, params)[0]
     assert output.finish_reason == "stop"
     assert output.token_ids == drawn[:3]
+
+
+def test_one_greedy_attempt_is_tested(model: Any) -> None:
+    """It is the only one, not the one more that is made without a test."""
+    for target, ended in ((-9.0, "test"), (9.0, "fallback")):
+        greedy = dataclasses.replace(
+            PARAMS, temperature=0.0, acceptance="hard", alpha=1.0, target_reward=target
+        )
+        for output in run(model, greedy):
+            assert {(s.attempts, s.accepted) for s in output.segments} == {(1, ended)}
+            assert all(s.threshold == target for s in output.segments)
