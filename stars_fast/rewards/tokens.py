@@ -152,8 +152,8 @@ class SharedTokens(TokenSource):
         else:
             framed = self._template.bind(prompt)
             assert isinstance(framed, FramedPrompt)
-            before, behind = self._encoder.encode([self._single_bos(framed.prefix), framed.suffix])
-            prefix, suffix = [*self._head, *before], [*behind, *self._tail]
+            (before,) = self._encoder.encode([self._single_bos(framed.prefix)])
+            prefix, suffix = [*self._head, *before], [*self._behind(framed.suffix), *self._tail]
         empty = np.array([*prefix, *suffix], dtype=np.int64)
         if not len(empty):
             raise ValueError("the prompt is empty: the reward model has no token to read")
@@ -180,6 +180,17 @@ class SharedTokens(TokenSource):
                 response = response[:end]
             encoded.append(np.concatenate((prompt.prefix, response, prompt.suffix)))
         return encoded
+
+    def _behind(self, suffix: str) -> Ids:
+        """Return the ids of a text that stands behind another.
+
+        By itself it would begin with a word where the tokenizer puts a space before a text.
+        """
+        for before in ("a", ".", "1", "A"):  # a small vocabulary may lack some of them
+            alone, whole = self._encoder.encode([before, before + suffix])
+            if len(alone) and common_length(alone, whole) == len(alone):
+                return whole[len(alone) :]
+        return self._encoder.encode([suffix])[0]
 
     def _check(self, ids: Ids, name: str) -> None:
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fuzz.tokenizers import FAMILIES, tokenizer
 from helpers.tiny_tokenizers import CHAT_TEMPLATES, TEXTS, bpe_tokenizer
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
@@ -49,6 +50,22 @@ def test_tokenizer_that_adds_eos() -> None:
     assert isinstance(ids, np.ndarray)
     before = tokenizer("What is rice?|")["input_ids"]
     assert ids.tolist() == [*before[:-1], 50, 51, 1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("behind", ["\n###", " ### end", "</s>\n", "|", ".", "\n\nQ: what?", ""])
+def test_ids_are_those_of_the_template_s_text(family: str, behind: str) -> None:
+    """Nothing comes between the response and what the template puts behind it."""
+    tok = tokenizer(family, 520)
+    template = "Q: {prompt}\nA:{response}" + behind
+    source = SharedTokens(tok, make_template(template, tok, pairs=False), len(tok))
+    before = tok("Q: What is rice?\nA:")["input_ids"]
+    for text in (" The film", " It is bad"):
+        whole = tok(f"Q: What is rice?\nA:{text}{behind}")["input_ids"]
+        response = tok(f"Q: What is rice?\nA:{text}")["input_ids"][len(before) :]
+        (ids,) = source.encode([source.bind(PROMPT)], [job(response, "")])
+        assert isinstance(ids, np.ndarray)
+        assert ids.tolist() == whole
 
 
 @pytest.mark.parametrize("chat", [*CHAT_TEMPLATES, "words"])
