@@ -14,10 +14,11 @@ r(x)
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -26,7 +27,8 @@ from transformers import PreTrainedModel
 
 from stars_fast.errors import RewardError
 
-__all__ = ["Prompt", "PromptRewards", "RewardModel", "ScoreJob", "Scorer", "finite_reward"]
+__all__ = ["KnownRewards", "Prompt", "PromptRewards", "RewardModel", "ScoreJob", "Scorer"]
+__all__ += ["finite_reward"]
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,68 @@ class PromptRewards:
         self._values.move_to_end(key)
         if len(self._values) > self._capacity:
             self._values.popitem(last=False)
+
+
+class KnownRewards:
+    """Rewards of what requests of one prompt have had scored, while any of them lives.
+
+    Equal inputs get one reward, whatever they are batched with: otherwise they would differ by
+    rounding, and the best of them would depend on the batch.
+    """
+
+    def __init__(self) -> None:
+        self._prompts: dict[int, bytes] = {}  # by request
+        self._requests: Counter[bytes] = Counter()  # by prompt
+        self._rewards: dict[bytes, dict[bytes, float]] = {}  # by prompt, then by input
+
+    def start(self, request: int, prompt: bytes) -> None:
+        """Note a request; `prompt` is equal where equal inputs have equal rewards."""
+        key = _digest(prompt)
+        self._prompts[request] = key
+        self._requests[key] += 1
+
+    def finish(self, request: int) -> None:
+        """Forget a request, if there is one, and with the last of a prompt its rewards."""
+        prompt = self._prompts.pop(request, None)
+        if prompt is None:
+            return
+        self._requests[prompt] -= 1
+        if not self._requests[prompt]:
+            del self._requests[prompt]
+            self._rewards.pop(prompt, None)
+
+    def score(
+        self,
+        inputs: Sequence[tuple[int, bytes]],
+        run: Callable[[list[int]], Sequence[float | Exception]],
+    ) -> list[float | Exception]:
+        """Return the reward of each input, a request and all that is read of it.
+
+        Parameters
+        ----------
+        inputs
+            In any order.
+        run
+            Scores those of the given numbers, of which no two are equal. Errors are not remembered.
+        """
+        keys = [(self._prompts[request], _digest(data)) for request, data in inputs]
+        found: dict[tuple[bytes, bytes], float | Exception] = {}
+        todo: dict[tuple[bytes, bytes], int] = {}
+        for number, (prompt, key) in enumerate(keys):
+            reward = self._rewards.get(prompt, {}).get(key)
+            if reward is None:
+                todo.setdefault((prompt, key), number)
+            else:
+                found[prompt, key] = reward
+        for (prompt, key), scored in zip(todo, run(list(todo.values())), strict=True):
+            found[prompt, key] = scored
+            if not isinstance(scored, Exception):
+                self._rewards.setdefault(prompt, {})[key] = scored
+        return [found[key] for key in keys]
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def finite_reward(value: float) -> float | RewardError:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from stars_fast.errors import RewardError
-from stars_fast.rewards.base import Prompt, ScoreJob, Scorer, finite_reward
+from stars_fast.rewards.base import KnownRewards, Prompt, ScoreJob, Scorer, finite_reward
 
 __all__ = ["CallableScorer", "RewardFunction"]
 
@@ -21,7 +21,7 @@ class CallableScorer(Scorer):
     The function is called once per round with the jobs of every request, and must return one
     finite number per pair: a list, a tuple, a numpy array or a tensor. It gets the prompt as the
     language model reads it (`Prompt.text`) and the response without special tokens, empty for r(x).
-    Nothing is cached: each job is one pair of one call.
+    Each job is one pair of one call; equal pairs of live requests are asked for once.
 
     A call that raises, or that returns the wrong count, says nothing about which pair is to blame;
     the pairs are then tried again one by one, so that only the bad ones fail. A value that is not a
@@ -37,18 +37,25 @@ class CallableScorer(Scorer):
         self._function = function
         self._name = getattr(function, "__qualname__", type(function).__name__)
         self._prompts: dict[int, str] = {}
+        self._known = KnownRewards()
         self._jobs = 0
         self._calls = 0
 
     def start(self, request: int, prompt: Prompt, max_response_tokens: int) -> None:
         """Remember the prompt; a function has no context length to check."""
         self._prompts[request] = prompt.text
+        self._known.start(request, _bytes(prompt.text))
 
     def score(self, jobs: Sequence[ScoreJob]) -> list[float | Exception]:
         """Call the function; see `Scorer.score` and the notes of the class."""
+        self._jobs += len(jobs)
+        inputs = [(job.request, _bytes(job.response_text)) for job in jobs]
+        return self._known.score(inputs, lambda todo: self._score([jobs[i] for i in todo]))
+
+    def _score(self, jobs: Sequence[ScoreJob]) -> list[float | Exception]:
+        """Score jobs of which no two are equal."""
         if not jobs:
             return []
-        self._jobs += len(jobs)
         prompts = [self._prompts[job.request] for job in jobs]
         responses = [job.response_text for job in jobs]
         rewards = self._call(prompts, responses)
@@ -102,7 +109,12 @@ class CallableScorer(Scorer):
     def finish(self, request: int) -> None:
         """Forget the prompt."""
         self._prompts.pop(request, None)
+        self._known.finish(request)
 
     def stats(self) -> dict[str, int]:
         """Return the counters of `Scorer.stats`; tokens are not known here."""
         return {"rm_jobs": self._jobs, "rm_calls": self._calls, "rm_tokens": 0}
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="surrogatepass")

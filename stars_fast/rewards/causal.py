@@ -21,7 +21,14 @@ from numpy.typing import NDArray
 from stars_fast._core import Batch, OutOfPagesError, SequenceCache
 from stars_fast.errors import RewardError
 from stars_fast.models.paged import PagedModel
-from stars_fast.rewards.base import Prompt, PromptRewards, ScoreJob, Scorer, finite_reward
+from stars_fast.rewards.base import (
+    KnownRewards,
+    Prompt,
+    PromptRewards,
+    ScoreJob,
+    Scorer,
+    finite_reward,
+)
 from stars_fast.rewards.reading import Cut, Reading
 from stars_fast.rewards.tokens import Ids, TokenPrompt, TokenSource, common_length
 
@@ -128,6 +135,7 @@ class CausalScorer(Scorer):
         self._requests: dict[int, _Request] = {}
         self._twins: dict[bytes, dict[int, None]] = {}  # by the ids of their prompt
         self._prompt_rewards = PromptRewards()
+        self._known = KnownRewards()
         # Requests that hold pages and branches that do, the longest unused first.
         self._resident: OrderedDict[int, None] = OrderedDict()
         self._loose: OrderedDict[int, _Branch] = OrderedDict()
@@ -146,6 +154,7 @@ class CausalScorer(Scorer):
         )
         self._cache.open(request)
         prefix = bound.empty_ids[: self._reading.prefix(bound)]
+        self._known.start(request, prefix.tobytes())
         twins = self._twins.setdefault(prefix.tobytes(), {})
         twins[request] = None
         self._requests[request] = _Request(bound, prefix, twins)
@@ -185,18 +194,32 @@ class CausalScorer(Scorer):
                     continue
             rows.append(row)
 
-        self._busy = frozenset(row.request for row in rows)
-        for request in self._busy & self._resident.keys():
-            self._resident.move_to_end(request)
-        for chunk in self._chunks(rows):
-            self._run(chunk, results)
-        self._busy = frozenset()
+        def run(numbers: list[int]) -> list[float | Exception]:
+            self._run_all([rows[number] for number in numbers], results)
+            return [results[rows[number].place] for number in numbers]
+
+        inputs = [(row.request, row.cut.read) for row in rows]
+        for row, reward in zip(rows, self._known.score(inputs, run), strict=True):
+            results[row.place] = reward
+            if row.row == NO_PAGES and not isinstance(reward, Exception) and not row.is_prompt:
+                # Its equal has been run: what it holds is computed if it is accepted.
+                branch = _Branch(row.ids, row.cut.keep, 0, NO_PAGES)
+                self._requests[row.request].branches[row.branch] = branch
 
         for key, places in prompt_places.items():
             self._prompt_rewards.put(key, results[places[0]])
             for place in places[1:]:
                 results[place] = results[places[0]]
         return results
+
+    def _run_all(self, rows: list[_Row], results: list[float | Exception]) -> None:
+        """Score rows, in as many passes as they take."""
+        self._busy = frozenset(row.request for row in rows)
+        for request in self._busy & self._resident.keys():
+            self._resident.move_to_end(request)
+        for chunk in self._chunks(rows):
+            self._run(chunk, results)
+        self._busy = frozenset()
 
     def keep(self, request: int, branch: int) -> None:
         """Retain a branch; see `Scorer.keep`."""
@@ -251,6 +274,7 @@ class CausalScorer(Scorer):
             self._drop(state, branch)
         self._cache.close(request)
         self._resident.pop(request, None)
+        self._known.finish(request)
         del state.twins[request]
         if not state.twins:
             prompt = state.prompt

@@ -10,11 +10,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_fast.errors import RewardError
-from stars_fast.rewards.base import Prompt, PromptRewards, ScoreJob, Scorer, finite_reward
+from stars_fast.rewards.base import (
+    KnownRewards,
+    Prompt,
+    PromptRewards,
+    ScoreJob,
+    Scorer,
+    finite_reward,
+)
 from stars_fast.rewards.text import RenderedPrompt, Template
 from stars_fast.rewards.tokens import TextEncoder
 
@@ -71,13 +79,15 @@ class EncoderScorer(Scorer):
         self._max_batch_tokens = max_batch_tokens
         self._prompts: dict[int, RenderedPrompt] = {}
         self._prompt_rewards = PromptRewards()
+        self._known = KnownRewards()
         self._counts = dict.fromkeys(("rm_jobs", "rm_calls", "rm_tokens"), 0)
         self._tokens: Counter[int] = Counter()  # by request, until they are taken
 
     def start(self, request: int, prompt: Prompt, max_response_tokens: int) -> None:
         """Admit a request; see `Scorer.start`."""
         rendered = self._template.bind(prompt)
-        length = len(self._encode([rendered.text("")])[0]["input_ids"])
+        empty = self._encode([rendered.text("")])[0]
+        length = len(empty["input_ids"])
         if length == 0:
             raise ValueError("the prompt is empty: the reward model has no token to read")
         self._check_length(
@@ -86,6 +96,7 @@ class EncoderScorer(Scorer):
             f"{max_response_tokens} follow",
         )
         self._prompts[request] = rendered
+        self._known.start(request, _bytes(empty))
 
     def score(self, jobs: Sequence[ScoreJob]) -> list[float | Exception]:
         """Run the whole text of each job; see `Scorer.score`."""
@@ -118,10 +129,16 @@ class EncoderScorer(Scorer):
                     continue
             todo.append((place, fields))
 
-        for batch in self._batches(todo):
-            for (place, fields), reward in zip(batch, self._forward(batch), strict=True):
-                results[place] = reward
-                self._tokens[jobs[place].request] += len(fields["input_ids"])
+        def run(numbers: list[int]) -> list[float | Exception]:
+            for batch in self._batches([todo[number] for number in numbers]):
+                for (place, fields), reward in zip(batch, self._forward(batch), strict=True):
+                    results[place] = reward
+                    self._tokens[jobs[place].request] += len(fields["input_ids"])
+            return [results[todo[number][0]] for number in numbers]
+
+        inputs = [(jobs[place].request, _bytes(fields)) for place, fields in todo]
+        for (place, _), reward in zip(todo, self._known.score(inputs, run), strict=True):
+            results[place] = reward
         for place, key in keys.items():
             self._prompt_rewards.put(key, results[place])
         return results
@@ -129,6 +146,7 @@ class EncoderScorer(Scorer):
     def finish(self, request: int) -> None:
         """Forget the request."""
         self._prompts.pop(request, None)
+        self._known.finish(request)
 
     def take_tokens(self) -> dict[int, int]:
         """Return the tokens run for each request; see `Scorer.take_tokens`."""
@@ -204,3 +222,7 @@ class EncoderScorer(Scorer):
             failure = RewardError(f"the reward model failed: {type(error).__name__}: {error}")
             failure.__cause__ = error
             return [failure] * len(batch)
+
+
+def _bytes(fields: dict[str, list[int]]) -> bytes:
+    return np.array(list(fields.values()), np.int64).tobytes()

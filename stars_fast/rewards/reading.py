@@ -47,6 +47,11 @@ class Cut:
     first: int
     following: Ids
 
+    @property
+    def read(self) -> bytes:
+        """All that the reward depends on."""
+        return self.first.to_bytes(8, "little") + self.ids.tobytes() + self.following.tobytes()
+
 
 class Reading(ABC):
     """How a reward is read from the hidden states of a job's ids."""

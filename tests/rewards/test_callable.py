@@ -132,7 +132,7 @@ def test_cache_calls_and_finish_do_nothing_harmful() -> None:
     scorer.accept(0, 0)
     scorer.finish(0)
     scorer.finish(0)
-    assert scorer.score([JOBS[1]]) == [0.0]
+    assert scorer.score([ScoreJob(1, 3, [7], "perhaps")]) == [0.0]
     assert scorer.stats() == {"rm_jobs": 4, "rm_calls": 2, "rm_tokens": 0}
 
 

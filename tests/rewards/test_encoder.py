@@ -65,7 +65,7 @@ def test_batches_are_cut_by_length_and_padding_is_not_counted() -> None:
         max_batch_tokens=40,
     )
     scorer.start(0, Prompt("rice", [1], None), 10)
-    words = [" rice" * count for count in (30, 1, 2, 8, 9, 1)]
+    words = [" rice" * count for count in (30, 1, 2, 8, 9, 3)]
     jobs = [ScoreJob(0, branch, [1], text) for branch, text in enumerate(words)]
     rewards = scorer.score(jobs)
     lengths = [len(tokenizer("rice" + text)["input_ids"]) for text in words]
@@ -130,7 +130,7 @@ def test_template_function_that_raises_and_model_that_raises() -> None:
         raise RuntimeError("device lost")
 
     model.register_forward_pre_hook(fail)
-    (lost,) = scorer.score([ScoreJob(0, 0, [1], "yes")])
+    (lost,) = scorer.score([ScoreJob(0, 2, [1], "perhaps")])
     assert isinstance(lost, RewardError)
     assert "device lost" in str(lost)
 
