@@ -106,10 +106,17 @@ class Scoring:
                 scorer.score([job])
                 scorer.accept(row, job.branch)
         self._prompt = prompt
+        self._shape = shape
+
+    def _next(self) -> None:
+        """End every text in another token: what has been scored is not scored again."""
+        for text in self._texts:
+            text[-2] = (text[-2] + 1) % self._shape.vocab_size
 
     @torch.inference_mode()
     def ours(self) -> list[float | Exception]:
         """Rewards by the engine's scorer, which runs the new tokens only."""
+        self._next()
         jobs = [
             ScoreJob(row, next(self._branches), text[:-1], "")
             for row, text in enumerate(self._texts)
