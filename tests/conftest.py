@@ -19,6 +19,15 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Flags of tests/fuzz, which is short without them."""
+    group = parser.getgroup("fuzz")
+    group.addoption(
+        "--fuzz-seconds", type=float, help="go on with random cases for so long; 0: a single case"
+    )
+    group.addoption("--fuzz-from", type=int, default=0, help="number of the first case")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none."""
     for item in items:
