@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from inspect import cleandoc
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
-from stars_fast.methods import COMMON, GIBBS, Method, MethodKind, kind_of
+from stars_fast.methods import COMMON, GIBBS, METHODS, Method, MethodKind, kind_of
 
 __all__ = ["Acceptance", "CardsRules", "Method", "SegmentEnd", "StarsParams"]
+__all__ += ["field_texts", "with_fields"]
 
 Acceptance = Literal["soft", "hard", "gibbs"]
 CardsRules = Literal["paper", "public"]
@@ -238,6 +241,11 @@ class StarsParams:
         return "target_reward" in self.kind.parameters
 
     @property
+    def needs_calibration(self) -> bool:
+        """Whether the target is what the engine was, or is to be, calibrated to."""
+        return self.needs_target and self.target_reward in (None, "auto")
+
+    @property
     def draft_length(self) -> int:
         """K as it is run."""
         if self.kind.one_token:
@@ -269,6 +277,44 @@ class StarsParams:
         if self.kind.decides == "choice":
             return self.num_candidates
         return self.max_attempts + (1 if self.rules == "public" else 0)
+
+
+def with_fields(params: StarsParams, values: Mapping[str, object]) -> StarsParams:
+    """`params` with some fields replaced; with another method, its own parameters are kept.
+
+    Raises
+    ------
+    ValueError, TypeError
+        A name that is no field, or what `StarsParams` refuses.
+    """
+    known = [field.name for field in fields(StarsParams)]
+    for name in values:
+        if name not in known:
+            raise ValueError(f"unknown parameter {name!r}; the parameters are {', '.join(known)}")
+    changes: dict[str, Any] = dict(values)
+    if changes.get("method") in METHODS:
+        return params.with_method(**changes)
+    return replace(params, **changes)
+
+
+def field_texts(docstring: str) -> dict[str, str]:
+    """Field descriptions of the ``Parameters`` section of a numpy-style docstring.
+
+    Of fields that share one description the first carries it and the others point to it.
+    """
+    section = re.search(
+        r"^Parameters\n-+\n(.*?)(?=^\S[^\n]*\n-+\n|\Z)",
+        cleandoc(docstring),
+        re.MULTILINE | re.DOTALL,
+    )
+    texts: dict[str, str] = {}
+    for entry in re.split(r"^(?=\S)", section[1] if section else "", flags=re.MULTILINE):
+        heading, _, body = entry.partition("\n")
+        first, *others = re.split(r"\s*,\s*", heading.partition(" : ")[0].strip())
+        if first:
+            texts[first] = " ".join(body.replace("`", "").split())
+            texts |= {name: f"See --{first.replace('_', '-')}." for name in others}
+    return texts
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -1,15 +1,35 @@
-"""Prompts as users write them: text, token ids or chat messages."""
+"""Prompts: as users and JSON records write them, and as models read them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-from stars_fast.rewards.base import Prompt
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request's prompt in the three forms that reward models read.
+
+    Parameters
+    ----------
+    text : str
+        The prompt as the language model reads it, its chat template applied.
+    token_ids : list[int]
+        The same as token ids of the language model.
+    messages : list[dict[str, str]] or None
+        The chat messages it was made from; None for a prompt given as text or token ids.
+    """
+
+    text: str
+    token_ids: list[int]
+    messages: list[dict[str, str]] | None = None
+
 
 #: One prompt: text, token ids, or chat messages ({"role": ..., "content": ...}).
 PromptLike = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -104,6 +124,8 @@ class PromptReader:
             raise ValueError(
                 "prompt is a list of chat messages, but the tokenizer has no chat template"
             )
+        from jinja2 import TemplateError
+
         plain = [dict(message) for message in messages]
         try:
             text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
@@ -152,3 +174,108 @@ def _checked_ids(prompt: Sequence[Any]) -> list[int]:
                 f"prompt token id at position {position} must be an integer, got {token!r}"
             )
     return [int(token) for token in prompt]
+
+
+# In JSON records
+
+PromptValue: TypeAlias = "str | list[int] | list[dict[str, str]]"
+
+#: A record has one of these.
+PROMPT_KEYS = ("prompt", "messages", "prompt_token_ids")
+
+
+def text_of(raw: bytes, *, first: bool) -> str:
+    """Decode a line of a file, or all of it; white space around it is left out.
+
+    Parameters
+    ----------
+    raw
+        UTF-8.
+    first
+        It begins its file: a byte-order mark is no part of it.
+
+    Raises
+    ------
+    ValueError
+        It is not UTF-8.
+    """
+    try:
+        return raw.decode("utf-8-sig" if first else "utf-8").strip()
+    except UnicodeError as error:
+        raise ValueError(f"not UTF-8 text: {error}") from None
+
+
+def json_of(text: str) -> object:
+    """Read JSON.
+
+    Raises
+    ------
+    ValueError
+        It is not JSON, or holds what is not text.
+    """
+    try:
+        value: object = json.loads(text)
+        # Half a surrogate pair can be written in JSON but is not text: no tokenizer takes it.
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+    except UnicodeError as error:
+        raise ValueError(f"not UTF-8 text: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    return value
+
+
+def prompt_of(record: Mapping[str, object]) -> PromptValue:
+    """Read the prompt of a record, which has one of `PROMPT_KEYS`.
+
+    Raises
+    ------
+    ValueError
+        It has none or several of them, or the value is of the wrong kind.
+    """
+    given = [key for key in PROMPT_KEYS if key in record]
+    if len(given) != 1:
+        found = " and ".join(given) or "none of them"
+        raise ValueError(f"expected one of {', '.join(PROMPT_KEYS)}, got {found}")
+    return _READERS[given[0]](record[given[0]])
+
+
+def short(value: object) -> str:
+    """Show a JSON value in at most 60 characters."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _text(value: object) -> PromptValue:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"prompt must be text that is not empty, got {short(value)}")
+    return value
+
+
+def _messages(value: object) -> PromptValue:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"messages must be a list that is not empty, got {short(value)}")
+    for message in value:
+        if (
+            not isinstance(message, dict)
+            or not {"role", "content"} <= message.keys()
+            or not all(isinstance(part, str) for part in message.values())
+        ):
+            raise ValueError(
+                f"each message must be an object with role and content, all text, "
+                f"got {short(message)}"
+            )
+    return value
+
+
+def _token_ids(value: object) -> PromptValue:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"prompt_token_ids must be a list that is not empty, got {short(value)}")
+    for token in value:
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            raise ValueError(f"prompt_token_ids must be integers of at least 0, got {short(token)}")
+    return value
+
+
+_READERS = {"prompt": _text, "messages": _messages, "prompt_token_ids": _token_ids}

@@ -12,7 +12,8 @@ from pathlib import Path
 from stars_fast.benchmarks.runner import SuiteError, run_suites, suites
 from stars_fast.benchmarks.tables import as_text, lines_of
 from stars_fast.cli.errors import UsageError, file_errors
-from stars_fast.cli.terminal import quiet_libraries, say
+from stars_fast.cli.terminal import say
+from stars_fast.models.progress import quiet_libraries
 
 _EPILOG = """\
 Without --full the sizes are small: a look at whether all runs and agrees, not a measurement. For

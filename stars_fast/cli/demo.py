@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 from stars_fast.cli.errors import UsageError
 from stars_fast.cli.flags import RUN_FIELDS, add_params_flags, params_from
 from stars_fast.cli.layout import Page, Response, comparison
-from stars_fast.cli.lines import needs_target
-from stars_fast.cli.terminal import quiet_libraries
 from stars_fast.demo import gold_score, prompts
 from stars_fast.eval.bootstrap import RESAMPLES, mean_interval
+from stars_fast.models.progress import quiet_libraries
 from stars_fast.outputs import RequestOutput
 from stars_fast.params import StarsParams
 from stars_fast.seeds import derive_seed
@@ -82,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     quiet_libraries()
     engine = Engine.demo(seed=args.seed)
     page = Page.of(sys.stdout)
-    if needs_target(params):
+    if params.needs_calibration:
         target, origin = _calibrated(engine, texts, params)
         params = replace(params, target_reward=target)
         print("\n".join(textwrap.wrap(origin, page.width)))

@@ -10,21 +10,13 @@ class UsageError(Exception):
     """Flags, input or files that the command cannot work with (exit code 2)."""
 
 
-class LineError(UsageError):
-    """An input line that is no request.
-
-    Attributes
-    ----------
-    line
-        Its number, from 1.
-    reason
-        What is wrong with it.
-    """
-
-    def __init__(self, line: int, reason: str) -> None:
-        super().__init__(f"input line {line}: {reason}")
-        self.line = line
-        self.reason = reason
+@contextmanager
+def value_errors() -> Iterator[None]:
+    """Turn what is wrong with a value, or with the records of a file, into a `UsageError`."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from None
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from stars_fast.cli.errors import UsageError, file_errors
 from stars_fast.cli.model_flags import add_model_flags, engine_options
-from stars_fast.cli.terminal import quiet_libraries, say
+from stars_fast.cli.terminal import say
 from stars_fast.eval.attacks import Attack, attacks_of_texts
 from stars_fast.eval.datasets import Item, Layout, RecordError, read_items
 from stars_fast.eval.gold import gold_source
@@ -30,7 +30,8 @@ from stars_fast.eval.specs import (
     with_reference,
 )
 from stars_fast.eval.store import RESPONSES, RUNS, DamagedError, Store
-from stars_fast.prompt_values import text_of
+from stars_fast.models.progress import quiet_libraries
+from stars_fast.prompts import text_of
 
 if TYPE_CHECKING:
     from stars_fast.rewards.persona import Persona

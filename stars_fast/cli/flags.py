@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import re
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields, replace
-from inspect import cleandoc
+from dataclasses import MISSING, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from stars_fast.methods import COMMON, METHODS, kind_of
-from stars_fast.params import StarsParams
+from stars_fast.params import StarsParams, field_texts, with_fields
 
 #: Fields that the commands set themselves: each request's seed follows from the run's ``--seed``.
 RUN_FIELDS = frozenset({"seed"})
@@ -74,44 +72,6 @@ def params_from(args: argparse.Namespace, defaults: Mapping[str, object]) -> Sta
     # Defaults of the command that are of another method are nobody's wish.
     used = {name: value for name, value in defaults.items() if name in (*COMMON, *own)}
     return with_fields(StarsParams(), {**used, **given})
-
-
-def with_fields(params: StarsParams, values: Mapping[str, object]) -> StarsParams:
-    """`params` with some fields replaced; with another method, its own parameters are kept.
-
-    Raises
-    ------
-    ValueError, TypeError
-        A name that is no field, or what `StarsParams` refuses.
-    """
-    known = [field.name for field in fields(StarsParams)]
-    for name in values:
-        if name not in known:
-            raise ValueError(f"unknown parameter {name!r}; the parameters are {', '.join(known)}")
-    changes: dict[str, Any] = dict(values)
-    if changes.get("method") in METHODS:
-        return params.with_method(**changes)
-    return replace(params, **changes)
-
-
-def field_texts(docstring: str) -> dict[str, str]:
-    """Field descriptions of the ``Parameters`` section of a numpy-style docstring.
-
-    Of fields that share one description the first carries it and the others point to it.
-    """
-    section = re.search(
-        r"^Parameters\n-+\n(.*?)(?=^\S[^\n]*\n-+\n|\Z)",
-        cleandoc(docstring),
-        re.MULTILINE | re.DOTALL,
-    )
-    texts: dict[str, str] = {}
-    for entry in re.split(r"^(?=\S)", section[1] if section else "", flags=re.MULTILINE):
-        heading, _, body = entry.partition("\n")
-        first, *others = re.split(r"\s*,\s*", heading.partition(" : ")[0].strip())
-        if first:
-            texts[first] = " ".join(body.replace("`", "").split())
-            texts |= {name: f"See --{first.replace('_', '-')}." for name in others}
-    return texts
 
 
 def _flag_kind(hint: object) -> dict[str, Any]:

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from tqdm import tqdm
 
 from stars_fast.cli.calibration import Sidecar, sidecar_of
-from stars_fast.cli.errors import UsageError, file_errors
+from stars_fast.cli.errors import UsageError, file_errors, value_errors
 from stars_fast.cli.flags import add_params_flags, params_from
 from stars_fast.cli.lines import (
     Requests,
     is_regular_file,
-    needs_target,
     opened_input,
 )
 from stars_fast.cli.model_flags import (
@@ -25,10 +24,11 @@ from stars_fast.cli.model_flags import (
     add_tensor_parallel_flag,
     engine_options,
 )
-from stars_fast.cli.records import Done, InputRecord, read_done
 from stars_fast.cli.runner import Runner
-from stars_fast.cli.terminal import quiet_libraries, say
+from stars_fast.cli.terminal import say
+from stars_fast.models.progress import quiet_libraries
 from stars_fast.params import StarsParams
+from stars_fast.records import Done, InputRecord, read_done
 
 if TYPE_CHECKING:
     from stars_fast.engine import Engine
@@ -113,19 +113,17 @@ def run(args: argparse.Namespace) -> int:
     UsageError
         Before any model is loaded where that is possible.
     """
-    try:
+    with value_errors():
         base = params_from(args, DEFAULTS)
-    except (ValueError, TypeError) as error:
-        raise UsageError(str(error)) from None
     source = None if args.input in (None, "-") else Path(args.input)
     output = None if args.output in (None, "-") else Path(args.output)
     _check_flags(args, base)
-    with file_errors():
+    with file_errors(), value_errors():
         if source and output and output.exists() and source.samefile(output):
             raise UsageError(f"--input and --output are the same file, {source}")
         done = _done_before(output, resume=args.resume)
         sidecar = Sidecar(sidecar_of(output), _settings(args, base)) if output else None
-        target = sidecar.read() if sidecar and args.resume and needs_target(base) else None
+        target = sidecar.read() if sidecar and args.resume and base.needs_calibration else None
         total = _check_input(args, source, base, done)
     if total is not None and total == len(done):
         say(f"nothing to do: {output} has a result for every request")
@@ -137,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
         requests = Requests(read_line, base, args.seed)
         with engine.lead():
-            if needs_target(base) and target is None:
+            if base.needs_calibration and target is None:
                 target = _calibrate(engine, requests, base, sidecar, args)
             with _progress(total, done=len(done), to_terminal=stream.isatty()) as bar:
                 job = Runner(engine, requests, done, stream, bar, target, args.on_error == "record")

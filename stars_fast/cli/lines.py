@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
-from stars_fast.cli.errors import LineError, file_errors
-from stars_fast.cli.records import InputRecord, parse_line
+from stars_fast.cli.errors import file_errors
 from stars_fast.cli.terminal import say
 from stars_fast.params import StarsParams
+from stars_fast.records import InputRecord, LineError, parse_line
 from stars_fast.seeds import derive_seed
 
 #: Called with ``wait``; returns the next line, ``b""`` at the end, or, only if ``wait`` is False,
@@ -141,7 +141,7 @@ class Requests:
         return None
 
     def _settled(self, record: InputRecord) -> StarsParams:
-        if needs_target(record.params) and not needs_target(self._base):
+        if record.params.needs_calibration and not self._base.needs_calibration:
             raise LineError(
                 record.line,
                 f"target_reward must be a number for method {record.params.method!r}, got "
@@ -150,8 +150,3 @@ class Requests:
         if record.params.seed is not None:
             return record.params
         return replace(record.params, seed=derive_seed(self._seed, record.line))
-
-
-def needs_target(params: StarsParams) -> bool:
-    """Whether a request runs against the target that the run calibrates."""
-    return params.needs_target and params.target_reward in (None, "auto")

@@ -8,10 +8,17 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tqdm import tqdm
 
-from stars_fast.cli.errors import LineError
-from stars_fast.cli.lines import Requests, needs_target
-from stars_fast.cli.records import Done, InputRecord, error_record, result_record, write_record
+from stars_fast.cli.errors import value_errors
+from stars_fast.cli.lines import Requests
 from stars_fast.cli.terminal import say
+from stars_fast.records import (
+    Done,
+    InputRecord,
+    LineError,
+    error_record,
+    result_record,
+    write_record,
+)
 
 if TYPE_CHECKING:
     from stars_fast.engine import Engine
@@ -65,10 +72,12 @@ class Runner:
         if isinstance(item, LineError):
             self._fail(item, item.reason, error_record(item.line, None, item.reason), code=2)
             return
-        if self.done.has(item):
+        with value_errors():
+            done = self.done.has(item)
+        if done:
             return
         params = item.params
-        if needs_target(params):
+        if params.needs_calibration:
             params = replace(params, target_reward=self.target)
         try:
             self.engine.add_request(str(item.line), item.prompt, params)

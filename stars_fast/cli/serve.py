@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stars_fast.cli import demo
-from stars_fast.cli.errors import LineError, UsageError, file_errors
+from stars_fast.cli.errors import UsageError, file_errors
 from stars_fast.cli.flags import add_params_flags, params_from
-from stars_fast.cli.lines import Requests, needs_target, opened_input
+from stars_fast.cli.lines import Requests, opened_input
 from stars_fast.cli.model_flags import (
     add_model_flags,
     add_tensor_parallel_flag,
     engine_options,
 )
-from stars_fast.cli.terminal import quiet_libraries, say
+from stars_fast.cli.terminal import say
+from stars_fast.models.progress import quiet_libraries
 from stars_fast.params import StarsParams
+from stars_fast.records import LineError
 
 if TYPE_CHECKING:
     from stars_fast.engine import Engine
@@ -260,7 +262,7 @@ def _serve(engine: Engine, settings: ServerSettings, args: argparse.Namespace) -
     from stars_fast.async_engine import AsyncEngine
     from stars_fast.server.run import run_server
 
-    if needs_target(settings.params) and engine.calibration is None:
+    if settings.params.needs_calibration and engine.calibration is None:
         say("no target reward: each request must give target_reward, or another method")
     try:
         running = AsyncEngine(

@@ -16,12 +16,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from stars_fast.cli.lines import needs_target
-from stars_fast.cli.records import InputRecord, error_record, result_record
 from stars_fast.cluster.engines import calibrate, load_engine
 from stars_fast.cluster.rows import Row, line_of, request_of, rows_of
 from stars_fast.outputs import Calibration
 from stars_fast.params import StarsParams
+from stars_fast.records import InputRecord, error_record, result_record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,7 +115,7 @@ class StarsMapper:
         return [record for _, record in sorted(records.items())]
 
     def _check_target(self, params: StarsParams) -> None:
-        if needs_target(params) and self._engine.calibration is None:
+        if params.needs_calibration and self._engine.calibration is None:
             raise ValueError(
                 f"target_reward must be a number for method {params.method!r}, got "
                 f"{params.target_reward!r}; calibrate(...) once, and pass calibration="

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stars_fast.cluster.rows import Row, request_of
 from stars_fast.outputs import Calibration
 from stars_fast.params import StarsParams
-from stars_fast.prompt_values import PromptValue
+from stars_fast.prompts import PromptValue
 
 if TYPE_CHECKING:
     from stars_fast.engine import Engine
@@ -24,8 +24,8 @@ def load_engine(
     model: str | None, reward_model: RewardModelLike | None, seed: int, options: dict[str, Any]
 ) -> Engine:
     """Return an engine, without progress bars in the log; `model` None is the demo's pair."""
-    from stars_fast.cli.terminal import quiet_libraries
     from stars_fast.engine import Engine
+    from stars_fast.models.progress import quiet_libraries
 
     quiet_libraries()
     if model is None:

@@ -11,10 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from stars_fast.cli.errors import UsageError
-from stars_fast.cli.records import Done, output_record, write_record
 from stars_fast.cluster.rows import Row, line_of, request_of
 from stars_fast.params import StarsParams
+from stars_fast.records import Done, output_record, write_record
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -88,10 +87,7 @@ def _is_done(row: Row, base: StarsParams, done: Done) -> bool:
         request = request_of(row, base, seed=0)
     except (ValueError, TypeError):
         return False
-    try:
-        return done.has(request)
-    except UsageError as error:
-        raise ValueError(str(error)) from None
+    return done.has(request)
 
 
 def _records(folder: Path) -> Iterator[dict[str, Any]]:

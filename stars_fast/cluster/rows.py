@@ -19,9 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from stars_fast.cli.errors import LineError
-from stars_fast.cli.records import InputRecord, input_record, parse_line
 from stars_fast.params import StarsParams
+from stars_fast.records import InputRecord, LineError, input_record, parse_line
 from stars_fast.seeds import derive_seed
 
 Row = Mapping[str, Any]

@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from stars_fast.cli.flags import with_fields
 from stars_fast.cli.model_flags import ENGINE_OPTIONS
-from stars_fast.params import StarsParams
+from stars_fast.params import StarsParams, with_fields
 from stars_fast.server.settings import ServerSettings
 
 #: Seconds that a replica has to end beyond what its requests have.

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from stars_fast.eval.datasets import ASSISTANT, Item
-from stars_fast.prompt_values import PromptValue, text_of
+from stars_fast.prompts import PromptValue, text_of
 
 Kind = Literal["suffix", "prefill"]
 

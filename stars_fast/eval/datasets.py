@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from stars_fast.prompt_values import PROMPT_KEYS, PromptValue, json_of, prompt_of, short, text_of
+from stars_fast.prompts import PROMPT_KEYS, PromptValue, json_of, prompt_of, short, text_of
 
 Layout = Literal["jsonl", "hh", "alpaca_eval"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stars_fast.errors import RewardError
-from stars_fast.prompt_values import PromptValue
+from stars_fast.prompts import PromptValue
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

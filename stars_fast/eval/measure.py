@@ -19,7 +19,7 @@ from stars_fast.eval.store import Record, Store
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from stars_fast.prompt_values import PromptValue
+    from stars_fast.prompts import PromptValue
 
 _SAVE_SECONDS = 60.0  # of work that an interruption may cost
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 from stars_fast.params import Method, StarsParams
-from stars_fast.prompt_values import json_of, short
+from stars_fast.prompts import json_of, short
 
 #: Fields that an eval sets itself, or that would change what is compared.
 _NOT_HERE = frozenset({"method", "seed", "n", "trace"})

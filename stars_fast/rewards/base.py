@@ -26,28 +26,10 @@ import torch
 from transformers import PreTrainedModel
 
 from stars_fast.errors import RewardError
+from stars_fast.prompts import Prompt
 
 __all__ = ["KnownRewards", "Prompt", "PromptRewards", "RewardModel", "ScoreJob", "Scorer"]
 __all__ += ["finite_reward"]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A request's prompt in the three forms that reward models read.
-
-    Parameters
-    ----------
-    text : str
-        The prompt as the language model reads it, its chat template applied.
-    token_ids : list[int]
-        The same as token ids of the language model.
-    messages : list[dict[str, str]] or None
-        The chat messages it was made from; None for a prompt given as text or token ids.
-    """
-
-    text: str
-    token_ids: list[int]
-    messages: list[dict[str, str]] | None = None
 
 
 @dataclass(frozen=True)

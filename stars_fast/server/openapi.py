@@ -13,8 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
-from stars_fast.cli.flags import field_texts
-from stars_fast.params import StarsParams
+from stars_fast.params import StarsParams, field_texts
 from stars_fast.server.answers import ErrorAnswer
 
 _COUNT: dict[str, Any] = {"minimum": 1, "maximum": 2**30}

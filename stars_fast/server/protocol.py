@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, model_validator
 
-from stars_fast.cli.flags import with_fields
-from stars_fast.params import StarsParams
+from stars_fast.params import StarsParams, with_fields
 from stars_fast.server.openapi import RANGES, stars_schema
 
 #: Parameters of OpenAI's that cannot be honoured, with the values that ask for nothing.

@@ -10,11 +10,9 @@ import pytest
 from stars_fast.cli.flags import (
     RUN_FIELDS,
     add_params_flags,
-    field_texts,
     params_from,
-    with_fields,
 )
-from stars_fast.params import Method, StarsParams
+from stars_fast.params import Method, StarsParams, field_texts, with_fields
 
 # For every field with a flag: what is typed, and what it means.
 EXAMPLES = {

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from stars_fast.cli.errors import LineError
 from stars_fast.cli.lines import PipeLines, ReadLine, Requests, opened_input
-from stars_fast.cli.records import InputRecord
 from stars_fast.params import StarsParams
+from stars_fast.records import InputRecord, LineError
 from stars_fast.seeds import derive_seed
 
 BASE = StarsParams(target_reward=1.0)

@@ -11,9 +11,9 @@ import pytest
 
 from stars_fast import StarsParams
 from stars_fast.cli.lines import Requests
-from stars_fast.cli.records import InputRecord, write_record
 from stars_fast.cluster.files import read_records, remaining
 from stars_fast.cluster.rows import as_rows, read_rows, request_of, rows_of
+from stars_fast.records import InputRecord, write_record
 
 PARAMS = StarsParams(target_reward=1.0)
 REQUESTS: list[dict[str, Any]] = [

@@ -17,11 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stars_fast.cli.errors import LineError, UsageError
-from stars_fast.cli.flags import with_fields
 from stars_fast.outputs import CompletionOutput, RequestOutput, Segment
-from stars_fast.params import StarsParams
-from stars_fast.prompt_values import PROMPT_KEYS, PromptValue, json_of, prompt_of, short, text_of
+from stars_fast.params import StarsParams, with_fields
+from stars_fast.prompts import PROMPT_KEYS, PromptValue, json_of, prompt_of, short, text_of
 
 _KEYS = (*PROMPT_KEYS, "id", "params")
 _OUTPUT_KEYS = {"id", "line", "prompt", "outputs", "error"}
@@ -35,6 +33,23 @@ class InputRecord:
     id: str | int | None
     prompt: PromptValue
     params: StarsParams
+
+
+class LineError(ValueError):
+    """An input line that is no request.
+
+    Attributes
+    ----------
+    line
+        Its number, from 1.
+    reason
+        What is wrong with it.
+    """
+
+    def __init__(self, line: int, reason: str) -> None:
+        super().__init__(f"input line {line}: {reason}")
+        self.line = line
+        self.reason = reason
 
 
 def parse_line(raw: bytes, line: int, base: StarsParams) -> InputRecord | None:
@@ -168,14 +183,14 @@ class Done:
 
         Raises
         ------
-        UsageError
+        ValueError
             Its line is done, but with another id or prompt: the output is of another input.
         """
         fingerprint = self._fingerprints.get(request.line)
         if fingerprint is None:
             return False
         if fingerprint != _fingerprint(request.id, request.prompt):
-            raise UsageError(
+            raise ValueError(
                 f"the output file holds a result for input line {request.line} with another id or "
                 "prompt: it was made from another input"
             )
@@ -194,7 +209,7 @@ def read_done(path: Path) -> Done:
 
     Raises
     ------
-    UsageError
+    ValueError
         A line before the last one is no output record; the file is then left as it was.
     """
     done = Done()
@@ -206,7 +221,7 @@ def read_done(path: Path) -> Done:
             whole = raw.endswith(b"\n")  # only a last line can lack its newline
             record = output_record(raw)
             if record is None and whole:
-                raise UsageError(f"{path}, line {number}, is not a result of this command")
+                raise ValueError(f"{path}, line {number}, is not a result of this command")
             if record is None or record["error"] is not None:
                 changed = True
                 continue

@@ -13,17 +13,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stars_fast.cli.errors import LineError, UsageError
-from stars_fast.cli.records import (
+from stars_fast.outputs import Attempt, CompletionOutput, RequestOutput, Segment
+from stars_fast.params import StarsParams
+from stars_fast.records import (
     InputRecord,
+    LineError,
     error_record,
     parse_line,
     read_done,
     result_record,
     write_record,
 )
-from stars_fast.outputs import Attempt, CompletionOutput, RequestOutput, Segment
-from stars_fast.params import StarsParams
 
 BASE = StarsParams(target_reward=1.0)
 
@@ -243,7 +243,7 @@ def test_a_file_of_something_else_is_refused_and_kept(tmp_path: Path, other: byt
     path = tmp_path / "out.jsonl"
     content = result(1) + other + result(2)[:9]
     path.write_bytes(content)
-    with pytest.raises(UsageError, match=r"out.jsonl, line 2, is not a result"):
+    with pytest.raises(ValueError, match=r"out.jsonl, line 2, is not a result"):
         read_done(path)
     assert path.read_bytes() == content
 
@@ -255,5 +255,5 @@ def test_a_file_of_something_else_is_refused_and_kept(tmp_path: Path, other: byt
 def test_the_output_of_another_input_is_refused(tmp_path: Path, other: InputRecord) -> None:
     path = tmp_path / "out.jsonl"
     path.write_bytes(result(1))
-    with pytest.raises(UsageError, match="input line 1 with another id or prompt"):
+    with pytest.raises(ValueError, match="input line 1 with another id or prompt"):
         read_done(path).has(other)
