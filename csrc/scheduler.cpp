@@ -111,8 +111,9 @@ void Scheduler::validate(const std::int64_t* prompt, std::size_t prompt_length,
     require(schedule.hard || (std::isfinite(schedule.beta) && schedule.beta > 0.0), "beta",
             schedule.beta, "above 0 with soft acceptance");
   }
-  // A segment that starts inside a page holds that page twice while it is tried.
-  const std::int32_t twice = options.segment_length % options_.page_size == 0 ? 0 : 1;
+  // A segment that starts inside a page, as one may that follows a shorter one, holds that page
+  // twice while it is tried.
+  const std::int32_t twice = options_.page_size > 1 ? 1 : 0;
   const std::int32_t needed = pool_.pages_for(static_cast<std::int32_t>(prompt_length) - 1) +
                               pool_.pages_for(options.longest_response()) + twice;
   if (needed > pool_.num_pages() - 1) {

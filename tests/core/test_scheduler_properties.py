@@ -243,6 +243,21 @@ class TestLanes:
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
+def test_segments_that_end_inside_a_page_find_room(lanes: int) -> None:
+    """Where whole segments just fit, one behind a shorter segment needs a page more."""
+    spec = Spec(
+        prompt=[0] * 29, segment_length=9, max_tokens=19, max_attempts=2, candidates=0,
+        scored=True, seed=0, bias=-1e9, ends_early=0.5,
+    )  # fmt: skip
+    tight = Driver(num_pages=18, page_size=3, max_rows=1, lanes=lanes, prefix_caching=False)
+    with pytest.raises(_core.RequestTooLargeError, match="needs 18 pages of 3 tokens"):
+        tight.add(spec)
+    driver = Driver(num_pages=19, page_size=3, max_rows=1, lanes=lanes, prefix_caching=False)
+    driver.add(spec)
+    driver.finish(200)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
 @pytest.mark.parametrize("phases", range(PHASES + 1))
 def test_a_cancelled_plan_leaves_nothing_half_copied(lanes: int, phases: int) -> None:
     """Its drafts may have written over the sources of its copies, which were free by then."""
@@ -311,9 +326,9 @@ class TestRefusals:
                 self.add(self.scheduler(), prompt)
 
     def test_too_large_names_the_numbers(self) -> None:
-        with pytest.raises(_core.RequestTooLargeError, match=r"12 pages .* pool has 8"):
+        with pytest.raises(_core.RequestTooLargeError, match=r"13 pages .* pool has 8"):
             self.add(self.scheduler(), [1] * 5, max_tokens=44)
-        self.add(self.scheduler(), [1] * 5, max_tokens=28)
+        self.add(self.scheduler(), [1] * 5, max_tokens=24)
 
     def test_id_in_use(self) -> None:
         scheduler = self.scheduler()
