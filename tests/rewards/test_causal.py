@@ -74,12 +74,15 @@ def new_tokens(walk: Walk, reading: Reading) -> int:
     total = 0
     prompts: set[str] = set()
     requests: set[int] = set()
+    scored: set[tuple[int, tuple[int, ...]]] = set()
     for item in walk.rounds:
         ids = reading(item.prompt, item.job.response_ids, item.job.response_text)
         empty = reading(item.prompt, [], "")
         stem = common_length(np.array(empty), np.array(reading(item.prompt, [300], "a")))
         tail = len(empty) - stem
         is_prompt = not item.job.response_ids
+        again = (item.job.request, tuple(ids)) in scored
+        scored.add((item.job.request, tuple(ids)))
         if is_prompt and item.prompt.text in prompts:
             continue
         if item.job.request not in requests:
@@ -88,6 +91,8 @@ def new_tokens(walk: Walk, reading: Reading) -> int:
         if is_prompt:
             prompts.add(item.prompt.text)
             total += tail
+            continue
+        if again:
             continue
         before = reading(item.prompt, item.committed, walk.text(item.committed))
         before = before[: len(before) - tail]

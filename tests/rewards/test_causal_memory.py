@@ -136,9 +136,10 @@ class TestEqualPrompts:
         self.rewards(model, scorer, [ScoreJob(r, r, ids, "") for r, ids in texts.items()])
         for request in texts:
             scorer.accept(request, request)
-        jobs = [ScoreJob(r, 10 + r, [*ids, 50], "") for r, ids in texts.items()]
+        jobs = [ScoreJob(r, 10 + r, [*ids, 49], "") for r, ids in texts.items()]
         scorer._evict(1)
         assert self.rewards(model, scorer, jobs) == 6 + 3
+        jobs = [ScoreJob(r, 13 + r, [*ids, 50], "") for r, ids in texts.items()]
         for request in texts:
             scorer._evict(request)
         assert self.rewards(model, scorer, jobs) == length + 3 * 6 + 3
