@@ -14,7 +14,7 @@ import sys
 import zlib
 
 from stars_fast import Engine, StarsParams, demo
-from stars_fast.async_engine import AsyncEngine
+from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.server import ServerSettings
 from stars_fast.server.run import run_server
 

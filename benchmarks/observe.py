@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from stars_fast import Engine, StarsParams, _core
 from stars_fast.benchmarks.least import Machine, ModelCost, Work, copy_work, forward_work, seen_keys
 from stars_fast.benchmarks.measure import synchronize
-from stars_fast.loop import PHASES
+from stars_fast.engine.loop import PHASES
+from stars_fast.engine.round import Round
 from stars_fast.models.paged import PagedModel
 from stars_fast.rewards.causal import CausalScorer
-from stars_fast.round import Round
 
 #: Phases that have work to do; `plan` and `commit` have none that a machine's ceilings bound.
 WORKING = ("fork", "prefill", "draft", "score")

@@ -30,12 +30,12 @@ import numpy as np
 import torch
 
 from stars_fast import Engine, RequestOutput, StarsParams, demo
-from stars_fast.async_engine import AsyncEngine
 from stars_fast.benchmarks import models
 from stars_fast.benchmarks.flags import number
 from stars_fast.benchmarks.measure import header
 from stars_fast.benchmarks.server_thread import server_thread
 from stars_fast.demo.openings import HELD_OUT
+from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.server import ServerSettings
 
 HERE = Path(__file__).resolve().parent

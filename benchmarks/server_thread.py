@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from stars_fast.async_engine import AsyncEngine
+from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.server import ServerSettings, create_app
 
 _SECONDS = 30.0

@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stars_fast.async_engine import AsyncEngine
     from stars_fast.engine import Engine
+    from stars_fast.engine.async_engine import AsyncEngine
     from stars_fast.outputs import Calibration, CompletionOutput, RequestOutput, Segment
     from stars_fast.params import StarsParams
     from stars_fast.remote import RemoteEngine, RemoteReward
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Imported on first use: the C++ core and the command line's --help need no torch.
 _HOMES = {
-    "AsyncEngine": "stars_fast.async_engine",
+    "AsyncEngine": "stars_fast.engine.async_engine",
     "Calibration": "stars_fast.outputs",
     "CompletionOutput": "stars_fast.outputs",
     "Engine": "stars_fast.engine",

@@ -259,7 +259,7 @@ def _calibrate(
 
 
 def _serve(engine: Engine, settings: ServerSettings, args: argparse.Namespace) -> int:
-    from stars_fast.async_engine import AsyncEngine
+    from stars_fast.engine.async_engine import AsyncEngine
     from stars_fast.server.run import run_server
 
     if settings.params.needs_calibration and engine.calibration is None:

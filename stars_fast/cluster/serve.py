@@ -24,7 +24,7 @@ from stars_fast.cluster.serve_args import ServeArgs
 from stars_fast.outputs import Calibration
 
 if TYPE_CHECKING:
-    from stars_fast.async_engine import AsyncEngine
+    from stars_fast.engine.async_engine import AsyncEngine
 
 #: Name of the deployment.
 DEPLOYMENT = "stars_fast"
@@ -66,7 +66,7 @@ class Plan:
             Its id. Requests without a seed are drawn by seeds that follow from it, so that two
             replicas do not answer a prompt with the same draws.
         """
-        from stars_fast.async_engine import AsyncEngine
+        from stars_fast.engine.async_engine import AsyncEngine
         from stars_fast.seeds import derive_seed
         from stars_fast.server import create_app
         from stars_fast.server.logs import configure_logs

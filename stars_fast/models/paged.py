@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from stars_fast.distributed import Ranks
 from stars_fast.models.batch import BatchLike
 from stars_fast.models.checks import check_architecture, max_length
 from stars_fast.models.decode import DecodeAttention, Workspace
@@ -30,7 +31,6 @@ from stars_fast.ops.attention import AttentionPlan, attend, plan_attention
 from stars_fast.ops.backend import Backend, check_backend, uses_triton
 from stars_fast.ops.backend import backend as choose_backend
 from stars_fast.ops.pages import copy_pages, kv_append
-from stars_fast.tensor_parallel import Ranks
 
 if TYPE_CHECKING:  # Triton is for Linux only
     from stars_fast.kernels.attention import Tiles

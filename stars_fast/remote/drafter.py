@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from stars_fast import _core
-from stars_fast.detokenize import HALF_CHARACTER
-from stars_fast.drafter import Draft, RowSampling
+from stars_fast.drafting.base import Draft, RowSampling
+from stars_fast.engine.detokenize import HALF_CHARACTER
+from stars_fast.engine.requests import Request
 from stars_fast.params import StarsParams
 from stars_fast.remote.completions import Choice, Completions
 from stars_fast.remote.history import Drawn, History
 from stars_fast.remote.http import RemoteError
-from stars_fast.requests import Request
 from stars_fast.seeds import derive_seed
 
 #: Bytes of a character in UTF-8 but the first, and so tokens that complete it at most.

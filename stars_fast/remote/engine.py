@@ -12,10 +12,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stars_fast import _core
-from stars_fast.clock import PhaseClock
 from stars_fast.engine import Engine
+from stars_fast.engine.clock import PhaseClock
+from stars_fast.engine.loop import PHASES, Loop
+from stars_fast.engine.requests import Request
 from stars_fast.errors import ModelLoadError
-from stars_fast.loop import PHASES, Loop
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.parameters import multiplied_parameters
 from stars_fast.outputs import CompletionOutput, RequestOutput
@@ -27,7 +28,6 @@ from stars_fast.remote.history import History, TextHistory, TokenHistory
 from stars_fast.remote.http import Endpoint, RemoteError
 from stars_fast.remote.prompts import TextPromptReader
 from stars_fast.remote.servers import find_server
-from stars_fast.requests import Request
 from stars_fast.rewards.load import RewardModelLike, load_scorer
 from stars_fast.rewards.persona import Persona
 from stars_fast.rewards.text import TemplateLike

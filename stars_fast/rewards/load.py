@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from stars_fast.distributed import Ranks
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.load import check_model_directory, same_device
 from stars_fast.models.paged import PagedModel
@@ -41,7 +42,6 @@ from stars_fast.rewards.reading import LastToken
 from stars_fast.rewards.text import CallableTemplate, TemplateLike, make_template
 from stars_fast.rewards.tokens import RetokenizedText, SharedTokens, TokenSource
 from stars_fast.rewards.vocabulary import check_vocabulary, embedding_rows, same_tokens
-from stars_fast.tensor_parallel import Ranks
 
 __all__ = ["RewardModelLike", "load_scorer"]
 

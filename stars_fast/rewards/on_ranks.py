@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from stars_fast.distributed import Ranks
 from stars_fast.errors import RewardError
 from stars_fast.models.load import same_device
 from stars_fast.models.sharded import num_shards, why_not_sharded
 from stars_fast.rewards.base import Prompt, ScoreJob, Scorer
 from stars_fast.rewards.load import RewardModelLike
 from stars_fast.rewards.persona import Persona
-from stars_fast.tensor_parallel import Ranks
 
 __all__ = ["ScorerOnRanks", "load_on_ranks"]
 

@@ -14,7 +14,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
-from stars_fast.async_engine import AsyncEngine
+from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.server.answers import (
     ChatAnswer,
     ChatChunk,

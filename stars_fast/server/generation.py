@@ -8,18 +8,18 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from stars_fast.async_engine import AsyncEngine
-from stars_fast.detokenize import token_offsets
+from stars_fast.engine.async_engine import AsyncEngine
+from stars_fast.engine.detokenize import token_offsets
+from stars_fast.engine.requests import samples_per_response
+from stars_fast.engine.streams import RequestStream
 from stars_fast.errors import EngineStoppedError
 from stars_fast.outputs import RequestOutput
 from stars_fast.params import StarsParams
-from stars_fast.requests import samples_per_response
 from stars_fast.server.errors import ApiError, request_failed
 from stars_fast.server.protocol import ChatRequest, CompletionRequest, params_of
 from stars_fast.server.settings import ServerSettings
 from stars_fast.server.shapes import Shape
 from stars_fast.server.transcript import Delta, Transcript, segment_object, token_text
-from stars_fast.streams import RequestStream
 
 
 class Generation:

@@ -7,7 +7,7 @@ import signal
 
 import uvicorn
 
-from stars_fast.async_engine import AsyncEngine
+from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.server.app import create_app
 from stars_fast.server.logs import configure_logs
 from stars_fast.server.settings import ServerSettings

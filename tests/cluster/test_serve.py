@@ -54,8 +54,8 @@ def test_wrong_arguments_are_named(args: dict[str, Any], message: str) -> None:
 def test_a_replica_whose_engine_has_stopped_is_not_healthy() -> None:
     from fastapi import FastAPI
 
-    from stars_fast.async_engine import AsyncEngine
     from stars_fast.cluster.serve import StarsServer
+    from stars_fast.engine.async_engine import AsyncEngine
 
     server, engine = StarsServer(), AsyncEngine(Engine.demo(num_pages=64, device="cpu"))
     server.app = FastAPI()

@@ -15,9 +15,9 @@ from helpers.outputs import same
 from helpers.tiny_lm import letter_model, letter_tokenizer
 
 from stars_fast import Engine, RequestOutput, StarsParams
-from stars_fast.async_engine import AsyncEngine
+from stars_fast.engine.async_engine import AsyncEngine
+from stars_fast.engine.streams import Outbox, RequestStream
 from stars_fast.errors import DeadlineError, EngineStoppedError, QueueFullError
-from stars_fast.streams import Outbox, RequestStream
 
 PARAMS = StarsParams(
     segment_length=4,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stars_fast.deltas import TextDeltas, overlap
+from stars_fast.server.transcript import TextDeltas, overlap
 
 
 def test_overlap_is_a_proper_beginning_of_the_stop_text() -> None:

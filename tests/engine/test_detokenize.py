@@ -9,8 +9,8 @@ from fuzz.tokenizers import FAMILIES, has_byte_tokens, tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stars_fast.deltas import TextDeltas
-from stars_fast.detokenize import decode, find_stop, rewrites_spaces, settled, token_offsets
+from stars_fast.engine.detokenize import decode, find_stop, rewrites_spaces, settled, token_offsets
+from stars_fast.server.transcript import TextDeltas
 
 FACE = "\U0001f602"
 WITH_BYTES = [family for family in FAMILIES if has_byte_tokens(family)]

@@ -10,9 +10,10 @@ from helpers.tiny_lm import small_model
 from helpers.tiny_rewards import reward_model
 from helpers.tiny_tokenizers import bpe_tokenizer
 
-from stars_fast import Engine, StarsParams, captured_drafter
-from stars_fast.captured_drafter import CapturedDrafter, bucket_rows
-from stars_fast.cuda_graph import StepGraph
+from stars_fast import Engine, StarsParams
+from stars_fast.drafting import captured
+from stars_fast.drafting.captured import CapturedDrafter, bucket_rows
+from stars_fast.drafting.graph import StepGraph
 from stars_fast.outputs import RequestOutput
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,17 +62,17 @@ def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
 
 def test_same_tokens_as_the_pytorch_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """With buckets so small that rounds outgrow them in every way, and copies of half pages."""
-    monkeypatch.setattr(captured_drafter, "_NEW_TOKENS", 2)
-    monkeypatch.setattr(captured_drafter, "_PREFIX_TOKENS", 4)
-    monkeypatch.setattr(captured_drafter, "_STOP_IDS", 1)
+    monkeypatch.setattr(captured, "_NEW_TOKENS", 2)
+    monkeypatch.setattr(captured, "_PREFIX_TOKENS", 4)
+    monkeypatch.setattr(captured, "_STOP_IDS", 1)
     changes: tuple[dict[str, Any], ...] = (
         {"stop_token_ids": [7, 11, 60]},
         {"segment_length": 3, "candidates": 1, "top_p": 1.0, "top_k": 0},
     )
     made = []
-    make = captured_drafter._Bucket.make
+    make = captured._Bucket.make
     monkeypatch.setattr(
-        captured_drafter._Bucket,
+        captured._Bucket,
         "make",
         lambda *args, **options: made.append(args[1]) or make(*args, **options),
     )

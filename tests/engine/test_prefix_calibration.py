@@ -12,7 +12,7 @@ from helpers.tiny_rewards import reward_model
 from helpers.tiny_tokenizers import bpe_tokenizer
 
 from stars_fast import Engine, StarsParams
-from stars_fast.calibration import prefix_calibration_of
+from stars_fast.engine.calibration import prefix_calibration_of
 from stars_fast.outputs import CompletionOutput, PrefixCalibration, Segment
 
 PROMPTS = ["The film was slow at first, but", "A terrible kettle", "Not bad at all. " * 4]

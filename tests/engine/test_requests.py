@@ -366,7 +366,7 @@ def test_what_rows_cost_leaves_out_the_prompts(monkeypatch: pytest.MonkeyPatch) 
     engine = Engine(
         letter_model(), slow_on_prompts, tokenizer=letter_tokenizer(), num_pages=400, page_size=4
     )
-    monkeypatch.setattr("stars_fast.round.time.perf_counter", lambda: now)
+    monkeypatch.setattr("stars_fast.engine.round.time.perf_counter", lambda: now)
     finish, seconds = engine._loop._finish, []
     monkeypatch.setattr(
         engine._loop, "_finish", lambda done: seconds.append(done.seconds["score"]) or finish(done)

@@ -13,7 +13,13 @@ from helpers.tiny_tokenizers import bpe_tokenizer
 from torch import Tensor
 
 from stars_fast import Engine, StarsParams
-from stars_fast.borders import CLAUSE, NONE, SENTENCE, border_level, border_levels
+from stars_fast.drafting.segment_ends import (
+    CLAUSE,
+    NONE,
+    SENTENCE,
+    segment_end_level,
+    segment_end_levels,
+)
 
 PROMPTS = ["The film was slow at first, but", "A terrible kettle", "Not bad at all. " * 4]
 PARAMS = StarsParams(
@@ -36,7 +42,7 @@ def levels(monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """Borders that a random model meets often enough."""
     ids = torch.arange(small_model().config.vocab_size)
     made = torch.where(ids % 9 == 0, SENTENCE, torch.where(ids % 7 == 0, CLAUSE, NONE))
-    monkeypatch.setattr("stars_fast.engine.border_levels", lambda *_: made)
+    monkeypatch.setattr("stars_fast.engine.engine.segment_end_levels", lambda *_: made)
     return made
 
 
@@ -54,12 +60,12 @@ def run(params: StarsParams = PARAMS, prompts: list[str] = PROMPTS, **options: A
     ],
 )  # fmt: skip
 def test_levels(text: str, level: int) -> None:
-    assert border_level(text) == level
+    assert segment_end_level(text) == level
 
 
 def test_levels_of_a_vocabulary() -> None:
     tokenizer = bpe_tokenizer()
-    levels = border_levels(tokenizer, len(tokenizer) + 3)
+    levels = segment_end_levels(tokenizer, len(tokenizer) + 3)
     assert levels.shape == (len(tokenizer) + 3,)
     assert levels[-3:].tolist() == [NONE] * 3
     assert levels[tokenizer.convert_tokens_to_ids(".")] == SENTENCE
@@ -74,11 +80,11 @@ def test_segments_end_at_the_first_border(end: Any, levels: Tensor) -> None:
         reached = levels[output.token_ids].tolist()
         for segment in output.segments:
             inside = reached[segment.start + PARAMS.min_segment_length - 1 : segment.end]
-            at_border = inside[-1] >= least
+            at_end = inside[-1] >= least
             assert all(level < least for level in inside[:-1])
             full = segment.end - segment.start == PARAMS.segment_length
-            assert at_border or full or segment.end == PARAMS.max_tokens
-            ended += at_border and not full
+            assert at_end or full or segment.end == PARAMS.max_tokens
+            ended += at_end and not full
         assert output.finish_reason == "length"  # a border ends no response
     assert ended > 3
 
@@ -98,7 +104,7 @@ def test_the_number_of_candidates_and_the_rows_beside_change_nothing() -> None:
 
 def test_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     frequent = torch.where(torch.arange(400) % 3 == 0, CLAUSE, NONE)
-    monkeypatch.setattr("stars_fast.engine.border_levels", lambda *_: frequent)
+    monkeypatch.setattr("stars_fast.engine.engine.segment_end_levels", lambda *_: frequent)
     short = dataclasses.replace(PARAMS, max_tokens=6, segment_length=3, max_attempts=2)
     model = small_model(layers=1)  # little work for the interpreter
     want = run(short, PROMPTS[:2], model=model)

@@ -17,9 +17,9 @@ from helpers.gate import Gate
 from helpers.tiny_lm import letter_model, letter_tokenizer
 
 from stars_fast import Engine, StarsParams
-from stars_fast.async_engine import AsyncEngine
 from stars_fast.benchmarks.clients import read_metrics
 from stars_fast.benchmarks.server_thread import server_thread
+from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.server import ServerSettings
 
 PARAMS = StarsParams(

@@ -19,11 +19,11 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
-import stars_fast.drafter
-import stars_fast.loop
-import stars_fast.round
+import stars_fast.drafting.rows
+import stars_fast.engine.loop
+import stars_fast.engine.round
 from stars_fast import Engine, StarsParams
-from stars_fast.async_engine import AsyncEngine
+from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.models.paged import PagedModel
 from stars_fast.outputs import RequestOutput
 from stars_fast.rewards import Persona
@@ -124,14 +124,14 @@ def _meddle(rank: int) -> None:
         return
     slow = random.Random(5)
     clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() * slow.uniform(1, 1000))
-    stars_fast.loop.time = stars_fast.round.time = clock  # type: ignore[attr-defined]
-    sample = stars_fast.drafter.ops.sample
+    stars_fast.engine.loop.time = stars_fast.engine.round.time = clock  # type: ignore[attr-defined]
+    sample = stars_fast.drafting.rows.ops.sample
 
     def other(logits: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         token, logprob, truncated, entropy, ok = sample(logits, *arguments, **options)
         return (token + 1) % logits.shape[1], logprob - 1, truncated, entropy + 1, ok
 
-    stars_fast.drafter.ops = SimpleNamespace(sample=other)  # type: ignore[attr-defined]
+    stars_fast.drafting.rows.ops = SimpleNamespace(sample=other)  # type: ignore[attr-defined]
 
 
 class _Rewards:

@@ -15,7 +15,7 @@ from helpers.json_server import Answer, json_server
 from helpers.letter_law import EOS, letter_engine, reward_of
 
 from stars_fast import Engine, RemoteEngine, StarsParams, _core
-from stars_fast.async_engine import AsyncEngine
+from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.remote import RemoteError
 from stars_fast.rewards import Persona
 

@@ -122,7 +122,7 @@ def test_a_missing_package_is_named(
 
 def test_the_dashboard_asks_for_metrics_that_exist() -> None:
     from stars_fast import Engine
-    from stars_fast.async_engine import AsyncEngine
+    from stars_fast.engine.async_engine import AsyncEngine
     from stars_fast.server.metrics import Metrics
 
     text = files("stars_fast.server").joinpath("grafana.json").read_text(encoding="utf-8")

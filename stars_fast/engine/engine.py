@@ -16,12 +16,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_fast import _core
-from stars_fast.borders import border_levels
-from stars_fast.calibration import calibration_of, prefix_calibration_of
-from stars_fast.clock import PhaseClock
-from stars_fast.drafter import Drafter, EagerDrafter
+from stars_fast.distributed import Ranks
+from stars_fast.drafting.base import Drafter
+from stars_fast.drafting.eager import EagerDrafter
+from stars_fast.drafting.segment_ends import segment_end_levels
+from stars_fast.engine.calibration import calibration_of, prefix_calibration_of
+from stars_fast.engine.clock import PhaseClock
+from stars_fast.engine.loop import PHASES, Loop
+from stars_fast.engine.requests import Request
 from stars_fast.errors import RewardError
-from stars_fast.loop import PHASES, Loop
 from stars_fast.models.load import load_causal_lm
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.parameters import multiplied_parameters
@@ -36,14 +39,12 @@ from stars_fast.outputs import (
 )
 from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptLike, PromptReader, as_prompt_list
-from stars_fast.requests import Request
 from stars_fast.rewards.base import Prompt, Scorer
 from stars_fast.rewards.load import RewardModelLike, load_scorer
 from stars_fast.rewards.on_ranks import load_on_ranks
 from stars_fast.rewards.persona import Persona
 from stars_fast.rewards.text import TemplateLike
 from stars_fast.seeds import derive_seed
-from stars_fast.tensor_parallel import Ranks
 
 _log = logging.getLogger(__name__)
 
@@ -251,7 +252,7 @@ class Engine:
         self._clock = PhaseClock(PHASES, self._lm.device if device_timing else None)
         self._loop = Loop(
             self._lm,
-            make_drafter(self._lm, _borders_of(self.tokenizer, self._lm), ranks),
+            make_drafter(self._lm, _segment_ends_of(self.tokenizer, self._lm), ranks),
             self._scheduler,
             self._scorer,
             self.tokenizer,
@@ -775,33 +776,33 @@ class Engine:
 _CALIBRATION_SALT = 0xCA11B8A7E
 
 
-def _borders_of(
+def _segment_ends_of(
     tokenizer: PreTrainedTokenizerBase | None, model: PagedModel
 ) -> Callable[[], Tensor]:
     """Return what gives, once it is asked for, what ends with each token."""
 
     # Not a method: an engine that its own parts hold would keep its pages until it is collected.
     @functools.cache
-    def borders() -> Tensor:
+    def segment_ends() -> Tensor:
         assert tokenizer is not None  # checked when the request came
-        return border_levels(tokenizer, model.vocab_size).to(model.device)
+        return segment_end_levels(tokenizer, model.vocab_size).to(model.device)
 
-    return borders
+    return segment_ends
 
 
 def make_drafter(
-    model: PagedModel, borders: Callable[[], Tensor], ranks: Ranks | None = None
+    model: PagedModel, segment_ends: Callable[[], Tensor], ranks: Ranks | None = None
 ) -> Drafter:
-    """Return the drafter that suits a model's backend; for `borders` see `EagerDrafter`."""
+    """Return the drafter that suits a model's backend; for `segment_ends` see `EagerDrafter`."""
     if ranks is not None:
         if model.on_kernels:
             _log.info("decode steps run without a CUDA graph: the model is tensor-parallel")
-        return EagerDrafter(model, borders, ranks.share)
+        return EagerDrafter(model, segment_ends, ranks.share)
     if not model.on_kernels:
-        return EagerDrafter(model, borders)
-    from stars_fast.captured_drafter import CapturedDrafter  # Triton is for Linux only
+        return EagerDrafter(model, segment_ends)
+    from stars_fast.drafting.captured import CapturedDrafter  # Triton is for Linux only
 
-    return CapturedDrafter(model, borders)
+    return CapturedDrafter(model, segment_ends)
 
 
 def _params_of_each(

@@ -11,10 +11,10 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast import _core
-from stars_fast.decisions import merit, shown_reward
-from stars_fast.detokenize import decode, find_stop
-from stars_fast.drafter import Draft
-from stars_fast.responses import Candidate, Response
+from stars_fast.drafting.base import Draft
+from stars_fast.engine.detokenize import decode, find_stop
+from stars_fast.engine.requests import Candidate, Response
+from stars_fast.methods.decisions import merit, shown_reward
 from stars_fast.rewards.base import ScoreJob, Scorer
 
 

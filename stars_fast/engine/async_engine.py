@@ -14,12 +14,12 @@ from functools import partial
 from queue import SimpleQueue
 
 from stars_fast.engine import Engine
+from stars_fast.engine.streams import Outbox, RequestStream
 from stars_fast.errors import EngineStoppedError, QueueFullError
 from stars_fast.outputs import CompletionOutput, RequestOutput
 from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptLike
 from stars_fast.rewards.base import Prompt
-from stars_fast.streams import Outbox, RequestStream
 
 __all__ = ["AsyncEngine"]
 

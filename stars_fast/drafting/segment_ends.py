@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-#: Levels of `border_levels`: what ends with the token.
+#: Levels of `segment_end_levels`: what ends with the token.
 NONE, CLAUSE, SENTENCE = 0, 1, 2
 
 # The second halves are the full-width signs of Chinese and Japanese.
@@ -15,7 +15,7 @@ _SENTENCE_ENDS = (".", "!", "?", "\u3002", "\uff01", "\uff1f", "\u2026")
 _CLOSING = "\"')]}\u201d\u2019\u00bb"
 
 
-def border_level(text: str) -> int:
+def segment_end_level(text: str) -> int:
     """Return what ends with a token of this text: nothing, a clause, or a sentence.
 
     A line break ends a sentence, closing quotes and brackets go with what they close.
@@ -28,10 +28,10 @@ def border_level(text: str) -> int:
     return CLAUSE if bare.endswith(_CLAUSE_ENDS) else NONE
 
 
-def border_levels(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
+def segment_end_levels(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
     """Return int64 ``[vocab_size]``: the level of every token by its own text."""
     count = min(vocab_size, len(tokenizer))
     texts = tokenizer.batch_decode([[token] for token in range(count)])
     levels = torch.zeros(vocab_size, dtype=torch.int64)
-    levels[:count] = torch.tensor([border_level(text) for text in texts])
+    levels[:count] = torch.tensor([segment_end_level(text) for text in texts])
     return levels

@@ -1,11 +1,10 @@
-"""The draft phase of a round: K decode steps for all rows, token ids staying on the device."""
+"""The rows of a round on the device: what they draw with, and what they have drawn so far."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,82 +12,7 @@ import torch
 from torch import Tensor
 
 from stars_fast import _core, ops
-from stars_fast.models.paged import PagedModel
-
-
-@dataclass(frozen=True)
-class RowSampling:
-    """How a row is sampled; one object a request, shared by its rows."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    stop_token_ids: tuple[int, ...]
-    entropy_limit: float = math.inf  # ends a segment, see StarsParams.entropy_threshold
-    border: int = 0  # level of `borders` that ends a segment, 0: none does
-    min_length: int = 1  # tokens before either
-    ranks: int = 0  # attempt i is the i-th most likely token, of so many; 0: attempts are draws
-
-    @property
-    def ragged(self) -> bool:
-        """Whether a segment may end early without ending the response."""
-        return not math.isinf(self.entropy_limit)
-
-
-@dataclass(frozen=True)
-class Draft:
-    """Segments drawn in a round, on the host.
-
-    Attributes
-    ----------
-    tokens
-        int64 ``[R, L]``; entries from a row's length on are meaningless.
-    lengths
-        int32 ``[R]``, the stop token that ended a row included.
-    stopped
-        bool ``[R]``: the row's last token is one of its stop tokens.
-    logprobs
-        float32 ``[R, L]`` under the raw distribution.
-    bad_step
-        int64 ``[R]``: the first step whose logits were NaN, +inf or all -inf; -1 if none.
-    steps
-        Forward passes of the model.
-    errors
-        Why a row has no segment; its entries are meaningless, but for a length of at least 1.
-    """
-
-    tokens: npt.NDArray[np.int64]
-    lengths: npt.NDArray[np.int32]
-    stopped: npt.NDArray[np.bool_]
-    logprobs: npt.NDArray[np.float32]
-    bad_step: npt.NDArray[np.int64]
-    steps: int = 0
-    errors: dict[int, str] = field(default_factory=dict)
-
-    @classmethod
-    def of_no_rows(cls) -> Draft:
-        """Return what a round draws whose requests are all still in their prefill."""
-        none = np.zeros(0, np.int64)
-        return cls(
-            tokens=np.zeros((0, 0), np.int64),
-            lengths=none.astype(np.int32),
-            stopped=none.astype(np.bool_),
-            logprobs=np.zeros((0, 0), np.float32),
-            bad_step=none,
-        )
-
-
-class Drafter(Protocol):
-    """Draws the segments of a round."""
-
-    def draft(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Draft:
-        """Draw the segment of every row of the plan, whose prefill must have run.
-
-        There is at least one row. The KV of the drawn tokens is written to the model's pages.
-        `sampling` has one entry per row of ``plan.draft``.
-        """
-        ...
+from stars_fast.drafting.base import Draft, RowSampling
 
 
 @dataclass(frozen=True)
@@ -106,9 +30,9 @@ class RowParameters:
     lengths
         int64, tokens to draw.
     min_length
-        int64, tokens to draw before `entropy_limit` or `border` counts.
-    border
-        int64, level of `borders` that ends a segment; above all levels where none does.
+        int64, tokens to draw before `entropy_limit` or `segment_end` counts.
+    segment_end
+        int64, level of `segment_ends` that ends a segment; above all levels where none does.
     ranked
         int64, 1 where attempts are ranks, else 0.
     stop_ids
@@ -126,7 +50,7 @@ class RowParameters:
     lengths: Tensor
     entropy_limit: Tensor
     min_length: Tensor
-    border: Tensor
+    segment_end: Tensor
     ranked: Tensor
     stop_ids: Tensor
 
@@ -149,7 +73,7 @@ class RowParameters:
             lengths=column(torch.int64),
             entropy_limit=column(torch.float32).fill_(math.inf),
             min_length=column(torch.int64),
-            border=column(torch.int64).fill_(_NO_BORDER),
+            segment_end=column(torch.int64).fill_(_NO_END),
             ranked=column(torch.int64),
             stop_ids=torch.full((rows, stop_ids), -1, dtype=torch.int64, device=device),
         )
@@ -172,7 +96,7 @@ class RowParameters:
             "lengths": plan.draft.new_lengths,
             "entropy_limit": _bits([s.entropy_limit for s in sampling]),
             "min_length": np.array([s.min_length for s in sampling]),
-            "border": np.array([s.border or _NO_BORDER for s in sampling]),
+            "segment_end": np.array([s.segment_end or _NO_END for s in sampling]),
             "ranked": np.array([s.ranks > 0 for s in sampling]),
         }
         for at, name in enumerate(_COLUMNS):
@@ -189,9 +113,9 @@ class RowParameters:
 #: Columns of the table that `RowParameters.write` moves, and those of them that are float64 bits.
 _COLUMNS = (
     "temperature", "top_k", "top_p", "min_p", "seed", "position", "attempt", "stream",
-    "lengths", "entropy_limit", "min_length", "border", "ranked",
+    "lengths", "entropy_limit", "min_length", "segment_end", "ranked",
 )  # fmt: skip
-_NO_BORDER = 1 << 30
+_NO_END = 1 << 30
 _LEAST = float(np.finfo(np.float32).tiny)  # smaller ones would be 0, and keep nothing
 _FLOATS = frozenset({"temperature", "top_p", "min_p", "entropy_limit"})
 
@@ -213,8 +137,8 @@ class Progress:
         Whether rows may have an entropy limit.
     ranks
         Most likely tokens that rows may ask for, 0 if none does.
-    borders
-        int64 ``[vocab]``, level of each token; None if no row ends at borders.
+    segment_ends
+        int64 ``[vocab]``, level of each token; None if no row ends early.
     share
         Overwrites a tensor with rank 0's, where several ranks draw the same.
     """
@@ -226,14 +150,14 @@ class Progress:
         *,
         ragged: bool,
         ranks: int = 0,
-        borders: Tensor | None = None,
+        segment_ends: Tensor | None = None,
         share: Callable[[Tensor], None] | None = None,
     ) -> None:
         rows, device = parameters.lengths.shape[0], parameters.lengths.device
         self._parameters = parameters
         self._ragged = ragged
         self._ranks = ranks
-        self._borders = borders
+        self._segment_ends = segment_ends
         self._share = share
         self._tokens = torch.zeros((rows, max_new), dtype=torch.int64, device=device)
         self._logprobs = torch.zeros((rows, max_new), dtype=torch.float32, device=device)
@@ -302,9 +226,9 @@ class Progress:
         self._bad_step.copy_(torch.where(bad, step, self._bad_step))
         stops = self.live & (token.unsqueeze(1) == p.stop_ids).any(dim=1)
         self._stopped |= stops
-        if self._borders is not None:
-            at_border = (self._borders[token] >= p.border) & (step + 1 >= p.min_length)
-            stops |= self.live & at_border  # ends the segment, not the response
+        if self._segment_ends is not None:
+            at_end = (self._segment_ends[token] >= p.segment_end) & (step + 1 >= p.min_length)
+            stops |= self.live & at_end  # ends the segment, not the response
         self._ended_at.copy_(torch.where(stops, step + 1, self._ended_at))
         torch.gt(self._ended_at, step + 1, out=self.live)
         return token
@@ -330,60 +254,6 @@ class Progress:
             bad_step=host[:, 2 * steps + 2].astype(np.int64),
             steps=steps if ran is None else ran,
         )
-
-
-class EagerDrafter:
-    """Runs the steps one by one.
-
-    Parameters
-    ----------
-    model
-        The language model.
-    borders
-        Gives the level of every token, int64 ``[vocab]``; asked for once a row ends at borders.
-    share
-        See `Progress`.
-    """
-
-    def __init__(
-        self,
-        model: PagedModel,
-        borders: Callable[[], Tensor],
-        share: Callable[[Tensor], None] | None = None,
-    ) -> None:
-        self._model = model
-        self._borders = borders
-        self._share = share
-
-    def draft(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Draft:
-        """Draw the segments of a round; see `Drafter.draft`."""
-        with self._model.on_backend():
-            return self._draft(plan, sampling)
-
-    def _draft(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Draft:
-        batch = plan.draft
-        rows, steps = batch.num_rows, batch.max_new
-        device = self._model.device
-        parameters = RowParameters.empty(rows, most_stop_ids(sampling), device)
-        parameters.write(plan, sampling)
-        progress = Progress(
-            parameters,
-            steps,
-            ragged=any(s.ragged for s in sampling),
-            ranks=most_ranks(sampling, self._model.vocab_size),
-            borders=self._borders() if any(s.border for s in sampling) else None,
-            share=self._share,
-        )
-        ids = torch.from_numpy(plan.first_token).to(device)
-        step = torch.zeros(rows, dtype=torch.int64, device=device)
-        state = self._model.begin_decode(batch)
-        for number in range(steps):
-            ids = progress.draw(self._model.decode_step(state, number, ids), step)
-            step += 1
-            # On the CPU a look at the rows is free, on a GPU it would be a host sync.
-            if device.type == "cpu" and not bool(progress.live.any()):
-                break
-        return progress.read(rows, steps, ran=number + 1)
 
 
 def most_stop_ids(sampling: Sequence[RowSampling]) -> int:

@@ -14,15 +14,9 @@ from typing import Any
 import torch
 
 from stars_fast import _core
-from stars_fast.cuda_graph import StepGraph
-from stars_fast.drafter import (
-    Draft,
-    Progress,
-    RowParameters,
-    RowSampling,
-    most_ranks,
-    most_stop_ids,
-)
+from stars_fast.drafting.base import Draft, RowSampling
+from stars_fast.drafting.graph import StepGraph
+from stars_fast.drafting.rows import Progress, RowParameters, most_ranks, most_stop_ids
 from stars_fast.kernels.attention import Tiles
 from stars_fast.models.kernel_attention import DecodeCapacity, KernelDecode
 from stars_fast.models.paged import PagedModel
@@ -44,13 +38,13 @@ class _Steps:
     ----------
     ragged, ranks
         See `Progress`.
-    bordered
-        Segments may end at borders.
+    ends_early
+        Segments may end at clauses or sentences.
     """
 
     ragged: bool
     ranks: int
-    bordered: bool
+    ends_early: bool
 
     @classmethod
     def of(cls, sampling: Sequence[RowSampling], vocab_size: int) -> _Steps:
@@ -58,7 +52,7 @@ class _Steps:
         return cls(
             ragged=any(s.ragged for s in sampling),
             ranks=most_ranks(sampling, vocab_size),
-            bordered=any(s.border for s in sampling),
+            ends_early=any(s.segment_end for s in sampling),
         )
 
 
@@ -69,13 +63,13 @@ class CapturedDrafter:
     ----------
     model
         The language model, on the Triton backend.
-    borders
+    segment_ends
         See `EagerDrafter`.
     """
 
-    def __init__(self, model: PagedModel, borders: Callable[[], torch.Tensor]) -> None:
+    def __init__(self, model: PagedModel, segment_ends: Callable[[], torch.Tensor]) -> None:
         self._model = model
-        self._borders = borders
+        self._segment_ends = segment_ends
         self._buckets: dict[_Key, _Bucket] = {}
         self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
 
@@ -113,8 +107,8 @@ class CapturedDrafter:
             # The old graph first: the new one takes its memory.
             self._buckets.pop(key, None)
             del bucket
-            borders = self._borders() if steps.bordered else None
-            bucket = _Bucket.make(self._model, roomy, tiles, stops, self._pool, steps, borders)
+            segment_ends = self._segment_ends() if steps.ends_early else None
+            bucket = _Bucket.make(self._model, roomy, tiles, stops, self._pool, steps, segment_ends)
             self._buckets[key] = bucket
         return bucket
 
@@ -140,7 +134,7 @@ class _Bucket:
         stop_ids: int,
         pool: Any,  # noqa: ANN401 - see StepGraph
         steps: _Steps,
-        borders: torch.Tensor | None,
+        segment_ends: torch.Tensor | None,
     ) -> _Bucket:
         """Allocate and capture; the spare rows of the null page do for the first steps."""
         rows, device = capacity.rows, model.device
@@ -151,7 +145,7 @@ class _Bucket:
             capacity.new_tokens,
             ragged=steps.ragged,
             ranks=steps.ranks,
-            borders=borders,
+            segment_ends=segment_ends,
         )
         ids = torch.zeros(rows, dtype=torch.int64, device=device)
         first_position = torch.zeros(rows, dtype=torch.int64, device=device)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import TypedDict
 
+from stars_fast.engine.requests import Candidate
 from stars_fast.outputs import PrefixCalibration
 from stars_fast.params import StarsParams
-from stars_fast.responses import Candidate
 
 
 class SchedulerOptions(TypedDict):

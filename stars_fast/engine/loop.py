@@ -16,11 +16,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from stars_fast import _core, borders
-from stars_fast.clock import PhaseClock
-from stars_fast.decisions import scheduler_options
-from stars_fast.detokenize import decode
-from stars_fast.drafter import Draft, Drafter, RowSampling
+from stars_fast import _core
+from stars_fast.distributed import Ranks
+from stars_fast.drafting import segment_ends
+from stars_fast.drafting.base import Draft, Drafter, RowSampling
+from stars_fast.engine.clock import PhaseClock
+from stars_fast.engine.detokenize import decode
+from stars_fast.engine.requests import Candidate, Response
+from stars_fast.engine.round import Round, cut_candidates, score_round
+from stars_fast.methods.decisions import scheduler_options
 from stars_fast.models.paged import PagedModel
 from stars_fast.outputs import (
     Attempt,
@@ -30,11 +34,8 @@ from stars_fast.outputs import (
     Segment,
 )
 from stars_fast.params import StarsParams
-from stars_fast.responses import Candidate, Response
 from stars_fast.rewards.base import Prompt, ScoreJob, Scorer
-from stars_fast.round import Round, cut_candidates, score_round
 from stars_fast.seeds import derive_seed
-from stars_fast.tensor_parallel import Ranks
 
 PHASES = ("plan", "fork", "prefill", "draft", "score", "commit")
 
@@ -43,7 +44,11 @@ _FINISH: dict[int, FinishReason | None] = {
     _core.FINISH_STOP: "stop",
     _core.FINISH_LENGTH: "length",
 }
-_BORDERS = {"length": borders.NONE, "clause": borders.CLAUSE, "sentence": borders.SENTENCE}
+_SEGMENT_ENDS = {
+    "length": segment_ends.NONE,
+    "clause": segment_ends.CLAUSE,
+    "sentence": segment_ends.SENTENCE,
+}
 _ACCEPTED: dict[int, Literal["test", "fallback", "choice"]] = {
     _core.EVENT_ACCEPTED: "test",
     _core.EVENT_FALLBACK: "fallback",
@@ -182,7 +187,7 @@ class Loop:
             params.min_p,
             stop_token_ids,
             entropy_limit=params.entropy_threshold if params.method == "cards" else math.inf,
-            border=_BORDERS[params.segment_end],
+            segment_end=_SEGMENT_ENDS[params.segment_end],
             min_length=params.min_segment_length,
             ranks=params.attempts_per_segment if params.kind.ranked else 0,
         )

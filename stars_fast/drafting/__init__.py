@@ -1,0 +1,1 @@
+"""Drafting: the language model draws the segments of a round."""
