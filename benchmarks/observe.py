@@ -204,7 +204,7 @@ def observed(engine: Engine) -> Iterator[Observation]:
     draft = loop._draft
 
     def draft_and_note(plan: _core.Plan) -> Round:
-        seen.pages = max(seen.pages, engine._scheduler.pages_used)
+        seen.pages = max(seen.pages, engine._loop._scheduler.pages_used)
         if engine._scorer is not None:
             used = engine._scorer.stats().get("rm_pages_used", 0)
             seen.reward_pages = max(seen.reward_pages, used)

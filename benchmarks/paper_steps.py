@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from stars_fast.models.pool import KvDtype
+from stars_fast.config import KvDtype
 
 Kind = Literal["stars", "vanilla", "first segment", "overhead", "baselines"]
 

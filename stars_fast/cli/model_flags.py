@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, get_args
 
-#: Options of `Engine` that are flags, the models left out.
-ENGINE_OPTIONS = (
-    "reward_template",
-    "device",
-    "reward_device",
-    "dtype",
-    "kv_dtype",
-    "compile_model",
-    "page_size",
-    "num_pages",
-    "max_rows",
-    "trust_remote_code",
-    "allow_pickle",
-)
+from stars_fast.config import FLAGS, KvDtype
+
+#: Arguments of ``add_argument`` by the type of an option; others are text.
+_KINDS: dict[str, dict[str, Any]] = {
+    "bool": {"action": "store_true"},
+    "int": {"type": int},
+    "int | None": {"type": int},
+    "KvDtype": {"choices": get_args(KvDtype)},
+}
 
 
 def add_model_flags(parser: argparse.ArgumentParser, model: str | None = None) -> None:
@@ -43,49 +38,16 @@ def add_model_flags(parser: argparse.ArgumentParser, model: str | None = None) -
         metavar="DIR_OR_HUB_ID",
         help="reward model; needed unless the method is vanilla",
     )
-    models.add_argument(
-        "--reward-template",
-        metavar="TEXT",
-        help="what the reward model reads: chat, plain, or text with {prompt} and {response} "
-        "(default: its chat template if it has one)",
-    )
-    models.add_argument("--dtype", default="auto", help="such as bfloat16 (default: the model's)")
-    models.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
-    models.add_argument(
-        "--reward-device",
-        help="of the reward model (default: that of the model); on another one than the model's, "
-        "scoring runs beside the next draft",
-    )
-    models.add_argument(
-        "--compile-model", action="store_true", help="fuse small operations by torch.compile"
-    )
-    models.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that comes with a model"
-    )
-    models.add_argument(
-        "--allow-pickle",
-        action="store_true",
-        help="load weights that are not safetensors; unpickling can run code",
-    )
-    memory = parser.add_argument_group("memory")
-    memory.add_argument(
-        "--page-size", type=int, default=16, metavar="INT", help="tokens of a page (default: 16)"
-    )
-    memory.add_argument(
-        "--num-pages",
-        type=int,
-        metavar="INT",
-        help="pages of the model's pool (default: as memory allows)",
-    )
-    memory.add_argument(
-        "--kv-dtype",
-        choices=["auto", "fp8"],
-        default="auto",
-        help="what pages hold; fp8 is half of bfloat16, on a GPU (default: the model's dtype)",
-    )
-    memory.add_argument(
-        "--max-rows", type=int, default=256, metavar="INT", help="rows of a round (default: 256)"
-    )
+    groups = {"models": models, "memory": parser.add_argument_group("memory")}
+    for name, field in FLAGS.items():
+        metavar = {"metavar": field.metadata["metavar"]} if field.metadata["metavar"] else {}
+        groups[field.metadata["group"]].add_argument(
+            "--" + name.replace("_", "-"),
+            default=field.default,
+            help=field.metadata["text"],
+            **_KINDS.get(str(field.type), {}),
+            **metavar,
+        )
 
 
 def add_tensor_parallel_flag(parser: argparse.ArgumentParser) -> None:
@@ -99,4 +61,4 @@ def add_tensor_parallel_flag(parser: argparse.ArgumentParser) -> None:
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of `Engine` that the flags ask for, the models left out."""
-    return {name: getattr(args, name) for name in ENGINE_OPTIONS}
+    return {name: getattr(args, name) for name in FLAGS}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, create_model, field_validator, model_validator
 
-from stars_fast.cli.model_flags import ENGINE_OPTIONS
+from stars_fast.config import FLAGS, KvDtype
 from stars_fast.params import StarsParams, with_fields
 from stars_fast.server.settings import ServerSettings
 
@@ -16,28 +17,33 @@ from stars_fast.server.settings import ServerSettings
 _SHUTDOWN_SECONDS = 15.0
 
 
-class ServeArgs(BaseModel):
+def _type_of(option: dataclasses.Field[Any]) -> Any:  # noqa: ANN401 - of a field
+    """Return what an option is read as: devices and dtypes are text here."""
+    if option.name == "max_rows":
+        return Annotated[int, Field(ge=1)]
+    kinds = {"bool": bool, "int": int, "int | None": int | None, "KvDtype": KvDtype}
+    return kinds.get(str(option.type), str | None if option.default is None else str)
+
+
+_FIELDS: dict[str, Any] = {name: (_type_of(field), field.default) for name, field in FLAGS.items()}
+
+#: Those of `Engine` that are flags of ``stars-fast serve``.
+EngineArgs: Any = create_model(
+    "EngineArgs",
+    __config__=ConfigDict(extra="forbid", protected_namespaces=()),
+    **_FIELDS,
+)
+
+
+class ServeArgs(EngineArgs):
     """Arguments of `stars_fast.cluster.serve.build_app`; text is read as what is wanted.
 
     Fields that are not described here are flags of ``stars-fast serve``.
     """
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
     model: str | None = Field(None, description="None: the demo's pair.")
     reward_model: str | Callable[..., Any] | None = None
-    reward_template: str | None = None
-    device: str | None = None
-    reward_device: str | None = None
-    dtype: str = "auto"
-    kv_dtype: Literal["auto", "fp8"] = "auto"
-    compile_model: bool = False
-    page_size: int = 16
-    num_pages: int | None = None
     reward_num_pages: int | None = None
-    max_rows: int = Field(256, ge=1)
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
 
     params: dict[str, Any] = Field(
         default_factory=dict, description="Fields of `StarsParams`; may be JSON text."
@@ -109,7 +115,8 @@ class ServeArgs(BaseModel):
 
     def engine_options(self) -> dict[str, Any]:
         """Return the options of `Engine`, models and seed left out."""
-        return self.model_dump(include={*ENGINE_OPTIONS, "reward_num_pages"})
+        options: dict[str, Any] = self.model_dump(include={*FLAGS, "reward_num_pages"})
+        return options
 
     def deployment_options(self) -> dict[str, Any]:
         """Return the options of `ray.serve.deployment`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +13,15 @@ HALF_CHARACTER = "\ufffd"
 _CONTEXT = 16  # tokens that decide how the next one is decoded, by far
 
 
-def decode(tokenizer: PreTrainedTokenizerBase | None, token_ids: Sequence[int]) -> str:
+class Decodes(Protocol):
+    """What is asked of a tokenizer whose texts are read and not written."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> object:
+        """Return the text of the ids."""
+        ...
+
+
+def decode(tokenizer: Decodes | None, token_ids: Sequence[int]) -> str:
     """Return the text of a response, special tokens left out; empty without a tokenizer.
 
     Bytes that are not UTF-8 become U+FFFD as everywhere, one for each character that is cut short.
@@ -36,14 +45,12 @@ def settled(text: str) -> str:
     return text.removesuffix(HALF_CHARACTER)
 
 
-def rewrites_spaces(tokenizer: PreTrainedTokenizerBase | None) -> bool:
+def rewrites_spaces(tokenizer: Decodes | None) -> bool:
     """Whether white space depends on what follows it (``clean_up_tokenization_spaces``)."""
     return bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
 
 
-def token_offsets(
-    tokenizer: PreTrainedTokenizerBase | None, token_ids: Sequence[int], first: int = 0
-) -> list[int]:
+def token_offsets(tokenizer: Decodes | None, token_ids: Sequence[int], first: int = 0) -> list[int]:
     """Return where in a response's text each of its tokens begins, from number `first` on.
 
     A token that continues a character begins where the character does.
@@ -60,7 +67,7 @@ def token_offsets(
 
 
 def find_stop(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Decodes,
     committed: list[int],
     segment: list[int],
     stops: Sequence[str],

@@ -10,22 +10,22 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from stars_fast import _core
 from stars_fast.distributed import Ranks
 from stars_fast.drafting import segment_ends
 from stars_fast.drafting.base import Draft, Drafter, RowSampling
 from stars_fast.engine.clock import PhaseClock
-from stars_fast.engine.detokenize import decode
+from stars_fast.engine.detokenize import Decodes, decode
 from stars_fast.engine.requests import Candidate, Response
 from stars_fast.engine.round import Round, cut_candidates, score_round
 from stars_fast.methods.decisions import scheduler_options
-from stars_fast.models.paged import PagedModel
 from stars_fast.outputs import (
     Attempt,
     CompletionOutput,
@@ -56,6 +56,38 @@ _ACCEPTED: dict[int, Literal["test", "fallback", "choice"]] = {
 }
 
 
+class LanguageModel(Protocol):
+    """What rounds need of the language model beside drafts: its pages, if it has any here."""
+
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The model; None where it is not here."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        ...
+
+    @property
+    def copied_bytes(self) -> int:
+        """Of page copies so far."""
+        ...
+
+    def copy_pages(
+        self,
+        source: npt.NDArray[np.int32],
+        target: npt.NDArray[np.int32],
+        count: npt.NDArray[np.int32],
+    ) -> None:
+        """Copy the first `count` tokens of pages, all layers."""
+        ...
+
+    def prefill(self, batch: _core.Batch, token_ids: torch.Tensor) -> None:
+        """Run tokens of prompts."""
+        ...
+
+
 class Loop:
     """Runs responses round by round.
 
@@ -82,17 +114,17 @@ class Loop:
 
     def __init__(
         self,
-        model: PagedModel,
+        model: LanguageModel,
         drafter: Drafter,
         scheduler: _core.Scheduler,
         scorer: Scorer | None,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: Decodes | None,
         clock: PhaseClock,
         *,
         overlap: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
-        self._model = model
+        self.model = model
         self._drafter = drafter
         self._scheduler = scheduler
         self._scorer = scorer
@@ -112,6 +144,27 @@ class Loop:
     def has_unfinished(self) -> bool:
         """Whether any response is queued or running."""
         return self._scheduler.has_unfinished
+
+    def stats(self) -> dict[str, float]:
+        """Return the counters of `BaseEngine.stats`."""
+        scheduler = self._scheduler
+        scorer = {} if self._scorer is None else self._scorer.stats()
+        return {
+            **scheduler.stats,
+            "lm_calls": self.lm_calls,
+            "copied_bytes": self.model.copied_bytes,
+            "pages_used": scheduler.pages_used,
+            "pages_free": scheduler.pages_free,
+            "requests_running": scheduler.num_running,
+            "requests_waiting": scheduler.num_waiting,
+            **scorer,
+            **{f"seconds_{phase}": value for phase, value in self._clock.seconds().items()},
+        }
+
+    def clear_cache(self) -> None:
+        """Forget the pages of prompts that are over; nothing may be unfinished."""
+        self.wait_for_scoring()
+        self._scheduler.clear_cache()
 
     def start(
         self,
@@ -263,11 +316,11 @@ class Loop:
 
     def _draft(self, plan: _core.Plan) -> Round:
         with self._clock.phase("fork"):
-            self._model.copy_pages(*plan.copies)
+            self.model.copy_pages(*plan.copies)
         with self._clock.phase("prefill"):
             if plan.prefill.num_rows:
-                ids = torch.from_numpy(plan.prefill_tokens).to(self._model.device)
-                self._model.prefill(plan.prefill, ids)
+                ids = torch.from_numpy(plan.prefill_tokens).to(self.model.device)
+                self.model.prefill(plan.prefill, ids)
                 self.lm_calls += 1
         begun = time.perf_counter()
         responses = [self._responses[handle] for handle in plan.request.tolist()]

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from transformers import PreTrainedTokenizerBase
 
 from stars_fast import _core
 from stars_fast.drafting.base import Draft
-from stars_fast.engine.detokenize import decode, find_stop
+from stars_fast.engine.detokenize import Decodes, decode, find_stop
 from stars_fast.engine.requests import Candidate, Response
 from stars_fast.methods.decisions import merit, shown_reward
 from stars_fast.rewards.base import ScoreJob, Scorer
@@ -66,7 +65,7 @@ def cut_candidates(
     draft: Draft,
     responses: list[Response],
     branches: Iterator[int],
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Decodes | None,
 ) -> Round:
     """Return the round with its candidates: cut at stop texts, bad logits noted as errors.
 
@@ -119,7 +118,7 @@ def score_round(
     done: Round,
     scorer: Scorer,
     branches: Iterator[int],
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Decodes | None,
 ) -> None:
     """Fill in the rewards: r(x) of new requests, then the candidates of scored responses.
 
@@ -162,7 +161,7 @@ def _job(
     response: Response,
     candidate: Candidate,
     scorer: Scorer,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Decodes | None,
 ) -> ScoreJob:
     ids: Sequence[int] = response.output.token_ids + candidate.token_ids
     text = ""

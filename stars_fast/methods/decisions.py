@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
-from stars_fast.engine.requests import Candidate
-from stars_fast.outputs import PrefixCalibration
-from stars_fast.params import StarsParams
+if TYPE_CHECKING:
+    from stars_fast.engine.requests import Candidate
+    from stars_fast.outputs import PrefixCalibration
+    from stars_fast.params import StarsParams
 
 
 class SchedulerOptions(TypedDict):

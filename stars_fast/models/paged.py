@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from stars_fast.config import Backend, KvDtype
 from stars_fast.distributed import Ranks
 from stars_fast.models.batch import BatchLike
 from stars_fast.models.checks import check_architecture, max_length
@@ -25,11 +26,11 @@ from stars_fast.models.interface import (
 )
 from stars_fast.models.kv_scales import ScaleProbe
 from stars_fast.models.linear import OneDnnLinears
-from stars_fast.models.pool import KvDtype, Pools
+from stars_fast.models.pool import Pools
 from stars_fast.models.probe import attention_layout
 from stars_fast.ops.attention import AttentionPlan, attend, plan_attention
-from stars_fast.ops.backend import Backend, check_backend, uses_triton
 from stars_fast.ops.backend import backend as choose_backend
+from stars_fast.ops.backend import check_backend, uses_triton
 from stars_fast.ops.pages import copy_pages, kv_append
 
 if TYPE_CHECKING:  # Triton is for Linux only

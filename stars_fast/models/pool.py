@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from stars_fast.config import KvDtype
 from stars_fast.models.checks import check_architecture, max_length
 from stars_fast.models.machine import memory_bytes
 from stars_fast.models.probe import LayerLayout, attention_layout
-
-KvDtype = Literal["auto", "fp8"]
 
 FP8 = torch.float8_e4m3fn
 

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from stars_fast.config import Backend
 from stars_fast.models.checks import has_lm_head, unsupported
 from stars_fast.models.interface import attention_configs, attention_implementation
 from stars_fast.models.paged import PagedModel
-from stars_fast.ops.backend import Backend
 
 _PAGE_SIZE = 4
 _PREFIX, _FORKS, _NEW = 6, 2, 3  # tokens of the prefix, candidates, tokens of each

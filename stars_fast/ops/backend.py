@@ -10,11 +10,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
-Backend = Literal["auto", "pytorch", "triton"]
+from stars_fast.config import Backend
 
 _chosen: ContextVar[Backend] = ContextVar("stars_fast_backend", default="auto")
 

@@ -6,19 +6,19 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from random import SystemRandom
-from typing import Any, NoReturn, cast
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stars_fast import _core
-from stars_fast.engine import Engine
+from stars_fast.engine.base import BaseEngine, Reader
 from stars_fast.engine.clock import PhaseClock
+from stars_fast.engine.detokenize import Decodes
+from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import PHASES, Loop
 from stars_fast.engine.requests import Request
 from stars_fast.errors import ModelLoadError
-from stars_fast.models.paged import PagedModel
-from stars_fast.models.parameters import multiplied_parameters
 from stars_fast.outputs import CompletionOutput, RequestOutput
 from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptReader
@@ -28,6 +28,7 @@ from stars_fast.remote.history import History, TextHistory, TokenHistory
 from stars_fast.remote.http import Endpoint, RemoteError
 from stars_fast.remote.prompts import TextPromptReader
 from stars_fast.remote.servers import find_server
+from stars_fast.rewards.base import Scorer
 from stars_fast.rewards.load import RewardModelLike, load_scorer
 from stars_fast.rewards.persona import Persona
 from stars_fast.rewards.text import TemplateLike
@@ -39,8 +40,11 @@ METHODS = ("stars", "vanilla", "rejection", "best_of_n", "smc", "speculative_rej
 _PAGE_SIZE = 256
 _PAGES_PER_ROW = 64
 
+#: Of a vocabulary that is not known.
+_MOST_TOKENS = 2**31
 
-class RemoteEngine(Engine):
+
+class RemoteEngine(BaseEngine):
     """`Engine` with the language model at a server of OpenAI's completions.
 
     The server draws segments, with ``max_tokens`` of their length; the scheduler, the accept tests
@@ -121,7 +125,6 @@ class RemoteEngine(Engine):
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
     ) -> None:
-        # Not the constructor of Engine: what it loads is at the server.
         if max_rows < 1:
             raise ValueError(f"max_rows must be at least 1, got {max_rows}")
         if seed is not None and not 0 <= seed < 2**64:
@@ -130,7 +133,6 @@ class RemoteEngine(Engine):
             raise ValueError("reward_model must not be a Persona: the judging model is not here")
         if isinstance(tokenizer, str | os.PathLike):
             tokenizer = _load_tokenizer(os.fspath(tokenizer), trust_remote_code)
-        self.tokenizer = tokenizer
         self._endpoint = Endpoint(
             base_url,
             api_key=api_key,
@@ -143,11 +145,11 @@ class RemoteEngine(Engine):
             self._server = find_server(server, models)
             #: Name of the language model at the server.
             self.model_name = model if model is not None else _only(models)
-            self._scorer = None
+            scorer: Scorer | None = None
             # By its tokens, or by its text.
             by_tokens = tokenizer is not None and self._server.token_ids
             if reward_model is not None:
-                self._scorer = load_scorer(
+                scorer = load_scorer(
                     reward_model,
                     lm_tokenizer=tokenizer if by_tokens else None,
                     texts_only=not by_tokens,
@@ -167,12 +169,13 @@ class RemoteEngine(Engine):
         if by_tokens:
             assert tokenizer is not None
             self._history = TokenHistory(tokenizer)
-            self._reader = PromptReader(tokenizer, len(tokenizer), None)
-            texts = tokenizer
+            reader: Reader = PromptReader(tokenizer, len(tokenizer), None)
+            texts: Decodes = tokenizer
         else:
-            self._history = TextHistory(counts_end=self._server.counts_end)
-            self._reader = TextPromptReader(tokenizer)
-            texts = cast(PreTrainedTokenizerBase, self._history.texts)  # its decode is all it has
+            history = TextHistory(counts_end=self._server.counts_end)
+            self._history = history
+            reader = TextPromptReader(tokenizer)
+            texts = history.texts
         self._by_tokens = by_tokens
         completions = Completions(
             self._endpoint,
@@ -189,7 +192,7 @@ class RemoteEngine(Engine):
             # A segment that ends within a character is drawn again, with the same seed.
             seeded=seed is not None or not by_tokens,
         )
-        self._scheduler = _core.Scheduler(
+        scheduler = _core.Scheduler(
             num_pages=1 + _PAGES_PER_ROW * max_rows,
             page_size=_PAGE_SIZE,
             max_rows=max_rows,
@@ -198,30 +201,23 @@ class RemoteEngine(Engine):
             fixed_cost_rows=float(max_concurrency),
             lanes=2 if overlap_scoring else 1,
         )
-        self._clock = PhaseClock(PHASES)
-        self._lm = cast(PagedModel, _NoPages())
-        self._loop = Loop(
-            self._lm,
-            self._drafter,
-            self._scheduler,
-            self._scorer,
-            texts,
-            self._clock,
-            overlap=overlap_scoring,
-        )
         end = None if tokenizer is None else tokenizer.eos_token_id
-        self._eos_ids = () if end is None else (int(end),)
-        self._max_rows = max_rows
-        self._seed = SystemRandom().getrandbits(64) if seed is None else seed
-        self._num_seeded = 0
-        self._requests = {}
-        self._owners = {}
-        self.calibration = None
-
-    @classmethod
-    def demo(cls, **options: Any) -> NoReturn:
-        """Raise TypeError: a server has its own model."""
-        raise TypeError("RemoteEngine has no demo: run `stars-fast serve` and give its address")
+        super().__init__(
+            reader,
+            Loop(
+                _NoPages(),
+                self._drafter,
+                scheduler,
+                scorer,
+                texts,
+                PhaseClock(PHASES),
+                overlap=overlap_scoring,
+            ),
+            Limits(_MOST_TOKENS, max_rows, tokenizer is not None, scorer),
+            tokenizer=tokenizer,
+            eos_ids=() if end is None else (int(end),),
+            seed=SystemRandom().getrandbits(64) if seed is None else seed,
+        )
 
     def step(self) -> list[RequestOutput]:
         """Run one round, see `Engine.step`."""
@@ -244,11 +240,6 @@ class RemoteEngine(Engine):
             **self._endpoint.stats(),
             "cut_characters": self._drafter.cut_characters,
         }
-
-    def num_parameters(self) -> dict[str, int]:
-        """Return the weights of the reward model as `Engine` does; ``"lm"`` is 0, not known."""
-        reward = None if self._scorer is None else self._scorer.module
-        return {"lm": 0, "rm": 0 if reward is None else multiplied_parameters(reward)}
 
     def close(self) -> None:
         """Close the connections; unfinished requests cannot go on."""
@@ -307,9 +298,8 @@ class RemoteEngine(Engine):
 class _NoPages:
     """What rounds and engine ask of a model on pages, where there are none."""
 
+    model = None
     device = torch.device("cpu")
-    vocab_size = 2**31
-    max_length = None
     copied_bytes = 0
 
     def copy_pages(self, *_: object) -> None:

@@ -24,14 +24,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from stars_fast.config import Backend, KvDtype
 from stars_fast.distributed import Ranks
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.load import check_model_directory, same_device
 from stars_fast.models.paged import PagedModel
-from stars_fast.models.pool import KvDtype, default_num_pages
+from stars_fast.models.pool import default_num_pages
 from stars_fast.models.selfcheck import check_numbers
 from stars_fast.models.sharded import loading_options
-from stars_fast.ops.backend import Backend
 from stars_fast.rewards.base import RewardModel, Scorer
 from stars_fast.rewards.callable import CallableScorer, RewardFunction
 from stars_fast.rewards.causal import CausalScorer

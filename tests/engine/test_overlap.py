@@ -154,7 +154,7 @@ def test_a_phase_that_raises_undoes_every_round(monkeypatch: pytest.MonkeyPatch)
         try:
             done.update({o.request_id: o for o in one.step() if o.finished})
         except KeyboardInterrupt:
-            one._scheduler.check()
+            one._loop._scheduler.check()
     assert len(calls) > 5
     want = run(engine(overlap_scoring=False))
     assert decisions([done[f"r{i}"] for i in range(len(PROMPTS))]) == decisions(want)

@@ -305,8 +305,6 @@ def test_constructor(letters: Any) -> None:
         RemoteEngine(url, server="tgi")
     with pytest.raises(RemoteError, match="404"):
         RemoteEngine(letters.url + "/v2")
-    with pytest.raises(TypeError, match="has no demo"):
-        RemoteEngine.demo()
     with RemoteEngine(url) as engine:
         assert engine.model_name == "letters"
         assert isinstance(engine, Engine)

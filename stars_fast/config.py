@@ -1,0 +1,103 @@
+"""Options of the engine beside its models: for Python, the command line, the server and Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["FLAGS", "Backend", "EngineConfig", "KvDtype"]
+
+Backend = Literal["auto", "pytorch", "triton"]
+KvDtype = Literal["auto", "fp8"]
+TemplateLike = str | Callable[..., Any] | None
+
+
+def _flag(text: str, group: str = "models", metavar: str | None = None) -> dict[str, str | None]:
+    """Metadata of an option that is a flag of the commands; `text` is its help there."""
+    return {"text": text, "group": group, "metavar": metavar}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Keyword arguments of `Engine`, models and tokenizers left out; it says what each is.
+
+    Raises
+    ------
+    ValueError
+        At construction, for a number out of range or options that exclude each other.
+    """
+
+    reward_template: TemplateLike = field(
+        default=None,
+        metadata=_flag(
+            "what the reward model reads: chat, plain, or text with {prompt} and {response} "
+            "(default: its chat template if it has one)",
+            metavar="TEXT",
+        ),
+    )
+    dtype: str | torch.dtype = field(
+        default="auto", metadata=_flag("such as bfloat16 (default: the model's)")
+    )
+    device: str | torch.device | None = field(
+        default=None, metadata=_flag("such as cpu or cuda (default: cuda if there is one)")
+    )
+    reward_device: str | torch.device | None = field(
+        default=None,
+        metadata=_flag(
+            "of the reward model (default: that of the model); on another one than the model's, "
+            "scoring runs beside the next draft",
+        ),
+    )
+    compile_model: bool = field(
+        default=False, metadata=_flag("fuse small operations by torch.compile")
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata=_flag("run Python code that comes with a model")
+    )
+    allow_pickle: bool = field(
+        default=False,
+        metadata=_flag("load weights that are not safetensors; unpickling can run code"),
+    )
+    page_size: int = field(
+        default=16, metadata=_flag("tokens of a page (default: 16)", "memory", "INT")
+    )
+    num_pages: int | None = field(
+        default=None,
+        metadata=_flag("pages of the model's pool (default: as memory allows)", "memory", "INT"),
+    )
+    kv_dtype: KvDtype = field(
+        default="auto",
+        metadata=_flag(
+            "what pages hold; fp8 is half of bfloat16, on a GPU (default: the model's dtype)",
+            "memory",
+        ),
+    )
+    max_rows: int = field(
+        default=256, metadata=_flag("rows of a round (default: 256)", "memory", "INT")
+    )
+    seed: int = 0
+    reward_num_pages: int | None = None
+    prefix_caching: bool = True
+    max_prefill_tokens: int = 8192
+    backend: Backend = "auto"
+    overlap_scoring: bool | None = None
+    device_timing: bool = False
+    tensor_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        if self.page_size < 1:
+            raise ValueError(f"page_size must be at least 1, got {self.page_size}")
+        if self.max_rows < 1:
+            raise ValueError(f"max_rows must be at least 1, got {self.max_rows}")
+        if self.num_pages is not None and self.num_pages < 2:
+            raise ValueError(f"num_pages must be at least 2 or None, got {self.num_pages}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be in [0, 2**64), got {self.seed}")
+
+
+#: Options that are flags of the commands, by name.
+FLAGS = {field.name: field for field in fields(EngineConfig) if field.metadata}

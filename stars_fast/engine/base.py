@@ -1,0 +1,555 @@
+"""What every engine does with its parts: requests in, rounds, aligned text out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from stars_fast.distributed import Ranks
+from stars_fast.engine.calibration import calibration_of, prefix_calibration_of
+from stars_fast.engine.limits import Limits
+from stars_fast.engine.loop import Loop
+from stars_fast.engine.requests import Request
+from stars_fast.errors import RewardError
+from stars_fast.models.parameters import multiplied_parameters
+from stars_fast.outputs import (
+    Calibration,
+    CompletionOutput,
+    PrefixCalibration,
+    RequestOutput,
+)
+from stars_fast.params import StarsParams
+from stars_fast.prompts import Prompt, PromptLike, as_prompt_list
+from stars_fast.seeds import derive_seed
+
+
+class Reader(Protocol):
+    """Turns prompts into token ids and checks them, as `PromptReader` does."""
+
+    def read(self, prompt: PromptLike | Prompt, max_tokens: int) -> Prompt:
+        """Return the prompt, ready to be continued by `max_tokens` tokens."""
+        ...
+
+
+class BaseEngine:
+    """Requests on their way through rounds; `Engine` and `RemoteEngine` make its parts.
+
+    Parameters
+    ----------
+    reader
+        Reads prompts.
+    loop
+        Runs the rounds.
+    limits
+        What requests may ask for.
+    tokenizer
+        The language model's; None if there is none.
+    eos_ids
+        Tokens that end a response.
+    seed
+        Seeds of requests that have none follow from it and from the number of requests before.
+    ranks
+        Those that run this engine; None: there is one.
+
+    Notes
+    -----
+    One thread at a time.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        loop: Loop,
+        limits: Limits,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None,
+        eos_ids: tuple[int, ...],
+        seed: int,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._reader = reader
+        self._loop = loop
+        self._limits = limits
+        self.tokenizer = tokenizer
+        self._eos_ids = eos_ids
+        self._seed = seed
+        self._ranks = ranks
+        self._scorer = limits.scorer
+        self._calibration: Calibration | None = None
+        self._num_seeded = 0
+        self._requests: dict[str, Request] = {}
+        self._owners: dict[int, Request] = {}  # by response handle
+
+    # Whole batches
+
+    def generate(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        params: StarsParams | Sequence[StarsParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Run prompts to their end.
+
+        Parameters
+        ----------
+        prompts
+            One prompt or a list: text, token ids or chat messages.
+        params
+            For all prompts, or one for each. ``target_reward="auto"`` calibrates on these prompts
+            first, unless the engine is calibrated already.
+        use_tqdm
+            Show a progress bar.
+
+        Returns
+        -------
+        list[RequestOutput]
+            In the order of the prompts. A request that cannot be run has its `error` set and
+            harms no other.
+
+        Raises
+        ------
+        ValueError
+            If `params` is a list of another length than `prompts`, or requests added by
+            `add_request` are under way.
+        """
+        if self.has_unfinished():
+            raise ValueError("generate: requests added by add_request are unfinished; step() first")
+        texts = as_prompt_list(prompts)
+        each = _params_of_each(params, len(texts))
+        if self.calibration is None:
+            uncalibrated = [i for i, p in enumerate(each) if p.target_reward == "auto"]
+            if uncalibrated:
+                self.calibrate(
+                    [texts[i] for i in uncalibrated],
+                    params=each[uncalibrated[0]],
+                    use_tqdm=use_tqdm,
+                )
+        done: dict[str, RequestOutput] = {}
+        names = [f"generate-{i}" for i in range(len(texts))]
+        hidden = not use_tqdm or self.rank != 0
+        with tqdm(total=len(texts), disable=hidden, unit="request", desc="generate") as bar:
+            for name, text, one in zip(names, texts, each, strict=True):
+                try:
+                    self.add_request(name, text, one)
+                except (ValueError, TypeError) as error:
+                    done[name] = _refused(name, text, error)
+                    bar.update()
+            try:
+                while self.has_unfinished():
+                    for output in self.step():
+                        if output.finished:
+                            done[output.request_id] = output
+                            bar.update()
+            except BaseException:
+                for name in names:
+                    self.abort(name)
+                raise
+        return [done[name] for name in names]
+
+    def score(
+        self, prompts: PromptLike | Sequence[PromptLike], responses: Sequence[str]
+    ) -> list[float]:
+        """Return the reward of each response to its prompt.
+
+        Raises
+        ------
+        ValueError
+            Without a reward model, if the counts differ, or if a prompt is bad.
+        RewardError
+            If the reward model fails on one of them.
+        """
+        texts = as_prompt_list(prompts)
+        if len(texts) != len(responses):
+            raise ValueError(f"score: {len(texts)} prompts but {len(responses)} responses")
+        pairs = []
+        for text, response in zip(texts, responses, strict=True):
+            ids: list[int] = []
+            if self.tokenizer is not None and response:
+                ids = list(self.tokenizer(response, add_special_tokens=False)["input_ids"])
+            pairs.append((self._reader.read(text, 0), ids, response))
+        with self._told("score", texts, list(responses)):
+            scores = self._loop.score_whole(pairs)
+        for number, score in enumerate(scores):
+            if isinstance(score, Exception):
+                raise RewardError(f"score: response {number}: {score}") from score
+        return [float(score) for score in scores if not isinstance(score, Exception)]
+
+    def calibrate(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        quantile: float = 0.9,
+        samples_per_prompt: int = 4,
+        params: StarsParams | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> Calibration:
+        """Find a target reward: a quantile of the rewards of unaligned samples.
+
+        Parameters
+        ----------
+        prompts
+            Prompts like those that will be aligned.
+        quantile
+            In (0, 1).
+        samples_per_prompt
+            At least 1.
+        params
+            Whose sampling parameters to use; None: the defaults.
+        use_tqdm
+            Show a progress bar.
+
+        Returns
+        -------
+        Calibration
+            Also kept as `calibration`: what ``target_reward="auto"`` and None stand for.
+        """
+        if not 0.0 < quantile < 1.0:
+            raise ValueError(f"quantile must be in (0, 1), got {quantile}")
+        if samples_per_prompt < 1:
+            raise ValueError(f"samples_per_prompt must be at least 1, got {samples_per_prompt}")
+        if self._scorer is None:
+            raise ValueError("calibrate needs a reward model: pass Engine(..., reward_model=...)")
+        # One attempt of each segment, whatever its reward, and so plain samples: scored as they
+        # grow, which costs the reward model no token more and tells what prefixes predict.
+        plain = (params or StarsParams()).with_method(
+            "stars",
+            acceptance="hard",
+            target_reward=0.0,
+            alpha=1.0,
+            max_attempts=1,
+            candidates=1,
+            calibrate_prefixes=False,
+            n=samples_per_prompt,
+            trace=False,
+        )
+        # Its own seeds, so that calibrating does not shift those of the requests that follow.
+        texts = as_prompt_list(prompts)
+        each = [
+            dataclasses.replace(plain, seed=derive_seed(self._seed ^ _CALIBRATION_SALT, i + 1))
+            for i in range(len(texts))
+        ]
+        outputs = self.generate(texts, each, use_tqdm=use_tqdm)
+        for output in outputs:
+            if output.error is not None and output.error.startswith("reward"):
+                raise RewardError(f"calibrate: {output.error}")
+        usable = [output for output in outputs if output.error is None]
+        if not usable:
+            errors = "; ".join(sorted({output.error or "" for output in outputs}))
+            raise ValueError(f"calibrate: no prompt could be sampled: {errors or 'none given'}")
+        samples = [sample for output in usable for sample in output.outputs]
+        rewards = [sample.reward for sample in samples if sample.reward is not None]
+        self.calibration = calibration_of(rewards, quantile, prefix_calibration_of(samples))
+        return self.calibration
+
+    # One request at a time, for serving stacks
+
+    def add_request(
+        self, request_id: str, prompt: PromptLike | Prompt, params: StarsParams | None = None
+    ) -> None:
+        """Queue a request; `step` runs it.
+
+        A prompt that `check_request` has read is not tokenised again.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If the id is in use, the prompt is bad, or the parameters do not fit the models; the
+            message names what is wrong. Nothing is queued then.
+        """
+        if request_id in self._requests:
+            raise ValueError(f"request_id {request_id!r} is in use")
+        params = self._resolve(params or StarsParams())
+        read = self._reader.read(prompt, params.longest_response)
+        request = Request(request_id, read, params)
+        prefixes = self._prefixes(params)
+        with self._told("add_request", request_id, read, params):
+            self._queue(request, prefixes)
+
+    def _queue(self, request: Request, prefixes: PrefixCalibration | None) -> None:
+        """Start the responses of a request, all or none."""
+        params = request.params
+        seed = params.seed
+        if seed is None:
+            self._num_seeded += 1
+            seed = derive_seed(self._seed, self._num_seeded)
+        ends = not params.ignore_eos and params.rules != "public"
+        stop_ids = (self._eos_ids if ends else ()) + tuple(params.stop_token_ids or ())
+        try:
+            samples = params.num_candidates if params.method == "best_of_n" else 1
+            for index in range(params.n * samples):
+                started = self._loop.start(
+                    request.prompt,
+                    params,
+                    seed=derive_seed(seed, index),
+                    stop_token_ids=stop_ids,
+                    prefixes=prefixes,
+                )
+                request.responses += started
+                self._owners |= {response.handle: request for response in started}
+        except BaseException:
+            self._drop(request)
+            raise
+        request.unchosen = params.method == "best_of_n" or params.kind.decides == "paths"
+        self._requests[request.request_id] = request
+
+    def check_request(self, prompt: PromptLike, params: StarsParams | None = None) -> Prompt:
+        """Return a prompt that can be run with `params` as `add_request` reads it; queue nothing.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As `add_request`, but for an id in use and a request that does not fit the page pool or
+            the reward model.
+        """
+        params = self._resolve(params or StarsParams())
+        self._prefixes(params)
+        return self._reader.read(prompt, params.longest_response)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one round.
+
+        Returns
+        -------
+        list[RequestOutput]
+            A copy of every request with a newly accepted segment, finished or not, and of every
+            request that failed. Requests that choose among whole responses or paths appear once,
+            when they are finished.
+        """
+        with self._told("step"):
+            return self._step()
+
+    def _step(self) -> list[RequestOutput]:
+        changed: dict[str, Request] = {}
+        for response in self._loop.step():
+            request = self._owners.get(response.handle)
+            if request is None:
+                continue  # a sibling failed in this round
+            if response.error is not None:
+                request.error = response.error
+                self._drop(request)
+            changed[request.request_id] = request
+        self._choose(changed.values())
+        shown = [
+            request for request in changed.values() if request.finished or not request.unchosen
+        ]
+        for request in shown:
+            if request.finished:
+                self._drop(request)
+        return [request.to_output() for request in shown]
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Stop a request and free its pages.
+
+        Returns
+        -------
+        RequestOutput or None
+            What it had committed, finish reason ``"abort"``; None if no such request is unfinished.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        with self._told("abort", request_id):
+            self._drop(request)
+        request.unchosen = False
+        return request.to_output()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the pages of prompts that are over: call it when weights have changed.
+
+        Raises
+        ------
+        ValueError
+            If requests are unfinished; their pages hold what the weights were.
+        """
+        if self.has_unfinished():
+            raise ValueError("reset_prefix_cache: requests are unfinished; step() or abort() first")
+        with self._told("reset_prefix_cache"):
+            self._loop.clear_cache()
+
+    # Several processes
+
+    @property
+    def rank(self) -> int:
+        """Which of the processes of a tensor-parallel engine this is; 0 for an engine of one."""
+        return 0 if self._ranks is None else self._ranks.rank
+
+    def lead(self) -> contextlib.AbstractContextManager[None]:
+        """Have the other ranks, which `follow`, do what this one does inside of ``with``.
+
+        For rank 0, where only one process knows what is to be done: a server, or a reader of files.
+        At the end the others return from `follow`. In one process it changes nothing.
+
+        Raises
+        ------
+        ValueError
+            On another rank than 0, or inside of another `lead`.
+        EngineStoppedError
+            If this rank is out of step with the others.
+        """
+        return contextlib.nullcontext() if self._ranks is None else self._ranks.leading()
+
+    def follow(self) -> None:
+        """Do what rank 0 does, until its `lead` ends; for every other rank.
+
+        Raises
+        ------
+        ValueError
+            On rank 0.
+        Exception
+            What put this rank out of step with the others: end its process.
+        """
+        if self._ranks is None:
+            raise ValueError("follow: there is one process, which has nobody to follow")
+        self._ranks.follow(
+            {
+                "add_request": self.add_request,
+                "abort": self.abort,
+                "step": self.step,
+                "score": self.score,
+                "calibration": functools.partial(setattr, self, "calibration"),
+                "reset_prefix_cache": self.reset_prefix_cache,
+            }
+        )
+
+    def _told(self, name: str, *arguments: Any) -> contextlib.AbstractContextManager[None]:
+        """Have the ranks that follow make the call whose work is done inside."""
+        if self._ranks is None:
+            return contextlib.nullcontext()
+        return self._ranks.told(name, *arguments)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What ``target_reward="auto"`` and None stand for; None before `calibrate`."""
+        return self._calibration
+
+    @calibration.setter
+    def calibration(self, value: Calibration | None) -> None:
+        with self._told("calibration", value):
+            self._calibration = value
+
+    @property
+    def max_rows(self) -> int:
+        """Candidates drafted in one round at most, and requests that run at once."""
+        return self._limits.max_rows
+
+    def has_unfinished(self) -> bool:
+        """Whether any request is queued or running."""
+        return bool(self._requests)
+
+    def stats(self) -> dict[str, float]:
+        """Return counters since the engine was made.
+
+        ``rounds``, ``drafted_tokens``, ``accepted_tokens``, ``prefill_tokens``,
+        ``cached_prompt_tokens``, ``attempts``, ``segments``, ``fallbacks``, ``preemptions`` and
+        ``page_copies``, ``paths_copied`` and ``paths_dropped`` of the scheduler; ``lm_calls``,
+        forward passes of the language model; ``copied_bytes`` of page copies; ``pages_used`` and
+        ``pages_free`` of the language model's pool; ``requests_running`` and ``requests_waiting``;
+        what the scorer counts (``rm_tokens`` and others); ``seconds_plan``, ``_fork``,
+        ``_prefill``, ``_draft``, ``_score``, ``_commit``.
+        """
+        return self._loop.stats()
+
+    def num_parameters(self) -> dict[str, int]:
+        """Return how many weights a token is multiplied with, for an estimate of operations.
+
+        ``"lm"`` and ``"rm"``: all parameters but an input embedding that is not the output head as
+        well. 0 where the model is not here, or is a function.
+        """
+        models = {"lm": self._loop.model.model, "rm": None}
+        models["rm"] = None if self._scorer is None else self._scorer.module
+        return {
+            name: 0 if model is None else multiplied_parameters(model)
+            for name, model in models.items()
+        }
+
+    def _resolve(self, params: StarsParams) -> StarsParams:
+        """Check the parameters against the models, and put a number for the target reward."""
+        self._limits.check(params)
+        if not params.needs_target or isinstance(params.target_reward, int | float):
+            return params
+        if self.calibration is None:
+            raise ValueError(
+                f"target_reward={params.target_reward!r} needs Engine.calibrate first: "
+                "call it, or give a number"
+            )
+        return dataclasses.replace(params, target_reward=self.calibration.target_reward)
+
+    def _prefixes(self, params: StarsParams) -> PrefixCalibration | None:
+        """Return what ``calibrate_prefixes`` stands for."""
+        if not params.calibrate_prefixes:
+            return None
+        if self.calibration is None or self.calibration.prefixes is None:
+            raise ValueError(
+                "calibrate_prefixes=True needs Engine.calibrate first, on responses of more than "
+                "one segment"
+            )
+        return self.calibration.prefixes
+
+    def _choose(self, requests: Iterable[Request]) -> None:
+        """Settle the requests that know all they choose from.
+
+        The whole responses of ``best_of_n`` are scored here, once they are all drawn; of paths one
+        has been chosen in the loop.
+        """
+        for request in requests:
+            if request.params.kind.decides == "paths" and request.unchosen:
+                chosen = sum(response.chosen for response in request.responses)
+                request.unchosen = chosen < request.params.n
+        ready = [
+            request
+            for request in requests
+            if request.unchosen
+            and request.params.method == "best_of_n"
+            and request.error is None
+            and all(response.finished for response in request.responses)
+        ]
+        texts = [
+            (request.prompt, response.output.token_ids, response.output.text)
+            for request in ready
+            for response in request.responses
+        ]
+        owners = [response for request in ready for response in request.responses]
+        scores = iter(self._loop.score_whole(texts, owners) if texts else [])
+        for request in ready:
+            request.unchosen = False
+            for response, score in zip(request.responses, scores, strict=False):
+                if isinstance(score, Exception):
+                    request.error = f"reward: {score}"
+                else:
+                    response.output.reward = score
+
+    def _drop(self, request: Request) -> None:
+        """Forget a request; what still runs of it is aborted."""
+        for response in request.responses:
+            self._loop.abort(response)
+            self._owners.pop(response.handle, None)
+        self._requests.pop(request.request_id, None)
+
+
+#: Sets the draws of calibration apart from those of requests.
+_CALIBRATION_SALT = 0xCA11B8A7E
+
+
+def _params_of_each(
+    params: StarsParams | Sequence[StarsParams] | None, count: int
+) -> list[StarsParams]:
+    if params is None or isinstance(params, StarsParams):
+        return [params or StarsParams()] * count
+    if len(params) != count:
+        raise ValueError(
+            f"params must be one for all or one per prompt ({count}), got {len(params)}"
+        )
+    return list(params)
+
+
+def _refused(request_id: str, prompt: PromptLike, error: Exception) -> RequestOutput:
+    text = prompt if isinstance(prompt, str) else None
+    outputs = [CompletionOutput(0, finish_reason="error")]
+    return RequestOutput(request_id, text, [], outputs, finished=True, error=str(error))

@@ -1,0 +1,72 @@
+"""What an engine's models allow a request to ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stars_fast.params import StarsParams
+from stars_fast.rewards.base import Scorer
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds that parameters are checked against when a request comes.
+
+    Attributes
+    ----------
+    vocab_size
+        Of the language model.
+    max_rows
+        Of a round.
+    has_tokenizer
+        Texts can be read.
+    scorer
+        The reward model; None if there is none.
+    judges
+        The language model is its own reward model, under another prompt.
+    """
+
+    vocab_size: int
+    max_rows: int
+    has_tokenizer: bool
+    scorer: Scorer | None
+    judges: bool = False
+
+    def check(self, params: StarsParams) -> None:
+        """Raise ValueError, naming the parameter, for what the models cannot do."""
+        vocab_size = self.vocab_size
+        if params.top_k > vocab_size:
+            raise ValueError(f"top_k must be at most the vocabulary, {vocab_size}: {params.top_k}")
+        for token in params.stop_token_ids or ():
+            if token >= vocab_size:
+                raise ValueError(f"stop_token_ids must be in [0, {vocab_size}), got {token}")
+        if params.stop_texts and not self.has_tokenizer:
+            raise ValueError("stop needs a tokenizer: pass Engine(..., tokenizer=...)")
+        if params.segment_end != "length" and not self.has_tokenizer:
+            raise ValueError(
+                f"segment_end={params.segment_end!r} needs a tokenizer: pass Engine(..., "
+                "tokenizer=...)"
+            )
+        if params.kind.ranked and params.attempts_per_segment > vocab_size:
+            name = "max_attempts" if params.method == "mara" else "candidates"
+            raise ValueError(
+                f"{name} must be at most the vocabulary, {vocab_size}, with method="
+                f"{params.method!r}, got {params.attempts_per_segment}"
+            )
+        if params.method == "vanilla":
+            return
+        if self.scorer is None:
+            raise ValueError(
+                f"method={params.method!r} needs a reward model: pass Engine(..., reward_model=...)"
+            )
+        if (params.method == "persona_judge") != self.judges:
+            raise ValueError(
+                "method='persona_judge' and Engine(..., reward_model=Persona(...)) go together, "
+                f"got method={params.method!r} with {type(self.scorer).__name__}"
+            )
+        paths = params.num_candidates if params.kind.decides == "paths" else 1
+        if paths > self.max_rows:
+            raise ValueError(
+                f"candidates must be at most max_rows, {self.max_rows}, with method="
+                f"{params.method!r}, got {paths}"
+            )
