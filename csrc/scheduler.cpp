@@ -87,7 +87,7 @@ Scheduler::Scheduler(const SchedulerOptions& options)
           "at least 1");
   require(options.fixed_cost_rows >= 0.0, "fixed_cost_rows", options.fixed_cost_rows, "at least 0");
   require(options.lanes == 1 || options.lanes == 2, "lanes", options.lanes, "1 or 2");
-  flights_.resize(static_cast<std::size_t>(options.lanes));
+  in_flight_plans_.resize(static_cast<std::size_t>(options.lanes));
   newest().lane = newest_;  // so that the first plan serves lane 0
 }
 
@@ -202,7 +202,7 @@ Scheduler::Slot Scheduler::enter(std::int64_t id, const std::int64_t* prompt,
   request.prompt_reward =
       options.needs_prompt_reward() ? std::numeric_limits<double>::quiet_NaN() : 0.0;
   request.pass_rate = global_pass_rate_;
-  request.doomed = false;
+  request.finishing = false;
   request.parked = false;
   request.ended = false;
   request.group = kNoGroup;
@@ -247,7 +247,7 @@ bool Scheduler::abort(std::int64_t id) {
 void Scheduler::remove(Slot slot) {
   Request& request = at(slot);
   if (request.in_flight) {
-    request.doomed = true;  // the device may still write to its pages
+    request.finishing = true;  // the device may still write to its pages
     by_id_.erase(request.id);
     return;
   }
@@ -280,7 +280,7 @@ std::shared_ptr<const Plan> Scheduler::plan() {
   }
   const std::int32_t lane = other(newest().lane);  // with two lanes, one that has no plan out
   newest_ = other(newest_);
-  Flight& flight = newest();
+  InFlightPlan& flight = newest();
   flight.lane = lane;
   flight.drafting.clear();
   flight.prefilling.clear();
@@ -325,9 +325,9 @@ void Scheduler::keep_running() {
     }
     if (request.in_flight) {
       // One of several rows may win and keep its pages: the others leave enough for the next.
-      returning_ += request.doomed || request.wanted_rows > 1 ? 0
-                    : request.wanted_rows == 1                ? row_pages(request)
-                                                              : pages_to_draft(request);
+      returning_ += request.finishing || request.wanted_rows > 1 ? 0
+                    : request.wanted_rows == 1                   ? row_pages(request)
+                                                                 : pages_to_draft(request);
     } else if (const std::int32_t pages = pages_to_draft(request); make_room(pages, slot)) {
       if (request.lane == lane) {
         start(slot);
@@ -398,9 +398,9 @@ Scheduler::Load Scheduler::load() const {
   Load load;
   for (const Slot slot : running_) {
     const Request& request = at(slot);
-    const bool mine = request.lane == flights_[static_cast<std::size_t>(newest_)].lane;
+    const bool mine = request.lane == in_flight_plans_[static_cast<std::size_t>(newest_)].lane;
     load.size += mine ? 1 : 0;
-    load.lead += request.doomed ? 0 : mine ? 1 : -1;
+    load.lead += request.finishing ? 0 : mine ? 1 : -1;
     load.alone = load.alone && !request.in_flight;
   }
   return load;
@@ -408,7 +408,8 @@ Scheduler::Load Scheduler::load() const {
 
 // Beside requests that run, some are left free, and as many as the candidates of each have been.
 std::int64_t Scheduler::spare_pages(const Request& next) const {
-  const std::size_t drafting = flights_[static_cast<std::size_t>(newest_)].drafting.size() + 1;
+  const std::size_t drafting =
+      in_flight_plans_[static_cast<std::size_t>(newest_)].drafting.size() + 1;
   const double candidates = (rows_per_request_ - 1.0) * static_cast<double>(drafting);
   return pool_.num_pages() / 100 + static_cast<std::int64_t>(candidates) * row_pages(next);
 }
@@ -459,7 +460,7 @@ void Scheduler::admit() {
 }
 
 void Scheduler::start(Slot slot) {
-  Flight& flight = newest();
+  InFlightPlan& flight = newest();
   Request& request = at(slot);
   request.in_flight = true;
   if (options_.prefix_caching && request.sequence.pages.empty()) {
@@ -504,7 +505,7 @@ void Scheduler::prefill(Slot slot) {
 }
 
 void Scheduler::list_prefill() {
-  const Flight& flight = newest();
+  const InFlightPlan& flight = newest();
   Plan& plan = *flight.plan;
   std::int32_t columns = 0;
   std::int32_t width = 0;
@@ -575,7 +576,7 @@ void Scheduler::allot_rows() {
 }
 
 void Scheduler::open_rows() {
-  Flight& flight = newest();
+  InFlightPlan& flight = newest();
   Plan& plan = *flight.plan;
   std::int32_t columns = 0;
   std::int32_t width = 0;
@@ -611,7 +612,7 @@ std::shared_ptr<const Decision> Scheduler::commit(const RoundResult& result) {
   if (num_out_ == 0) {
     throw std::logic_error("commit: there is no plan to commit");
   }
-  Flight& flight = oldest();
+  InFlightPlan& flight = oldest();
   const std::size_t num_rows = flight.num_rows;
   require(result.rows == num_rows, "number of rows", result.rows, "that of the plan");
   require(num_rows == 0 || result.stride >= static_cast<std::size_t>(flight.plan->draft.max_new),
@@ -622,7 +623,7 @@ std::shared_ptr<const Decision> Scheduler::commit(const RoundResult& result) {
   }
   for (const Slot slot : flight.drafting) {
     const Request& request = at(slot);
-    if (!request.doomed && std::isnan(request.prompt_reward)) {
+    if (!request.finishing && std::isnan(request.prompt_reward)) {
       throw std::invalid_argument("request " + std::to_string(request.id) +
                                   " has no prompt reward: call set_prompt_reward first");
     }
@@ -646,12 +647,12 @@ std::shared_ptr<const Decision> Scheduler::commit(const RoundResult& result) {
   return decision_;
 }
 
-void Scheduler::decide(Flight& flight, Request& request, const RoundResult& result) {
+void Scheduler::decide(InFlightPlan& flight, Request& request, const RoundResult& result) {
   const std::size_t end = request.first_row + request.num_rows;
   for (std::size_t row = request.first_row; row < end; ++row) {
     stats_.drafted_tokens += result.lengths[row];
   }
-  if (request.doomed) {
+  if (request.finishing) {
     return;
   }
   std::size_t improved = end;  // row that is now the best of the rejected attempts
@@ -685,7 +686,7 @@ void Scheduler::decide(Flight& flight, Request& request, const RoundResult& resu
 void Scheduler::fail(Request& request, std::size_t row) {
   record(request, EventKind::kFailed, static_cast<std::int32_t>(row), request.response_length(), 0,
          Finish::kNone);
-  request.doomed = true;
+  request.finishing = true;
   if (request.group != kNoGroup) {
     party(request.group).failed = true;
     turning_.push_back(request.group);
@@ -723,7 +724,7 @@ double Scheduler::merit_of(const Request& request, double reward) {
                       Purpose::kChoose));
 }
 
-void Scheduler::accept(Flight& flight, Request& request, std::size_t row,
+void Scheduler::accept(InFlightPlan& flight, Request& request, std::size_t row,
                        const RoundResult& result) {
   const std::int64_t* drafted = result.tokens + row * result.stride;
   token_scratch_.assign(drafted, drafted + result.lengths[row]);
@@ -784,7 +785,7 @@ void Scheduler::advance(Request& request, const std::vector<std::int32_t>& segme
   const bool over = finish != Finish::kNone;
   request.parked = request.group != kNoGroup;
   request.ended = request.parked && over;
-  request.doomed = !request.parked && over;
+  request.finishing = !request.parked && over;
 }
 
 void Scheduler::record(const Request& request, EventKind kind, std::int32_t row, std::int32_t start,
@@ -808,7 +809,8 @@ void Scheduler::cancel() {
   std::vector<bool> doubtful(static_cast<std::size_t>(pool_.num_pages()));
   bool prefilled = false;
   for (std::int32_t i = 0; i < num_out_; ++i) {
-    const Flight& flight = flights_[static_cast<std::size_t>(i == 0 ? newest_ : other(newest_))];
+    const InFlightPlan& flight =
+        in_flight_plans_[static_cast<std::size_t>(i == 0 ? newest_ : other(newest_))];
     for (const std::int32_t page : flight.plan->copies.target) {
       doubtful[static_cast<std::size_t>(page)] = true;
     }
@@ -838,7 +840,7 @@ void Scheduler::clear_cache() {
 }
 
 void Scheduler::end_oldest() {
-  Flight& flight = oldest();
+  InFlightPlan& flight = oldest();
   for (std::size_t row = 0; row < flight.num_rows; ++row) {
     pool_.release_from(flight.rows[row].pages, 0);
   }
@@ -849,7 +851,7 @@ void Scheduler::end_oldest() {
       request.in_flight = false;
       request.num_rows = 0;
       request.wanted_rows = 0;
-      if (request.doomed) {
+      if (request.finishing) {
         forget(slot);
       } else if (request.ended) {
         release(request);
@@ -919,7 +921,7 @@ void Scheduler::end_group(std::int32_t group) {
   const std::vector<Slot> members = party(group).members;
   party(group).failed = true;
   for (const Slot slot : members) {
-    if (slot != Party::kGone && !at(slot).doomed) {
+    if (slot != Party::kGone && !at(slot).finishing) {
       remove(slot);
     }
   }
@@ -985,7 +987,7 @@ void Scheduler::check() const {
     }
   };
   check_copies(copies_);
-  for (const Flight& flight : flights_) {
+  for (const InFlightPlan& flight : in_flight_plans_) {
     for (std::size_t row = 0; row < flight.num_rows; ++row) {
       hold(flight.rows[row].pages);
     }

@@ -209,7 +209,7 @@ class Scheduler {
     double pass_rate = 0.0;  // estimate of an attempt's chance to pass
     bool running = false;
     bool in_flight = false;  // part of a plan that is out: keeps its pages until that ends
-    bool doomed = false;     // ends with the round: finished, failed, or aborted in flight
+    bool finishing = false;  // ends with the round: finished, failed, or aborted in flight
     bool parked = false;     // member of a group at a boundary: neither drafts nor is in flight
     bool ended = false;      // member of a group whose path is complete
     std::int32_t group = kNoGroup;
@@ -259,7 +259,7 @@ class Scheduler {
   struct Gain {            // of one more row for a request
     bool asked;            // a fixed number of candidates: served before those of "auto"
     double value;          // what the row saves over what it costs
-    std::size_t position;  // in Flight::drafting
+    std::size_t position;  // in InFlightPlan::drafting
     bool operator<(const Gain& other) const {
       if (asked != other.asked) {
         return other.asked;
@@ -269,7 +269,7 @@ class Scheduler {
   };
 
   // A plan that is out, or the buffers of one that was.
-  struct Flight {
+  struct InFlightPlan {
     std::int32_t lane = 0;
     std::vector<Slot> drafting;  // requests of the round, in row order
     std::vector<Chunk> prefilling;
@@ -279,9 +279,9 @@ class Scheduler {
   };
 
   [[nodiscard]] std::int32_t other(std::int32_t lane) const { return options_.lanes - 1 - lane; }
-  Flight& newest() { return flights_[static_cast<std::size_t>(newest_)]; }
-  Flight& oldest() {  // of those that are out
-    return flights_[static_cast<std::size_t>(num_out_ == 2 ? other(newest_) : newest_)];
+  InFlightPlan& newest() { return in_flight_plans_[static_cast<std::size_t>(newest_)]; }
+  InFlightPlan& oldest() {  // of those that are out
+    return in_flight_plans_[static_cast<std::size_t>(num_out_ == 2 ? other(newest_) : newest_)];
   }
   Request& at(Slot slot) { return requests_[static_cast<std::size_t>(slot)]; }
   [[nodiscard]] const Request& at(Slot slot) const {
@@ -309,11 +309,11 @@ class Scheduler {
   void preempt(std::vector<Slot>::iterator position);
 
   // The parts of commit().
-  void decide(Flight& flight, Request& request, const RoundResult& result);
+  void decide(InFlightPlan& flight, Request& request, const RoundResult& result);
   void fail(Request& request, std::size_t row);
   bool passes(Request& request, double reward, std::int32_t tokens, std::size_t row);
   [[nodiscard]] static double merit_of(const Request& request, double reward);
-  void accept(Flight& flight, Request& request, std::size_t row, const RoundResult& result);
+  void accept(InFlightPlan& flight, Request& request, std::size_t row, const RoundResult& result);
   void take_best(Request& request, std::int32_t row);
   void keep_best(Request& request, Branch& branch, std::size_t row, const RoundResult& result);
   void advance(Request& request, const std::vector<std::int32_t>& segment, bool stopped,
@@ -344,7 +344,7 @@ class Scheduler {
   std::deque<Waiting> waiting_;
   std::int64_t num_waiting_ = 0;  // waiting_ without those aborted
 
-  std::vector<Flight> flights_;                  // [lanes]
+  std::vector<InFlightPlan> in_flight_plans_;    // [lanes]
   std::vector<std::unique_ptr<Party>> parties_;  // null: the number is free
   std::vector<std::int32_t> turning_;  // groups that the commit at hand completes or fails
   Group::Turn turn_;

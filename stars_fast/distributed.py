@@ -58,7 +58,7 @@ class Ranks:
         self.size: int = dist.get_world_size()
         self.device = device
         self.lost = ""
-        self._leads = self._follows = self._told = False
+        self._leads = self._follows = self._called = False
         self._control: Any = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self._commands: Any = dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT)
 
@@ -166,7 +166,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def leading(self) -> Iterator[None]:
-        """Have `told` reach the ranks that follow; at the end they are released."""
+        """Have `broadcast_call` reach the ranks that follow; at the end they are released."""
         if self.rank != 0:
             raise ValueError(f"lead: rank 0 leads, and this is rank {self.rank}: call follow()")
         if self._leads:
@@ -182,7 +182,7 @@ class Ranks:
                     self._broadcast(None, self._commands)
 
     @contextlib.contextmanager
-    def told(self, name: str, *arguments: Any) -> Iterator[None]:
+    def broadcast_call(self, name: str, *arguments: Any) -> Iterator[None]:
         """Do inside what those that follow do in their call of `name`.
 
         Nothing more unless this rank leads or follows.
@@ -197,7 +197,7 @@ class Ranks:
             return
         if self._leads:
             self._broadcast((name, arguments), self._commands)
-        self._told = True
+        self._called = True
         failed = True
         try:
             yield
@@ -211,7 +211,7 @@ class Ranks:
     def follow(self, calls: Mapping[str, Callable[..., object]]) -> None:
         """Make the calls that rank 0 tells of, until it ends its lead.
 
-        What fails inside of `told` fails on every rank, and is the leader's affair.
+        What fails inside of `broadcast_call` fails on every rank, and is the leader's affair.
 
         Raises
         ------
@@ -224,25 +224,25 @@ class Ranks:
         self._follows = True
         try:
             while (command := self._broadcast(nothing, self._commands)) is not None:
-                self._obey(calls, *command)
+                self._run_commands(calls, *command)
         finally:
             self._follows = False
 
-    def _obey(
+    def _run_commands(
         self, calls: Mapping[str, Callable[..., object]], name: str, arguments: tuple[Any, ...]
     ) -> None:
-        self._told = False
+        self._called = False
         try:
             calls[name](*arguments)
         except Exception as error:
-            if not self._told:
+            if not self._called:
                 self._leave(error)  # rank 0 had nothing against it, and has begun
             if self.lost:
                 raise
             _log.debug("%s: %s", name, error)
             return
         with self.together():
-            if not self._told:
+            if not self._called:
                 raise RuntimeError(f"{name} has nothing to do on rank {self.rank}")
 
     # Over gloo
@@ -262,7 +262,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def _over_gloo(self) -> Iterator[None]:
-        """Say in our words that another rank is gone: gloo's depend on how its end was seen."""
+        """Raise one clear error where another rank is gone: gloo has several, by how it ended."""
         try:
             yield
         except RuntimeError as error:

@@ -47,7 +47,7 @@ class Draft:
         bool ``[R]``: the row's last token is one of its stop tokens.
     logprobs
         float32 ``[R, L]`` under the raw distribution.
-    bad_step
+    nan_step
         int64 ``[R]``: the first step whose logits were NaN, +inf or all -inf; -1 if none.
     steps
         Forward passes of the model.
@@ -59,7 +59,7 @@ class Draft:
     lengths: npt.NDArray[np.int32]
     stopped: npt.NDArray[np.bool_]
     logprobs: npt.NDArray[np.float32]
-    bad_step: npt.NDArray[np.int64]
+    nan_step: npt.NDArray[np.int64]
     steps: int = 0
     errors: dict[int, str] = field(default_factory=dict)
 
@@ -72,7 +72,7 @@ class Draft:
             lengths=none.astype(np.int32),
             stopped=none.astype(np.bool_),
             logprobs=np.zeros((0, 0), np.float32),
-            bad_step=none,
+            nan_step=none,
         )
 
 

@@ -163,7 +163,7 @@ class Progress:
         self._logprobs = torch.zeros((rows, max_new), dtype=torch.float32, device=device)
         self._ended_at = torch.zeros(rows, dtype=torch.int64, device=device)
         self._stopped = torch.zeros(rows, dtype=torch.bool, device=device)
-        self._bad_step = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._nan_step = torch.zeros(rows, dtype=torch.int64, device=device)
         self.live = torch.zeros(rows, dtype=torch.bool, device=device)
         self.begin()
 
@@ -171,7 +171,7 @@ class Progress:
         """Start a round, once the parameters are written."""
         self._ended_at.copy_(self._parameters.lengths)
         self._stopped.fill_(False)
-        self._bad_step.fill_(-1)
+        self._nan_step.fill_(-1)
         torch.gt(self._parameters.lengths, 0, out=self.live)
 
     def draw(self, logits: Tensor, step: Tensor) -> Tensor:
@@ -222,8 +222,8 @@ class Progress:
         column = step.unsqueeze(1)
         self._tokens.scatter_(1, column, token.unsqueeze(1))
         self._logprobs.scatter_(1, column, logprob.unsqueeze(1))
-        bad = ~ok & (self._bad_step < 0)
-        self._bad_step.copy_(torch.where(bad, step, self._bad_step))
+        bad = ~ok & (self._nan_step < 0)
+        self._nan_step.copy_(torch.where(bad, step, self._nan_step))
         stops = self.live & (token.unsqueeze(1) == p.stop_ids).any(dim=1)
         self._stopped |= stops
         if self._segment_ends is not None:
@@ -241,7 +241,7 @@ class Progress:
                 self._logprobs[:rows, :steps].view(torch.int32),
                 self._ended_at[:rows, None].to(torch.int32),
                 self._stopped[:rows, None].to(torch.int32),
-                self._bad_step[:rows, None].to(torch.int32),
+                self._nan_step[:rows, None].to(torch.int32),
             ),
             dim=1,
         )
@@ -251,7 +251,7 @@ class Progress:
             lengths=np.ascontiguousarray(host[:, 2 * steps]),
             stopped=host[:, 2 * steps + 1].astype(np.bool_),
             logprobs=np.ascontiguousarray(host[:, steps : 2 * steps]).view(np.float32),
-            bad_step=host[:, 2 * steps + 2].astype(np.int64),
+            nan_step=host[:, 2 * steps + 2].astype(np.int64),
             steps=steps if ran is None else ran,
         )
 

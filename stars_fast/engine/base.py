@@ -174,7 +174,7 @@ class BaseEngine:
             if self.tokenizer is not None and response:
                 ids = list(self.tokenizer(response, add_special_tokens=False)["input_ids"])
             pairs.append((self._reader.read(text, 0), ids, response))
-        with self._told("score", texts, list(responses)):
+        with self._broadcast_call("score", texts, list(responses)):
             scores = self._loop.score_whole(pairs)
         for number, score in enumerate(scores):
             if isinstance(score, Exception):
@@ -269,7 +269,7 @@ class BaseEngine:
         read = self._reader.read(prompt, params.longest_response)
         request = Request(request_id, read, params)
         prefixes = self._prefixes(params)
-        with self._told("add_request", request_id, read, params):
+        with self._broadcast_call("add_request", request_id, read, params):
             self._queue(request, prefixes)
 
     def _queue(self, request: Request, prefixes: PrefixCalibration | None) -> None:
@@ -322,7 +322,7 @@ class BaseEngine:
             request that failed. Requests that choose among whole responses or paths appear once,
             when they are finished.
         """
-        with self._told("step"):
+        with self._broadcast_call("step"):
             return self._step()
 
     def _step(self) -> list[RequestOutput]:
@@ -355,7 +355,7 @@ class BaseEngine:
         request = self._requests.get(request_id)
         if request is None:
             return None
-        with self._told("abort", request_id):
+        with self._broadcast_call("abort", request_id):
             self._drop(request)
         request.unchosen = False
         return request.to_output()
@@ -370,7 +370,7 @@ class BaseEngine:
         """
         if self.has_unfinished():
             raise ValueError("reset_prefix_cache: requests are unfinished; step() or abort() first")
-        with self._told("reset_prefix_cache"):
+        with self._broadcast_call("reset_prefix_cache"):
             self._loop.clear_cache()
 
     # Several processes
@@ -418,11 +418,13 @@ class BaseEngine:
             }
         )
 
-    def _told(self, name: str, *arguments: Any) -> contextlib.AbstractContextManager[None]:
+    def _broadcast_call(
+        self, name: str, *arguments: Any
+    ) -> contextlib.AbstractContextManager[None]:
         """Have the ranks that follow make the call whose work is done inside."""
         if self._ranks is None:
             return contextlib.nullcontext()
-        return self._ranks.told(name, *arguments)
+        return self._ranks.broadcast_call(name, *arguments)
 
     @property
     def calibration(self) -> Calibration | None:
@@ -431,7 +433,7 @@ class BaseEngine:
 
     @calibration.setter
     def calibration(self, value: Calibration | None) -> None:
-        with self._told("calibration", value):
+        with self._broadcast_call("calibration", value):
             self._calibration = value
 
     @property

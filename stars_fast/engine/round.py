@@ -13,7 +13,7 @@ from stars_fast import _core
 from stars_fast.drafting.base import Draft
 from stars_fast.engine.detokenize import Decodes, decode, find_stop
 from stars_fast.engine.requests import Candidate, Response
-from stars_fast.methods.decisions import merit, shown_reward
+from stars_fast.methods.decisions import effective_reward, merit
 from stars_fast.rewards.base import ScoreJob, Scorer
 
 
@@ -104,7 +104,7 @@ def cut_candidates(
                 stop_text_at=stop_at,
             )
         )
-        bad = int(draft.bad_step[row])
+        bad = int(draft.nan_step[row])
         if 0 <= bad < length:
             at = len(response.output.token_ids) + bad
             done.errors[row] = f"the model's logits at response position {at} are NaN or infinite"
@@ -151,7 +151,7 @@ def score_round(
             continue
         response, candidate = done.responses[row], done.candidates[row]
         tokens = len(response.output.token_ids) + len(candidate.token_ids)
-        shown = shown_reward(response.params, reward, candidate, tokens, response.prefixes)
+        shown = effective_reward(response.params, reward, candidate, tokens, response.prefixes)
         done.rewards[row] = shown
         done.merits[row] = merit(response.params, shown, candidate)
     done.seconds["score"] = time.perf_counter() - begun

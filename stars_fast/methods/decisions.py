@@ -70,7 +70,7 @@ def scheduler_options(params: StarsParams) -> SchedulerOptions:
     )
 
 
-def shown_reward(
+def effective_reward(
     params: StarsParams,
     reward: float,
     candidate: Candidate,

@@ -100,7 +100,7 @@ class RemoteDrafter:
             lengths=lengths,
             stopped=stopped,
             logprobs=np.zeros(tokens.shape, np.float32),
-            bad_step=np.full(len(wanted), -1, np.int64),
+            nan_step=np.full(len(wanted), -1, np.int64),
             steps=len(calls),
             errors=errors,
         )

@@ -51,7 +51,7 @@ class _Branch:
 class _Request:
     prompt: TokenPrompt
     committed: Ids  # what the cached sequence should hold; it may hold less
-    twins: dict[int, None]  # the requests that began with the same prompt, itself among them
+    same_prompt: dict[int, None]  # the requests that began with the same prompt, itself among them
     hole: int | None = None  # ids that the cached sequence has before its hole
     kept: int | None = None
     branches: dict[int, _Branch] = field(default_factory=dict)
@@ -133,7 +133,7 @@ class CausalScorer(Scorer):
         self._cache = SequenceCache(num_pages=num_pages, page_size=page_size)
         self._pool_tokens = (num_pages - 1) * page_size  # page 0 is scratch
         self._requests: dict[int, _Request] = {}
-        self._twins: dict[bytes, dict[int, None]] = {}  # by the ids of their prompt
+        self._same_prompt: dict[bytes, dict[int, None]] = {}  # by the ids of their prompt
         self._prompt_rewards = PromptRewards()
         self._known = KnownRewards()
         # Requests that hold pages and branches that do, the longest unused first.
@@ -155,9 +155,9 @@ class CausalScorer(Scorer):
         self._cache.open(request)
         prefix = bound.empty_ids[: self._reading.prefix(bound)]
         self._known.start(request, prefix.tobytes())
-        twins = self._twins.setdefault(prefix.tobytes(), {})
-        twins[request] = None
-        self._requests[request] = _Request(bound, prefix, twins)
+        same_prompt = self._same_prompt.setdefault(prefix.tobytes(), {})
+        same_prompt[request] = None
+        self._requests[request] = _Request(bound, prefix, same_prompt)
 
     def score(self, jobs: Sequence[ScoreJob]) -> list[float | Exception]:
         """Run what is new of each job; see `Scorer.score`."""
@@ -275,10 +275,10 @@ class CausalScorer(Scorer):
         self._cache.close(request)
         self._resident.pop(request, None)
         self._known.finish(request)
-        del state.twins[request]
-        if not state.twins:
+        del state.same_prompt[request]
+        if not state.same_prompt:
             prompt = state.prompt
-            del self._twins[prompt.empty_ids[: self._reading.prefix(prompt)].tobytes()]
+            del self._same_prompt[prompt.empty_ids[: self._reading.prefix(prompt)].tobytes()]
 
     def take_tokens(self) -> dict[int, int]:
         """Return the tokens run for each request; see `Scorer.take_tokens`."""
@@ -445,9 +445,9 @@ class CausalScorer(Scorer):
             if any(branch.row != NO_PAGES for branch in state.branches.values()):
                 continue
             most, source = self._cache.length(request), request
-            first = next(iter(state.twins))
+            first = next(iter(state.same_prompt))
             if first not in holders:
-                holders[first] = [twin for twin in state.twins if self._cache.length(twin)]
+                holders[first] = [twin for twin in state.same_prompt if self._cache.length(twin)]
             for twin in holders[first]:
                 held = self._cache.common_prefix(twin, state.committed[:target])
                 if held > most:
@@ -469,7 +469,7 @@ class CausalScorer(Scorer):
         for request, target in missing.items():
             state = self._requests[request]
             cached = self._cache.length(request)
-            first = next(iter(state.twins))
+            first = next(iter(state.same_prompt))
             if first in leading and common_length(leading[first], state.committed) > cached:
                 continue  # gets it from the one that runs it
             end = min(target, cached + self._max_batch_tokens)

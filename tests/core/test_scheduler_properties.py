@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers.scheduler_draws import Spec
-from helpers.scheduler_driver import PHASES, Driver, Flight
+from helpers.scheduler_driver import PHASES, Driver, InFlightPlan
 from helpers.scheduler_machine import DriverMachine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -113,7 +113,7 @@ def spec(seed: int, **changes: float | list[int]) -> Spec:
     return Spec(**(values | changes))  # type: ignore[arg-type]
 
 
-def requests_of(flight: Flight) -> set[int]:
+def requests_of(flight: InFlightPlan) -> set[int]:
     return set(flight.plan.request.tolist())
 
 

@@ -16,7 +16,7 @@ PHASES = 3  # of a plan's work on the device: copies, prefill, draft
 
 
 @dataclass
-class Flight:
+class InFlightPlan:
     """A plan that is out, and what its requests were when it was made."""
 
     plan: _core.Plan
@@ -42,7 +42,7 @@ class Device:
         self.page_size = page_size
         self.slots = [-1] * (num_pages * page_size)
 
-    def run(self, flight: Flight, specs: dict[int, Spec], phases: int) -> None:
+    def run(self, flight: InFlightPlan, specs: dict[int, Spec], phases: int) -> None:
         """Run a plan's phases as far as `phases`."""
         plan = flight.plan
         while flight.issued < phases:
@@ -136,7 +136,7 @@ class Driver:
         self.ended: set[int] = set()
         self.parties: dict[int, Party] = {}  # by each of their requests
         self.drawn: dict[tuple[int, ...], tuple[int, ...]] = {}  # by counter: what came before
-        self.out: deque[Flight] = deque()
+        self.out: deque[InFlightPlan] = deque()
 
     @property
     def alive(self) -> list[int]:
@@ -177,13 +177,13 @@ class Driver:
             for flight in self.out:
                 flight.aborted.add(one)
 
-    def plan(self) -> Flight:
+    def plan(self) -> InFlightPlan:
         plan = self.scheduler.plan()
         known = {
             request: self.specs[request].prompt + self.committed[request]
             for request in plan.request.tolist()
         }
-        flight = Flight(plan, known)
+        flight = InFlightPlan(plan, known)
         self.check_plan(flight)
         self.out.append(flight)
         for request in plan.unscored.tolist():
@@ -231,7 +231,7 @@ class Driver:
         assert self.ended == set(self.specs)
         assert self.scheduler.pages_used == 0
 
-    def check_plan(self, flight: Flight) -> None:
+    def check_plan(self, flight: InFlightPlan) -> None:
         plan = flight.plan
         draft = plan.draft
         assert draft.num_rows == len(plan.request) <= self.max_rows
@@ -292,7 +292,7 @@ class Driver:
             assert self.drawn.setdefault(counter, tuple(known)) == tuple(known)
 
     def check_decision(
-        self, flight: Flight, decision: _core.Decision, tokens: npt.NDArray[np.int64]
+        self, flight: InFlightPlan, decision: _core.Decision, tokens: npt.NDArray[np.int64]
     ) -> None:
         touched: list[Party] = []
         for event, request in enumerate(decision.request.tolist()):
