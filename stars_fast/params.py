@@ -10,7 +10,7 @@ from inspect import cleandoc
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
-from stars_fast.methods import COMMON, GIBBS, METHODS, Method, MethodKind, kind_of
+from stars_fast.methods import COMMON, GIBBS, METHODS, Method, MethodKind, has_gibbs, kind_of
 
 __all__ = ["Acceptance", "CardsRules", "Method", "SegmentEnd", "StarsParams"]
 __all__ += ["field_texts", "with_fields"]
@@ -196,7 +196,7 @@ class StarsParams:
         object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))
 
     def _check_own_parameters(self) -> None:
-        if self.acceptance == "gibbs" and self.method != "stars":
+        if self.acceptance == "gibbs" and not has_gibbs(self.method):
             raise ValueError(
                 f"acceptance must be 'soft' or 'hard' with method={self.method!r}, got 'gibbs'"
             )
@@ -224,7 +224,8 @@ class StarsParams:
         `changes` are fields to set besides.
         """
         _choice("method", method, get_args(Method))
-        kept = "soft" if self.acceptance == "gibbs" and method != "stars" else self.acceptance
+        gibbs = self.acceptance == "gibbs" and not has_gibbs(method)
+        kept = "soft" if gibbs else self.acceptance
         kind = kind_of(method, changes.get("acceptance", kept))
         own = (*COMMON, *kind.parameters)
         reset = {f.name: f.default for f in fields(self) if f.name not in own}
@@ -250,7 +251,7 @@ class StarsParams:
         """K as it is run."""
         if self.kind.one_token:
             return 1
-        return self.max_tokens if self.method == "rejection" else self.segment_length
+        return self.max_tokens if self.kind.whole else self.segment_length
 
     @property
     def longest_response(self) -> int:

@@ -347,13 +347,13 @@ def _specs(args: argparse.Namespace, models: Models) -> tuple[list[Spec], str]:
 def _check_reward(spec: Spec, models: Models) -> None:
     """Check that a method has the kind of reward model that it decides by."""
     reward = models.reward_model if spec.rm is None else models.rms[spec.rm]
-    method = spec.params.method
-    if method == "vanilla":
+    method, kind = spec.params.method, spec.params.kind
+    if not kind.needs_reward:
         return
     if reward is None:
         raise UsageError(f"{spec.label}: --reward-model is needed for method {method!r}")
     persona = not isinstance(reward, str)
-    if persona != (method == "persona_judge"):
+    if persona != kind.judges:
         raise UsageError(
             f"{spec.label}: method persona_judge and rm=NAME of a --persona go together"
         )

@@ -158,7 +158,7 @@ def _check_flags(args: argparse.Namespace, base: StarsParams) -> None:
         raise UsageError("--prompt and --input cannot be given together")
     if args.resume and args.output in (None, "-"):
         raise UsageError("--resume needs --output FILE, the file to continue")
-    if args.reward_model is None and base.method != "vanilla":
+    if args.reward_model is None and base.kind.needs_reward:
         raise UsageError(f"--reward-model is needed for method {base.method!r}")
     if args.calibration_prompts < 1:
         raise UsageError(

@@ -175,7 +175,7 @@ def _settings(args: argparse.Namespace, base: StarsParams) -> ServerSettings:
 
     if args.model is None and args.reward_model is not None:
         raise ValueError("--reward-model needs --model beside it")
-    if args.model is not None and args.reward_model is None and base.method != "vanilla":
+    if args.model is not None and args.reward_model is None and base.kind.needs_reward:
         raise ValueError(f"--reward-model is needed for method {base.method!r}")
     if not 0 < args.calibration_quantile < 1:
         raise ValueError(

@@ -89,7 +89,7 @@ class ServeArgs(EngineArgs):
             )
         if self.model is None and self.reward_model is not None:
             raise ValueError("reward_model needs model beside it")
-        if self.model is not None and self.reward_model is None and base.method != "vanilla":
+        if self.model is not None and self.reward_model is None and base.kind.needs_reward:
             raise ValueError(f"reward_model is needed for method {base.method!r}")
         if base.needs_target and base.target_reward == "auto" and not self.calibration_prompts:
             raise ValueError("params.target_reward 'auto' needs calibration_prompts")

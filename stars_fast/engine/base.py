@@ -282,7 +282,7 @@ class BaseEngine:
         ends = not params.ignore_eos and params.rules != "public"
         stop_ids = (self._eos_ids if ends else ()) + tuple(params.stop_token_ids or ())
         try:
-            samples = params.num_candidates if params.method == "best_of_n" else 1
+            samples = params.num_candidates if params.kind.competes == "responses" else 1
             for index in range(params.n * samples):
                 started = self._loop.start(
                     request.prompt,
@@ -296,7 +296,7 @@ class BaseEngine:
         except BaseException:
             self._drop(request)
             raise
-        request.unchosen = params.method == "best_of_n" or params.kind.decides == "paths"
+        request.unchosen = params.kind.competes is not None
         self._requests[request.request_id] = request
 
     def check_request(self, prompt: PromptLike, params: StarsParams | None = None) -> Prompt:
@@ -501,14 +501,14 @@ class BaseEngine:
         has been chosen in the loop.
         """
         for request in requests:
-            if request.params.kind.decides == "paths" and request.unchosen:
+            if request.params.kind.competes == "paths" and request.unchosen:
                 chosen = sum(response.chosen for response in request.responses)
                 request.unchosen = chosen < request.params.n
         ready = [
             request
             for request in requests
             if request.unchosen
-            and request.params.method == "best_of_n"
+            and request.params.kind.competes == "responses"
             and request.error is None
             and all(response.finished for response in request.responses)
         ]

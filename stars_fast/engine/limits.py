@@ -48,18 +48,18 @@ class Limits:
                 "tokenizer=...)"
             )
         if params.kind.ranked and params.attempts_per_segment > vocab_size:
-            name = "max_attempts" if params.method == "mara" else "candidates"
+            name = "max_attempts" if params.kind.decides == "test" else "candidates"
             raise ValueError(
                 f"{name} must be at most the vocabulary, {vocab_size}, with method="
                 f"{params.method!r}, got {params.attempts_per_segment}"
             )
-        if params.method == "vanilla":
+        if not params.kind.needs_reward:
             return
         if self.scorer is None:
             raise ValueError(
                 f"method={params.method!r} needs a reward model: pass Engine(..., reward_model=...)"
             )
-        if (params.method == "persona_judge") != self.judges:
+        if params.kind.judges != self.judges:
             raise ValueError(
                 "method='persona_judge' and Engine(..., reward_model=Persona(...)) go together, "
                 f"got method={params.method!r} with {type(self.scorer).__name__}"

@@ -157,8 +157,7 @@ class Request:
 
 def samples_per_response(params: StarsParams) -> int:
     """Return how many whole responses or paths there are to choose from; 1 for most methods."""
-    whole = params.kind.decides == "paths" or params.method == "best_of_n"
-    return params.num_candidates if whole else 1
+    return 1 if params.kind.competes is None else params.num_candidates
 
 
 def _best(samples: Sequence[Response]) -> Response:

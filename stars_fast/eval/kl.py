@@ -83,16 +83,17 @@ def alignment_kl(params: StarsParams, segments: Sequence[Segment]) -> AlignmentK
     segments
         Of the response.
     """
-    if params.method == "vanilla":
+    kind = params.kind
+    if not kind.needs_reward:
         return AlignmentKl(0.0, "exact")
-    if params.method in ("best_of_n", "speculative_rejection"):
+    if kind.competes is not None and not kind.resamples:
         return AlignmentKl(_chosen_among(params.num_candidates), "upper bound")
-    if params.acceptance == "gibbs":
+    if kind.decides == "choice" and not kind.ranked:
         bound = len(segments) * _chosen_among(params.num_candidates)
         return AlignmentKl(bound, "upper bound")
-    if params.kind.decides != "test":
+    if kind.decides != "test":
         return AlignmentKl(None, reason=f"there is no estimator for {params.method}")
-    if params.kind.ranked:
+    if kind.ranked:
         return AlignmentKl(None, reason="candidates are the most likely tokens, not draws")
     if params.rules == "public":
         return AlignmentKl(None, reason='with rules="public" some segments are kept untested')
@@ -115,8 +116,7 @@ def _of_segment(params: StarsParams, segment: Segment) -> float:
         return _chosen_among(segment.attempts)
     log_accept = 0.0
     if params.acceptance == "soft":
-        # The judge's reward is the logarithm of a ratio of probabilities as it is.
-        beta = 1.0 if params.method == "persona_judge" else params.beta
+        beta = params.kind.schedule(params).beta
         log_accept = min(0.0, (segment.reward - segment.threshold) / beta)
     return log_accept + harmonic(segment.attempts - 1)
 

@@ -73,7 +73,7 @@ class Plan:
         params = described(spec)
         for name in ("label", "lm", "rm"):
             del params[name]
-        plain = spec.params.method == "vanilla"
+        plain = not spec.params.kind.needs_reward
         depends = {
             "params": params,
             "seed": seed,

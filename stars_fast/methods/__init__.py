@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from stars_fast.methods.kinds import COMMON, GIBBS, METHODS, Method, MethodKind, kind_of
+from stars_fast.methods.catalogue import GIBBS, METHODS, Method, has_gibbs, kind_of
+from stars_fast.methods.kinds import COMMON, MethodKind
 
-__all__ = ["COMMON", "GIBBS", "METHODS", "Method", "MethodKind", "kind_of"]
+__all__ = ["COMMON", "GIBBS", "METHODS", "Method", "MethodKind", "has_gibbs", "kind_of"]

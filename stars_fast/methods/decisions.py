@@ -1,8 +1,7 @@
-"""What the scheduler is told of a method: its rule, and the number that it decides by."""
+"""From a request's parameters to the scheduler's rule, and the number that it decides by."""
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
@@ -36,22 +35,10 @@ def scheduler_options(params: StarsParams) -> SchedulerOptions:
     ValueError
         If the method needs a target reward and there is none yet.
     """
-    tested = params.kind.decides == "test"
-    target, alpha, beta, hard = 0.0, 1.0, params.beta, params.acceptance == "hard"
-    if params.needs_target:
-        if not isinstance(params.target_reward, int | float):
-            raise ValueError(f"target_reward must be a number by now, got {params.target_reward!r}")
-        target = float(params.target_reward)
-    if params.method in ("stars", "cards"):
-        alpha = params.alpha
-    elif params.method in ("mara", "persona_judge"):
-        beta = 1.0  # the reward is the logarithm of a probability, or of a ratio of two
-        target = math.log(0.5) if params.method == "mara" and hard else 0.0
-    elif params.method == "args":
-        hard = params.temperature == 0
-        beta = params.temperature or 1.0
+    kind = params.kind
+    schedule = kind.schedule(params)
     candidates = 0 if params.candidates == "auto" else params.candidates
-    if params.kind.decides == "choice":
+    if kind.decides == "choice":
         candidates = params.num_candidates
     return SchedulerOptions(
         scored=params.scored,
@@ -59,14 +46,14 @@ def scheduler_options(params: StarsParams) -> SchedulerOptions:
         max_tokens=params.max_tokens,
         max_attempts=params.attempts_per_segment,
         candidates=candidates if params.scored else 0,
-        target_reward=target,
-        alpha=alpha,
-        beta=beta,
-        hard=hard,
-        choose=params.scored and not tested,
+        target_reward=schedule.target,
+        alpha=schedule.alpha,
+        beta=schedule.beta,
+        hard=schedule.hard,
+        choose=kind.decides == "choice",
         overrun=params.rules == "public",
         # The one more that the public rules make; a greedy request makes none.
-        last_untested=tested and params.attempts_per_segment > params.max_attempts,
+        last_untested=kind.decides == "test" and params.attempts_per_segment > params.max_attempts,
     )
 
 
@@ -92,20 +79,13 @@ def effective_reward(
     prefixes
         What the rewards of unfinished responses are replaced by; None: nothing.
     """
-    if params.method == "mara":  # log sigmoid, whatever the sign
-        return min(reward, 0.0) - math.log1p(math.exp(-abs(reward)))
-    if params.method == "persona_judge":
-        return reward - math.fsum(candidate.logprobs)
+    if params.kind.effective_reward is not None:
+        return params.kind.effective_reward(reward, candidate)
     if prefixes is not None and not candidate.stopped and tokens < params.max_tokens:
         return prefixes.predict(reward, tokens)
     return reward
 
 
 def merit(params: StarsParams, reward: float, candidate: Candidate) -> float:
-    """Return what the scheduler decides by: the shown reward, but for ``"args"``.
-
-    There it is log p(token) + w r (arXiv 2402.01694, eq. 3), p being the raw distribution.
-    """
-    if params.method == "args":
-        return candidate.logprobs[0] + params.reward_weight * reward
-    return reward
+    """Return what the scheduler decides by: the effective reward, or what the method has."""
+    return reward if params.kind.merit is None else params.kind.merit(params, reward, candidate)

@@ -1,27 +1,19 @@
-"""The decoding methods: what each is, and which parameters it has.
+"""What a decoding method is made of. All run on the same rounds.
 
-All run on the same rounds. They differ in how long a segment is, in what its candidates are (draws,
-or the most likely tokens in order), and in what becomes of them: a test for each in turn, a choice
-among all, or a decision over whole paths where their segments end.
+They differ in how long a segment is, in what its candidates are (draws, or the most likely tokens
+in order), and in what becomes of them: a test for each in turn, a choice among all, or a comparison
+of whole responses or paths.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-Method = Literal[
-    "stars",
-    "vanilla",
-    "best_of_n",
-    "rejection",
-    "cards",
-    "args",
-    "speculative_rejection",
-    "smc",
-    "mara",
-    "persona_judge",
-]
+if TYPE_CHECKING:
+    from stars_fast.engine.requests import Candidate
+    from stars_fast.params import StarsParams
 
 #: Parameters of every method.
 COMMON = (
@@ -29,14 +21,38 @@ COMMON = (
     "stop_token_ids", "ignore_eos", "n",
 )  # fmt: skip
 
-_ATTEMPTS = ("max_attempts", "candidates", "acceptance", "trace")
-_SEGMENT = ("segment_length", "segment_end", "min_segment_length")
-_SCHEDULE = ("target_reward", "beta", "alpha", *_ATTEMPTS)
+
+@dataclass(frozen=True)
+class Schedule:
+    """The accept test or choice, as the C++ scheduler takes it (csrc/acceptance.h)."""
+
+    target: float = 0.0
+    alpha: float = 1.0
+    beta: float = 1.0
+    hard: bool = False
+
+
+def threshold_schedule(params: StarsParams) -> Schedule:
+    """Return the schedule that the request's own parameters describe.
+
+    Raises
+    ------
+    ValueError
+        If the method needs a target reward and there is none yet.
+    """
+    own = params.kind.parameters
+    target = 0.0
+    if "target_reward" in own:
+        if not isinstance(params.target_reward, int | float):
+            raise ValueError(f"target_reward must be a number by now, got {params.target_reward!r}")
+        target = float(params.target_reward)
+    alpha = params.alpha if "alpha" in own else 1.0
+    return Schedule(target, alpha, params.beta, params.acceptance == "hard")
 
 
 @dataclass(frozen=True)
 class MethodKind:
-    """What a method is made of.
+    """A method's record.
 
     Attributes
     ----------
@@ -48,61 +64,47 @@ class MethodKind:
         ``"paths"``: it is accepted, and whole paths are compared at its end.
     one_token
         Segments are single tokens.
+    whole
+        A segment is the whole response.
+    by_entropy
+        A segment ends where the model is uncertain.
     ranked
         Candidate i is the i-th most likely token, not a draw.
+    competes
+        Whole responses, or paths, of which one is returned; None: there is one.
+    resamples
+        Paths are resampled by weight; otherwise the worst of them end.
+    needs_reward
+        A reward model has to be there.
+    judges
+        The reward model is the language model under another prompt, and no other.
     default_candidates
         What ``candidates="auto"`` stands for where the number matters for the result; None where
         it does not.
+    schedule
+        The accept test or choice of a request.
+    effective_reward
+        What the reward model's value is compared as; None: as it is.
+    merit
+        What the scheduler decides by, of the reward and the candidate; None: the reward.
     """
 
     parameters: tuple[str, ...]
     decides: Literal["always", "test", "choice", "paths"]
     one_token: bool = False
+    whole: bool = False
+    by_entropy: bool = False
     ranked: bool = False
+    competes: Literal["responses", "paths"] | None = None
+    resamples: bool = False
+    needs_reward: bool = True
+    judges: bool = False
     default_candidates: int | None = None
+    schedule: Callable[[StarsParams], Schedule] = threshold_schedule
+    effective_reward: Callable[[float, Candidate], float] | None = None
+    merit: Callable[[StarsParams, float, Candidate], float] | None = None
 
-
-METHODS: dict[Method, MethodKind] = {
-    "stars": MethodKind((*_SEGMENT, *_SCHEDULE, "calibrate_prefixes"), "test"),
-    "vanilla": MethodKind(("segment_length",), "always"),
-    "best_of_n": MethodKind(("segment_length", "candidates"), "always", default_candidates=8),
-    "rejection": MethodKind(("target_reward", "beta", *_ATTEMPTS), "test"),
-    "cards": MethodKind(
-        (
-            "segment_length", "min_segment_length", "entropy_threshold", "rules", *_SCHEDULE,
-            "calibrate_prefixes",
-        ),
-        "test",
-    ),
-    "args": MethodKind(
-        ("candidates", "reward_weight", "trace"),
-        "choice",
-        one_token=True,
-        ranked=True,
-        default_candidates=10,
-    ),
-    "speculative_rejection": MethodKind(
-        (*_SEGMENT, "candidates", "rejection_rate", "calibrate_prefixes"),
-        "paths",
-        default_candidates=8,
-    ),
-    "smc": MethodKind(
-        (*_SEGMENT, "candidates", "beta", "ess_threshold", "calibrate_prefixes"),
-        "paths",
-        default_candidates=8,
-    ),
-    "mara": MethodKind(_ATTEMPTS, "test", one_token=True, ranked=True),
-    "persona_judge": MethodKind(_ATTEMPTS, "test", one_token=True),
-}  # fmt: skip
-
-#: ``acceptance="gibbs"`` of ``"stars"``.
-GIBBS = MethodKind(
-    (*_SEGMENT, "beta", "candidates", "acceptance", "trace", "calibrate_prefixes"),
-    "choice",
-    default_candidates=8,
-)
-
-
-def kind_of(method: Method, acceptance: str) -> MethodKind:
-    """Return what a method is made of; `acceptance` tells the two forms of ``"stars"`` apart."""
-    return GIBBS if method == "stars" and acceptance == "gibbs" else METHODS[method]
+    @property
+    def by_text(self) -> bool:
+        """Whether a segment's text and length are all that it needs of the language model."""
+        return not (self.by_entropy or self.ranked or self.judges)

@@ -19,6 +19,7 @@ from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import PHASES, Loop
 from stars_fast.engine.requests import Request
 from stars_fast.errors import ModelLoadError
+from stars_fast.methods import METHODS
 from stars_fast.outputs import CompletionOutput, RequestOutput
 from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptReader
@@ -34,7 +35,7 @@ from stars_fast.rewards.persona import Persona
 from stars_fast.rewards.text import TemplateLike
 
 #: Those that need no more of a segment than its text and its number of tokens.
-METHODS = ("stars", "vanilla", "rejection", "best_of_n", "smc", "speculative_rejection")
+BY_TEXT = tuple(method for method, kind in METHODS.items() if kind.by_text)
 
 #: The scheduler counts the pages of a cache that is not here: 16384 tokens a row.
 _PAGE_SIZE = 256
@@ -257,9 +258,9 @@ class RemoteEngine(BaseEngine):
 
     def _resolve(self, params: StarsParams) -> StarsParams:
         """Check the parameters against the server, then as `Engine` does."""
-        if params.method not in METHODS:
+        if not params.kind.by_text:
             raise ValueError(
-                f"method must be one of {', '.join(map(repr, METHODS))} with RemoteEngine, got "
+                f"method must be one of {', '.join(map(repr, BY_TEXT))} with RemoteEngine, got "
                 f"{params.method!r}: it needs more of the model than texts"
             )
         if params.segment_end != "length":

@@ -1,0 +1,130 @@
+"""The decoding methods, one record each; docs/methods.md says where each is from."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from stars_fast.methods.kinds import MethodKind, Schedule
+
+if TYPE_CHECKING:
+    from stars_fast.engine.requests import Candidate
+    from stars_fast.params import StarsParams
+
+Method = Literal[
+    "stars",
+    "vanilla",
+    "best_of_n",
+    "rejection",
+    "cards",
+    "args",
+    "speculative_rejection",
+    "smc",
+    "mara",
+    "persona_judge",
+]
+
+_ATTEMPTS = ("max_attempts", "candidates", "acceptance", "trace")
+_SEGMENT = ("segment_length", "segment_end", "min_segment_length")
+_SCHEDULE = ("target_reward", "beta", "alpha", *_ATTEMPTS)
+
+
+def _args_schedule(params: StarsParams) -> Schedule:
+    """A draw from the softmax of the merits over `temperature`; greedy at 0."""
+    return Schedule(beta=params.temperature or 1.0, hard=params.temperature == 0)
+
+
+def _args_merit(params: StarsParams, reward: float, candidate: Candidate) -> float:
+    """Log p(token) + w r (arXiv 2402.01694, eq. 3), p being the raw distribution."""
+    return candidate.logprobs[0] + params.reward_weight * reward
+
+
+def _mara_schedule(params: StarsParams) -> Schedule:
+    hard = params.acceptance == "hard"
+    return Schedule(target=math.log(0.5) if hard else 0.0, hard=hard)
+
+
+def _log_sigmoid(logit: float, candidate: Candidate) -> float:
+    return min(logit, 0.0) - math.log1p(math.exp(-abs(logit)))
+
+
+def _persona_schedule(params: StarsParams) -> Schedule:
+    return Schedule(hard=params.acceptance == "hard")
+
+
+def _log_ratio(judged: float, candidate: Candidate) -> float:
+    """Log p_judge - log p_draft of the segment."""
+    return judged - math.fsum(candidate.logprobs)
+
+
+METHODS: dict[Method, MethodKind] = {
+    "stars": MethodKind((*_SEGMENT, *_SCHEDULE, "calibrate_prefixes"), "test"),
+    "vanilla": MethodKind(("segment_length",), "always", needs_reward=False),
+    "best_of_n": MethodKind(
+        ("segment_length", "candidates"), "always", competes="responses", default_candidates=8
+    ),
+    "rejection": MethodKind(("target_reward", "beta", *_ATTEMPTS), "test", whole=True),
+    "cards": MethodKind(
+        (
+            "segment_length", "min_segment_length", "entropy_threshold", "rules", *_SCHEDULE,
+            "calibrate_prefixes",
+        ),
+        "test",
+        by_entropy=True,
+    ),
+    "args": MethodKind(
+        ("candidates", "reward_weight", "trace"),
+        "choice",
+        one_token=True,
+        ranked=True,
+        default_candidates=10,
+        schedule=_args_schedule,
+        merit=_args_merit,
+    ),
+    "speculative_rejection": MethodKind(
+        (*_SEGMENT, "candidates", "rejection_rate", "calibrate_prefixes"),
+        "paths",
+        competes="paths",
+        default_candidates=8,
+    ),
+    "smc": MethodKind(
+        (*_SEGMENT, "candidates", "beta", "ess_threshold", "calibrate_prefixes"),
+        "paths",
+        competes="paths",
+        resamples=True,
+        default_candidates=8,
+    ),
+    "mara": MethodKind(
+        _ATTEMPTS,
+        "test",
+        one_token=True,
+        ranked=True,
+        schedule=_mara_schedule,
+        effective_reward=_log_sigmoid,
+    ),
+    "persona_judge": MethodKind(
+        _ATTEMPTS,
+        "test",
+        one_token=True,
+        judges=True,
+        schedule=_persona_schedule,
+        effective_reward=_log_ratio,
+    ),
+}  # fmt: skip
+
+#: ``acceptance="gibbs"`` of ``"stars"``.
+GIBBS = MethodKind(
+    (*_SEGMENT, "beta", "candidates", "acceptance", "trace", "calibrate_prefixes"),
+    "choice",
+    default_candidates=8,
+)
+
+
+def kind_of(method: Method, acceptance: str) -> MethodKind:
+    """Return a method's record; `acceptance` tells the two forms of ``"stars"`` apart."""
+    return GIBBS if has_gibbs(method) and acceptance == "gibbs" else METHODS[method]
+
+
+def has_gibbs(method: Method) -> bool:
+    """Whether a method can choose among its candidates by exp(r / beta)."""
+    return method == "stars"
