@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -94,36 +95,75 @@ def find_stop(
     return None
 
 
-#: Byte values by the id of their token, of each tokenizer; empty where bytes have none.
-_BYTE_TOKENS: WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, int]] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class _ByteTokens:
+    """The tokens of single bytes, and those that stand for no text.
+
+    Attributes
+    ----------
+    byte_of
+        Value by token.
+    token_of
+        Token by value.
+    silent
+        Special tokens, which are left out of texts.
+    size
+        Tokens known; ids from here on are left out, too.
+    """
+
+    byte_of: dict[int, int]
+    token_of: list[int]
+    silent: frozenset[int]
+    size: int
 
 
-def _byte_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:
-    known = _BYTE_TOKENS.get(tokenizer)
-    if known is None:
-        vocabulary = tokenizer.get_vocab()
-        names = {f"<0x{byte:02X}>": byte for byte in range(256)}
-        known = {vocabulary[name]: byte for name, byte in names.items() if name in vocabulary}
-        # Names alone say nothing: the decoder has to take them for bytes.
-        if len(known) < 256 or "<0x41>" in tokenizer.decode([vocabulary["<0x41>"]]):
-            known = {}
-        _BYTE_TOKENS[tokenizer] = known
-    return known
+#: None where bytes have no tokens.
+_BYTE_TOKENS: WeakKeyDictionary[PreTrainedTokenizerBase, _ByteTokens | None] = WeakKeyDictionary()
 
 
-def _valid_utf8(ids: list[int], byte_tokens: dict[int, int]) -> list[int]:
-    """Return the ids, with the bytes of U+FFFD in the place of those that are no character."""
-    if byte_tokens.keys().isdisjoint(ids):
+def _byte_tokens(tokenizer: PreTrainedTokenizerBase) -> _ByteTokens | None:
+    if tokenizer not in _BYTE_TOKENS:
+        _BYTE_TOKENS[tokenizer] = _find_byte_tokens(tokenizer)
+    return _BYTE_TOKENS[tokenizer]
+
+
+def _find_byte_tokens(tokenizer: PreTrainedTokenizerBase) -> _ByteTokens | None:
+    vocabulary = tokenizer.get_vocab()
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    # Names alone say nothing: the decoder has to take them for bytes.
+    if not vocabulary.keys() >= set(names) or "<0x41>" in tokenizer.decode([vocabulary["<0x41>"]]):
+        return None
+    tokens = [vocabulary[name] for name in names]
+    silent = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return _ByteTokens(
+        {token: byte for byte, token in enumerate(tokens)},
+        tokens,
+        frozenset({*silent, *tokenizer.all_special_ids}),
+        len(tokenizer),
+    )
+
+
+def _valid_utf8(ids: list[int], bytes_: _ByteTokens | None) -> list[int]:
+    """Return the ids, with the bytes of U+FFFD in the place of those that are no character.
+
+    What stands for no text ends no character, and is left out.
+    """
+    if bytes_ is None or bytes_.byte_of.keys().isdisjoint(ids):
         return ids
-    token_of = {byte: token for token, byte in byte_tokens.items()}
     valid: list[int] = []
     run = bytearray()
-    for token in [*ids, -1]:
-        byte = byte_tokens.get(token)
+
+    def end_run() -> None:
+        text = run.decode(errors="replace")
+        valid.extend(bytes_.token_of[byte] for byte in text.encode())
+        run.clear()
+
+    for token in ids:
+        byte = bytes_.byte_of.get(token)
         if byte is not None:
             run.append(byte)
-            continue
-        valid += [token_of[byte] for byte in run.decode(errors="replace").encode()]
-        run.clear()
-        valid.append(token)
-    return valid[:-1]
+        elif token not in bytes_.silent and token < bytes_.size:
+            end_run()
+            valid.append(token)
+    end_run()
+    return valid

@@ -95,6 +95,15 @@ def test_a_character_cut_short_leaves_the_rest_as_it_is(family: str) -> None:
         assert len(sent) == count  # all but the last byte
 
 
+@pytest.mark.parametrize("family", WITH_BYTES)
+def test_what_stands_for_no_text_ends_no_character(family: str) -> None:
+    tok = TOKENIZERS[family]
+    begin, end = byte_ids(tok, "\u0373")
+    for silent in (tok.eos_token_id, len(tok) + 3):
+        assert decode(tok, [begin, silent]) == "\ufffd"
+        assert decode(tok, [begin, silent, end]) == "\u0373"
+
+
 def test_names_of_bytes_alone_are_text() -> None:
     """Where the decoder takes no token for a byte, one of that name stands for itself."""
     tok = tokenizer("word_level", 400)
