@@ -271,6 +271,8 @@ class Loop:
         if response.handle in self._responses:
             self._scheduler.abort(response.handle)  # of paths the first takes the others along
             self._end(response, "abort")
+            if not self.has_unfinished:
+                self._finish_scoring()  # nobody will step, and the round holds pages
 
     def step(self) -> list[Response]:
         """Run one round; return the responses with a new segment and those that failed.

@@ -158,3 +158,16 @@ def test_a_phase_that_raises_undoes_every_round(monkeypatch: pytest.MonkeyPatch)
     assert len(calls) > 5
     want = run(engine(overlap_scoring=False))
     assert decisions([done[f"r{i}"] for i in range(len(PROMPTS))]) == decisions(want)
+
+
+def test_abort_of_the_last_request_gives_its_pages_back() -> None:
+    """Also of the round that is being scored, which nobody will step to its end."""
+    for steps in range(1, 5):
+        one = engine(overlap_scoring=True)
+        one.add_request("a", PROMPTS[0], PARAMS)
+        for _ in range(steps):
+            one.step()
+        one.abort("a")
+        assert not one.has_unfinished()
+        stats = one.stats()
+        assert stats["pages_used"] == stats["rm_pages_used"] == 0
