@@ -57,6 +57,8 @@ class Response:
         The best of the rejected candidates of the segment at hand, if any.
     rejected
         Tested attempts of the segment at hand, filled with ``trace`` only.
+    known
+        Effective reward and merit of its attempts, by their tokens.
     error
         Why it failed, None if it did not.
     prefixes
@@ -75,6 +77,7 @@ class Response:
     output: CompletionOutput
     kept: Candidate | None = None
     rejected: list[Attempt] = field(default_factory=list)
+    known: dict[tuple[int, ...], tuple[float, float]] = field(default_factory=dict)
     error: str | None = None
     prefixes: PrefixCalibration | None = None
     is_path: bool = False
@@ -101,6 +104,7 @@ class Response:
         self.output.segments.append(replace(segment, rejected=tuple(rejected)))
         self.kept = None
         self.rejected.clear()
+        self.known.clear()
 
     def copy_path(self, source: Response) -> None:
         """Go on as a copy of another path."""

@@ -152,8 +152,10 @@ def score_round(
         response, candidate = done.responses[row], done.candidates[row]
         tokens = len(response.output.token_ids) + len(candidate.token_ids)
         shown = effective_reward(response.params, reward, candidate, tokens, response.prefixes)
-        done.rewards[row] = shown
-        done.merits[row] = merit(response.params, shown, candidate)
+        # Methods may reckon with log-probabilities, in which equal candidates differ by rounding.
+        known = (shown, merit(response.params, shown, candidate))
+        known = response.known.setdefault(tuple(candidate.token_ids), known)
+        done.rewards[row], done.merits[row] = known
     done.seconds["score"] = time.perf_counter() - begun
 
 
