@@ -275,7 +275,7 @@ def _scarce_options(
     needed = max(
         pages(len(prompt.token_ids) - 1)
         + pages(_longest(ask.params))
-        + (ask.params.draft_length % page_size != 0)
+        + (page_size > 1)  # a segment that begins inside a page holds it twice
         for prompt, ask in zip(prompts, asks, strict=True)
     )
     rewards = world.rewards
