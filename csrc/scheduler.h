@@ -11,8 +11,8 @@
 #include "acceptance.h"
 #include "batch.h"
 #include "cost_model.h"
-#include "group.h"
 #include "page_pool.h"
+#include "path_group.h"
 #include "sequence.h"
 
 namespace stars_fast {
@@ -233,7 +233,7 @@ class Scheduler {
 
   struct Party {  // a group and the requests that are its members
     static constexpr Slot kGone = -1;
-    Group group;
+    PathGroup group;
     std::vector<Slot> members;  // kGone: forgotten
     std::int32_t num_left = 0;  // members that are not
     bool failed = false;
@@ -347,7 +347,7 @@ class Scheduler {
   std::vector<InFlightPlan> in_flight_plans_;    // [lanes]
   std::vector<std::unique_ptr<Party>> parties_;  // null: the number is free
   std::vector<std::int32_t> turning_;  // groups that the commit at hand completes or fails
-  Group::Turn turn_;
+  PathGroup::Turn turn_;
   std::int32_t newest_ = 0;  // index of the last plan's
   std::int32_t num_out_ = 0;
   Copies copies_;  // owed by commits since the last plan

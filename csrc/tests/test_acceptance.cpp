@@ -24,7 +24,7 @@ void choices_follow_the_rewards() {
     for (const double reward : rewards) {
       const auto attempt = static_cast<std::uint32_t>(keys.size());
       keys.push_back(soft.choice_key(
-          reward, stars_fast::purpose_uniform(9, draw, attempt, stars_fast::Purpose::kChoose)));
+          reward, stars_fast::purpose_uniform(9, draw, attempt, 0, stars_fast::Purpose::kChoose)));
     }
     ++chosen[static_cast<std::size_t>(std::max_element(keys.begin(), keys.end()) - keys.begin())];
   }

@@ -4,12 +4,12 @@
 #include <vector>
 
 #include "check.h"
-#include "group.h"
+#include "path_group.h"
 
 namespace {
 
-using stars_fast::Group;
 using stars_fast::GroupOptions;
+using stars_fast::PathGroup;
 using Members = std::vector<std::int32_t>;
 
 GroupOptions resampling(double ess_threshold, std::uint64_t seed, double beta = 1.0) {
@@ -21,14 +21,15 @@ GroupOptions pruning(double rejection_rate) {
 }
 
 // One generation of members that all grow; `ended`: those that will not.
-Group::Turn turn(Group& group, const std::vector<double>& rewards, const Members& ended = {}) {
+PathGroup::Turn turn(PathGroup& group, const std::vector<double>& rewards,
+                     const Members& ended = {}) {
   for (std::size_t i = 0; i < rewards.size(); ++i) {
     CHECK(!group.complete());
     const auto member = static_cast<std::int32_t>(i);
     group.reach(member, rewards[i], std::count(ended.begin(), ended.end(), member) > 0);
   }
   CHECK(group.complete());
-  Group::Turn made;
+  PathGroup::Turn made;
   group.turn(made);
   return made;
 }
@@ -43,7 +44,7 @@ std::vector<double> logs(const std::vector<double>& weights, double beta = 1.0) 
 }
 
 // How many paths are that of each member after the turn.
-std::vector<int> copies(const Group::Turn& made, std::size_t size) {
+std::vector<int> copies(const PathGroup::Turn& made, std::size_t size) {
   std::vector<int> counts(size, 1);
   CHECK(made.target.size() == made.source.size());
   for (std::size_t i = 0; i < made.target.size(); ++i) {
@@ -65,9 +66,9 @@ void counts_are_within_one_of_their_means_and_unbiased() {
   constexpr int kSeeds = 4000;
   std::vector<double> sums(size, 0.0);
   for (int seed = 0; seed < kSeeds; ++seed) {
-    Group group(resampling(1.0, static_cast<std::uint64_t>(seed), 0.3), size);
+    PathGroup group(resampling(1.0, static_cast<std::uint64_t>(seed), 0.3), size);
     const auto made = turn(group, logs(weights, 0.3));
-    CHECK(made.dropped.empty() && made.chosen == Group::kNone);
+    CHECK(made.dropped.empty() && made.chosen == PathGroup::kNone);
     const std::vector<int> counts = copies(made, size);
     for (std::size_t i = 0; i < size; ++i) {
       const double mean = weights[i] / total * static_cast<double>(size);
@@ -86,17 +87,17 @@ void resamples_below_the_effective_number_and_not_before() {
   // Weights 1, 1, 1, 5: 64 / 28 of 4 paths are effective.
   constexpr double kEffective = 64.0 / 28.0 / 4.0;
   for (const double threshold : {0.0, kEffective - 1e-9, kEffective + 1e-9, 1.0}) {
-    Group group(resampling(threshold, 1), 4);
+    PathGroup group(resampling(threshold, 1), 4);
     CHECK(turn(group, logs({1.0, 1.0, 1.0, 5.0})).target.empty() == (threshold < kEffective));
   }
-  Group even(resampling(1.0, 1), 4);
+  PathGroup even(resampling(1.0, 1), 4);
   CHECK(turn(even, {2.0, 2.0, 2.0, 2.0}).target.empty());  // all are effective: not below
 }
 
 void weights_multiply_until_they_are_made_equal() {
   for (std::uint64_t seed = 0; seed < 20; ++seed) {
     // exp(r_t - r_{t-1}) multiplies up to exp(r_t): back at equal rewards, weights are equal.
-    Group group(resampling(0.75, seed), 4);
+    PathGroup group(resampling(0.75, seed), 4);
     CHECK(turn(group, logs({2.0, 2.0, 1.0, 1.0})).target.empty());
     CHECK(turn(group, logs({4.0, 4.0, 4.0, 4.0})).target.empty());
     std::vector<double> rewards = logs({1.0, 1.0, 1.0, 5.0});
@@ -118,7 +119,7 @@ void one_is_chosen_by_weight() {
   constexpr int kSeeds = 4000;
   std::vector<int> chosen(4, 0);
   for (int seed = 0; seed < kSeeds; ++seed) {
-    Group group(resampling(1.0, static_cast<std::uint64_t>(seed)), 4);
+    PathGroup group(resampling(1.0, static_cast<std::uint64_t>(seed)), 4);
     const auto made = turn(group, logs(weights), {0, 1, 2, 3});
     CHECK(made.target.empty() && made.dropped.empty());
     ++chosen[static_cast<std::size_t>(made.chosen)];
@@ -133,7 +134,7 @@ void one_is_chosen_by_weight() {
 void paths_that_grew_and_are_gone_end_the_group() {
   Members chosen(4, 0);
   for (std::uint64_t seed = 0; seed < 200; ++seed) {
-    Group group(resampling(0.9, seed), 4);
+    PathGroup group(resampling(0.9, seed), 4);
     // Those that have ended carry all the weight, and so no boundary would come after this one.
     const auto made = turn(group, {50.0, -50.0, 50.0, -50.0}, {0, 2});
     CHECK((made.target == Members{1, 3} && made.source == Members{0, 2}));
@@ -144,11 +145,11 @@ void paths_that_grew_and_are_gone_end_the_group() {
 }
 
 void ended_paths_stay_and_may_be_left_for_others() {
-  Group group(resampling(0.9, 5), 2);
-  CHECK(turn(group, {0.0, 0.0}, {1}).chosen == Group::kNone);
+  PathGroup group(resampling(0.9, 5), 2);
+  CHECK(turn(group, {0.0, 0.0}, {1}).chosen == PathGroup::kNone);
   group.reach(0, 50.0, false);  // the one that grows: the other is not waited for
   CHECK(group.complete());
-  Group::Turn made;
+  PathGroup::Turn made;
   group.turn(made);
   CHECK((made.target == Members{1} && made.source == Members{0}));
   CHECK(!group.ended(1));
@@ -156,7 +157,7 @@ void ended_paths_stay_and_may_be_left_for_others() {
 }
 
 void extreme_rewards_are_no_trouble() {
-  Group group(resampling(0.5, 5, 1e-300), 3);
+  PathGroup group(resampling(0.5, 5, 1e-300), 3);
   const auto made = turn(group, {-1e300, 1e300, -1e300});
   CHECK((copies(made, 3) == std::vector<int>{0, 3, 0}));
 }
@@ -167,10 +168,10 @@ void random_groups_end_with_one_path() {
     const std::size_t size = 1 + random() % 9;
     const bool prunes = round % 2 == 0;
     const double rate = static_cast<double>(random() % 10) / 10.0;
-    Group group(prunes ? pruning(rate) : resampling(0.9, random(), 0.5), size);
+    PathGroup group(prunes ? pruning(rate) : resampling(0.9, random(), 0.5), size);
     std::vector<char> alive(size, 1);
-    Group::Turn made;
-    for (int generation = 0; made.chosen == Group::kNone; ++generation) {
+    PathGroup::Turn made;
+    for (int generation = 0; made.chosen == PathGroup::kNone; ++generation) {
       CHECK(generation < 200);
       for (std::size_t i = 0; i < size; ++i) {
         const auto member = static_cast<std::int32_t>(i);
@@ -193,7 +194,7 @@ void random_groups_end_with_one_path() {
 
 void the_best_stay_half_to_even_and_ties_in_order() {
   const auto kept = [](double rate, std::size_t size) {
-    Group group(pruning(rate), size);
+    PathGroup group(pruning(rate), size);
     return size - turn(group, std::vector<double>(size, 1.0)).dropped.size();
   };
   for (const auto& [size, expected] :
@@ -203,12 +204,12 @@ void the_best_stay_half_to_even_and_ties_in_order() {
   CHECK(kept(0.0, 5) == 5);
   CHECK(kept(0.99, 5) == 1);
 
-  Group group(pruning(0.5), 5);
+  PathGroup group(pruning(0.5), 5);
   CHECK((turn(group, {1.0, 3.0, 2.0, 3.0, 2.0}).dropped == Members{2, 4, 0}));
   group.reach(1, 0.0, true);
   CHECK(!group.complete());
   group.reach(3, 0.0, false);
-  Group::Turn made;
+  PathGroup::Turn made;
   group.turn(made);  // equal now: the first stays, and has ended
   CHECK((made.dropped == Members{3} && made.chosen == 1));
 }

@@ -1,4 +1,4 @@
-#include "group.h"
+#include "path_group.h"
 
 #include <algorithm>
 #include <cmath>
@@ -8,31 +8,32 @@
 
 namespace stars_fast {
 
-void Group::Turn::clear() {
+void PathGroup::Turn::clear() {
   target.clear();
   source.clear();
   dropped.clear();
   chosen = kNone;
 }
 
-Group::Group(const GroupOptions& options, std::size_t size) : options_(options), members_(size) {
+PathGroup::PathGroup(const GroupOptions& options, std::size_t size)
+    : options_(options), members_(size) {
   begin_generation();
 }
 
-void Group::begin_generation() {
+void PathGroup::begin_generation() {
   pending_ = static_cast<std::int32_t>(
       std::count_if(members_.begin(), members_.end(),
                     [](const Member& member) { return member.alive && !member.ended; }));
 }
 
-void Group::reach(std::int32_t member, double reward, bool ended) {
+void PathGroup::reach(std::int32_t member, double reward, bool ended) {
   Member& reached = members_[static_cast<std::size_t>(member)];
   reached.reward = reward;
   reached.ended = ended;
   --pending_;
 }
 
-void Group::turn(Turn& into) {
+void PathGroup::turn(Turn& into) {
   into.clear();
   if (options_.kind == GroupOptions::Kind::kPrune) {
     prune(into);
@@ -43,11 +44,11 @@ void Group::turn(Turn& into) {
   begin_generation();
 }
 
-double Group::uniform(std::uint32_t what) const {
+double PathGroup::uniform(std::uint32_t what) const {
   return purpose_uniform(options_.seed, generation_, what, 0, Purpose::kResample);
 }
 
-void Group::resample(Turn& into) {
+void PathGroup::resample(Turn& into) {
   const std::size_t size = members_.size();
   // The factors exp((r_t - r_{t-1}) / beta) of a weight multiply up to the ends of their sum. All
   // begin at the prompt's reward, one and the same, which therefore need not be known.
@@ -110,7 +111,7 @@ void Group::resample(Turn& into) {
 }
 
 // A member with probability proportional to weights_, which sum up to `total`.
-std::int32_t Group::draw(double total) const {
+std::int32_t PathGroup::draw(double total) const {
   const double point = uniform(1) * total;
   double sum = weights_[0];
   std::size_t chosen = 0;
@@ -120,7 +121,7 @@ std::int32_t Group::draw(double total) const {
   return static_cast<std::int32_t>(chosen);
 }
 
-void Group::prune(Turn& into) {
+void PathGroup::prune(Turn& into) {
   order_.clear();
   for (std::size_t i = 0; i < members_.size(); ++i) {
     if (members_[i].alive) {

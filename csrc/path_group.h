@@ -25,7 +25,7 @@ struct GroupOptions {
 
 // Knows members by number and nothing of tokens or pages. In each generation every member that
 // still grows reaches the end of a segment once; then turn() says what becomes of them.
-class Group {
+class PathGroup {
  public:
   static constexpr std::int32_t kNone = -1;
 
@@ -39,7 +39,7 @@ class Group {
     void clear();
   };
 
-  Group(const GroupOptions& options, std::size_t size);
+  PathGroup(const GroupOptions& options, std::size_t size);
 
   // The member's path has this reward; `ended`: and will not grow. Once a generation.
   void reach(std::int32_t member, double reward, bool ended);
