@@ -14,8 +14,9 @@ pytest.importorskip("httpx", reason="needs httpx, of the extra remote")
 from helpers.json_server import Answer, json_server
 from helpers.letter_law import EOS, letter_engine, reward_of
 
-from stars_fast import Engine, RemoteEngine, StarsParams, _core
+from stars_fast import RemoteEngine, StarsParams, _core
 from stars_fast.engine.async_engine import AsyncEngine
+from stars_fast.engine.base import BaseEngine
 from stars_fast.remote import RemoteError
 from stars_fast.rewards import Persona
 
@@ -307,6 +308,6 @@ def test_constructor(letters: Any) -> None:
         RemoteEngine(letters.url + "/v2")
     with RemoteEngine(url) as engine:
         assert engine.model_name == "letters"
-        assert isinstance(engine, Engine)
+        assert isinstance(engine, BaseEngine)
         with pytest.raises(ValueError, match="needs a reward model"):
             engine.add_request("a", "ab", PARAMS)
