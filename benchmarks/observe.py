@@ -261,7 +261,7 @@ class Run:
 
     @property
     def least_seconds(self) -> float:
-        """Of the whole: the sum of the phases'."""
+        """Sum over the phases."""
         return sum(phase.least_seconds for phase in self.phases)
 
     @property

@@ -158,7 +158,7 @@ class RoundTime:
 
     @property
     def total(self) -> float:
-        """Of the whole round."""
+        """Seconds of the whole round."""
         return self.fork + self.prefill + self.draft + self.score + self.overhead
 
 

@@ -45,7 +45,7 @@ class Tally:
 
     @property
     def tokens(self) -> int:
-        """Of all responses."""
+        """Tokens of all responses."""
         return sum(map(len, self.token_ids))
 
     @property
@@ -102,16 +102,16 @@ class Setting:
 
     @property
     def device(self) -> torch.device:
-        """Of the models."""
+        """Where the models are."""
         return self.engine._lm.device
 
     @property
     def prompts(self) -> list[list[int]]:
-        """Those of a run."""
+        """Prompts of a run."""
         return self.all_prompts[: self.count]
 
     def seeds(self, count: int) -> list[int]:
-        """Of the requests."""
+        """Seeds of the first requests."""
         return [self.first_seed + i for i in range(count)]
 
     # The engine

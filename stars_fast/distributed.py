@@ -211,7 +211,7 @@ class Ranks:
     def follow(self, calls: Mapping[str, Callable[..., object]]) -> None:
         """Make the calls that rank 0 tells of, until it ends its lead.
 
-        What fails inside of `broadcast_call` fails on every rank, and is the leader's affair.
+        What fails inside of `broadcast_call` fails on every rank, and the leader handles it.
 
         Raises
         ------

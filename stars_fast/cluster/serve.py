@@ -37,7 +37,7 @@ class StarsServer:
     app: FastAPI  # from `serve.ingress`
 
     def check_health(self) -> None:
-        """Tell Ray that all is well.
+        """Report to Ray that the replica is healthy.
 
         Raises
         ------

@@ -71,8 +71,8 @@ class ServeArgs(EngineArgs):
     )
     upscale_delay_s: float = Field(30.0, ge=0)
     downscale_delay_s: float = Field(600.0, ge=0)
-    num_cpus: float = Field(1, ge=0, description="Of each replica.")
-    num_gpus: float = Field(0, ge=0, description="Of each replica; Ray hides the GPUs at 0.")
+    num_cpus: float = Field(1, ge=0, description="CPUs of each replica.")
+    num_gpus: float = Field(0, ge=0, description="GPUs of each replica; at 0 Ray hides them.")
 
     @field_validator("params", mode="before")
     @classmethod

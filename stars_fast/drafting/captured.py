@@ -75,7 +75,7 @@ class CapturedDrafter:
 
     @property
     def captures(self) -> dict[_Key, bool]:
-        """Of each bucket made, by its key: whether it is a CUDA graph."""
+        """Whether each bucket is a CUDA graph, by its key."""
         return {key: bucket.graph.captured for key, bucket in self._buckets.items()}
 
     def draft(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Draft:

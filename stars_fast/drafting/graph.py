@@ -1,4 +1,4 @@
-"""A step that is run again and again, as a CUDA graph where that can be had."""
+"""A step that is run again and again, as a CUDA graph where there are CUDA graphs."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ __all__ = ["Engine"]
 
 
 def __getattr__(name: str) -> object:
-    if name == "Engine":  # its parts can be had without it, and without each other
+    if name == "Engine":  # imported on first use: its parts work without it
         from stars_fast.engine.engine import Engine
 
         return Engine

@@ -71,7 +71,7 @@ class LanguageModel(Protocol):
 
     @property
     def copied_bytes(self) -> int:
-        """Of page copies so far."""
+        """Bytes moved by page copies so far."""
         ...
 
     def copy_pages(

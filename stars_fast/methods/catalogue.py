@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal
 
-from stars_fast.methods.kinds import MethodKind, Schedule
+from stars_fast.methods.kinds import Drawn, MethodKind, Schedule
 
 if TYPE_CHECKING:
-    from stars_fast.engine.requests import Candidate
     from stars_fast.params import StarsParams
 
 Method = Literal[
@@ -34,7 +33,7 @@ def _args_schedule(params: StarsParams) -> Schedule:
     return Schedule(beta=params.temperature or 1.0, hard=params.temperature == 0)
 
 
-def _args_merit(params: StarsParams, reward: float, candidate: Candidate) -> float:
+def _args_merit(params: StarsParams, reward: float, candidate: Drawn) -> float:
     """Log p(token) + w r (arXiv 2402.01694, eq. 3), p being the raw distribution."""
     return candidate.logprobs[0] + params.reward_weight * reward
 
@@ -44,7 +43,7 @@ def _mara_schedule(params: StarsParams) -> Schedule:
     return Schedule(target=math.log(0.5) if hard else 0.0, hard=hard)
 
 
-def _log_sigmoid(logit: float, candidate: Candidate) -> float:
+def _log_sigmoid(logit: float, candidate: Drawn) -> float:
     return min(logit, 0.0) - math.log1p(math.exp(-abs(logit)))
 
 
@@ -52,7 +51,7 @@ def _persona_schedule(params: StarsParams) -> Schedule:
     return Schedule(hard=params.acceptance == "hard")
 
 
-def _log_ratio(judged: float, candidate: Candidate) -> float:
+def _log_ratio(judged: float, candidate: Drawn) -> float:
     """Log p_judge - log p_draft of the segment."""
     return judged - math.fsum(candidate.logprobs)
 

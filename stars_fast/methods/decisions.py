@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
-    from stars_fast.engine.requests import Candidate
+    from stars_fast.methods.kinds import Drawn
     from stars_fast.outputs import PrefixCalibration
     from stars_fast.params import StarsParams
 
@@ -60,7 +60,7 @@ def scheduler_options(params: StarsParams) -> SchedulerOptions:
 def effective_reward(
     params: StarsParams,
     reward: float,
-    candidate: Candidate,
+    candidate: Drawn,
     tokens: int,
     prefixes: PrefixCalibration | None,
 ) -> float:
@@ -86,6 +86,6 @@ def effective_reward(
     return reward
 
 
-def merit(params: StarsParams, reward: float, candidate: Candidate) -> float:
+def merit(params: StarsParams, reward: float, candidate: Drawn) -> float:
     """Return what the scheduler decides by: the effective reward, or what the method has."""
     return reward if params.kind.merit is None else params.kind.merit(params, reward, candidate)

@@ -7,12 +7,11 @@ of whole responses or paths.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
-    from stars_fast.engine.requests import Candidate
     from stars_fast.params import StarsParams
 
 #: Parameters of every method.
@@ -20,6 +19,20 @@ COMMON = (
     "method", "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop",
     "stop_token_ids", "ignore_eos", "n",
 )  # fmt: skip
+
+
+class Drawn(Protocol):
+    """A candidate, as far as methods look at it."""
+
+    @property
+    def logprobs(self) -> Sequence[float]:
+        """Log-probability of each token under the raw distribution."""
+        ...
+
+    @property
+    def stopped(self) -> bool:
+        """Whether its last token ends the response."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -101,8 +114,8 @@ class MethodKind:
     judges: bool = False
     default_candidates: int | None = None
     schedule: Callable[[StarsParams], Schedule] = threshold_schedule
-    effective_reward: Callable[[float, Candidate], float] | None = None
-    merit: Callable[[StarsParams, float, Candidate], float] | None = None
+    effective_reward: Callable[[float, Drawn], float] | None = None
+    merit: Callable[[StarsParams, float, Drawn], float] | None = None
 
     @property
     def by_text(self) -> bool:

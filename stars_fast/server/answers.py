@@ -30,7 +30,7 @@ class ErrorAnswer(BaseModel):
 class RejectedAttempt(BaseModel):
     """An attempt at a segment that was not kept."""
 
-    number: int = Field(ge=0, description="Of the attempt.")
+    number: int = Field(ge=0, description="The attempt's number within its segment.")
     text: str = Field(description="Special tokens included.")
     token_ids: list[int]
     reward: float | None
@@ -41,7 +41,7 @@ class SegmentAnswer(BaseModel):
 
     start: int = Field(ge=0, description="Its first token.")
     end: int = Field(ge=0, description="The token after its last.")
-    reward: float | None = Field(description="Of the response up to its end.")
+    reward: float | None = Field(description="Reward of the response up to the segment's end.")
     threshold: float | None = Field(description="What the reward was tested against.")
     attempts: int = Field(ge=0, description="Attempts that it took, this one included.")
     accepted: Literal["test", "fallback", "choice"] = Field(
@@ -53,14 +53,16 @@ class SegmentAnswer(BaseModel):
 class StarsAnswer(BaseModel):
     """What STARS adds to a choice."""
 
-    reward: float | None = Field(description="Of the whole response.")
+    reward: float | None = Field(description="Reward of the whole response.")
     segments: list[SegmentAnswer]
 
 
 class StarsDelta(BaseModel):
     """What STARS adds to a chunk."""
 
-    reward: float | None = Field(None, description="Of the whole response, with its last chunk.")
+    reward: float | None = Field(
+        None, description="Reward of the whole response; with its last chunk."
+    )
     segments: list[SegmentAnswer] = Field(description="Those new with this chunk.")
 
 
@@ -211,6 +213,6 @@ class ModelList(BaseModel):
 
 
 class State(BaseModel):
-    """Whether the server is well."""
+    """Whether the server takes requests."""
 
     status: Literal["ok", "unavailable"]

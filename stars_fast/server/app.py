@@ -85,7 +85,7 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
 
     states: dict[int | str, dict[str, Any]] = {
         status: {"model": State, "description": text}
-        for status, text in ((200, "It is well."), (503, "It is not."))
+        for status, text in ((200, "The server takes requests."), (503, "It does not."))
     }
 
     def model_object() -> dict[str, Any]:
