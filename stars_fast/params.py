@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from inspect import cleandoc
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
@@ -13,14 +13,86 @@ from typing import Any, Literal, get_args
 from stars_fast.methods import COMMON, GIBBS, METHODS, Method, MethodKind, has_gibbs, kind_of
 
 __all__ = ["Acceptance", "CardsRules", "Method", "SegmentEnd", "StarsParams"]
-__all__ += ["field_texts", "with_fields"]
+__all__ += ["RANGES", "Range", "field_texts", "with_fields"]
 
 Acceptance = Literal["soft", "hard", "gibbs"]
 CardsRules = Literal["paper", "public"]
 SegmentEnd = Literal["length", "clause", "sentence"]
 
-#: Counts and token ids are 32 bits wide where they are used, sums of two of them included.
-_MOST = 2**30
+#: Counts, and positions that are sums of two of them, have to fit 32 bits in the core.
+_MOST = 2**28 - 1
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a parameter may be, for the check here, the server's schema and error messages.
+
+    Attributes
+    ----------
+    low, high
+        Bounds, included.
+    above, below
+        Bounds, excluded; None: there is none.
+    whole
+        An integer is asked for.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: float | None = None
+    below: float | None = None
+    whole: bool = False
+
+    def check(self, name: str, value: object, also: str = "") -> None:
+        """Raise ValueError or TypeError for a value outside; `also`: what else is allowed."""
+        if self.whole:
+            self._check_integer(name, value, also)
+            return
+        number = _finite(name, value, also)
+        if self.above is not None or self.below is not None:
+            left = f"({self.above}" if self.above is not None else f"[{self.low}"
+            right = f"{self.below})" if self.below is not None else f"{self.high}]"
+            over = self.above is None or number > self.above
+            under = self.below is None or number < self.below
+            if not (over and under and self.low <= number <= self.high):
+                raise ValueError(f"{name} must be in {left}, {right}, got {value!r}")
+        if not self.low <= number <= self.high:
+            both = not math.isinf(self.high)
+            allowed = f"in [{self.low}, {self.high}]" if both else f"at least {self.low}"
+            raise ValueError(f"{name} must be {allowed}{also}, got {value!r}")
+
+    def _check_integer(self, name: str, value: object, also: str) -> None:
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(
+                f"{name} must be an integer of at least {self.low}{also}, got {value!r}"
+            )
+        if int(value) < self.low:
+            raise ValueError(f"{name} must be at least {self.low}{also}, got {value!r}")
+        if int(value) > self.high:
+            raise ValueError(f"{name} must be at most {self.high}{also}, got {value!r}")
+
+
+def _finite(name: str, value: object, also: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number{also}, got {value!r}")
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of more than 1,024 bits
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite{also}, got {value!r}")
+    return number
+
+
+def _in(default: Any, allowed: Range) -> Any:  # noqa: ANN401 - a field of any type
+    """A field whose values have a range."""
+    return field(default=default, metadata={"range": allowed})
+
+
+_COUNT = Range(1, _MOST, whole=True)
+_PART = Range(0, 1)
+_TOKEN_ID = Range(0, 2**31 - 1, whole=True)
+_SEED = Range(0, 2**64 - 1, whole=True)
 
 
 @dataclass(frozen=True)
@@ -128,34 +200,34 @@ class StarsParams:
     ------
     ValueError, TypeError
         At construction, naming the parameter, its value and the allowed range. Counts and token
-        ids are at most 2**30.
+        ids are below 2**28.
     """
 
     method: Method = "stars"
-    segment_length: int = 32
-    target_reward: float | Literal["auto"] | None = None
-    beta: float = 0.7
-    alpha: float = 0.5
-    max_attempts: int = 20
-    candidates: int | Literal["auto"] = "auto"
+    segment_length: int = _in(32, _COUNT)
+    target_reward: float | Literal["auto"] | None = _in(None, Range())
+    beta: float = _in(0.7, Range())
+    alpha: float = _in(0.5, _PART)
+    max_attempts: int = _in(20, _COUNT)
+    candidates: int | Literal["auto"] = _in("auto", _COUNT)
     acceptance: Acceptance = "soft"
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 1.0
-    min_p: float = 0.0
-    max_tokens: int = 128
-    seed: int | None = None
+    temperature: float = _in(0.8, Range(0))
+    top_k: int = _in(40, Range(0, _MOST, whole=True))
+    top_p: float = _in(1.0, Range(above=0, high=1))
+    min_p: float = _in(0.0, _PART)
+    max_tokens: int = _in(128, _COUNT)
+    seed: int | None = _in(None, _SEED)
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
-    n: int = 1
+    n: int = _in(1, _COUNT)
     trace: bool = False
-    entropy_threshold: float = 3.0
-    min_segment_length: int = 4
+    entropy_threshold: float = _in(3.0, Range(0))
+    min_segment_length: int = _in(4, _COUNT)
     rules: CardsRules = "paper"
-    reward_weight: float = 1.5
-    rejection_rate: float = 0.5
-    ess_threshold: float = 0.5
+    reward_weight: float = _in(1.5, Range(0))
+    rejection_rate: float = _in(0.5, Range(0, below=1))
+    ess_threshold: float = _in(0.5, _PART)
     calibrate_prefixes: bool = False
     segment_end: SegmentEnd = "length"
 
@@ -165,29 +237,14 @@ class StarsParams:
         _choice("rules", self.rules, get_args(CardsRules))
         _choice("segment_end", self.segment_end, get_args(SegmentEnd))
         self._check_own_parameters()
-        for name in ("segment_length", "max_attempts", "max_tokens", "n", "min_segment_length"):
-            _integer(name, getattr(self, name), 1)
-        if self.candidates != "auto":
-            _integer("candidates", self.candidates, 1, also=' or "auto"')
-        if self.target_reward is not None and self.target_reward != "auto":
-            _number("target_reward", self.target_reward, also=', "auto" or None')
-        if _number("beta", self.beta) <= 0 and self.acceptance != "hard":
+        for name, allowed in RANGES.items():
+            value, also = getattr(self, name), _ALSO.get(name, {})
+            if not any(value is one or (isinstance(value, str) and value == one) for one in also):
+                allowed.check(name, value, "".join(also.values()))
+        if self.beta <= 0 and self.acceptance != "hard":
             raise ValueError(
                 f"beta must be above 0 with {self.acceptance} acceptance, got {self.beta!r}"
             )
-        _number("alpha", self.alpha, 0.0, 1.0)
-        _number("entropy_threshold", self.entropy_threshold, 0.0)
-        _number("reward_weight", self.reward_weight, 0.0)
-        if not 0.0 <= _number("rejection_rate", self.rejection_rate) < 1.0:
-            raise ValueError(f"rejection_rate must be in [0, 1), got {self.rejection_rate!r}")
-        _number("ess_threshold", self.ess_threshold, 0.0, 1.0)
-        _number("temperature", self.temperature, 0.0)
-        _integer("top_k", self.top_k, 0)
-        if not 0.0 < _number("top_p", self.top_p) <= 1.0:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
-        _number("min_p", self.min_p, 0.0, 1.0)
-        if self.seed is not None and _integer("seed", self.seed, 0, high=None) >= 2**64:
-            raise ValueError(f"seed must be in [0, 2**64), got {self.seed!r}")
         for flag in ("ignore_eos", "trace", "calibrate_prefixes"):
             if not isinstance(getattr(self, flag), bool):
                 raise TypeError(f"{flag} must be a bool, got {getattr(self, flag)!r}")
@@ -201,11 +258,11 @@ class StarsParams:
                 f"acceptance must be 'soft' or 'hard' with method={self.method!r}, got 'gibbs'"
             )
         own = self.own_parameters()
-        for field in fields(self):
-            if field.name not in own and getattr(self, field.name) != field.default:
+        for one in fields(self):
+            if one.name not in own and getattr(self, one.name) != one.default:
                 shown = "acceptance='gibbs'" if self.kind is GIBBS else f"method={self.method!r}"
                 raise ValueError(
-                    f"{field.name} is no parameter of {shown}, got {getattr(self, field.name)!r}; "
+                    f"{one.name} is no parameter of {shown}, got {getattr(self, one.name)!r}; "
                     f"the parameters are {', '.join(own)}"
                 )
 
@@ -280,6 +337,19 @@ class StarsParams:
         return self.max_attempts + (1 if self.rules == "public" else 0)
 
 
+#: Of the fields that have one, by name.
+RANGES: dict[str, Range] = {
+    one.name: one.metadata["range"] for one in fields(StarsParams) if "range" in one.metadata
+}
+
+#: Values beside the range, and how an error names them.
+_ALSO: dict[str, dict[object, str]] = {
+    "candidates": {"auto": ' or "auto"'},
+    "target_reward": {"auto": ', "auto"', None: " or None"},
+    "seed": {None: ""},
+}
+
+
 def with_fields(params: StarsParams, values: Mapping[str, object]) -> StarsParams:
     """`params` with some fields replaced; with another method, its own parameters are kept.
 
@@ -323,34 +393,6 @@ def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def _integer(name: str, value: object, low: int, also: str = "", high: int | None = _MOST) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer of at least {low}{also}, got {value!r}")
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}{also}, got {value!r}")
-    number = int(value)
-    if high is not None and number > high:
-        raise ValueError(f"{name} must be at most {high}{also}, got {value!r}")
-    return number
-
-
-def _number(
-    name: str, value: object, low: float = -math.inf, high: float = math.inf, also: str = ""
-) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number{also}, got {value!r}")
-    try:
-        number = float(value)
-    except OverflowError:  # an integer of more than 1,024 bits
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite{also}, got {value!r}")
-    if not low <= number <= high:
-        allowed = f"at least {low}" if math.isinf(high) else f"in [{low}, {high}]"
-        raise ValueError(f"{name} must be {allowed}{also}, got {value!r}")
-    return number
-
-
 def _stop_texts(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
     if value is None:
         return None
@@ -368,4 +410,6 @@ def _stop_ids(value: Sequence[int] | None) -> tuple[int, ...] | None:
         return None
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise TypeError(f"stop_token_ids must be a sequence of token ids, got {value!r}")
-    return tuple(_integer("stop_token_ids", token, 0) for token in value) or None
+    for token in value:
+        _TOKEN_ID.check("stop_token_ids", token)
+    return tuple(int(token) for token in value) or None

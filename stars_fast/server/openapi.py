@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import fields
@@ -13,32 +14,31 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
-from stars_fast.params import StarsParams, field_texts
+from stars_fast import params
+from stars_fast.params import Range, StarsParams, field_texts
 from stars_fast.server.answers import ErrorAnswer
 
-_COUNT: dict[str, Any] = {"minimum": 1, "maximum": 2**30}
-_PART: dict[str, Any] = {"minimum": 0, "maximum": 1}
 
-#: What `StarsParams` checks, as JSON Schema has it.
+def _keywords(allowed: Range) -> dict[str, Any]:
+    """Return a range as JSON Schema has it."""
+    bounds = {
+        "minimum": allowed.low,
+        "maximum": allowed.high,
+        "exclusiveMinimum": allowed.above,
+        "exclusiveMaximum": allowed.below,
+    }
+    return {
+        keyword: bound
+        for keyword, bound in bounds.items()
+        if bound is not None and not math.isinf(bound)
+    }
+
+
+#: What `StarsParams` checks, as JSON Schema has it; `beta` with soft acceptance.
 RANGES: dict[str, dict[str, Any]] = {
-    "segment_length": _COUNT,
-    "max_attempts": _COUNT,
-    "candidates": _COUNT,
-    "max_tokens": _COUNT,
-    "n": _COUNT,
-    "min_segment_length": _COUNT,
     "beta": {"exclusiveMinimum": 0},
-    "alpha": _PART,
-    "temperature": {"minimum": 0},
-    "top_k": {"minimum": 0, "maximum": 2**30},
-    "top_p": {"exclusiveMinimum": 0, "maximum": 1},
-    "min_p": _PART,
-    "seed": {"minimum": 0, "exclusiveMaximum": 2**64},
     "stop": {"minLength": 1},
-    "entropy_threshold": {"minimum": 0},
-    "reward_weight": {"minimum": 0},
-    "rejection_rate": {"minimum": 0, "exclusiveMaximum": 1},
-    "ess_threshold": _PART,
+    **{name: bounds for name, allowed in params.RANGES.items() if (bounds := _keywords(allowed))},
 }
 
 _ERRORS = {
