@@ -23,7 +23,7 @@ from torch import Tensor
 
 from stars_fast.errors import EngineStoppedError
 
-__all__ = ["Ranks"]
+__all__ = ["ALONE", "OneRank", "Ranks"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -43,7 +43,7 @@ class Ranks:
     Parameters
     ----------
     device : torch.device
-        Of this rank's share of the model.
+        Where this rank's share of the model is.
 
     Attributes
     ----------
@@ -52,6 +52,8 @@ class Ranks:
     lost : str
         Why this rank is out of step with the others; empty while it is not.
     """
+
+    device: torch.device | str | None
 
     def __init__(self, device: torch.device) -> None:
         self.rank: int = dist.get_rank()
@@ -63,8 +65,8 @@ class Ranks:
         self._commands: Any = dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT)
 
     @classmethod
-    def connect(cls, device: torch.device | str | None = None) -> Ranks | None:
-        """Join the other processes; None if this is the only one.
+    def connect(cls, device: torch.device | str | None = None) -> Ranks:
+        """Join the other processes; `OneRank` if this is the only one.
 
         Sets up ``torch.distributed`` from torchrun's environment unless that has been done.
 
@@ -75,7 +77,7 @@ class Ranks:
             rank's number on its machine, or the CPU where there is none.
         """
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return None
+            return OneRank(device)
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         own = torch.device("cpu")
         if accelerator is not None:
@@ -88,7 +90,7 @@ class Ranks:
         if not dist.is_initialized():
             device_id = own if own.type == "cuda" else None
             dist.init_process_group(timeout=_TIMEOUT, device_id=device_id)
-        return cls(own) if dist.get_world_size() > 1 else None
+        return cls(own) if dist.get_world_size() > 1 else OneRank(device)
 
     # What is the same on every rank
 
@@ -270,3 +272,55 @@ class Ranks:
                 f"rank {self.rank} lost the other ranks: one of them failed, was ended, or took "
                 f"more than its time, and says why in its own log ({error})"
             ) from error
+
+
+class OneRank(Ranks):
+    """The only process: there is nobody to agree with, and its calls do nothing.
+
+    Parameters
+    ----------
+    device
+        Where the model is to run; None: where it runs by default.
+    """
+
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        self.rank, self.size = 0, 1
+        self.device = device
+        self.lost = ""
+
+    def first(self, value: _T) -> _T:
+        """Return the value."""
+        return value
+
+    def smallest(self, value: int) -> int:
+        """Return the value."""
+        return value
+
+    def share(self, values: Tensor) -> None:
+        """Leave the tensor as it is."""
+
+    def check_same(self, what: str, *arrays: npt.NDArray[Any]) -> None:
+        """Do nothing: there are no others."""
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Do nothing around a block."""
+        yield
+
+    @contextlib.contextmanager
+    def leading(self) -> Iterator[None]:
+        """Do nothing around a block."""
+        yield
+
+    @contextlib.contextmanager
+    def broadcast_call(self, name: str, *arguments: Any) -> Iterator[None]:
+        """Do nothing around a block."""
+        yield
+
+    def follow(self, calls: Mapping[str, Callable[..., object]]) -> None:
+        """Raise ValueError: there is nobody to follow."""
+        raise ValueError("follow: there is one process, which has nobody to follow")
+
+
+#: The rank of an engine that is not tensor-parallel.
+ALONE = OneRank()

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from stars_fast.distributed import Ranks
+from stars_fast.distributed import ALONE, Ranks
 from stars_fast.engine.calibration import calibration_of, prefix_calibration_of
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import Loop
@@ -55,7 +55,7 @@ class BaseEngine:
     seed
         Seeds of requests that have none follow from it and from the number of requests before.
     ranks
-        Those that run this engine; None: there is one.
+        Those that run this engine.
 
     Notes
     -----
@@ -71,7 +71,7 @@ class BaseEngine:
         tokenizer: PreTrainedTokenizerBase | None,
         eos_ids: tuple[int, ...],
         seed: int,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._reader = reader
         self._loop = loop
@@ -378,7 +378,7 @@ class BaseEngine:
     @property
     def rank(self) -> int:
         """Which of the processes of a tensor-parallel engine this is; 0 for an engine of one."""
-        return 0 if self._ranks is None else self._ranks.rank
+        return self._ranks.rank
 
     def lead(self) -> contextlib.AbstractContextManager[None]:
         """Have the other ranks, which `follow`, do what this one does inside of ``with``.
@@ -393,7 +393,7 @@ class BaseEngine:
         EngineStoppedError
             If this rank is out of step with the others.
         """
-        return contextlib.nullcontext() if self._ranks is None else self._ranks.leading()
+        return self._ranks.leading()
 
     def follow(self) -> None:
         """Do what rank 0 does, until its `lead` ends; for every other rank.
@@ -405,8 +405,6 @@ class BaseEngine:
         Exception
             What put this rank out of step with the others: end its process.
         """
-        if self._ranks is None:
-            raise ValueError("follow: there is one process, which has nobody to follow")
         self._ranks.follow(
             {
                 "add_request": self.add_request,
@@ -422,8 +420,6 @@ class BaseEngine:
         self, name: str, *arguments: Any
     ) -> contextlib.AbstractContextManager[None]:
         """Have the ranks that follow make the call whose work is done inside."""
-        if self._ranks is None:
-            return contextlib.nullcontext()
         return self._ranks.broadcast_call(name, *arguments)
 
     @property

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_fast import _core
 from stars_fast.config import Backend, EngineConfig, KvDtype
-from stars_fast.distributed import Ranks
+from stars_fast.distributed import ALONE, OneRank, Ranks
 from stars_fast.drafting.base import Drafter
 from stars_fast.drafting.eager import EagerDrafter
 from stars_fast.drafting.segment_ends import segment_end_levels
@@ -163,16 +163,16 @@ class Engine(BaseEngine):
         loaded, found_tokenizer = load_causal_lm(
             model,
             dtype=dtype,
-            device=device if ranks is None else ranks.device,
+            device=ranks.device,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
-            num_ranks=1 if ranks is None else ranks.size,
+            num_ranks=ranks.size,
         )
         tokenizer = tokenizer if tokenizer is not None else found_tokenizer
         lm = _on_pages(loaded, config, ranks)
         scorer = _scorer_for(reward_model, config, lm, tokenizer, reward_tokenizer, ranks)
         judges = isinstance(reward_model, Persona)
-        overlap = _overlaps(config, lm, scorer, judges=judges)
+        overlap = _overlaps(config, ranks, lm, scorer, judges=judges)
         scheduler = _core.Scheduler(
             num_pages=lm.num_pages,
             page_size=page_size,
@@ -214,10 +214,10 @@ class Engine(BaseEngine):
         return cls(str(demo.model_dir()), str(demo.reward_model_dir()), **options)
 
 
-def _connected(config: EngineConfig) -> Ranks | None:
-    """Return the ranks of a tensor-parallel engine; None where there is one process."""
-    ranks = Ranks.connect(config.device) if config.tensor_parallel else None
-    if ranks is not None:
+def _connected(config: EngineConfig) -> Ranks:
+    """Return the ranks that run the engine."""
+    ranks = Ranks.connect(config.device) if config.tensor_parallel else OneRank(config.device)
+    if ranks.size > 1:
         for name in ("overlap_scoring", "compile_model"):
             value = getattr(config, name)
             if value:
@@ -225,7 +225,7 @@ def _connected(config: EngineConfig) -> Ranks | None:
     return ranks
 
 
-def _on_pages(model: PreTrainedModel, config: EngineConfig, ranks: Ranks | None) -> PagedModel:
+def _on_pages(model: PreTrainedModel, config: EngineConfig, ranks: Ranks) -> PagedModel:
     """Return the language model on a pool of pages."""
     num_pages = config.num_pages
     if num_pages is None:
@@ -236,7 +236,7 @@ def _on_pages(model: PreTrainedModel, config: EngineConfig, ranks: Ranks | None)
             gpu_share=LM_POOL_SHARE,
             kv_dtype=config.kv_dtype,
         )
-        num_pages = num_pages if ranks is None else ranks.smallest(num_pages)
+        num_pages = ranks.smallest(num_pages)
     check_numbers(model, backend=config.backend)
     paged = PagedModel(
         model,
@@ -260,7 +260,7 @@ def _scorer_for(
     lm: PagedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     reward_tokenizer: PreTrainedTokenizerBase | None,
-    ranks: Ranks | None,
+    ranks: Ranks,
 ) -> Scorer | None:
     """Load the reward model beside the language model."""
     if reward_model is None:
@@ -283,17 +283,19 @@ def _scorer_for(
         kv_dtype=config.kv_dtype,
         compile_model=config.compile_model,
     )
-    if ranks is None:
+    if ranks.size == 1:
         return load()
     return load_on_ranks(
         lambda on: load(ranks=on), reward_model, ranks, device=config.reward_device
     )
 
 
-def _overlaps(config: EngineConfig, lm: PagedModel, scorer: Scorer | None, *, judges: bool) -> bool:
+def _overlaps(
+    config: EngineConfig, ranks: Ranks, lm: PagedModel, scorer: Scorer | None, *, judges: bool
+) -> bool:
     """Return whether a round is scored beside the next one's draft."""
     overlap = config.overlap_scoring
-    if overlap is None and config.tensor_parallel:
+    if overlap is None and ranks.size > 1:
         overlap = False
     if overlap is None:
         elsewhere = None if scorer is None else scorer.device
@@ -320,10 +322,10 @@ def _segment_ends_of(
 
 
 def make_drafter(
-    model: PagedModel, segment_ends: Callable[[], Tensor], ranks: Ranks | None = None
+    model: PagedModel, segment_ends: Callable[[], Tensor], ranks: Ranks = ALONE
 ) -> Drafter:
     """Return the drafter that suits a model's backend; for `segment_ends` see `EagerDrafter`."""
-    if ranks is not None:
+    if ranks.size > 1:
         if model.on_kernels:
             _log.info("decode steps run without a CUDA graph: the model is tensor-parallel")
         return EagerDrafter(model, segment_ends, ranks.share)

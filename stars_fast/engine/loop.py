@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from stars_fast import _core
-from stars_fast.distributed import Ranks
+from stars_fast.distributed import ALONE, Ranks
 from stars_fast.drafting import segment_ends
 from stars_fast.drafting.base import Draft, Drafter, RowSampling
 from stars_fast.engine.clock import PhaseClock
@@ -109,7 +109,7 @@ class Loop:
         Score a round on a thread of its own while the next one, of other requests, is drafted; the
         scheduler has two lanes then.
     ranks
-        Those that run the same rounds; None: there is one. Not with `overlap`.
+        Those that run the same rounds; one with `overlap`.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Loop:
         clock: PhaseClock,
         *,
         overlap: bool = False,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model = model
         self._drafter = drafter
@@ -291,7 +291,7 @@ class Loop:
                 raise
 
     def _together(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._ranks is None else self._ranks.together()
+        return self._ranks.together()
 
     def wait_for_scoring(self) -> None:
         """Wait until the scorer is free, so that the caller's thread may use it."""
@@ -301,14 +301,13 @@ class Loop:
     # The phases of a round
 
     def _run(self, plan: _core.Plan) -> list[Response]:
-        if self._ranks is not None:
-            draft = plan.draft
-            self._ranks.check_same(
-                "the round",
-                *(plan.request, plan.attempt, plan.seed, plan.position, plan.stream),
-                plan.first_token,
-                *(plan.prefill_tokens, plan.unscored, draft.new_lengths, draft.slots),
-            )
+        draft = plan.draft
+        self._ranks.check_same(
+            "the round",
+            *(plan.request, plan.attempt, plan.seed, plan.position, plan.stream),
+            plan.first_token,
+            *(plan.prefill_tokens, plan.unscored, draft.new_lengths, draft.slots),
+        )
         done = self._draft(plan)
         if self._worker is None:
             return self._finish(self._score(done))
@@ -398,8 +397,7 @@ class Loop:
     def _commit(self, done: Round) -> list[Response]:
         spent = done.seconds.values()
         seconds = max(spent) if self._worker is not None else sum(spent)
-        if self._ranks is not None:
-            seconds = self._ranks.first(seconds)
+        seconds = self._ranks.first(seconds)
         decision = self._scheduler.commit(
             done.draft.tokens, done.lengths, done.stopped, done.merits, seconds / done.steps
         )
@@ -517,11 +515,8 @@ class Loop:
         `responses`: whose texts they are, to be charged with what it costs.
         """
         self.wait_for_scoring()
-        if self._ranks is not None:
-            ids_of_all = [
-                ids for prompt, response, _ in texts for ids in (prompt.token_ids, response)
-            ]
-            self._ranks.check_same("what is to be scored", *map(np.asarray, ids_of_all))
+        ids_of_all = [ids for prompt, response, _ in texts for ids in (prompt.token_ids, response)]
+        self._ranks.check_same("what is to be scored", *map(np.asarray, ids_of_all))
         self._charge_scoring()
         jobs: list[ScoreJob] = []
         errors: dict[int, Exception] = {}

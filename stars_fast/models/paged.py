@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stars_fast.config import Backend, KvDtype
-from stars_fast.distributed import Ranks
+from stars_fast.distributed import ALONE, Ranks
 from stars_fast.models.batch import BatchLike
 from stars_fast.models.checks import check_architecture, max_length
 from stars_fast.models.decode import DecodeAttention, Workspace
@@ -76,7 +76,7 @@ class PagedModel:
     compile_model : bool
         Fuse what lies between the model's matrix products and its attention (norms, rotary
         embeddings, gates) by `torch.compile`; the first passes wait for the compiler.
-    ranks : Ranks, optional
+    ranks : Ranks
         Those that hold the model together, each with the pages of its own KV heads.
 
     Raises
@@ -97,7 +97,7 @@ class PagedModel:
         backend: Backend = "auto",
         kv_dtype: KvDtype = "auto",
         compile_model: bool = False,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         if num_pages < 2:
             raise ValueError(
@@ -357,7 +357,7 @@ class PagedModel:
         """First output of a forward on packed tokens ``[T]``, without its batch dimension."""
         ids = input_ids.unsqueeze(0)
         linears = contextlib.nullcontext() if self._linears is None else self._linears.active()
-        together = contextlib.nullcontext() if self._ranks is None else self._ranks.together()
+        together = self._ranks.together()
         with attention_implementation(self._configs, STARS_PAGED), linears, together:
             output = self._compiled.get(module, module)(
                 input_ids=ids,

@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from stars_fast.config import Backend, KvDtype
-from stars_fast.distributed import Ranks
+from stars_fast.distributed import ALONE, Ranks
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.load import check_model_directory, same_device
 from stars_fast.models.paged import PagedModel
@@ -73,7 +73,7 @@ def load_scorer(
     kv_dtype: KvDtype = "auto",
     compile_model: bool = False,
     texts_only: bool = False,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
 ) -> Scorer:
     """Make the scorer of a reward model.
 
@@ -112,7 +112,7 @@ def load_scorer(
         Of a causal reward model or a judge, see `stars_fast.models.paged.PagedModel`.
     texts_only
         There are texts though there is no tokenizer: responses come as such.
-    ranks : Ranks, optional
+    ranks : Ranks
         Over which to split a model, or that hold a loaded one or the language model together.
 
     Raises
@@ -150,8 +150,7 @@ def load_scorer(
         source = os.fspath(reward_model)
         config = _load_config(source, allow_pickle)
         tokenizer = reward_tokenizer or _load_tokenizer(source, trust_remote_code)
-        num_ranks = 1 if ranks is None else ranks.size
-        model = _load_model(source, config, device, dtype, allow_pickle, num_ranks)
+        model = _load_model(source, config, device, dtype, allow_pickle, ranks.size)
     else:
         model = reward_model
         model.train(False)
@@ -172,7 +171,7 @@ class _Pool:
     backend: Backend
     kv_dtype: KvDtype
     compile_model: bool
-    ranks: Ranks | None
+    ranks: Ranks
 
     def paged(self, model: PreTrainedModel) -> PagedModel:
         """Return the model on pages, as many as fit where none were asked for."""
@@ -185,7 +184,7 @@ class _Pool:
                 gpu_share=RM_POOL_SHARE,
                 kv_dtype=self.kv_dtype,
             )
-            num_pages = num_pages if self.ranks is None else self.ranks.smallest(num_pages)
+            num_pages = self.ranks.smallest(num_pages)
         return PagedModel(
             model,
             num_pages=num_pages,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from stars_fast.distributed import Ranks
+from stars_fast.distributed import ALONE, Ranks
 from stars_fast.errors import RewardError
 from stars_fast.models.load import same_device
 from stars_fast.models.sharded import num_shards, why_not_sharded
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_on_ranks(
-    load: Callable[[Ranks | None], Scorer],
+    load: Callable[[Ranks], Scorer],
     reward_model: RewardModelLike,
     ranks: Ranks,
     *,
@@ -34,7 +34,7 @@ def load_on_ranks(
     Parameters
     ----------
     load
-        Loads it, split over the ranks that it is given, or whole.
+        Loads it, split over the ranks that it is given.
     reward_model
         What it loads. Split are models by name whose architecture can be, loaded models that are
         already, and a `Persona`; functions, encoders, and what is on another device are not.
@@ -56,7 +56,7 @@ def load_on_ranks(
     if ranks.rank == 0:
         _log.info("the reward model runs on rank 0 alone: %s", reason)
         try:
-            scorer = load(None)
+            scorer = load(ALONE)
         except Exception as error:  # noqa: BLE001 - raised below
             failure = error
     message = ranks.first("" if failure is None else f"{type(failure).__name__}: {failure}")
@@ -74,7 +74,9 @@ def _why_alone(
         return "" if num_shards(reward_model) == ranks.size else "it was loaded whole"
     if not isinstance(reward_model, str | os.PathLike):
         return "it is a function"
-    if device is not None and not same_device(torch.device(device), ranks.device):
+    if device is not None and not same_device(
+        torch.device(device), torch.device(ranks.device or "cpu")
+    ):
         return f"it is to be on {device}"
     try:
         config = AutoConfig.from_pretrained(os.fspath(reward_model), trust_remote_code=False)
