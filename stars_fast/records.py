@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -127,18 +128,24 @@ def _completion(completion: CompletionOutput) -> dict[str, Any]:
         "index": completion.index,
         "text": completion.text,
         "token_ids": completion.token_ids,
-        "reward": _finite(completion.reward),
+        "reward": finite(completion.reward),
         "finish_reason": completion.finish_reason,
-        "segments": [_segment(segment) for segment in completion.segments],
+        "segments": [segment_record(segment) for segment in completion.segments],
     }
 
 
-def _segment(segment: Segment) -> dict[str, Any]:
+def segment_record(
+    segment: Segment, text_of: Callable[[Sequence[int]], str] | None = None
+) -> dict[str, Any]:
+    """Return a segment as JSON; rejected attempts are there if the request asked for a trace.
+
+    With `text_of`, attempts have their texts, too.
+    """
     record: dict[str, Any] = {
         "start": segment.start,
         "end": segment.end,
-        "reward": _finite(segment.reward),
-        "threshold": _finite(segment.threshold),
+        "reward": finite(segment.reward),
+        "threshold": finite(segment.threshold),
         "attempts": segment.attempts,
         "accepted": segment.accepted,
     }
@@ -146,16 +153,17 @@ def _segment(segment: Segment) -> dict[str, Any]:
         record["rejected"] = [
             {
                 "number": attempt.number,
+                **({} if text_of is None else {"text": text_of(attempt.token_ids)}),
                 "token_ids": list(attempt.token_ids),
-                "reward": _finite(attempt.reward),
+                "reward": finite(attempt.reward),
             }
             for attempt in segment.rejected
         ]
     return record
 
 
-def _finite(value: float | None) -> float | None:
-    """JSON has no NaN and no infinity."""
+def finite(value: float | None) -> float | None:
+    """Return the value; None for NaN and infinity, which JSON does not have."""
     return value if value is not None and math.isfinite(value) else None
 
 

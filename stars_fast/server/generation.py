@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -13,13 +14,14 @@ from stars_fast.engine.detokenize import token_offsets
 from stars_fast.engine.requests import samples_per_response
 from stars_fast.engine.streams import RequestStream
 from stars_fast.errors import EngineStoppedError
-from stars_fast.outputs import RequestOutput
+from stars_fast.outputs import RequestOutput, Segment
 from stars_fast.params import StarsParams
+from stars_fast.records import segment_record
 from stars_fast.server.errors import ApiError, request_failed
 from stars_fast.server.protocol import ChatRequest, CompletionRequest, params_of
 from stars_fast.server.settings import ServerSettings
 from stars_fast.server.shapes import Shape
-from stars_fast.server.transcript import Delta, Transcript, segment_object, token_text
+from stars_fast.server.transcript import Delta, Transcript, token_text
 
 
 class Generation:
@@ -150,9 +152,7 @@ class Generation:
         """Return the chunk of a stream for a delta."""
         first = transcript.index not in self._sent
         self._sent.add(transcript.index)
-        stars: dict[str, Any] = {
-            "segments": [segment_object(s, self._engine.tokenizer) for s in delta.segments]
-        }
+        stars: dict[str, Any] = {"segments": self._segments(delta.segments)}
         if delta.finish_reason is not None:
             stars["reward"] = delta.reward
         choice = {
@@ -209,9 +209,13 @@ class Generation:
             "finish_reason": output.finish_reason,
             "stars": {
                 "reward": output.reward,
-                "segments": [segment_object(s, self._engine.tokenizer) for s in output.segments],
+                "segments": self._segments(output.segments),
             },
         }
+
+    def _segments(self, segments: Sequence[Segment]) -> list[dict[str, Any]]:
+        text_of = functools.partial(token_text, tokenizer=self._engine.tokenizer)
+        return [segment_record(segment, text_of) for segment in segments]
 
     def _token_ids(self, token_ids: Sequence[int]) -> dict[str, list[int]]:
         return {"token_ids": list(token_ids)} if self._body.wants_token_ids else {}

@@ -5,10 +5,8 @@ What has been sent is never taken back.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -117,36 +115,8 @@ class Transcript:
         )
 
 
-def segment_object(segment: Segment, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-    """Return a segment as JSON; rejected attempts are there if the request asked for a trace."""
-    record: dict[str, Any] = {
-        "start": segment.start,
-        "end": segment.end,
-        "reward": finite(segment.reward),
-        "threshold": finite(segment.threshold),
-        "attempts": segment.attempts,
-        "accepted": segment.accepted,
-    }
-    if segment.rejected:
-        record["rejected"] = [
-            {
-                "number": attempt.number,
-                "text": token_text(attempt.token_ids, tokenizer),
-                "token_ids": list(attempt.token_ids),
-                "reward": finite(attempt.reward),
-            }
-            for attempt in segment.rejected
-        ]
-    return record
-
-
 def token_text(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase | None) -> str:
     """Return tokens as text, special ones included."""
     if tokenizer is None:
         return ""
     return str(tokenizer.decode(list(token_ids)))
-
-
-def finite(value: float | None) -> float | None:
-    """JSON has no NaN and no infinity."""
-    return value if value is not None and math.isfinite(value) else None

@@ -72,7 +72,7 @@ class PlainLogits:
         return float(self.after(before).log_softmax(-1)[token])
 
     def entropy(self, before: Sequence[int]) -> float:
-        """Of the raw distribution of the next token, in nats."""
+        """Entropy of the raw distribution of the next token, in nats."""
         return float(torch.distributions.Categorical(logits=self.after(before)).entropy())
 
 

@@ -69,7 +69,7 @@ class World:
 
     @property
     def vocab_size(self) -> int:
-        """Of the model."""
+        """The model's vocabulary."""
         return len(self.tokenizer) + self.wider
 
     def engine(self, seed: int, options: dict[str, Any]) -> Engine:

@@ -115,7 +115,7 @@ class WrittenOut:
     # Rewards
 
     def reward(self, token_ids: Sequence[int]) -> float:
-        """Of a response so far, by a pass over all of it."""
+        """Reward of a response so far, by a pass over all of it."""
         key = tuple(token_ids)
         if self.judge is not None:
             return JudgeReward(self.judge, self.logits)(token_ids, "")
