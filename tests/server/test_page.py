@@ -161,7 +161,7 @@ def test_segments_are_shown_as_they_come_and_stop_ends_it(page: Page, served: Se
     [
         ({"beta": 0}, "beta must be above 0 with soft acceptance, got 0"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
-        ({"temperature": -1}, "temperature must be at least 0.0, got -1"),
+        ({"temperature": -1}, "temperature must be at least 0, got -1"),
         ({"prompt": "c"}, "no reward for c"),
     ],
 )
