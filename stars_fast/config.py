@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FLAGS", "Backend", "EngineConfig", "KvDtype"]
+__all__ = ["FLAGS", "Backend", "EngineConfig", "KvDtype", "TemplateLike"]
 
 Backend = Literal["auto", "pytorch", "triton"]
 KvDtype = Literal["auto", "fp8"]
-TemplateLike = str | Callable[..., Any] | None
+#: What `Engine` and the reward models take as `reward_template`.
+TemplateLike: TypeAlias = "str | Callable[..., Any] | None"
 
 
 def _flag(text: str, group: str = "models", metavar: str | None = None) -> dict[str, str | None]:

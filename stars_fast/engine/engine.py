@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_fast import _core
-from stars_fast.config import Backend, EngineConfig, KvDtype
+from stars_fast.config import Backend, EngineConfig, KvDtype, TemplateLike
 from stars_fast.distributed import ALONE, OneRank, Ranks
 from stars_fast.drafting.base import Drafter
 from stars_fast.drafting.eager import EagerDrafter
@@ -31,7 +31,6 @@ from stars_fast.rewards.base import Scorer
 from stars_fast.rewards.load import RewardModelLike, load_scorer
 from stars_fast.rewards.on_ranks import load_on_ranks
 from stars_fast.rewards.persona import Persona
-from stars_fast.rewards.text import TemplateLike
 
 _log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stars_fast import _core
+from stars_fast.config import TemplateLike
 from stars_fast.engine.base import BaseEngine, Reader
 from stars_fast.engine.clock import PhaseClock
 from stars_fast.engine.detokenize import Decodes
@@ -32,7 +33,6 @@ from stars_fast.remote.servers import find_server
 from stars_fast.rewards.base import Scorer
 from stars_fast.rewards.load import RewardModelLike, load_scorer
 from stars_fast.rewards.persona import Persona
-from stars_fast.rewards.text import TemplateLike
 
 #: Those that need no more of a segment than its text and its number of tokens.
 BY_TEXT = tuple(method for method, kind in METHODS.items() if kind.by_text)

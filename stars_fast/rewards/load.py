@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from stars_fast.config import Backend, KvDtype
+from stars_fast.config import Backend, KvDtype, TemplateLike
 from stars_fast.distributed import ALONE, Ranks
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.load import check_model_directory, same_device
@@ -39,7 +39,7 @@ from stars_fast.rewards.encoder import EncoderScorer, encoder_context
 from stars_fast.rewards.head import check_labels, linear_head
 from stars_fast.rewards.persona import Persona, PersonaScorer, PersonaTokens
 from stars_fast.rewards.reading import LastToken
-from stars_fast.rewards.text import CallableTemplate, TemplateLike, make_template
+from stars_fast.rewards.text import CallableTemplate, make_template
 from stars_fast.rewards.tokens import RetokenizedText, SharedTokens, TokenSource
 from stars_fast.rewards.vocabulary import check_vocabulary, embedding_rows, same_tokens
 

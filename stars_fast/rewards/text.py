@@ -35,13 +35,13 @@ from typing import Any, Protocol, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
+from stars_fast.config import TemplateLike
 from stars_fast.rewards.base import Prompt
 
-__all__ = ["CallableTemplate", "ChatTemplate", "FramedPrompt", "Template", "TemplateLike"]
+__all__ = ["CallableTemplate", "ChatTemplate", "FramedPrompt", "Template"]
 __all__ += ["FormatTemplate", "PairTemplate", "PlainTemplate", "RenderedPrompt", "make_template"]
 __all__ += ["bare_text", "conversation"]
 
-TemplateLike: TypeAlias = "str | Callable[..., Any] | None"
 Messages: TypeAlias = "list[dict[str, str]]"
 
 
