@@ -260,7 +260,7 @@ def time_rounds() -> list[dict[str, Any]]:
         rows.append({"name": name, "rows": len(asked), "milliseconds_per_step": seconds * 1e3})
         if ON_GPU:
             rows[-1]["least_milliseconds"] = weights / bandwidth * 1e3
-            rows[-1]["captured"] = str(getattr(engine._loop._drafter, "captures", None))
+            rows[-1]["captured"] = str(getattr(engine.loop.drafter, "captures", None))
         print(rows[-1] if ON_GPU else f"{name}: ran")
         del engine
         gc.collect()

@@ -1,8 +1,7 @@
 """An observed run of an engine: what each phase had to do at the least, beside what it took.
 
-The engine's loop is looked at from outside: for the time of a run its draft phase is wrapped, and
-the plan of each round is kept with the lengths that were drawn. The sums are made after the run, so
-that they cost it nothing.
+The loop hands over each round that is drafted (`Loop.on_round`); its plan is kept with the lengths
+that were drawn. The sums are made after the run, so that they cost it nothing.
 """
 
 from __future__ import annotations
@@ -53,18 +52,19 @@ class EngineCost:
     @classmethod
     def of(cls, engine: Engine) -> EngineCost:
         """Costs of an engine's models, in the dtypes that they and their pages have."""
-        scorer = engine._scorer
+        lm, scorer = engine.loop.model, engine.loop.scorer
+        assert isinstance(lm, PagedModel)
         return cls(
-            step=_cost(engine._lm, engine._lm.model),
-            prefill=_cost(engine._lm, _backbone(engine._lm)),
-            score=_cost(scorer._model, _backbone(scorer._model))
+            step=_cost(lm, lm.model),
+            prefill=_cost(lm, _backbone(lm)),
+            score=_cost(scorer.model, _backbone(scorer.model))
             if isinstance(scorer, CausalScorer)
             else None,
         )
 
 
 def _cost(paged: PagedModel, module: PreTrainedModel) -> ModelCost:
-    return ModelCost.of(module, kv_dtype=paged._pools.k_pages[0].dtype)
+    return ModelCost.of(module, kv_dtype=paged.kv_dtype)
 
 
 def _backbone(paged: PagedModel) -> PreTrainedModel:
@@ -171,7 +171,7 @@ class Observation:
     rounds
         In order.
     pages, reward_pages
-        The most in use of each pool when a round was about to be drawn.
+        The most in use of each pool when a round was drawn.
     """
 
     cost: EngineCost
@@ -197,26 +197,23 @@ def observed(engine: Engine) -> Iterator[Observation]:
     RuntimeError
         If the engine is observed already.
     """
-    loop = engine._loop
-    if "_draft" in vars(loop):
+    loop = engine.loop
+    if loop.on_round is not None:
         raise RuntimeError("the engine is observed already")
     seen = Observation(EngineCost.of(engine))
-    draft = loop._draft
 
-    def draft_and_note(plan: _core.Plan) -> Round:
-        seen.pages = max(seen.pages, engine._loop._scheduler.pages_used)
-        if engine._scorer is not None:
-            used = engine._scorer.stats().get("rm_pages_used", 0)
+    def note(done: Round) -> None:
+        seen.pages = max(seen.pages, loop.pages_used)
+        if loop.scorer is not None:
+            used = loop.scorer.stats().get("rm_pages_used", 0)
             seen.reward_pages = max(seen.reward_pages, used)
-        done = draft(plan)
         seen.rounds.append(Drawn.of(done))
-        return done
 
-    vars(loop)["_draft"] = draft_and_note
+    loop.on_round = note
     try:
         yield seen
     finally:
-        del vars(loop)["_draft"]
+        loop.on_round = None
 
 
 @dataclass(frozen=True)
@@ -332,7 +329,7 @@ def run(
     asked = list(zip(names, prompts, params, strict=True))
     batch = batch or max(1, len(asked))
     first: dict[str, float] = {}
-    device = engine._lm.device
+    device = engine.loop.model.device
     before = engine.stats()
     with observed(engine) as seen:
         synchronize(device)

@@ -112,9 +112,8 @@ class Bench:
                 if phase.name in ("draft", "prefill"):
                     taken["steps" if phase.name == "draft" else "prefill"].append(phase.seconds)
             # Prompt and segment as one prompt: with a response behind it there would be two passes.
-            whole = engine._reader.read(ids + ids[: cell.segment_length], 0)
             begun = time.perf_counter()
-            engine._loop.score_whole([(whole, [], "")])
+            engine.score(ids + ids[: cell.segment_length], [""])
             taken["pass"].append(time.perf_counter() - begun)
         first, steps_, prefill, one_pass = (float(np.median(x[1:])) for x in taken.values())
         return {
@@ -288,9 +287,9 @@ def _pages_wanted(cell: Cell) -> int:
 
 def _pages(engine: Engine, cell: Cell) -> dict[str, int]:
     """Return the pages of each pool; where they are fewer than wanted, some requests wait."""
-    scorer = engine._scorer
+    stats = engine.stats()
     return {
-        "pages": engine._lm.num_pages,
+        "pages": 1 + int(stats["pages_used"] + stats["pages_free"]),  # the first holds nothing
         "pages_wanted": _pages_wanted(cell),
-        "reward_evictions": 0 if scorer is None else scorer.stats().get("rm_evictions", 0),
+        "reward_evictions": int(stats.get("rm_evictions", 0)),
     }

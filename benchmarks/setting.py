@@ -103,7 +103,7 @@ class Setting:
     @property
     def device(self) -> torch.device:
         """Where the models are."""
-        return self.engine._lm.device
+        return self.engine.loop.model.device
 
     @property
     def prompts(self) -> list[list[int]]:

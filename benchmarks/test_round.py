@@ -93,7 +93,7 @@ class Scoring:
             max_rows=rows,
             device=device,
         )
-        scorer = engine._scorer
+        scorer = engine.loop.scorer
         assert scorer is not None
         self._scorer, self._model, self._device = scorer, model, device
         self._texts = prompts(shape, rows, context + segment, context + segment)

@@ -74,13 +74,13 @@ class BaseEngine:
         ranks: Ranks = ALONE,
     ) -> None:
         self._reader = reader
-        self._loop = loop
+        #: The rounds, and by them the models: to look at, as benchmarks do.
+        self.loop = loop
         self._limits = limits
         self.tokenizer = tokenizer
         self._eos_ids = eos_ids
         self._seed = seed
         self._ranks = ranks
-        self._scorer = limits.scorer
         self._calibration: Calibration | None = None
         self._num_seeded = 0
         self._requests: dict[str, Request] = {}
@@ -175,7 +175,7 @@ class BaseEngine:
                 ids = list(self.tokenizer(response, add_special_tokens=False)["input_ids"])
             pairs.append((self._reader.read(text, 0), ids, response))
         with self._broadcast_call("score", texts, list(responses)):
-            scores = self._loop.score_whole(pairs)
+            scores = self.loop.score_whole(pairs)
         for number, score in enumerate(scores):
             if isinstance(score, Exception):
                 raise RewardError(f"score: response {number}: {score}") from score
@@ -214,7 +214,7 @@ class BaseEngine:
             raise ValueError(f"quantile must be in (0, 1), got {quantile}")
         if samples_per_prompt < 1:
             raise ValueError(f"samples_per_prompt must be at least 1, got {samples_per_prompt}")
-        if self._scorer is None:
+        if self.loop.scorer is None:
             raise ValueError("calibrate needs a reward model: pass Engine(..., reward_model=...)")
         # One attempt of each segment, whatever its reward, and so plain samples: scored as they
         # grow, which costs the reward model no token more and tells what prefixes predict.
@@ -284,7 +284,7 @@ class BaseEngine:
         try:
             samples = params.num_candidates if params.kind.competes == "responses" else 1
             for index in range(params.n * samples):
-                started = self._loop.start(
+                started = self.loop.start(
                     request.prompt,
                     params,
                     seed=derive_seed(seed, index),
@@ -327,7 +327,7 @@ class BaseEngine:
 
     def _step(self) -> list[RequestOutput]:
         changed: dict[str, Request] = {}
-        for response in self._loop.step():
+        for response in self.loop.step():
             request = self._owners.get(response.handle)
             if request is None:
                 continue  # a sibling failed in this round
@@ -371,7 +371,7 @@ class BaseEngine:
         if self.has_unfinished():
             raise ValueError("reset_prefix_cache: requests are unfinished; step() or abort() first")
         with self._broadcast_call("reset_prefix_cache"):
-            self._loop.clear_cache()
+            self.loop.clear_cache()
 
     # Several processes
 
@@ -452,7 +452,7 @@ class BaseEngine:
         what the scorer counts (``rm_tokens`` and others); ``seconds_plan``, ``_fork``,
         ``_prefill``, ``_draft``, ``_score``, ``_commit``.
         """
-        return self._loop.stats()
+        return self.loop.stats()
 
     def num_parameters(self) -> dict[str, int]:
         """Return how many weights a token is multiplied with, for an estimate of operations.
@@ -460,8 +460,8 @@ class BaseEngine:
         ``"lm"`` and ``"rm"``: all parameters but an input embedding that is not the output head as
         well. 0 where the model is not here, or is a function.
         """
-        models = {"lm": self._loop.model.model, "rm": None}
-        models["rm"] = None if self._scorer is None else self._scorer.module
+        models = {"lm": self.loop.model.model, "rm": None}
+        models["rm"] = None if self.loop.scorer is None else self.loop.scorer.module
         return {
             name: 0 if model is None else multiplied_parameters(model)
             for name, model in models.items()
@@ -514,7 +514,7 @@ class BaseEngine:
             for response in request.responses
         ]
         owners = [response for request in ready for response in request.responses]
-        scores = iter(self._loop.score_whole(texts, owners) if texts else [])
+        scores = iter(self.loop.score_whole(texts, owners) if texts else [])
         for request in ready:
             request.unchosen = False
             for response, score in zip(request.responses, scores, strict=False):
@@ -526,7 +526,7 @@ class BaseEngine:
     def _drop(self, request: Request) -> None:
         """Forget a request; what still runs of it is aborted."""
         for response in request.responses:
-            self._loop.abort(response)
+            self.loop.abort(response)
             self._owners.pop(response.handle, None)
         self._requests.pop(request.request_id, None)
 

@@ -191,7 +191,6 @@ class Engine(BaseEngine):
             overlap=overlap,
             ranks=ranks,
         )
-        self._lm = lm
         super().__init__(
             PromptReader(tokenizer, lm.vocab_size, lm.max_length),
             loop,

@@ -110,6 +110,15 @@ class Loop:
         scheduler has two lanes then.
     ranks
         Those that run the same rounds; one with `overlap`.
+
+    Attributes
+    ----------
+    model, drafter, scorer
+        As given.
+    on_round
+        Called with each round that is drafted, before it is scored; None: nobody is told.
+    lm_calls
+        Forward passes of the language model.
     """
 
     def __init__(
@@ -125,9 +134,10 @@ class Loop:
         ranks: Ranks = ALONE,
     ) -> None:
         self.model = model
-        self._drafter = drafter
+        self.drafter = drafter
+        self.on_round: Callable[[Round], None] | None = None
         self._scheduler = scheduler
-        self._scorer = scorer
+        self.scorer = scorer
         self._tokenizer = tokenizer
         self._responses: dict[int, Response] = {}
         self._handles = itertools.count()
@@ -137,7 +147,6 @@ class Loop:
         self._worker = futures.ThreadPoolExecutor(1, "stars-fast-score") if overlap else None
         self._scoring: futures.Future[Round] | None = None
         self._planned: deque[_core.Plan] = deque()  # out, the oldest first
-        #: Forward passes of the language model.
         self.lm_calls = 0
 
     @property
@@ -145,10 +154,15 @@ class Loop:
         """Whether any response is queued or running."""
         return self._scheduler.has_unfinished
 
+    @property
+    def pages_used(self) -> int:
+        """Pages of the language model's pool in use."""
+        return self._scheduler.pages_used
+
     def stats(self) -> dict[str, float]:
         """Return the counters of `BaseEngine.stats`."""
         scheduler = self._scheduler
-        scorer = {} if self._scorer is None else self._scorer.stats()
+        scorer = {} if self.scorer is None else self.scorer.stats()
         return {
             **scheduler.stats,
             "lm_calls": self.lm_calls,
@@ -225,13 +239,13 @@ class Loop:
             for _ in range(count):
                 handle = next(self._handles)
                 if params.scored:
-                    self.scorer.start(handle, prompt, params.longest_response)
+                    self._needed_scorer.start(handle, prompt, params.longest_response)
                 handles.append(handle)
             queue(handles)
         except BaseException:
             if params.scored:
                 for handle in handles:
-                    self.scorer.finish(handle)
+                    self._needed_scorer.finish(handle)
             raise
         sampling = RowSampling(
             params.temperature,
@@ -259,11 +273,11 @@ class Loop:
         return responses
 
     @property
-    def scorer(self) -> Scorer:
+    def _needed_scorer(self) -> Scorer:
         """The reward model. Raises ValueError if there is none."""
-        if self._scorer is None:
+        if self.scorer is None:
             raise ValueError("a reward model is needed: pass Engine(..., reward_model=...)")
-        return self._scorer
+        return self.scorer
 
     def abort(self, response: Response) -> None:
         """Stop a response; its finish reason becomes ``"abort"`` unless it has one."""
@@ -309,6 +323,8 @@ class Loop:
             *(plan.prefill_tokens, plan.unscored, draft.new_lengths, draft.slots),
         )
         done = self._draft(plan)
+        if self.on_round is not None:
+            self.on_round(done)
         if self._worker is None:
             return self._finish(self._score(done))
         changed = self._finish_scoring()
@@ -328,7 +344,7 @@ class Loop:
         with self._clock.phase("draft"):
             drafted = Draft.of_no_rows()
             if responses:
-                drafted = self._drafter.draft(plan, [r.sampling for r in responses])
+                drafted = self.drafter.draft(plan, [r.sampling for r in responses])
                 self.lm_calls += drafted.steps
         seconds = time.perf_counter() - begun
         done = cut_candidates(plan, drafted, responses, self._branches, self._tokenizer)
@@ -337,10 +353,10 @@ class Loop:
 
     def _score(self, done: Round) -> Round:
         """Score a round, on the worker's thread where scoring overlaps."""
-        if self._scorer is not None:
+        if self.scorer is not None:
             # Ends with the rewards on the host, so the host's clock is right on any device.
             with torch.inference_mode(), self._clock.phase("score", on_host=True):
-                score_round(done, self._scorer, self._branches, self._tokenizer)
+                score_round(done, self.scorer, self._branches, self._tokenizer)
         return done
 
     def _finish_scoring(self) -> list[Response]:
@@ -370,8 +386,8 @@ class Loop:
 
     def _charge_scoring(self) -> None:
         """Note what the reward model has run for each response."""
-        if self._scorer is not None:
-            for handle, tokens in self._scorer.take_tokens().items():
+        if self.scorer is not None:
+            for handle, tokens in self.scorer.take_tokens().items():
                 response = self._responses.get(handle)
                 if response is not None:
                     response.rm_tokens += tokens
@@ -441,7 +457,7 @@ class Loop:
             )
             response.commit(candidate, segment)
             if response.scored:
-                self.scorer.accept(handle, candidate.branch)
+                self._needed_scorer.accept(handle, candidate.branch)
             self._write_text(response, candidate, _FINISH[finish])
             if finish != _core.FINISH_NONE and response.is_path:
                 response.output.finish_reason = _FINISH[finish]  # and others may yet beat it
@@ -456,7 +472,7 @@ class Loop:
         copies = zip(decision.copy_target.tolist(), decision.copy_source.tolist(), strict=True)
         for target, source in copies:
             self._responses[target].copy_path(self._responses[source])
-            self.scorer.fork(source, target)
+            self._needed_scorer.fork(source, target)
         for handle in decision.dropped.tolist():
             self._end(self._responses[handle], "abort")
         for handle in decision.chosen.tolist():
@@ -482,7 +498,7 @@ class Loop:
                 response.kept = replace(
                     candidate, reward=reward, threshold=_threshold(thresholds[row])
                 )
-                self.scorer.keep(response.handle, candidate.branch)
+                self._needed_scorer.keep(response.handle, candidate.branch)
 
     def _write_text(
         self, response: Response, candidate: Candidate, finish: FinishReason | None
@@ -496,14 +512,14 @@ class Loop:
         for handle in dict.fromkeys(plan.request.tolist()):
             response = self._responses.get(handle)
             if response is not None and response.scored:
-                self.scorer.prune(handle)
+                self._needed_scorer.prune(handle)
 
     def _end(self, response: Response, reason: FinishReason | None) -> None:
         response.output.finish_reason = reason
         response.kept = None
         self._responses.pop(response.handle, None)
         if response.scored:
-            self.scorer.finish(response.handle)
+            self._needed_scorer.finish(response.handle)
 
     def score_whole(
         self,
@@ -524,7 +540,7 @@ class Loop:
         for number, (prompt, ids, text) in enumerate(texts):
             handle = next(self._handles)
             try:
-                self.scorer.start(handle, prompt, len(ids))
+                self._needed_scorer.start(handle, prompt, len(ids))
             except ValueError as error:
                 errors[number] = error
             else:
@@ -533,11 +549,11 @@ class Loop:
                     owners[handle] = responses[number]
         try:
             with torch.inference_mode(), self._together():
-                scored = iter(self.scorer.score(jobs))
+                scored = iter(self._needed_scorer.score(jobs))
         finally:
             for job in jobs:
-                self.scorer.finish(job.request)
-        for handle, tokens in self.scorer.take_tokens().items():
+                self._needed_scorer.finish(job.request)
+        for handle, tokens in self._needed_scorer.take_tokens().items():
             if handle in owners:
                 owners[handle].rm_tokens += tokens
         return [errors[i] if i in errors else next(scored) for i in range(len(texts))]

@@ -173,6 +173,11 @@ class PagedModel:
         return self.model.dtype
 
     @property
+    def kv_dtype(self) -> torch.dtype:
+        """The dtype of the pages."""
+        return self._pools.k_pages[0].dtype
+
+    @property
     def num_layers(self) -> int:
         """Layers with keys and values."""
         return len(self._pools.layouts)

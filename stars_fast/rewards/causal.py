@@ -121,7 +121,7 @@ class CausalScorer(Scorer):
         max_rows: int = 256,
         max_batch_tokens: int = 8192,
     ) -> None:
-        self._model = model
+        self.model = model
         self.module = model.model
         self._reading = reading
         self._source = source
@@ -291,7 +291,7 @@ class CausalScorer(Scorer):
             **self._counts,
             "rm_pages_used": self._cache.pages_used,
             "rm_pages_free": self._cache.pages_free,
-            "rm_copied_bytes": self._model.copied_bytes,
+            "rm_copied_bytes": self.model.copied_bytes,
         }
 
     def _check_length(self, tokens: int, what: str) -> None:
@@ -519,14 +519,14 @@ class CausalScorer(Scorer):
         batch, token_ids = forked
         copies = self._cache.take_copies()
         if len(copies[0]):
-            self._model.copy_pages(*copies)
+            self.model.copy_pages(*copies)
         self._counts["rm_calls"] += 1
         self._counts["rm_tokens"] += len(token_ids)
         for row in rows:
             self._tokens[row.request] += row.new
         try:
-            ids = torch.from_numpy(token_ids).to(self._model.device)
-            return self._model.extend_all(batch, ids)
+            ids = torch.from_numpy(token_ids).to(self.model.device)
+            return self.model.extend_all(batch, ids)
         except Exception as error:  # noqa: BLE001 - one bad pass must not end other requests
             return self._failed(rows, error)
 

@@ -154,7 +154,7 @@ def test_reward_function_has_no_cost() -> None:
 def test_the_loop_is_left_as_it_was(engine: Engine) -> None:
     with observed(engine), pytest.raises(RuntimeError, match="observed already"), observed(engine):
         pass
-    assert "_draft" not in vars(engine._loop)
+    assert engine.loop.on_round is None
 
 
 def test_run_counts_and_times_each_request(engine: Engine) -> None:
@@ -200,11 +200,11 @@ def test_least_is_the_sum_over_passes() -> None:
 def test_failed_request_is_an_error() -> None:
     # Past the check of a new engine, which refuses such a model.
     engine = tiny_engine()
-    engine._lm.model.lm_head.weight.data.fill_(torch.nan)  # type: ignore[union-attr]
+    engine.loop.model.model.lm_head.weight.data.fill_(torch.nan)  # type: ignore[union-attr]
     machine = Machine("made up", 1.0, 1.0)
     with pytest.raises(RuntimeError, match="run-0: .*NaN"):
         observe.run(engine, [prompt_ids(1)], [params()], machine)
-    assert "_draft" not in vars(engine._loop)
+    assert engine.loop.on_round is None
 
 
 SMALL_RUN = (

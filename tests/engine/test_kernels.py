@@ -88,7 +88,7 @@ def test_same_tokens_as_the_pytorch_operators(monkeypatch: pytest.MonkeyPatch) -
             s.attempts for s in b.outputs[0].segments
         ]
     assert triton.stats()["page_copies"] > 0
-    drafter = triton._loop._drafter
+    drafter = triton.loop.drafter
     assert isinstance(drafter, CapturedDrafter)
     assert len(made) > len(drafter.captures)  # some were outgrown
     assert set(drafter.captures.values()) == {DEVICE.type == "cuda"}
@@ -122,9 +122,9 @@ def test_float8_pages() -> None:
     vanilla = {"method": "vanilla", "target_reward": None, "temperature": 0.0}
     exact = engine(backend="triton")
     rounded = engine(backend="triton", kv_dtype="fp8")
-    pages = exact._lm._pools.k_pages[0], rounded._lm._pools.k_pages[0]
+    pages = exact.loop.model._pools.k_pages[0], rounded.loop.model._pools.k_pages[0]
     assert pages[0].nbytes == 4 * pages[1].nbytes
-    scales = rounded._lm._pools.k_scales[0]
+    scales = rounded.loop.model._pools.k_scales[0]
     assert scales is not None
     assert (scales != 1).all()
     a, b = (run(e, vanilla)[0].outputs[0] for e in (exact, rounded))

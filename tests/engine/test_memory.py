@@ -16,7 +16,7 @@ def test_steady_rounds_allocate_no_kv() -> None:
     params = StarsParams(
         method="vanilla", segment_length=4, max_tokens=40, top_k=0, ignore_eos=True, seed=1
     )
-    model = engine._lm
+    model = engine.loop.model
 
     def addresses() -> list[int]:
         pools = [*model._pools.k_pages, *model._pools.v_pages, *model._workspace._buffers.values()]
@@ -30,7 +30,7 @@ def test_steady_rounds_allocate_no_kv() -> None:
 
 def test_an_engine_that_is_dropped_frees_its_pages_at_once() -> None:
     engine = Engine(letter_model(), tokenizer=letter_tokenizer(), num_pages=40, page_size=4)
-    pages = weakref.ref(engine._lm)
+    pages = weakref.ref(engine.loop.model)
     gc.collect()
     gc.disable()
     try:

@@ -90,14 +90,14 @@ def test_a_draft_runs_while_a_round_is_scored(monkeypatch: pytest.MonkeyPatch) -
         return [len(set(response)) / 10 for response in responses]
 
     one = engine(rewards, overlap_scoring=True)
-    draft = one._loop._drafter.draft
+    draft = one.loop.drafter.draft
 
     def noting(*args: Any) -> Any:
         result = draft(*args)
         drafted.set()
         return result
 
-    monkeypatch.setattr(one._loop._drafter, "draft", noting)
+    monkeypatch.setattr(one.loop.drafter, "draft", noting)
     assert [output.error for output in run(one)] == [None] * len(PROMPTS)
     assert sum(overlaps) > len(overlaps) / 2
 
@@ -138,7 +138,7 @@ def test_abort_and_add_while_a_round_is_scored() -> None:
 
 def test_a_phase_that_raises_undoes_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
     one = engine(overlap_scoring=True)
-    draft, calls = one._loop._drafter.draft, []
+    draft, calls = one.loop.drafter.draft, []
 
     def failing(*args: Any) -> Any:
         calls.append(None)
@@ -146,7 +146,7 @@ def test_a_phase_that_raises_undoes_every_round(monkeypatch: pytest.MonkeyPatch)
             raise KeyboardInterrupt
         return draft(*args)
 
-    monkeypatch.setattr(one._loop._drafter, "draft", failing)
+    monkeypatch.setattr(one.loop.drafter, "draft", failing)
     for i, prompt in enumerate(PROMPTS):
         one.add_request(f"r{i}", prompt, dataclasses.replace(PARAMS, seed=i))
     done = {}
@@ -154,7 +154,7 @@ def test_a_phase_that_raises_undoes_every_round(monkeypatch: pytest.MonkeyPatch)
         try:
             done.update({o.request_id: o for o in one.step() if o.finished})
         except KeyboardInterrupt:
-            one._loop._scheduler.check()
+            one.loop._scheduler.check()
     assert len(calls) > 5
     want = run(engine(overlap_scoring=False))
     assert decisions([done[f"r{i}"] for i in range(len(PROMPTS))]) == decisions(want)

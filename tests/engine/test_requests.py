@@ -236,7 +236,7 @@ class TestSteps:
             raise RuntimeError("out of memory")
 
         with monkeypatch.context() as patch:
-            patch.setattr(engine._loop._drafter, "draft", fail)
+            patch.setattr(engine.loop.drafter, "draft", fail)
             with pytest.raises(RuntimeError, match="out of memory"):
                 engine.step()
         assert self.drain(engine)["one"][-1].outputs[0] == expected
@@ -367,9 +367,9 @@ def test_what_rows_cost_leaves_out_the_prompts(monkeypatch: pytest.MonkeyPatch) 
         letter_model(), slow_on_prompts, tokenizer=letter_tokenizer(), num_pages=400, page_size=4
     )
     monkeypatch.setattr("stars_fast.engine.round.time.perf_counter", lambda: now)
-    finish, seconds = engine._loop._finish, []
+    finish, seconds = engine.loop._finish, []
     monkeypatch.setattr(
-        engine._loop, "_finish", lambda done: seconds.append(done.seconds["score"]) or finish(done)
+        engine.loop, "_finish", lambda done: seconds.append(done.seconds["score"]) or finish(done)
     )
     only(engine, dataclasses.replace(PARAMS, candidates=1))
     assert now == 100.0 + len(seconds)

@@ -88,7 +88,7 @@ def test_the_cases_decide_something(alone: dict[str, list[RequestOutput]]) -> No
 
 def test_each_rank_has_its_share(ranks: list[dict[str, Any]], folder: Path) -> None:
     whole = two_ranks.engine(folder)
-    pages, tokens, kv_heads, dim = whole._lm._pools.k_pages[0].shape
+    pages, tokens, kv_heads, dim = whole.loop.model._pools.k_pages[0].shape
     for seen in ranks:
         assert tuple(seen["layout"]) == (pages, tokens, kv_heads // 2, dim)
         assert seen["parameters"] == whole.num_parameters()

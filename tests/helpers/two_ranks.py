@@ -162,7 +162,7 @@ def main(folder: Path) -> None:
     split = engine(folder, tensor_parallel=True)
     rank = split.rank
     _meddle(rank)
-    found["layout"] = split._lm._pools.k_pages[0].shape
+    found["layout"] = split.loop.model._pools.k_pages[0].shape
     found["methods"] = every_method(split)
     found["stats"] = split.stats()
     found["parameters"] = split.num_parameters()

@@ -179,7 +179,7 @@ class TestEqualPrompts:
 def test_rounds_split_over_passes(model: PreTrainedModel, limits: dict[str, int]) -> None:
     scorer = plain_scorer(model, 300, **limits)
     widest = 0
-    extend = scorer._model.extend_all
+    extend = scorer.model.extend_all
 
     def measured(batch: Any, input_ids: torch.Tensor) -> torch.Tensor:
         nonlocal widest
@@ -187,7 +187,7 @@ def test_rounds_split_over_passes(model: PreTrainedModel, limits: dict[str, int]
         assert batch.num_rows * batch.max_new <= limits.get("max_batch_tokens", 1 << 30)
         return extend(batch, input_ids)
 
-    scorer._model.extend_all = measured  # type: ignore[method-assign]
+    scorer.model.extend_all = measured  # type: ignore[method-assign]
     walk = walk_of(scorer, requests=3)
     walk.run(rounds=8, limit=20)
     walk.check(lambda item: reference(model, item))
@@ -214,13 +214,13 @@ def test_committed_text_is_restored_once_for_all_candidates(model: PreTrainedMod
 def test_restored_prompts_run_within_the_limit_and_rows_together(model: PreTrainedModel) -> None:
     scorer = plain_scorer(model, 300, max_batch_tokens=30)
     passes = []
-    extend = scorer._model.extend_all
+    extend = scorer.model.extend_all
 
     def recorded(batch: Any, input_ids: torch.Tensor) -> torch.Tensor:
         passes.append((batch.num_rows, batch.max_new))
         return extend(batch, input_ids)
 
-    scorer._model.extend_all = recorded  # type: ignore[method-assign]
+    scorer.model.extend_all = recorded  # type: ignore[method-assign]
     prompts = [text_prompt(LM, question) for question in QUESTIONS]
     lengths = [len(prompt.token_ids) for prompt in prompts]
     assert min(lengths) < 15 < 30 < max(lengths)
@@ -275,7 +275,7 @@ def test_losers_free_their_pages_and_one_kept_branch_holds_its_own(model: PreTra
 def test_segments_of_a_page_are_never_copied(model: PreTrainedModel) -> None:
     scorer = plain_scorer(model, 300)
     copied = []
-    scorer._model.copy_pages = lambda *copies: copied.append(copies)  # type: ignore[method-assign]
+    scorer.model.copy_pages = lambda *copies: copied.append(copies)  # type: ignore[method-assign]
     prompt = text_prompt(LM, QUESTIONS[0])
     assert len(prompt.token_ids) % PAGE
     scorer.start(0, prompt, 60)
@@ -374,17 +374,17 @@ def test_failing_pass_fails_its_jobs_and_leaks_nothing(model: PreTrainedModel) -
     scorer.start(0, text_prompt(LM, QUESTIONS[0]), 20)
     scorer.score([ScoreJob(0, 0, [], "")])
     used = scorer.stats()["rm_pages_used"]
-    extend = scorer._model.extend_all
+    extend = scorer.model.extend_all
 
     def failing(*_: object) -> torch.Tensor:
         raise RuntimeError("device lost")
 
-    scorer._model.extend_all = failing  # type: ignore[method-assign]
+    scorer.model.extend_all = failing  # type: ignore[method-assign]
     results = scorer.score([ScoreJob(0, 1, [100], ""), ScoreJob(0, 2, [101], "")])
     assert [type(result) for result in results] == [RewardError, RewardError]
     assert "device lost" in str(results[0])
     assert scorer.stats()["rm_pages_used"] == used
-    scorer._model.extend_all = extend  # type: ignore[method-assign]
+    scorer.model.extend_all = extend  # type: ignore[method-assign]
     (reward,) = scorer.score([ScoreJob(0, 3, [100], "")])
     assert isinstance(reward, float)
 

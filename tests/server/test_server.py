@@ -171,7 +171,7 @@ def test_a_character_cut_by_a_border_is_sent_whole() -> None:
     ids = tokenizer("\u20ac\U0001f600", add_special_tokens=False)["input_ids"]
     assert len(ids) > 4
     engine = Engine(small_model(), tokenizer=tokenizer, num_pages=100)
-    draw = engine._loop._drafter.draft
+    draw = engine.loop.drafter.draft
 
     def scripted(plan: Any, sampling: Any) -> Any:
         drafted = draw(plan, sampling)
@@ -181,7 +181,7 @@ def test_a_character_cut_by_a_border_is_sent_whole() -> None:
         return drafted
 
     sent: list[int] = []
-    engine._loop._drafter.draft = scripted  # type: ignore[method-assign]
+    engine.loop.drafter.draft = scripted  # type: ignore[method-assign]
     settings = ServerSettings("bytes", StarsParams(method="vanilla", ignore_eos=True))
     with serving(engine, gate, settings) as served:
         body = {
