@@ -29,6 +29,8 @@ from stars_fast.kernels import pages as page_kernels
 from stars_fast.kernels.attention import attention, choose_tiles
 from stars_fast.kernels.attention_plan import AttentionPlan
 from stars_fast.kernels.sample import sample
+from stars_fast.ops.attention import AttentionOptions
+from stars_fast.ops.batch import RowBatch
 
 Job = Callable[[int], Any]  # takes the number of an input set
 
@@ -352,17 +354,19 @@ class Rows:
         asked = np.full_like(self.new_lengths, queries)
         groups = len(self.group_pages)
         per_group = int(asked.sum()) // groups
-        no_hole = np.zeros(groups, np.int32)
+        no_padding = np.zeros(groups, np.int32)
         tiles = choose_tiles(per_group, heads_per_kv, head_dim, dtype)
         return AttentionPlan.build(
-            self.group_pages,
-            no_hole,
-            no_hole,
-            self.row_group,
-            self.row_start,
-            self.new_lengths,
+            RowBatch(
+                self.group_pages,
+                no_padding,
+                no_padding,
+                self.row_group,
+                self.row_start,
+                self.new_lengths,
+                self.slots,
+            ),
             asked,
-            self.slots,
             heads_per_kv=heads_per_kv,
             device=device,
             **tiles._asdict(),
@@ -455,7 +459,7 @@ def _attention_case(
 
     def run(i: int, plan: AttentionPlan = plan) -> Tensor:
         k_pages, v_pages = pools[i]
-        return attention(query, k_pages, v_pages, plan, scaling=scaling)
+        return attention(query, k_pages, v_pages, plan, AttentionOptions(scaling))
 
     def check() -> None:
         # A few rows of the first and last group against PyTorch in float32.

@@ -190,7 +190,7 @@ def round_time(plan: _core.Plan, lengths: npt.NDArray[np.int32], replica: Replic
 
     batch = plan.draft
     rows, steps = batch.num_rows, batch.max_new
-    cached = int((batch.group_extent - (batch.hole_end - batch.hole_start)).sum())
+    cached = int((batch.group_extent - (batch.padding_end - batch.padding_start)).sum())
     start = batch.row_start.astype(np.int64)
     own = (steps - 1) / 2  # tokens of the segment before the step, on average
     step = forward_work(

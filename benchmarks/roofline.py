@@ -125,7 +125,7 @@ def pages_needed(
 ) -> int:
     """Return pages with which no request waits and no candidate is given up."""
     branch = -(-segment_length // page_size) + 1
-    # Prompt and response apart, for the hole between them; a kept attempt of each; a percent spare.
+    # Prompt and response apart, for the padding between; a kept attempt of each; a percent spare.
     committed = -(-prompt // page_size) + -(-max_tokens // page_size) + 2
     return int(1.02 * (requests * (committed + branch) + rows * branch)) + 64
 

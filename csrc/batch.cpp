@@ -10,7 +10,7 @@ void Batch::begin(std::int32_t columns, std::int32_t width, std::int32_t page_si
   table_width = width;
   page_size_ = page_size;
   for (auto* array :
-       {&group_pages, &extent, &hole_start, &hole_end, &row_group, &start, &lengths}) {
+       {&group_pages, &extent, &padding_start, &padding_end, &row_group, &start, &lengths}) {
     array->clear();
   }
   slots.clear();
@@ -18,10 +18,10 @@ void Batch::begin(std::int32_t columns, std::int32_t width, std::int32_t page_si
 
 void Batch::add_group(const Sequence& sequence, std::int32_t tokens) {
   const std::int32_t slots_read = sequence.extent(tokens);
-  const bool holed = tokens > sequence.hole_start;
+  const bool padded = tokens > sequence.padding_start;
   extent.push_back(slots_read);
-  hole_start.push_back(holed ? sequence.hole_start : slots_read);
-  hole_end.push_back(holed ? sequence.hole_start + sequence.hole_length : slots_read);
+  padding_start.push_back(padded ? sequence.padding_start : slots_read);
+  padding_end.push_back(padded ? sequence.padding_start + sequence.padding_length : slots_read);
   const auto first = sequence.pages.begin();
   const std::size_t row = group_pages.size();
   group_pages.insert(group_pages.end(), first, first + pages_for(slots_read));

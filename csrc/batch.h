@@ -21,7 +21,7 @@ class Batch {
   // of a table whose pages begin at `pages` (which stands for the page that holds first_slot).
   void add_row(std::int32_t row_start, std::int32_t length, std::int32_t first_slot,
                const std::int32_t* pages);
-  // As above for tokens that extend the sequence itself, the hole skipped.
+  // As above for tokens that extend the sequence itself, the padding skipped.
   void add_extension(const Sequence& sequence, std::int32_t row_start, std::int32_t length);
 
   [[nodiscard]] std::int32_t num_groups() const { return static_cast<std::int32_t>(extent.size()); }
@@ -31,17 +31,17 @@ class Batch {
     return (slots_read + page_size_ - 1) / page_size_;
   }
 
-  std::int32_t num_tokens = 0;            // sum of lengths
-  std::int32_t max_new = 0;               // L
-  std::int32_t table_width = 0;           // P
-  std::vector<std::int32_t> group_pages;  // [G, P]
-  std::vector<std::int32_t> extent;       // [G]
-  std::vector<std::int32_t> hole_start;   // [G]
-  std::vector<std::int32_t> hole_end;     // [G]
-  std::vector<std::int32_t> row_group;    // [R]
-  std::vector<std::int32_t> start;        // [R]
-  std::vector<std::int32_t> lengths;      // [R]
-  std::vector<std::int64_t> slots;        // [R, L]
+  std::int32_t num_tokens = 0;              // sum of lengths
+  std::int32_t max_new = 0;                 // L
+  std::int32_t table_width = 0;             // P
+  std::vector<std::int32_t> group_pages;    // [G, P]
+  std::vector<std::int32_t> extent;         // [G]
+  std::vector<std::int32_t> padding_start;  // [G]
+  std::vector<std::int32_t> padding_end;    // [G]
+  std::vector<std::int32_t> row_group;      // [R]
+  std::vector<std::int32_t> start;          // [R]
+  std::vector<std::int32_t> lengths;        // [R]
+  std::vector<std::int64_t> slots;          // [R, L]
 
  private:
   // Appends a padded row of slots for the caller to fill.

@@ -86,8 +86,8 @@ void bind_batch(py::module_& module) {
                                            self);
                              })
       .def_property_readonly("group_extent", vector_property(&Batch::extent))
-      .def_property_readonly("hole_start", vector_property(&Batch::hole_start))
-      .def_property_readonly("hole_end", vector_property(&Batch::hole_end))
+      .def_property_readonly("padding_start", vector_property(&Batch::padding_start))
+      .def_property_readonly("padding_end", vector_property(&Batch::padding_end))
       .def_property_readonly("row_group", vector_property(&Batch::row_group))
       .def_property_readonly("row_start", vector_property(&Batch::start))
       .def_property_readonly("new_lengths", vector_property(&Batch::lengths))

@@ -111,7 +111,7 @@ Scheduler::Slot Scheduler::enter(std::int64_t id, const std::int64_t* prompt,
   request.group = kNoGroup;
   request.best.any = false;
   request.sequence.cached = 0;
-  request.sequence.set_hole(request.prompt_length - 1, options_.page_size);
+  request.sequence.set_padding(request.prompt_length - 1, options_.page_size);
   waiting_.push_back({slot, request.generation});
   ++num_waiting_;
   return slot;

@@ -36,14 +36,14 @@ void Copies::append(const Copies& other) {
   count.insert(count.end(), other.count.begin(), other.count.end());
 }
 
-void Sequence::set_hole(std::int32_t tokens, std::int32_t page_size) {
-  hole_start = tokens;
-  hole_length = (page_size - tokens % page_size) % page_size;
+void Sequence::set_padding(std::int32_t tokens, std::int32_t page_size) {
+  padding_start = tokens;
+  padding_length = (page_size - tokens % page_size) % page_size;
 }
 
-void Sequence::clear_hole() {
-  hole_start = kNoHole;
-  hole_length = 0;
+void Sequence::clear_padding() {
+  padding_start = kNoPadding;
+  padding_length = 0;
 }
 
 std::int32_t branch_pages(const PagePool& pool, const Sequence& sequence, std::int32_t start,
@@ -74,8 +74,8 @@ void promote(PagePool& pool, Sequence& sequence, Branch& branch, std::int32_t ke
     pool.release_from(sequence.pages, first);
     sequence.pages.insert(sequence.pages.end(), branch.pages.begin(), branch.pages.end());
     branch.pages.clear();
-    if (branch.start < sequence.hole_start) {
-      sequence.clear_hole();
+    if (branch.start < sequence.padding_start) {
+      sequence.clear_padding();
     }
     sequence.cached = branch.start + keep;
   } else {
@@ -84,8 +84,8 @@ void promote(PagePool& pool, Sequence& sequence, Branch& branch, std::int32_t ke
 }
 
 void truncate(PagePool& pool, Sequence& sequence, std::int32_t tokens) {
-  if (tokens < sequence.hole_start) {
-    sequence.clear_hole();
+  if (tokens < sequence.padding_start) {
+    sequence.clear_padding();
   }
   pool.release_from(sequence.pages,
                     static_cast<std::size_t>(pool.pages_for(sequence.extent(tokens))));

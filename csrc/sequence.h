@@ -20,26 +20,26 @@ struct Copies {
   void append(const Copies& other);
 };
 
-// A page table. Token i lies in slot i, or hole_length slots further from the hole on: the hole
-// pads the prompt to a page boundary, so that what follows starts on a page of its own.
+// A page table. Token i lies in slot i, or padding_length slots further from the prompt padding on:
+// it pads the prompt to a page boundary, so that what follows starts on a page of its own.
 struct Sequence {
-  static constexpr std::int32_t kNoHole = std::numeric_limits<std::int32_t>::max();
+  static constexpr std::int32_t kNoPadding = std::numeric_limits<std::int32_t>::max();
 
   std::vector<std::int32_t> pages;
   std::int32_t cached = 0;  // tokens whose KV is in the pages
-  std::int32_t hole_start = kNoHole;
-  std::int32_t hole_length = 0;
+  std::int32_t padding_start = kNoPadding;
+  std::int32_t padding_length = 0;
 
   [[nodiscard]] std::int32_t slot(std::int32_t token) const {
-    return token < hole_start ? token : token + hole_length;
+    return token < padding_start ? token : token + padding_length;
   }
-  // Slots that hold the first `tokens` tokens, the hole counted if it lies among them.
+  // Slots that hold the first `tokens` tokens, the padding counted if it lies among them.
   [[nodiscard]] std::int32_t extent(std::int32_t tokens) const {
-    return tokens <= hole_start ? tokens : tokens + hole_length;
+    return tokens <= padding_start ? tokens : tokens + padding_length;
   }
-  // Places the hole behind the first `tokens` tokens.
-  void set_hole(std::int32_t tokens, std::int32_t page_size);
-  void clear_hole();
+  // Puts padding behind the first `tokens` tokens.
+  void set_padding(std::int32_t tokens, std::int32_t page_size);
+  void clear_padding();
 };
 
 // Pages of tokens that continue a sequence from token `start` on. The branch owns its pages alone;

@@ -93,10 +93,11 @@ void SequenceCache::seal_prompt(std::int64_t sequence) {
   if (!target.branches.empty()) {
     throw std::invalid_argument("sequence " + std::to_string(sequence) + " has branches");
   }
-  if (target.sequence.hole_start < target.sequence.cached && target.sequence.hole_length > 0) {
-    throw std::invalid_argument("sequence " + std::to_string(sequence) + " has a hole already");
+  if (target.sequence.padding_start < target.sequence.cached &&
+      target.sequence.padding_length > 0) {
+    throw std::invalid_argument("sequence " + std::to_string(sequence) + " is padded already");
   }
-  target.sequence.set_hole(target.sequence.cached, pool_.page_size());
+  target.sequence.set_padding(target.sequence.cached, pool_.page_size());
 }
 
 void SequenceCache::validate(const Rows& rows) const {

@@ -28,7 +28,7 @@ class SequenceCache {
   [[nodiscard]] std::int32_t common_prefix(std::int64_t sequence, const std::int64_t* ids,
                                            std::int64_t length) const;
   void truncate(std::int64_t sequence, std::int32_t length);
-  // The present end becomes the hole: the next token starts a fresh page. One hole a sequence:
+  // Pads the present end: the next token starts a fresh page. Once a sequence:
   // std::invalid_argument if tokens lie behind one already.
   void seal_prompt(std::int64_t sequence);
 

@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -21,7 +21,16 @@ from torch import Tensor
 
 from stars_fast.kernels.aot import ARCHITECTURES, Variant
 from stars_fast.kernels.attention_kernels import attention_kernel, merge_kernel
-from stars_fast.kernels.attention_plan import BLOCK_ROWS, AttentionPlan, queries_per_tile
+from stars_fast.kernels.attention_plan import (
+    BLOCK_ROWS,
+    AttentionPlan,
+    IntArray,
+    queries_per_tile,
+)
+
+if TYPE_CHECKING:
+    from stars_fast.ops.attention import AttentionOptions
+    from stars_fast.ops.batch import BatchLike
 
 SPLIT_TOKENS = 512  # of a prefix that is split; fixed, so that results do not depend on the batch
 
@@ -56,11 +65,8 @@ def attention(
     k_pages: Tensor,
     v_pages: Tensor,
     plan: AttentionPlan,
+    options: AttentionOptions,
     *,
-    scaling: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
@@ -78,8 +84,8 @@ def attention(
         float8_e4m3fn. The new tokens are in their slots already.
     plan : AttentionPlan
         For T queries and ``heads // kv_heads`` heads. Queries past the plan's batch give zeros.
-    scaling, window, softcap, sinks
-        As in `stars_fast.ops.paged_attention`.
+    options : AttentionOptions
+        Of the layer.
     k_scale, v_scale : Tensor or None
         float32 ``[kv_heads]``, factors on what float8 pages hold; None is 1.
 
@@ -98,7 +104,8 @@ def attention(
     -----
     Online softmax: FlashAttention-2, arXiv 2307.08691, section 3.1. Log-sum-exps are base 2.
     """
-    _check(query, k_pages, v_pages, plan, scaling, window, softcap, sinks, k_scale, v_scale)
+    _check(query, k_pages, v_pages, plan, options, k_scale, v_scale)
+    scaling, window, softcap, sinks = options
     queries, heads, key_dim = query.shape
     page_size, kv_heads, value_dim = v_pages.shape[1:]
     out = query.new_empty((queries, heads, value_dim))
@@ -120,8 +127,9 @@ def attention(
     grid = _programs(query.device, _WARPS // config.num_warps, work)
     attention_kernel[(grid,)](
         query, k_pages, v_pages, out, partial, lse,
-        plan.items, plan.num_items, plan.group_pages, plan.page_offset, plan.hole_start,
-        plan.hole_end, plan.row_start, plan.row_query, plan.slots, plan.query_row, plan.query_own,
+        plan.items, plan.num_items, plan.group_pages, plan.page_offset, plan.padding_start,
+        plan.padding_end, plan.row_start, plan.row_query, plan.slots, plan.query_row,
+        plan.query_own,
         sinks if sinks is not None else like,
         k_scale if k_scale is not None else like,
         v_scale if v_scale is not None else like,
@@ -153,37 +161,19 @@ def paged_attention(
     query: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    group_pages: Tensor,
-    hole_start: Tensor,
-    hole_end: Tensor,
-    row_group: Tensor,
-    row_start: Tensor,
-    new_lengths: Tensor,
-    query_lengths: Tensor,
-    slots: Tensor,
-    scaling: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    batch: BatchLike,
+    query_lengths: IntArray,
+    options: AttentionOptions,
 ) -> Tensor:
-    """`stars_fast.ops.paged_attention` by the kernel: plans and runs, waits for the tables."""
-    arrays = [
-        table.cpu().numpy()
-        for table in (
-            group_pages, hole_start, hole_end, row_group, row_start, new_lengths, query_lengths,
-            slots,
-        )
-    ]  # fmt: skip
+    """`stars_fast.ops.paged_attention` by the kernel: plans and runs."""
     heads_per_kv = query.shape[1] // k_pages.shape[2]
-    per_group = int(query_lengths.sum()) // max(1, len(group_pages))
+    per_group = int(query_lengths.sum()) // max(1, batch.num_groups)
     head_dim = max(k_pages.shape[3], v_pages.shape[3])
     tiles = choose_tiles(per_group, heads_per_kv, head_dim, query.dtype)
     plan = AttentionPlan.build(
-        *arrays, heads_per_kv=heads_per_kv, device=query.device, **tiles._asdict()
+        batch, query_lengths, heads_per_kv=heads_per_kv, device=query.device, **tiles._asdict()
     )
-    return attention(
-        query, k_pages, v_pages, plan, scaling=scaling, window=window, softcap=softcap, sinks=sinks
-    )
+    return attention(query, k_pages, v_pages, plan, options)
 
 
 def choose_tiles(
@@ -355,13 +345,11 @@ def _check(
     k_pages: Tensor,
     v_pages: Tensor,
     plan: AttentionPlan,
-    scaling: float,
-    window: int,
-    softcap: float,
-    sinks: Tensor | None,
+    options: AttentionOptions,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> None:
+    scaling, window, softcap, sinks = options
     if query.dim() != 3 or query.stride(2) != 1:
         raise ValueError(
             "query must be [T, heads, head_dim] with a last stride of 1, got shape "

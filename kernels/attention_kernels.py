@@ -112,8 +112,8 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     num_items_ptr,  # int32 [1]
     group_pages_ptr,  # int32, all page tables
     page_offset_ptr,  # int32 [G], where each group's table begins
-    hole_start_ptr,  # int32 [G]
-    hole_end_ptr,  # int32 [G]
+    padding_start_ptr,  # int32 [G]
+    padding_end_ptr,  # int32 [G]
     row_start_ptr,  # int32 [R]
     row_query_ptr,  # int32 [R]
     slots_ptr,  # int64 [R, slots_stride]
@@ -206,8 +206,8 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         # these options registers spill (Blackwell; 64 rows before Hopper).
         # The prefix: every query sees all of it, but for the window.
         table = group_pages_ptr + tl.load(page_offset_ptr + group)
-        hole = tl.load(hole_start_ptr + group)
-        gap = tl.load(hole_end_ptr + group) - hole
+        padding = tl.load(padding_start_ptr + group)
+        gap = tl.load(padding_end_ptr + group) - padding
         low = begin
         if WINDOWED:
             unseen = tl.maximum(start + shortest - window + 1 - begin, 0)
@@ -217,7 +217,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         ):
             position = at_key + n
             valid = position < end
-            place = position + tl.where(position >= hole, gap, 0)
+            place = position + tl.where(position >= padding, gap, 0)
             page = tl.load(table + place // PAGE_SIZE, mask=valid, other=0)
             slot = page.to(tl.int64) * PAGE_SIZE + place % PAGE_SIZE
             seen = valid[None, :]

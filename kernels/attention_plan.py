@@ -11,11 +11,15 @@ log-sum-exp) per query, and a *merge* joins the partials of a query.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from stars_fast.ops.batch import BatchLike
 
 IntArray = NDArray[np.integer]
 
@@ -259,7 +263,7 @@ class AttentionPlan:
         See `Items`; int32 ``[W, 8]``, ``[1]``, ``[X, 4]``, ``[1]``.
     group_pages, page_offset : Tensor
         int32 ``[pages]``, the groups' page tables, and int32 ``[G]``, where each begins.
-    hole_start, hole_end : Tensor
+    padding_start, padding_end : Tensor
         int32 ``[G]``.
     row_start, row_query : Tensor
         int32 ``[R]``; the latter is the row's last packed query.
@@ -280,8 +284,8 @@ class AttentionPlan:
     num_merges: Tensor
     group_pages: Tensor
     page_offset: Tensor
-    hole_start: Tensor
-    hole_end: Tensor
+    padding_start: Tensor
+    padding_end: Tensor
     row_start: Tensor
     row_query: Tensor
     slots: Tensor
@@ -314,21 +318,15 @@ class AttentionPlan:
     @classmethod
     def build(
         cls,
-        group_pages: IntArray,
-        hole_start: IntArray,
-        hole_end: IntArray,
-        row_group: IntArray,
-        row_start: IntArray,
-        new_lengths: IntArray,
+        batch: BatchLike,
         query_lengths: IntArray,
-        slots: IntArray,
         *,
         heads_per_kv: int,
         block_m: int,
         split_tokens: int | None,
         device: torch.device,
     ) -> AttentionPlan:
-        """Return a plan that just holds one batch; arrays as in `stars_fast.ops.paged_attention`.
+        """Return a plan that just holds one batch, the last `query_lengths` tokens of each row.
 
         Raises
         ------
@@ -336,15 +334,15 @@ class AttentionPlan:
             As `plan_items`.
         """
         items = plan_items(
-            row_group, row_start, new_lengths, query_lengths, heads_per_kv=heads_per_kv,
-            block_m=block_m, split_tokens=split_tokens,
+            batch.row_group, batch.row_start, batch.new_lengths, query_lengths,
+            heads_per_kv=heads_per_kv, block_m=block_m, split_tokens=split_tokens,
         )  # fmt: skip
         capacity = PlanCapacity(
             queries=int(query_lengths.sum()),
-            rows=len(row_group),
-            groups=len(group_pages),
-            pages=group_pages.size,
-            own=slots.shape[1],
+            rows=batch.num_rows,
+            groups=batch.num_groups,
+            pages=batch.group_pages.size,
+            own=batch.max_new,
             items=len(items.items),
             merges=len(items.merges),
             partials=items.num_partials,
@@ -353,22 +351,13 @@ class AttentionPlan:
             capacity, heads_per_kv=heads_per_kv, block_m=block_m, split_tokens=split_tokens,
             device=device,
         )  # fmt: skip
-        plan._store(
-            items, group_pages, hole_start, hole_end, row_start, new_lengths, query_lengths, slots,
-            None,
-        )  # fmt: skip
+        plan._store(items, batch, query_lengths, None)
         return plan
 
     def write(
         self,
-        group_pages: IntArray,
-        hole_start: IntArray,
-        hole_end: IntArray,
-        row_group: IntArray,
-        row_start: IntArray,
-        new_lengths: IntArray,
+        batch: BatchLike,
         query_lengths: IntArray,
-        slots: IntArray,
         *,
         query_own: IntArray | None = None,
     ) -> None:
@@ -376,10 +365,10 @@ class AttentionPlan:
 
         Parameters
         ----------
-        group_pages, hole_start, hole_end, row_group, row_start, query_lengths, slots : ndarray
-            As in `stars_fast.ops.paged_attention`.
-        new_lengths : ndarray
-            ``[R]``, new tokens of each row, those that `query_own` will reach included.
+        batch : BatchLike
+            Its new tokens include those that `query_own` will reach.
+        query_lengths : ndarray
+            ``[R]``, how many of each row's new tokens, the last ones, are queries.
         query_own : ndarray or None
             ``[T]``, index of each query among its row's own tokens, to begin with; None is the
             row's last ones.
@@ -390,28 +379,20 @@ class AttentionPlan:
             If the batch exceeds the capacity; the plan is unchanged then.
         """
         items = plan_items(
-            row_group, row_start, new_lengths, query_lengths, heads_per_kv=self.heads_per_kv,
-            block_m=self.block_m, split_tokens=self.split_tokens,
+            batch.row_group, batch.row_start, batch.new_lengths, query_lengths,
+            heads_per_kv=self.heads_per_kv, block_m=self.block_m, split_tokens=self.split_tokens,
         )  # fmt: skip
-        self._store(
-            items, group_pages, hole_start, hole_end, row_start, new_lengths, query_lengths, slots,
-            query_own,
-        )  # fmt: skip
+        self._store(items, batch, query_lengths, query_own)
 
     def _store(
         self,
         items: Items,
-        group_pages: IntArray,
-        hole_start: IntArray,
-        hole_end: IntArray,
-        row_start: IntArray,
-        new_lengths: IntArray,
+        batch: BatchLike,
         query_lengths: IntArray,
-        slots: IntArray,
         query_own: IntArray | None,
     ) -> None:
         """Write a planned batch through one copy to the device."""
-        rows, groups = len(row_start), len(group_pages)
+        rows, groups = batch.num_rows, batch.num_groups
         row_query = np.cumsum(query_lengths, dtype=np.int64) - 1
         queries = int(row_query[-1]) + 1 if rows else 0
         work = np.concatenate((items.items, self._padding(queries)))
@@ -419,8 +400,8 @@ class AttentionPlan:
             queries=queries,
             rows=rows,
             groups=groups,
-            pages=group_pages.size,
-            own=slots.shape[1],
+            pages=batch.group_pages.size,
+            own=batch.max_new,
             items=len(work),
             merges=len(items.merges),
             partials=items.num_partials,
@@ -431,7 +412,7 @@ class AttentionPlan:
                 raise ValueError(f"{field.name} must be at most {most} in this plan, got {count}")
         if query_own is None:
             query_own = _ragged_arange(query_lengths)
-            query_own += np.repeat(new_lengths - query_lengths, query_lengths)
+            query_own += np.repeat(batch.new_lengths - query_lengths, query_lengths)
 
         # A buffer of its own for each write: an earlier one may still be on its way. PyTorch's
         # pool of pinned memory hands none out again before its copy is done.
@@ -442,13 +423,13 @@ class AttentionPlan:
         views["num_items"][0] = len(work)
         views["merges"][: held.merges] = items.merges
         views["num_merges"][0] = held.merges
-        views["group_pages"][: held.pages] = group_pages.ravel()
-        views["page_offset"][:groups] = np.arange(groups) * group_pages.shape[1]
-        views["hole_start"][:groups] = hole_start
-        views["hole_end"][:groups] = hole_end
-        views["row_start"][:rows] = row_start
+        views["group_pages"][: held.pages] = batch.group_pages.ravel()
+        views["page_offset"][:groups] = np.arange(groups) * batch.group_pages.shape[1]
+        views["padding_start"][:groups] = batch.padding_start
+        views["padding_end"][:groups] = batch.padding_end
+        views["row_start"][:rows] = batch.row_start
         views["row_query"][:rows] = row_query
-        views["slots"][:rows, : held.own] = slots
+        views["slots"][:rows, : held.own] = batch.slots
         views["query_row"][:queries] = np.repeat(np.arange(rows), query_lengths)
         views["query_own"][:queries] = query_own
         self.buffer.copy_(staging, non_blocking=True)
@@ -474,8 +455,8 @@ def _layout(capacity: PlanCapacity) -> dict[str, int]:
         "num_merges": 1,
         "group_pages": capacity.pages,
         "page_offset": capacity.groups,
-        "hole_start": capacity.groups,
-        "hole_end": capacity.groups,
+        "padding_start": capacity.groups,
+        "padding_end": capacity.groups,
         "row_start": capacity.rows,
         "row_query": capacity.rows,
         "query_row": capacity.queries,

@@ -102,15 +102,15 @@ class Batch:
 
     @property
     def group_extent(self) -> npt.NDArray[np.int32]:
-        """[G] slots of the table to read, hole included."""
+        """[G] slots of the table to read, padding included."""
 
     @property
-    def hole_start(self) -> npt.NDArray[np.int32]:
-        """[G] first slot of the hole."""
+    def padding_start(self) -> npt.NDArray[np.int32]:
+        """[G] first slot of the padding."""
 
     @property
-    def hole_end(self) -> npt.NDArray[np.int32]:
-        """[G] slot behind the hole; the hole is empty where it equals hole_start."""
+    def padding_end(self) -> npt.NDArray[np.int32]:
+        """[G] slot behind the padding; there is none where it equals padding_start."""
 
     @property
     def row_group(self) -> npt.NDArray[np.int32]:
@@ -404,9 +404,9 @@ class SequenceCache:
         """
 
     def seal_prompt(self, sequence: int) -> None:
-        """The present end becomes the hole: the next token starts a fresh page.
+        """Pads the present end: the next token starts a fresh page.
 
-        Raises ValueError if tokens lie behind a hole already.
+        Raises ValueError if tokens lie behind padding already.
         """
 
     def branch(

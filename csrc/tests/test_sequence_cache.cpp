@@ -36,7 +36,7 @@ class Memory {
     const auto group = static_cast<std::size_t>(batch.row_group[row]);
     std::vector<std::int64_t> tokens;
     for (std::int32_t slot = 0; slot < batch.extent[group]; ++slot) {
-      if (slot >= batch.hole_start[group] && slot < batch.hole_end[group]) {
+      if (slot >= batch.padding_start[group] && slot < batch.padding_end[group]) {
         continue;
       }
       const auto column = static_cast<std::size_t>(slot / page_size_);
@@ -135,7 +135,7 @@ void random_forks_read_what_was_written(std::int32_t page_size) {
           try {
             cache.seal_prompt(sequences[row]);
           } catch (const std::invalid_argument&) {
-            // it has its one hole
+            // it is padded already
           }
         }
       } else {

@@ -96,7 +96,7 @@ class CapturedDrafter:
         if bucket is None or not bucket.holds(needed, stop_ids):
             width = max(_NEW_TOKENS, needed.new_tokens)
             prefix = max(_PREFIX_TOKENS, needed.prefix_tokens)
-            pages = -(-prefix // self._model.page_size) + 2  # a hole, and one begun
+            pages = -(-prefix // self._model.page_size) + 2  # padding, and one begun
             roomy = DecodeCapacity(
                 rows=needed.rows,
                 page_entries=_power_of_two(max(needed.page_entries, needed.rows * pages)),

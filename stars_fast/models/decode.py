@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stars_fast.models.batch import BatchLike
 from stars_fast.models.probe import LayerLayout
-from stars_fast.ops.attention import attention_weights
+from stars_fast.ops.attention import AttentionOptions, attention_weights
+from stars_fast.ops.batch import BatchLike
 from stars_fast.ops.tiling import Tile, prefix_slots, tile_rows
 
 _NO_LIMIT = 1 << 30  # suffixes are read row by row, so a long block costs nothing
@@ -145,12 +145,13 @@ class DecodeAttention:
         slots = self._slots[self._step]
         k_pages.index_copy_(0, slots, key)
         v_pages.index_copy_(0, slots, value)
+        options = AttentionOptions(scaling, self._layouts[layer].window, softcap, sinks)
         result = None
         for part in self._parts:
             if part.rows is None:
-                return self._attend(part, layer, query, key, value, scaling, softcap, sinks)
+                return self._attend(part, layer, query, key, value, options)
             q, k, v = (x.index_select(0, part.rows) for x in (query, key, value))
-            out = self._attend(part, layer, q, k, v, scaling, softcap, sinks)
+            out = self._attend(part, layer, q, k, v, options)
             if result is None:
                 result = out.new_empty((query.shape[0], *out.shape[1:]))
             if part.real is None:
@@ -168,9 +169,7 @@ class DecodeAttention:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scaling: float,
-        softcap: float,
-        sinks: Tensor | None,
+        options: AttentionOptions,
     ) -> Tensor:
         """Append to a part's suffixes and attend; ``[B * b, heads, dim]`` in and out."""
         blocks, per_block, step = part.blocks, part.per_block, self._step
@@ -182,7 +181,7 @@ class DecodeAttention:
         keys.steps[:, :, :, step] = key.reshape(*by_block, -1).transpose(1, 2)
         values.steps[:, :, :, step] = value.reshape(*by_block, -1).transpose(1, 2)
 
-        window = self._layouts[layer].window
+        scaling, window, softcap, sinks = options
         # The window ends at the query's own token: `step + 1` suffix tokens come first.
         first = step + 1 - window if 0 < window <= step + 1 else 0
         with_prefix = part.prefix > 0 and not 0 < window <= step + 1
@@ -247,10 +246,7 @@ def _part(tile: Tile, batch: BatchLike, page_size: int, only: bool, device: torc
     first = tile.rows[:, 0]
     lengths = batch.row_start[first].astype(np.int64)
     longest = int(lengths.max())
-    slots = prefix_slots(
-        batch.group_pages, batch.hole_start, batch.hole_end, tile.groups, lengths, page_size,
-        longest,
-    )  # fmt: skip
+    slots = prefix_slots(batch, tile.groups, lengths, page_size, longest)
     real = (tile.rows >= 0).ravel()
     rows = np.where(tile.rows >= 0, tile.rows, first[:, None]).ravel()
     empty = np.flatnonzero(lengths == 0)

@@ -16,8 +16,9 @@ from torch import Tensor
 from stars_fast.kernels.attention import Tiles, attention, choose_tiles
 from stars_fast.kernels.attention_plan import AttentionPlan, PlanCapacity
 from stars_fast.kernels.pages import kv_append
-from stars_fast.models.batch import BatchLike
 from stars_fast.models.pool import Pools
+from stars_fast.ops.attention import AttentionOptions
+from stars_fast.ops.batch import BatchLike
 
 
 class KernelAttention:
@@ -63,10 +64,7 @@ class KernelAttention:
             _inner(query),
             *pages,
             self._plans[layout.heads // layout.kv_heads],
-            scaling=scaling,
-            window=layout.window,
-            softcap=softcap,
-            sinks=sinks,
+            AttentionOptions(scaling, layout.window, softcap, sinks),
             k_scale=scales[0],
             v_scale=scales[1],
         )
@@ -82,19 +80,12 @@ def tiles_of(pools: Pools, queries_per_group: int) -> dict[int, Tiles]:
 
 def extend_attention(pools: Pools, batch: BatchLike, slots: Tensor) -> KernelAttention:
     """Return the attention of one extend; `slots` are those of its packed tokens."""
-    new = batch.new_lengths
     most = max(1, batch.num_tokens // max(1, batch.num_groups))
     plans = {}
     for heads, tiles in tiles_of(pools, most).items():
         plans[heads] = AttentionPlan.build(
-            batch.group_pages,
-            batch.hole_start,
-            batch.hole_end,
-            batch.row_group,
-            batch.row_start,
-            new,
-            new,
-            batch.slots,
+            batch,
+            batch.new_lengths,
             heads_per_kv=heads,
             device=pools.device,
             **tiles._asdict(),
@@ -187,14 +178,8 @@ class KernelDecode:
         """Start a round; rows of the capacity past those of the batch run on the null page."""
         for plan in self._plans.values():
             plan.write(
-                batch.group_pages,
-                batch.hole_start,
-                batch.hole_end,
-                batch.row_group,
-                batch.row_start,
-                batch.new_lengths,
+                batch,
                 np.ones(batch.num_rows, np.int32),
-                batch.slots,
                 query_own=np.zeros(batch.num_rows, np.int32),
             )
 

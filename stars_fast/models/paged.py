@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from stars_fast.config import Backend, KvDtype
 from stars_fast.distributed import ALONE, Ranks
-from stars_fast.models.batch import BatchLike
 from stars_fast.models.checks import check_architecture, max_length
 from stars_fast.models.decode import DecodeAttention, Workspace
 from stars_fast.models.interface import (
@@ -28,9 +27,10 @@ from stars_fast.models.kv_scales import ScaleProbe
 from stars_fast.models.linear import OneDnnLinears
 from stars_fast.models.pool import Pools
 from stars_fast.models.probe import attention_layout
-from stars_fast.ops.attention import AttentionPlan, attend, plan_attention
+from stars_fast.ops.attention import AttentionOptions, AttentionPlan, attend, plan_attention
 from stars_fast.ops.backend import backend as choose_backend
 from stars_fast.ops.backend import check_backend, uses_triton
+from stars_fast.ops.batch import BatchLike
 from stars_fast.ops.pages import copy_pages, kv_append
 
 if TYPE_CHECKING:  # Triton is for Linux only
@@ -242,18 +242,8 @@ class PagedModel:
             from stars_fast.models.kernel_attention import extend_attention
 
             return extend_attention(self._pools, batch, slots)
-        new = batch.new_lengths
         plan = plan_attention(
-            batch.group_pages,
-            batch.hole_start,
-            batch.hole_end,
-            batch.row_group,
-            batch.row_start,
-            new,
-            new,
-            batch.slots,
-            page_size=self.page_size,
-            device=self.device,
+            batch, batch.new_lengths, page_size=self.page_size, device=self.device
         )
         return _ExtendAttention(plan, self._pools, slots)
 
@@ -405,10 +395,7 @@ class _ExtendAttention:
             query,
             k_pages,
             v_pages,
-            scaling=scaling,
-            window=self.pools.layouts[layer].window,
-            softcap=softcap,
-            sinks=sinks,
+            AttentionOptions(scaling, self.pools.layouts[layer].window, softcap, sinks),
         )
 
 

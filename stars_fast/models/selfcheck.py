@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -14,6 +11,7 @@ from stars_fast.config import Backend
 from stars_fast.models.checks import has_lm_head, unsupported
 from stars_fast.models.interface import attention_configs, attention_implementation
 from stars_fast.models.paged import PagedModel
+from stars_fast.ops.batch import RowBatch
 
 _PAGE_SIZE = 4
 _PREFIX, _FORKS, _NEW = 6, 2, 3  # tokens of the prefix, candidates, tokens of each
@@ -22,50 +20,14 @@ _TOLERANCE = 1e-4
 _LOW_PRECISION_TOLERANCE = 0.1
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """A `BatchLike` of one group."""
-
-    group_pages: NDArray[np.int32]
-    row_start: NDArray[np.int32]
-    new_lengths: NDArray[np.int32]
-    slots: NDArray[np.int64]
-    num_groups: int = 1
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.row_start)
-
-    @property
-    def max_new(self) -> int:
-        return int(self.slots.shape[1])
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.new_lengths.sum())
-
-    @property
-    def group_extent(self) -> NDArray[np.int32]:
-        return self.row_start[:1]
-
-    @property
-    def hole_start(self) -> NDArray[np.int32]:
-        return self.row_start[:1]
-
-    @property
-    def hole_end(self) -> NDArray[np.int32]:
-        return self.row_start[:1]
-
-    @property
-    def row_group(self) -> NDArray[np.int32]:
-        return np.zeros_like(self.row_start)
-
-
-def _batch(prefix_pages: list[int], start: int, pages: list[list[int]], new: int) -> _Batch:
+def _batch(prefix_pages: list[int], start: int, pages: list[list[int]], new: int) -> RowBatch:
     """One group with a prefix of `start` tokens; rows write `new` tokens to their own pages."""
     slots = [[page * _PAGE_SIZE + o for page in row for o in range(_PAGE_SIZE)] for row in pages]
-    return _Batch(
+    return RowBatch(
         group_pages=np.array([prefix_pages], dtype=np.int32),
+        padding_start=np.full(1, start, dtype=np.int32),
+        padding_end=np.full(1, start, dtype=np.int32),
+        row_group=np.zeros(len(pages), dtype=np.int32),
         row_start=np.full(len(pages), start, dtype=np.int32),
         new_lengths=np.full(len(pages), new, dtype=np.int32),
         slots=np.array(slots, dtype=np.int64)[:, :new],

@@ -12,6 +12,7 @@ operator.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +20,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stars_fast.ops.backend import uses_triton
+from stars_fast.ops.batch import BatchLike, RowBatch
 from stars_fast.ops.tiling import IntArray, Tile, prefix_slots, tile_rows
 
 # Rows of a block see each other's keys masked out, so blocks stay short against a usual prefix.
 _MAX_BLOCK_TOKENS = 128
 _MAX_SCORES = 1 << 24  # elements of a score matrix held at once (64 MiB in float32)
+
+
+class AttentionOptions(NamedTuple):
+    """What attention of a layer takes beside tensors and the batch.
+
+    Attributes
+    ----------
+    scaling : float
+        Factor on the scores.
+    window : int
+        Sliding window in tokens, the query's own included; 0 is off.
+    softcap : float
+        See `attention_weights`; 0 is off.
+    sinks : Tensor or None
+        ``[heads]``, see `attention_weights`.
+    """
+
+    scaling: float
+    window: int = 0
+    softcap: float = 0.0
+    sinks: Tensor | None = None
 
 
 @dataclass
@@ -62,28 +85,20 @@ class AttentionPlan:
 
 
 def plan_attention(
-    group_pages: IntArray,
-    hole_start: IntArray,
-    hole_end: IntArray,
-    row_group: IntArray,
-    row_start: IntArray,
-    new_lengths: IntArray,
-    query_lengths: IntArray,
-    slots: IntArray,
-    *,
-    page_size: int,
-    device: torch.device,
+    batch: BatchLike, query_lengths: IntArray, *, page_size: int, device: torch.device
 ) -> AttentionPlan:
-    """Lay out the attention of a batch; arguments as in `paged_attention`, as numpy arrays."""
+    """Lay out the attention of a batch.
+
+    `query_lengths`, ``[R]``, is how many of each row's new tokens, the last ones, are queries.
+    """
     query_end = np.cumsum(query_lengths, dtype=np.int64)
-    tiles = tile_rows(row_group, row_start, new_lengths, max_block_tokens=_MAX_BLOCK_TOKENS)
+    tiles = tile_rows(
+        batch.row_group, batch.row_start, batch.new_lengths, max_block_tokens=_MAX_BLOCK_TOKENS
+    )
     plans = []
     in_order = len(tiles) == 1
     for tile in tiles:
-        arrays = _tile_indices(
-            tile, group_pages, hole_start, hole_end, row_start, new_lengths, query_lengths,
-            query_end, slots, page_size,
-        )  # fmt: skip
+        arrays = _tile_indices(tile, batch, query_lengths, query_end, page_size)
         valid = arrays[1]
         in_order = in_order and bool(valid.all())
         q_index, q_valid, slots_, q_position, k_position, q_row, k_row = (
@@ -96,14 +111,9 @@ def plan_attention(
 
 def _tile_indices(
     tile: Tile,
-    group_pages: IntArray,
-    hole_start: IntArray,
-    hole_end: IntArray,
-    row_start: IntArray,
-    new_lengths: IntArray,
+    batch: BatchLike,
     query_lengths: IntArray,
     query_end: IntArray,
-    slots: IntArray,
     page_size: int,
 ) -> tuple[np.ndarray, ...]:
     """The fields of `_TilePlan` for one tile, in order."""
@@ -112,8 +122,8 @@ def _tile_indices(
     real = tile.rows >= 0
     rows = np.where(real, tile.rows, tile.rows[:, :1])
     blocks, per_block = rows.shape
-    start = row_start[rows].astype(np.int64)[:, :, None]
-    new = new_lengths[rows].astype(np.int64)[:, :, None]
+    start = batch.row_start[rows].astype(np.int64)[:, :, None]
+    new = batch.new_lengths[rows].astype(np.int64)[:, :, None]
     asked = query_lengths[rows].astype(np.int64)[:, :, None]
     block_row = np.broadcast_to(np.arange(per_block)[None, :, None], (blocks, per_block, 1))
 
@@ -126,12 +136,13 @@ def _tile_indices(
 
     # Keys: the group's prefix once per block, then each row's new tokens.
     own = np.arange(int(new.max()), dtype=np.int64)
+    slots = batch.slots[rows]
     own_valid = (own < new) & real[:, :, None]
-    own_slots = np.where(own_valid, slots[rows][:, :, : len(own)], slots[rows][:, :, :1])
+    own_slots = np.where(own_valid, slots[:, :, : len(own)], slots[:, :, :1])
     own_row = np.where(own_valid, block_row, -2)
     lengths = start[:, 0, 0]
     width = int(lengths.max())
-    prefix = prefix_slots(group_pages, hole_start, hole_end, tile.groups, lengths, page_size, width)
+    prefix = prefix_slots(batch, tile.groups, lengths, page_size, width)
     prefix = np.where(lengths[:, None] > 0, prefix, own_slots[:, 0, :1])
     position = np.arange(width, dtype=np.int64)
     prefix_row = np.where(position < lengths[:, None], -1, -2)
@@ -156,13 +167,9 @@ def attend(
     query: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    *,
-    scaling: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    options: AttentionOptions,
 ) -> Tensor:
-    """Attention of one layer under a plan; arguments and result as in `paged_attention`."""
+    """Attention of one layer under a plan; tensors and result as in `paged_attention`."""
     k_flat, v_flat = k_pages.flatten(0, 1), v_pages.flatten(0, 1)
     outputs = []
     for tile in plan.tiles:
@@ -173,14 +180,14 @@ def attend(
         slots = tile.key_slots.flatten()
         k = k_flat.index_select(0, slots).view(*tile.key_slots.shape, *k_flat.shape[1:])
         v = v_flat.index_select(0, slots).view(*tile.key_slots.shape, *v_flat.shape[1:])
-        mask = tile.mask(window, query.dtype)
+        mask = tile.mask(options.window, query.dtype)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, tokens, head_dim]
-        if softcap > 0 or sinks is not None:
-            out = _explicit_attention(q, k, v, mask, scaling, softcap, sinks)
+        if options.softcap > 0 or options.sinks is not None:
+            out = _explicit_attention(q, k, v, mask, options)
         else:
             grouped = q.shape[1] != k.shape[1]
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped
+                q, k, v, attn_mask=mask, scale=options.scaling, enable_gqa=grouped
             )
         outputs.append(out.transpose(1, 2))
     if plan.in_order:
@@ -192,13 +199,7 @@ def attend(
 
 
 def _explicit_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
-    scaling: float,
-    softcap: float,
-    sinks: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: AttentionOptions
 ) -> Tensor:
     """Attention with explicit scores ``[B, heads, Q, S]``, some queries at a time."""
     batch, heads, queries, _ = q.shape
@@ -206,16 +207,17 @@ def _explicit_attention(
     k = k.unsqueeze(2)  # [B, kv_heads, 1, S, D], broadcast over the heads of a group
     v = v.unsqueeze(2)
     q = q.reshape(batch, kv_heads, heads // kv_heads, queries, -1)
+    sinks = None if options.sinks is None else options.sinks.view(kv_heads, -1, 1, 1)
     step = max(1, _MAX_SCORES // max(1, batch * heads * keys))
     parts = []
     for first in range(0, queries, step):
         part = slice(first, first + step)
-        scores = torch.matmul(q[..., part, :], k.transpose(-1, -2)) * scaling
+        scores = torch.matmul(q[..., part, :], k.transpose(-1, -2)) * options.scaling
         weights = attention_weights(
             scores,
-            softcap=softcap,
+            softcap=options.softcap,
             mask=mask[:, :, None, part],
-            sinks=None if sinks is None else sinks.view(kv_heads, -1, 1, 1),
+            sinks=sinks,
         )
         parts.append(torch.matmul(weights, v))
     return torch.cat(parts, dim=-2).flatten(1, 2)
@@ -256,8 +258,8 @@ def paged_attention(
     k_pages: Tensor,
     v_pages: Tensor,
     group_pages: Tensor,
-    hole_start: Tensor,
-    hole_end: Tensor,
+    padding_start: Tensor,
+    padding_end: Tensor,
     row_group: Tensor,
     row_start: Tensor,
     new_lengths: Tensor,
@@ -282,8 +284,8 @@ def paged_attention(
         multiple of `kv_heads`, and the two head dimensions may differ.
     group_pages : Tensor
         int32 ``[G, P]``, the groups' page tables, padded with 0.
-    hole_start, hole_end : Tensor
-        int32 ``[G]``, table slots that hold nothing, see `stars_fast.models.batch`.
+    padding_start, padding_end : Tensor
+        int32 ``[G]``, table slots that hold nothing, see `stars_fast.ops.batch`.
     row_group : Tensor
         int32 ``[R]``, group of each row; rows of a group are adjacent.
     row_start : Tensor
@@ -294,43 +296,26 @@ def paged_attention(
         int32 ``[R]``, how many of them, the last ones, are queries, 1 to ``new_lengths``.
     slots : Tensor
         int64 ``[R, L]``, slots of the new tokens.
-    scaling : float
-        Factor on the scores.
-    window : int
-        Sliding window in tokens, the query's own included; 0 is off.
-    softcap : float
-        See `attention_weights`; 0 is off.
-    sinks : Tensor or None
-        ``[heads]``, see `attention_weights`.
+    scaling, window, softcap, sinks
+        As in `AttentionOptions`.
 
     Returns
     -------
     Tensor
         ``[T, heads, head_dim of v_pages]`` in the dtype of `query`; the softmax is in float32.
     """
+    tables = (
+        group_pages, padding_start, padding_end, row_group, row_start, new_lengths, slots,
+    )  # fmt: skip
+    batch = RowBatch(*(table.cpu().numpy() for table in tables))
+    asked = query_lengths.cpu().numpy()
+    options = AttentionOptions(scaling, window, softcap, sinks)
     if uses_triton(query.device):
         from stars_fast.kernels import paged_attention as kernel
 
-        return kernel(
-            query, k_pages, v_pages, group_pages, hole_start, hole_end, row_group, row_start,
-            new_lengths, query_lengths, slots, scaling, window, softcap, sinks,
-        )  # fmt: skip
-    plan = plan_attention(
-        group_pages.cpu().numpy(),
-        hole_start.cpu().numpy(),
-        hole_end.cpu().numpy(),
-        row_group.cpu().numpy(),
-        row_start.cpu().numpy(),
-        new_lengths.cpu().numpy(),
-        query_lengths.cpu().numpy(),
-        slots.cpu().numpy(),
-        page_size=k_pages.shape[1],
-        device=query.device,
-    )
-    out = attend(
-        plan, query, k_pages, v_pages, scaling=scaling, window=window, softcap=softcap, sinks=sinks
-    )
-    return out.contiguous()
+        return kernel(query, k_pages, v_pages, batch, asked, options)
+    plan = plan_attention(batch, asked, page_size=k_pages.shape[1], device=query.device)
+    return attend(plan, query, k_pages, v_pages, options).contiguous()
 
 
 @paged_attention.register_fake
@@ -339,8 +324,8 @@ def _(
     k_pages: Tensor,
     v_pages: Tensor,
     group_pages: Tensor,
-    hole_start: Tensor,
-    hole_end: Tensor,
+    padding_start: Tensor,
+    padding_end: Tensor,
     row_group: Tensor,
     row_start: Tensor,
     new_lengths: Tensor,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from stars_fast.ops.batch import BatchLike
+
 IntArray = NDArray[np.integer]
 
 _MAX_PADDING = 1.5  # computed rows per real row
@@ -87,22 +89,14 @@ def _blocks(rows: NDArray[np.int64], group: IntArray, limit: int) -> Tile:
 
 
 def prefix_slots(
-    group_pages: IntArray,
-    hole_start: IntArray,
-    hole_end: IntArray,
-    groups: IntArray,
-    lengths: IntArray,
-    page_size: int,
-    width: int,
+    batch: BatchLike, groups: IntArray, lengths: IntArray, page_size: int, width: int
 ) -> NDArray[np.int64]:
     """Slots of the prefix tokens of some groups, in order of position.
 
     Parameters
     ----------
-    group_pages : ndarray
-        ``[G, P]`` page ids.
-    hole_start, hole_end : ndarray
-        ``[G]``, table indices of each group's hole.
+    batch : BatchLike
+        Its groups' page tables and padding are read.
     groups : ndarray
         ``[B]``, the groups wanted.
     lengths : ndarray
@@ -122,8 +116,9 @@ def prefix_slots(
         return np.zeros((len(groups), 0), dtype=np.int64)
     last = np.maximum(lengths.astype(np.int64) - 1, 0)[:, None]
     position = np.minimum(np.arange(width, dtype=np.int64)[None, :], last)
-    start = hole_start[groups].astype(np.int64)[:, None]
-    gap = hole_end[groups].astype(np.int64)[:, None] - start
+    start = batch.padding_start[groups].astype(np.int64)[:, None]
+    gap = batch.padding_end[groups].astype(np.int64)[:, None] - start
     index = np.where(lengths[:, None] > 0, position + np.where(position >= start, gap, 0), 0)
-    page = np.take_along_axis(group_pages[groups].astype(np.int64), index // page_size, axis=1)
+    tables = batch.group_pages[groups].astype(np.int64)
+    page = np.take_along_axis(tables, index // page_size, axis=1)
     return np.where(lengths[:, None] > 0, page * page_size + index % page_size, 0)

@@ -52,7 +52,7 @@ class _Request:
     prompt: TokenPrompt
     committed: Ids  # what the cached sequence should hold; it may hold less
     same_prompt: dict[int, None]  # the requests that began with the same prompt, itself among them
-    hole: int | None = None  # ids that the cached sequence has before its hole
+    padding: int | None = None  # ids that the cached sequence has before its padding
     kept: int | None = None
     branches: dict[int, _Branch] = field(default_factory=dict)
 
@@ -244,7 +244,7 @@ class CausalScorer(Scorer):
         if winner.row != NO_PAGES:
             del self._loose[winner.row]
             self._cache.promote(winner.row, max(winner.keep - winner.start, 0))
-            self._cut_hole(state, winner.start)
+            self._cut_padding(state, winner.start)
         state.committed = winner.ids[: winner.keep]
         cached = self._cache.common_prefix(request, state.committed)
         if cached < self._cache.length(request):
@@ -484,25 +484,25 @@ class CausalScorer(Scorer):
     def _copy(self, source: int, target: int) -> None:
         """Let `target`, whose branches have no pages, hold what `source` does."""
         self._cache.copy(source, target)
-        self._requests[target].hole = self._requests[source].hole
+        self._requests[target].padding = self._requests[source].padding
         self._resident.pop(target, None)
         if self._cache.length(target):
             self._resident[target] = None
 
     def _truncate(self, request: int, length: int) -> None:
         self._cache.truncate(request, length)
-        self._cut_hole(self._requests[request], length)
+        self._cut_padding(self._requests[request], length)
 
-    def _cut_hole(self, state: _Request, length: int) -> None:
-        """Note that the ids from `length` on were dropped, and a hole that lay behind them."""
-        if state.hole is not None and length < state.hole:
-            state.hole = None
+    def _cut_padding(self, state: _Request, length: int) -> None:
+        """Note that the ids from `length` on were dropped, and padding that lay behind them."""
+        if state.padding is not None and length < state.padding:
+            state.padding = None
 
     def _seal(self, request: int) -> None:
         state = self._requests[request]
-        if state.hole is None:
+        if state.padding is None:
             self._cache.seal_prompt(request)
-            state.hole = self._cache.length(request)
+            state.padding = self._cache.length(request)
 
     def _forward(
         self, rows: list[_Row], protected: frozenset[int]
@@ -582,7 +582,7 @@ class CausalScorer(Scorer):
             self._release(branch)
         self._cache.close(request)
         self._cache.open(request)
-        state.hole = None
+        state.padding = None
         self._resident.pop(request, None)
         self._counts["rm_evictions"] += 1
 

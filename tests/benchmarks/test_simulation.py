@@ -162,7 +162,7 @@ def seconds(moved: float, computed: float) -> float:
     return max(moved, computed) / 1e6
 
 
-def test_copies_count_and_the_hole_does_not() -> None:
+def test_copies_count_and_the_padding_does_not() -> None:
     """The second segment starts inside a page, so what it won has the 4 tokens before it copied."""
     scheduler = scheduler_of_one(candidates=1)
     for accepted, copied in ((0, 0), (4, 0), (8, 4)):
@@ -173,7 +173,7 @@ def test_copies_count_and_the_hole_does_not() -> None:
         taken = round_time(plan, lengths, REPLICA)
         # Read and written, in both models.
         assert taken.fork == pytest.approx(seconds(2 * 2 * 3 * copied, 0.0))
-        # 20 tokens of the prompt, then what was accepted: the hole behind them is not read.
+        # 20 tokens of the prompt, then what was accepted: the padding behind them is not read.
         keys = 20 + accepted
         steps = [seconds(1000 + 3 * (keys + i + 1), 0.0) for i in range(4)]
         assert taken.draft == pytest.approx(sum(steps))

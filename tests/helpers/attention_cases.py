@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from helpers.page_driver import ManualBatch
 from torch import Tensor
+
+from stars_fast.ops.batch import RowBatch
 
 
 @dataclass(frozen=True)
@@ -32,22 +33,21 @@ def random_batch(
     max_new: int,
     page_size: int,
     num_pages: int,
-) -> ManualBatch:
-    """Groups on shuffled pages, with a hole in every other group that has a prefix."""
+) -> RowBatch:
+    """Groups on shuffled pages, with padding in every other group that has a prefix."""
     pages = iter(rng.permutation(np.arange(1, num_pages)))
 
     def take(tokens: int) -> list[int]:
         return [int(next(pages)) for _ in range(-(-tokens // page_size))]
 
-    tables, holes, extents = [], [], []
+    tables, paddings = [], []
     for number, prefix in enumerate(prefixes):
         start, end = prefix, prefix
         if number % 2 == 0 and prefix > 1:
             start = int(rng.integers(1, prefix + 1))
             end = start + int(rng.integers(0, page_size))
-        extents.append(prefix + end - start)
-        holes.append((start, end))
-        tables.append(take(extents[-1]))
+        paddings.append((start, end))
+        tables.append(take(prefix + end - start))
     group = np.repeat(np.arange(len(prefixes)), candidates)
     new = rng.integers(1, max_new + 1, len(group))
     new[rng.integers(len(group))] = max_new
@@ -56,11 +56,10 @@ def random_batch(
         at = np.arange(count)
         slots[row, :count] = np.array(take(count))[at // page_size] * page_size + at % page_size
     width = max(1, *(len(table) for table in tables))
-    return ManualBatch(
+    return RowBatch(
         group_pages=np.array([t + [0] * (width - len(t)) for t in tables], dtype=np.int32),
-        group_extent=np.array(extents, dtype=np.int32),
-        hole_start=np.array([h[0] for h in holes], dtype=np.int32),
-        hole_end=np.array([h[1] for h in holes], dtype=np.int32),
+        padding_start=np.array([h[0] for h in paddings], dtype=np.int32),
+        padding_end=np.array([h[1] for h in paddings], dtype=np.int32),
         row_group=group.astype(np.int32),
         row_start=np.array(prefixes, dtype=np.int32)[group],
         new_lengths=new.astype(np.int32),
@@ -68,15 +67,26 @@ def random_batch(
     )
 
 
-def row_slots(batch: ManualBatch, row: int, page_size: int) -> list[int]:
+def tables(
+    batch: RowBatch, query_lengths: np.ndarray, device: torch.device | str = "cpu"
+) -> list[Tensor]:
+    """The batch as `paged_attention` takes it."""
+    arrays = (
+        batch.group_pages, batch.padding_start, batch.padding_end, batch.row_group,
+        batch.row_start, batch.new_lengths, query_lengths, batch.slots,
+    )  # fmt: skip
+    return [torch.from_numpy(array).to(device) for array in arrays]
+
+
+def row_slots(batch: RowBatch, row: int, page_size: int) -> list[int]:
     """Slots of a row's prefix and new tokens, in order of position."""
     group = batch.row_group[row]
     table = batch.group_pages[group]
-    hole = range(batch.hole_start[group], batch.hole_end[group])
+    padding = range(batch.padding_start[group], batch.padding_end[group])
     prefix = [
         int(table[s // page_size]) * page_size + s % page_size
-        for s in range(batch.group_extent[group])
-        if s not in hole
+        for s in range(batch.row_start[row] + len(padding))
+        if s not in padding
     ]
     assert len(prefix) == batch.row_start[row]
     return prefix + batch.slots[row, : batch.new_lengths[row]].tolist()
@@ -113,7 +123,7 @@ def plain_attention(
 
 def pools(
     shape: Shape,
-    batch: ManualBatch,
+    batch: RowBatch,
     page_size: int,
     num_pages: int,
     generator: torch.Generator,

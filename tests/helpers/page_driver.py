@@ -17,36 +17,7 @@ from transformers import PreTrainedModel
 
 from stars_fast.models.paged import PagedModel
 from stars_fast.ops.backend import Backend
-
-
-@dataclass
-class ManualBatch:
-    """A `BatchLike` from Python lists."""
-
-    group_pages: NDArray[np.int32]
-    group_extent: NDArray[np.int32]
-    hole_start: NDArray[np.int32]
-    hole_end: NDArray[np.int32]
-    row_group: NDArray[np.int32]
-    row_start: NDArray[np.int32]
-    new_lengths: NDArray[np.int32]
-    slots: NDArray[np.int64]
-
-    @property
-    def num_groups(self) -> int:
-        return len(self.group_extent)
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.row_group)
-
-    @property
-    def max_new(self) -> int:
-        return self.slots.shape[1]
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.new_lengths.sum())
+from stars_fast.ops.batch import RowBatch
 
 
 @dataclass
@@ -55,11 +26,11 @@ class Sequence:
 
     tokens: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
-    hole: tuple[int, int] = (0, 0)
+    padding: tuple[int, int] = (0, 0)
 
     @property
     def extent(self) -> int:
-        start, end = self.hole
+        start, end = self.padding
         return len(self.tokens) + (end - start if len(self.tokens) >= start else 0)
 
 
@@ -117,7 +88,7 @@ class PageDriver:
         slots = [pages[s // self.page_size] * self.page_size + s % self.page_size for s in at]
         return Row(tokens, pages, slots)
 
-    def batch(self, groups: list[tuple[Sequence, list[Row]]]) -> ManualBatch:
+    def batch(self, groups: list[tuple[Sequence, list[Row]]]) -> RowBatch:
         """The batch of some sequences and the rows that continue each."""
         rows = [(g, s, row) for g, (s, candidates) in enumerate(groups) for row in candidates]
         width = max(1, *(len(s.pages) for s, _ in groups)) if groups else 1
@@ -126,13 +97,12 @@ class PageDriver:
         def array(values: list[int]) -> NDArray[np.int32]:
             return np.array(values, dtype=np.int32)
 
-        return ManualBatch(
+        return RowBatch(
             group_pages=np.array(
                 [s.pages + [0] * (width - len(s.pages)) for s, _ in groups], dtype=np.int32
             ),
-            group_extent=array([s.extent for s, _ in groups]),
-            hole_start=array([s.hole[0] for s, _ in groups]),
-            hole_end=array([s.hole[1] for s, _ in groups]),
+            padding_start=array([s.padding[0] for s, _ in groups]),
+            padding_end=array([s.padding[1] for s, _ in groups]),
             row_group=array([g for g, _, _ in rows]),
             row_start=array([len(s.tokens) for _, s, _ in rows]),
             new_lengths=array([len(row.tokens) for _, _, row in rows]),
@@ -199,20 +169,20 @@ class PageDriver:
                 self._release(other.pages)
 
     def seal(self, sequence: Sequence) -> None:
-        """Leave a hole up to the next page boundary."""
-        if sequence.hole == (0, 0) and sequence.tokens:
+        """Pad up to the next page boundary."""
+        if sequence.padding == (0, 0) and sequence.tokens:
             end = sequence.extent
-            sequence.hole = (end, -(-end // self.page_size) * self.page_size)
+            sequence.padding = (end, -(-end // self.page_size) * self.page_size)
 
     def truncate(self, sequence: Sequence, length: int) -> None:
         """Roll back to the first `length` tokens."""
         del sequence.tokens[length:]
-        start, end = sequence.hole
+        start, end = sequence.padding
         if length < start:
-            sequence.hole = (0, 0)
+            sequence.padding = (0, 0)
         extent = sequence.extent
         if length == start < end:
-            extent = end  # the hole's pages stay
+            extent = end  # the padding's pages stay
         kept = -(-extent // self.page_size)
         self._release(sequence.pages[kept:])
         del sequence.pages[kept:]

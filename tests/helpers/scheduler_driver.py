@@ -67,12 +67,12 @@ class Device:
 
     def _prefix(self, batch: _core.Batch, row: int) -> list[int]:
         group = batch.row_group[row]
-        hole = range(batch.hole_start[group], batch.hole_end[group])
+        padding = range(batch.padding_start[group], batch.padding_end[group])
         pages = batch.group_pages[group].tolist()
         return [
             self.slots[pages[slot // self.page_size] * self.page_size + slot % self.page_size]
             for slot in range(batch.group_extent[group])
-            if slot not in hole
+            if slot not in padding
         ]
 
     def _write(self, batch: _core.Batch, row: int, tokens: list[int]) -> None:
@@ -253,7 +253,7 @@ class Driver:
         for group in range(plan.prefill.num_groups):
             flight.read |= pages_read(plan.prefill, group, self.page_size)
         # A group's valid slots are the tokens before the row's first.
-        valid = draft.group_extent - (draft.hole_end - draft.hole_start)
+        valid = draft.group_extent - (draft.padding_end - draft.padding_start)
         np.testing.assert_array_equal(valid[draft.row_group], draft.row_start)
         for row, request in enumerate(plan.request.tolist()):
             assert request not in self.ended

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.attention_cases import Shape, plain_attention, pools, random_batch, row_slots
-from helpers.page_driver import ManualBatch
+from helpers.attention_cases import Shape, plain_attention, pools, random_batch, row_slots, tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from stars_fast import ops
-from stars_fast.ops.attention import attention_weights
+from stars_fast.ops.attention import AttentionOptions, attention_weights
+from stars_fast.ops.batch import RowBatch
 
 kernels = pytest.importorskip("stars_fast.kernels.attention", reason="Triton is for Linux only")
 plans = pytest.importorskip("stars_fast.kernels.attention_plan")
@@ -47,7 +47,7 @@ class Case:
     """A batch with tensors on the device."""
 
     shape: Shape
-    batch: ManualBatch
+    batch: RowBatch
     asked: np.ndarray
     query: Tensor
     k_pages: Tensor
@@ -55,38 +55,25 @@ class Case:
     sinks: Tensor | None
 
     @property
-    def options(self) -> dict[str, Any]:
-        return {
-            "scaling": SCALING,
-            "window": self.shape.window,
-            "softcap": self.shape.softcap,
-            "sinks": self.sinks,
-        }
-
-    @property
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        batch = self.batch
-        return (
-            batch.group_pages, batch.hole_start, batch.hole_end, batch.row_group, batch.row_start,
-            batch.new_lengths, self.asked, batch.slots,
-        )  # fmt: skip
+    def options(self) -> AttentionOptions:
+        return AttentionOptions(SCALING, self.shape.window, self.shape.softcap, self.sinks)
 
     def plan(self, block_m: int = 16, split_tokens: int | None = None) -> Any:
         return plans.AttentionPlan.build(
-            *self.arrays, heads_per_kv=self.shape.heads // self.shape.kv_heads, block_m=block_m,
-            split_tokens=split_tokens, device=DEVICE,
+            self.batch, self.asked, heads_per_kv=self.shape.heads // self.shape.kv_heads,
+            block_m=block_m, split_tokens=split_tokens, device=DEVICE,
         )  # fmt: skip
 
     def run(self, block_m: int = 16, split_tokens: int | None = None) -> Tensor:
         """By the kernel."""
         plan = self.plan(block_m, split_tokens)
-        return kernels.attention(self.query, self.k_pages, self.v_pages, plan, **self.options)
+        return kernels.attention(self.query, self.k_pages, self.v_pages, plan, self.options)
 
     def reference(self) -> Tensor:
         """By the PyTorch form in float32."""
         return ops.paged_attention(
             self.query.float(), self.k_pages.float(), self.v_pages.float(),
-            *(torch.from_numpy(array).to(DEVICE) for array in self.arrays), **self.options,
+            *tables(self.batch, self.asked, DEVICE), *self.options,
         )  # fmt: skip
 
     def to(self, dtype: torch.dtype) -> Case:
@@ -228,7 +215,7 @@ def test_splits_are_merged(splits: int, window: int) -> None:
     plan = case.plan(16, 8)
     counts = plan.merges[: int(plan.num_merges), 2]
     assert counts.tolist() == ([] if splits == 1 else [splits] * 3)
-    got = kernels.attention(case.query, case.k_pages, case.v_pages, plan, **case.options)
+    got = kernels.attention(case.query, case.k_pages, case.v_pages, plan, case.options)
     assert_close(got, case.reference())
 
 
@@ -241,7 +228,7 @@ def test_own_tokens_of_many_rows_are_split() -> None:
     case = make_case(SHAPES["grouped"], ([10], [6], 20), "decode")
     plan = case.plan(64, 32)
     assert int(plan.num_items) > 2
-    got = kernels.attention(case.query, case.k_pages, case.v_pages, plan, **case.options)
+    got = kernels.attention(case.query, case.k_pages, case.v_pages, plan, case.options)
     assert_close(got, case.reference())
 
 
@@ -251,11 +238,10 @@ def test_results_do_not_depend_on_other_groups() -> None:
     together = case.run(64, 16)
     batch = case.batch
     for group, rows in enumerate((slice(0, 2), slice(2, 5), slice(5, 9))):
-        alone = ManualBatch(
+        alone = RowBatch(
             group_pages=batch.group_pages[group : group + 1],
-            group_extent=batch.group_extent[group : group + 1],
-            hole_start=batch.hole_start[group : group + 1],
-            hole_end=batch.hole_end[group : group + 1],
+            padding_start=batch.padding_start[group : group + 1],
+            padding_end=batch.padding_end[group : group + 1],
             row_group=np.zeros_like(batch.row_group[rows]),
             row_start=batch.row_start[rows],
             new_lengths=batch.new_lengths[rows],
@@ -300,10 +286,10 @@ def test_replays_while_the_counter_moves() -> None:
         capacity, heads_per_kv=2, block_m=16, split_tokens=8, device=DEVICE
     )
     for _ in range(2):  # the second time over what the first left
-        plan.write(*case.arrays, query_own=np.zeros(rows, dtype=np.int32))
+        plan.write(case.batch, case.asked, query_own=np.zeros(rows, dtype=np.int32))
         for step in range(batch.max_new):
             query = torch.randn((rows + 3, 4, 8), generator=generator).to(DEVICE)
-            got = kernels.attention(query, case.k_pages, case.v_pages, plan, **case.options)
+            got = kernels.attention(query, case.k_pages, case.v_pages, plan, case.options)
             assert torch.isfinite(got).all()
             assert not got[rows:].any()
             # Rows that have ended go on, to no purpose.
@@ -323,7 +309,7 @@ def test_later_tokens_are_not_read() -> None:
     first = replace(case, batch=replace(case.batch, new_lengths=np.ones(2, np.int32)))
     plan = case.plan()
     plan.query_own.copy_(torch.tensor([0, 0]))
-    got = kernels.attention(case.query, case.k_pages, case.v_pages, plan, **case.options)
+    got = kernels.attention(case.query, case.k_pages, case.v_pages, plan, case.options)
     assert_close(got, first.reference())
 
 
@@ -353,7 +339,7 @@ def test_float8_pages(dtype: torch.dtype, scaled: bool) -> None:
     plan = case.plan(16, 8)
     k_scale, v_scale = (x if x is None else x.to(DEVICE) for x in scales)
     got = kernels.attention(
-        case.query, *stored, plan, **case.options, k_scale=k_scale, v_scale=v_scale
+        case.query, *stored, plan, case.options, k_scale=k_scale, v_scale=v_scale
     )
     k, v = (
         pages.float() * (1.0 if scale is None else scale.to(DEVICE)[:, None])
@@ -370,21 +356,23 @@ def test_every_float8_value() -> None:
     dim = len(values)
     v = values.view(1, 1, 1, dim).repeat(2, 1, 1, 1)
     group = np.zeros(1, np.int32)
+    page, slot = np.zeros((1, 1), np.int32), np.ones((1, 1), np.int64)
     plan = plans.AttentionPlan.build(
-        np.zeros((1, 1), np.int32), group, group, group, group, group + 1, group + 1,
-        np.ones((1, 1), np.int64), heads_per_kv=1, block_m=16, split_tokens=None, device=DEVICE,
+        RowBatch(page, group, group, group, group, group + 1, slot), group + 1,
+        heads_per_kv=1, block_m=16, split_tokens=None, device=DEVICE,
     )  # fmt: skip
     query = torch.ones((1, 1, dim), device=DEVICE)
-    got = kernels.attention(query, torch.zeros_like(v).to(DEVICE), v.to(DEVICE), plan, scaling=1.0)
+    got = kernels.attention(
+        query, torch.zeros_like(v).to(DEVICE), v.to(DEVICE), plan, AttentionOptions(1.0)
+    )
     assert torch.equal(got[0, 0].cpu(), values.float())
 
 
 def test_convenience_form() -> None:
     for batch in (BATCHES["mixed"], ([600], [3], 2)):
         case = make_case(SHAPES["sinks"], batch)
-        tables = [torch.from_numpy(array).to(DEVICE) for array in case.arrays]
         got = kernels.paged_attention(
-            case.query, case.k_pages, case.v_pages, *tables, SCALING, 6, 0.0, case.sinks
+            case.query, case.k_pages, case.v_pages, case.batch, case.asked, case.options
         )
         assert_close(got, case.reference())
 
@@ -393,10 +381,10 @@ def test_no_queries() -> None:
     case = make_case(SHAPES["grouped"], ([3], [1], 1))
     empty = np.zeros(0, dtype=np.int32)
     plan = plans.AttentionPlan.build(
-        np.zeros((0, 1), np.int32), *[empty] * 6, np.zeros((0, 1), np.int64), heads_per_kv=2,
-        block_m=16, split_tokens=None, device=DEVICE,
+        RowBatch(np.zeros((0, 1), np.int32), *[empty] * 5, np.zeros((0, 1), np.int64)), empty,
+        heads_per_kv=2, block_m=16, split_tokens=None, device=DEVICE,
     )  # fmt: skip
-    out = kernels.attention(case.query[:0], case.k_pages, case.v_pages, plan, scaling=1.0)
+    out = kernels.attention(case.query[:0], case.k_pages, case.v_pages, plan, AttentionOptions(1.0))
     assert out.shape == (0, 4, 8)
 
 
@@ -436,9 +424,10 @@ def test_bad_arguments(changes: dict[str, Any], message: str) -> None:
         "k_pages": torch.zeros(3, 4, 2, 8, device=DEVICE),
         "v_pages": torch.zeros(3, 4, 2, 8, device=DEVICE),
         "plan": case.plan(),
-        "scaling": 1.0,
         **changes,
     }
+    given = {name: arguments.pop(name) for name in AttentionOptions._fields if name in arguments}
+    arguments["options"] = AttentionOptions(**{"scaling": 1.0, **given})
     with pytest.raises(ValueError, match=re.escape(message)):
         kernels.attention(**arguments)
 
@@ -448,4 +437,6 @@ def test_bad_scales() -> None:
     k, v = (pages.to(torch.float8_e4m3fn) for pages in (case.k_pages, case.v_pages))
     ones = torch.ones(3, device=DEVICE)
     with pytest.raises(ValueError, match=r"k_scale must be float32 of shape \(2,\)"):
-        kernels.attention(case.query, k, v, case.plan(), scaling=1.0, k_scale=ones, v_scale=ones)
+        kernels.attention(
+            case.query, k, v, case.plan(), AttentionOptions(1.0), k_scale=ones, v_scale=ones
+        )

@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from stars_fast.ops.batch import RowBatch
+
 plans = pytest.importorskip("stars_fast.kernels.attention_plan", reason="Triton is for Linux only")
 CPU = torch.device("cpu")
 Ints = list[int]
@@ -158,6 +160,13 @@ def decode_capacity(**changed: int) -> object:
     return plans.PlanCapacity.of_decode(**sizes, heads_per_kv=4, block_m=16, split_tokens=16)
 
 
+def on_pages(pages: np.ndarray, batch: tuple[np.ndarray, ...], slots: np.ndarray) -> RowBatch:
+    """Rows of `tables` on pages without prompt padding."""
+    group, start, new, _ = batch
+    none = np.zeros(len(pages), np.int32)
+    return RowBatch(pages, none, none, group, start, new, slots)
+
+
 def test_rounds_within_the_capacity_fit() -> None:
     rng = np.random.default_rng(0)
     plan = plans.AttentionPlan.allocate(
@@ -174,8 +183,8 @@ def test_rounds_within_the_capacity_fit() -> None:
         )
         pages = rng.integers(1, 99, (groups, 4)).astype(np.int32)
         slots = rng.integers(0, 99, (rows, int(new.max())))
-        hole = np.zeros(groups, dtype=np.int32)
-        plan.write(pages, hole, hole, *batch, slots, query_own=np.zeros(rows, dtype=np.int32))
+        own = np.zeros(rows, dtype=np.int32)
+        plan.write(on_pages(pages, batch, slots), batch[3], query_own=own)
         covered = np.zeros(8, dtype=int)
         for first, count in plan.items[: int(plan.num_items), 1:3].tolist():
             covered[first : first + count] += 1
@@ -194,10 +203,9 @@ def test_rounds_past_the_capacity_are_refused(field: str) -> None:
         decode_capacity(**{field: 1}), heads_per_kv=4, block_m=16, split_tokens=16, device=CPU
     )
     batch = tables([20, 3], [2, 1], [4, 4, 4], [1, 1, 1])
-    hole = np.zeros(2, dtype=np.int32)
     pages, slots = np.ones((2, 4), np.int32), np.ones((3, 4), np.int64)
     with pytest.raises(ValueError, match=r"must be at most 1 in this plan, got [2348]"):
-        plan.write(pages, hole, hole, *batch, slots)
+        plan.write(on_pages(pages, batch, slots), batch[3])
     assert not plan.buffer.any()
 
 
@@ -206,6 +214,6 @@ def test_long_prefixes_past_the_capacity_are_refused() -> None:
         decode_capacity(max_prefix=16), heads_per_kv=4, block_m=16, split_tokens=16, device=CPU
     )
     batch = tables([600], [3], [4, 4, 4], [1, 1, 1])
-    hole = np.zeros(1, dtype=np.int32)
+    pages, slots = np.ones((1, 4), np.int32), np.ones((3, 4), np.int64)
     with pytest.raises(ValueError, match="items must be at most"):
-        plan.write(np.ones((1, 4), np.int32), hole, hole, *batch, np.ones((3, 4), np.int64))
+        plan.write(on_pages(pages, batch, slots), batch[3])

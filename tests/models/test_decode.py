@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from helpers.attention_cases import Shape, random_batch
+from helpers.attention_cases import Shape, random_batch, tables
 
 from stars_fast.models.decode import DecodeAttention, Workspace
 from stars_fast.models.probe import LayerLayout
@@ -54,12 +56,6 @@ def test_agrees_with_the_operator(shape_name: str, batch_name: str, dtype: torch
     )
     sinks = draw(shape.heads) if shape.sinks else None
     decode = DecodeAttention(batch, [layout], [k], [v], Workspace())
-    tables = [
-        torch.from_numpy(x)
-        for x in (
-            batch.group_pages, batch.hole_start, batch.hole_end, batch.row_group, batch.row_start,
-        )
-    ]  # fmt: skip
     rows = batch.num_rows
     for step in range(batch.max_new):
         decode.begin_step(step)
@@ -72,10 +68,10 @@ def test_agrees_with_the_operator(shape_name: str, batch_name: str, dtype: torch
             query,
             k,
             v,
-            *tables,
-            torch.from_numpy(np.minimum(batch.new_lengths, step + 1)),
-            torch.ones(rows, dtype=torch.int32),
-            torch.from_numpy(batch.slots),
+            *tables(
+                replace(batch, new_lengths=np.minimum(batch.new_lengths, step + 1)),
+                np.ones(rows, dtype=np.int32),
+            ),
             0.3,
             shape.window,
             shape.softcap,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.attention_cases import Shape, plain_attention, random_batch, row_slots
-from helpers.page_driver import ManualBatch
+from helpers.attention_cases import Shape, plain_attention, random_batch, row_slots, tables
 from torch import Tensor
 
 from stars_fast.ops import attention, paged_attention
@@ -39,15 +38,6 @@ def pools(shape: Shape, num_pages: int, dtype: torch.dtype) -> tuple[Tensor, Ten
     return k, v
 
 
-def arguments(batch: ManualBatch, query_lengths: np.ndarray, new: np.ndarray) -> list[Tensor]:
-    """The batch's tables as `paged_attention` takes them."""
-    arrays = (
-        batch.group_pages, batch.hole_start, batch.hole_end, batch.row_group, batch.row_start,
-        new.astype(np.int32), query_lengths.astype(np.int32), batch.slots,
-    )  # fmt: skip
-    return [torch.from_numpy(array) for array in arrays]
-
-
 @pytest.mark.parametrize("queries", ["extend", "decode", "some"])
 @pytest.mark.parametrize("batch_name", BATCHES)
 @pytest.mark.parametrize("shape_name", SHAPES)
@@ -66,7 +56,7 @@ def test_agrees_with_plain_attention(shape_name: str, batch_name: str, queries: 
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0]) if shape.sinks else None
 
     got = paged_attention(
-        query, k, v, *arguments(batch, asked, new), 0.3, shape.window, shape.softcap, sinks
+        query, k, v, *tables(batch, asked), 0.3, shape.window, shape.softcap, sinks
     )
     at = 0
     for row in range(batch.num_rows):
@@ -95,15 +85,12 @@ def test_bfloat16_rounds_no_worse_than_pytorch(shape_name: str) -> None:
     query = torch.randn(int(new.sum()), 4, 8, generator=torch.Generator().manual_seed(1))
     query = query.to(torch.bfloat16)
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0]) if shape.sinks else None
-    rest = (*arguments(batch, new, new), 0.35, shape.window, shape.softcap)
+    rest = (*tables(batch, new), 0.35, shape.window, shape.softcap)
     got = paged_attention(query, k, v, *rest, sinks)
     assert got.dtype == torch.bfloat16
     want = paged_attention(query.float(), k.float(), v.float(), *rest, sinks)
     # Eager: scores and weights rounded to bfloat16, as transformers' eager attention does.
-    plan = attention.plan_attention(
-        batch.group_pages, batch.hole_start, batch.hole_end, batch.row_group, batch.row_start,
-        new, new, batch.slots, page_size=PAGE_SIZE, device=torch.device("cpu"),
-    )  # fmt: skip
+    plan = attention.plan_attention(batch, new, page_size=PAGE_SIZE, device=torch.device("cpu"))
     tile = plan.tiles[0]
     q = query[tile.query_index].transpose(1, 2)
     keys = k.flatten(0, 1)[tile.key_slots].transpose(1, 2).repeat_interleave(2, dim=1)
@@ -129,7 +116,7 @@ def test_long_rows_with_explicit_scores_go_in_parts(monkeypatch: pytest.MonkeyPa
     k, v = pools(shape, 64, torch.float32)
     new = batch.new_lengths
     query = torch.randn((int(new.sum()), 4, 8))
-    rest = (*arguments(batch, new, new), 0.3, 0, 1.5)
+    rest = (*tables(batch, new), 0.3, 0, 1.5)
     whole = paged_attention(query, k, v, *rest)
     monkeypatch.setattr(attention, "_MAX_SCORES", 4 * 42 * 7)
     torch.testing.assert_close(paged_attention(query, k, v, *rest), whole)
@@ -145,5 +132,5 @@ def test_operator_is_well_formed() -> None:
     query = torch.randn((int(new.sum()), 4, 8))
     torch.library.opcheck(
         torch.ops.stars_fast.paged_attention.default,
-        (query, k, v, *arguments(batch, new, new), 0.3),
+        (query, k, v, *tables(batch, new), 0.3),
     )

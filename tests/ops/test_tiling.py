@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stars_fast.ops.batch import RowBatch
 from stars_fast.ops.tiling import prefix_slots, tile_rows
 
 group_lists = st.lists(
@@ -55,9 +56,9 @@ def test_nothing_is_shared_of_an_empty_prefix() -> None:
     (3, [12, 13, 20, 20, 20]),
     (5, [12, 13, 20, 21, 22]),
 ])  # fmt: skip
-def test_prefix_slots_step_over_the_hole(length: int, want: list[int]) -> None:
-    got = prefix_slots(
-        np.array([[9, 9], [3, 5]]), np.array([0, 2]), np.array([0, 4]), np.array([1]),
-        np.array([length]), 4, 5,
-    )  # fmt: skip
+def test_prefix_slots_step_over_the_padding(length: int, want: list[int]) -> None:
+    none = np.zeros(0, np.int32)
+    pages, padding = np.array([[9, 9], [3, 5]]), (np.array([0, 2]), np.array([0, 4]))
+    batch = RowBatch(pages, *padding, none, none, none, none)
+    got = prefix_slots(batch, np.array([1]), np.array([length]), 4, 5)
     assert got.tolist() == [want]

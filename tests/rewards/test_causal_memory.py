@@ -143,7 +143,7 @@ class TestEqualPrompts:
         for request in texts:
             scorer._evict(request)
         assert self.rewards(model, scorer, jobs) == length + 3 * 6 + 3
-        # What follows starts on a page of its own, though the first one's hole was not for all.
+        # What follows starts on a page of its own, though the first one's padding was not for all.
         assert (length + 6) % PAGE
         for job in jobs:
             scorer.accept(job.request, job.branch)

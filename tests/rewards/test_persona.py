@@ -178,7 +178,7 @@ def test_logits_stay_within_64_mib() -> None:
 def test_segments_of_a_page_are_never_copied(model: PreTrainedModel) -> None:
     scorer = scorer_of(model)
     prompt = text_prompt(LM, QUESTIONS[1])
-    assert len(kind_ids(prompt)) % PAGE != 1  # there is a hole
+    assert len(kind_ids(prompt)) % PAGE != 1  # there is padding
     scorer.start(0, prompt, 60)
     response: list[int] = []
     for branch in range(6):
@@ -223,7 +223,7 @@ def test_text_that_fills_the_pool_is_run_from_its_start(model: PreTrainedModel) 
         assert value == pytest.approx(want, rel=TOLERANCE)
         scorer.accept(0, branch)
         done = length
-    assert scorer.stats()["rm_evictions"] == 1  # the hole behind the prompt had to go
+    assert scorer.stats()["rm_evictions"] == 1  # the padding behind the prompt had to go
 
 
 def test_jobs_with_nothing_new_run_nothing(model: PreTrainedModel) -> None:
