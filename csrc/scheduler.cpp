@@ -239,10 +239,10 @@ void Scheduler::forget(Slot slot) {
   ++request.generation;
   free_slots_.push_back(slot);
   if (request.group != kNoGroup) {
-    Party& own = party(request.group);
-    own.members[static_cast<std::size_t>(request.member)] = Party::kGone;
+    Group& own = group(request.group);
+    own.members[static_cast<std::size_t>(request.member)] = Group::kGone;
     if (--own.num_left == 0) {
-      parties_[static_cast<std::size_t>(request.group)].reset();
+      groups_[static_cast<std::size_t>(request.group)].reset();
     }
     request.group = kNoGroup;
   }

@@ -151,7 +151,7 @@ class Scheduler {
   // std::invalid_argument for a group larger than max_rows.
   void add_group(const std::vector<std::int64_t>& ids, const std::vector<std::uint64_t>& seeds,
                  const std::int64_t* prompt, std::size_t prompt_length,
-                 const RequestOptions& options, const GroupOptions& group);
+                 const RequestOptions& options, const GroupOptions& group_options);
   // Forgets a request, whatever its state. False if there is none of that id.
   bool abort(std::int64_t id);
   // With another plan out it may be empty, if its lane has nothing to do, and is committed in its
@@ -231,9 +231,9 @@ class Scheduler {
     [[nodiscard]] bool idle() const { return parked || ended; }
   };
 
-  struct Party {  // a group and the requests that are its members
+  struct Group {  // paths and the requests that run them
     static constexpr Slot kGone = -1;
-    PathGroup group;
+    PathGroup paths;
     std::vector<Slot> members;  // kGone: forgotten
     std::int32_t num_left = 0;  // members that are not
     bool failed = false;
@@ -287,7 +287,7 @@ class Scheduler {
   [[nodiscard]] const Request& at(Slot slot) const {
     return requests_[static_cast<std::size_t>(slot)];
   }
-  Party& party(std::int32_t group) { return *parties_[static_cast<std::size_t>(group)]; }
+  Group& group(std::int32_t number) { return *groups_[static_cast<std::size_t>(number)]; }
   [[nodiscard]] Request& find(std::int64_t id);
   [[nodiscard]] std::int32_t row_pages(const Request& request) const;
   [[nodiscard]] std::int32_t pages_to_draft(const Request& request) const;
@@ -323,7 +323,7 @@ class Scheduler {
   void end_oldest();
   void turn_groups();
   void copy_path(Request& target, const Request& source);
-  void end_group(std::int32_t group);
+  void end_group(std::int32_t number);
 
   Slot enter(std::int64_t id, const std::int64_t* prompt, std::size_t prompt_length,
              const RequestOptions& options);
@@ -344,9 +344,9 @@ class Scheduler {
   std::deque<Waiting> waiting_;
   std::int64_t num_waiting_ = 0;  // waiting_ without those aborted
 
-  std::vector<InFlightPlan> in_flight_plans_;    // [lanes]
-  std::vector<std::unique_ptr<Party>> parties_;  // null: the number is free
-  std::vector<std::int32_t> turning_;  // groups that the commit at hand completes or fails
+  std::vector<InFlightPlan> in_flight_plans_;   // [lanes]
+  std::vector<std::unique_ptr<Group>> groups_;  // null: the number is free
+  std::vector<std::int32_t> turning_;           // groups that the commit at hand completes or fails
   PathGroup::Turn turn_;
   std::int32_t newest_ = 0;  // index of the last plan's
   std::int32_t num_out_ = 0;

@@ -120,7 +120,7 @@ void Scheduler::fail(Request& request, std::size_t row) {
          Finish::kNone);
   request.finishing = true;
   if (request.group != kNoGroup) {
-    party(request.group).failed = true;
+    group(request.group).failed = true;
     turning_.push_back(request.group);
   }
 }
@@ -164,9 +164,9 @@ void Scheduler::accept(InFlightPlan& flight, Request& request, std::size_t row,
   advance(request, token_scratch_, result.stopped[row] != 0, EventKind::kAccepted,
           static_cast<std::int32_t>(row));
   if (request.group != kNoGroup) {
-    PathGroup& group = party(request.group).group;
-    group.reach(request.member, result.rewards[row], request.ended);
-    if (group.complete()) {
+    PathGroup& paths = group(request.group).paths;
+    paths.reach(request.member, result.rewards[row], request.ended);
+    if (paths.complete()) {
       turning_.push_back(request.group);
     }
   }
