@@ -64,7 +64,7 @@ def test_short_pool(model: PreTrainedModel, prompts: int, spare_pages: int) -> N
         walk.prompt_round()
     for _ in range(8):
         walk.step()
-        scorer._cache.check()
+        scorer._texts._cache.check()
         for request in [r for r, ids in walk.committed.items() if len(ids) > 10]:
             walk.restart(request)
     walk.check(lambda item: reference(model, item))
@@ -73,7 +73,7 @@ def test_short_pool(model: PreTrainedModel, prompts: int, spare_pages: int) -> N
     assert (walk.forks > 0) == (prompts == 2)
     for request in walk.prompts:
         scorer.finish(request)
-    scorer._cache.check()
+    scorer._texts._cache.check()
     assert scorer.stats()["rm_pages_used"] == 0
 
 
@@ -86,10 +86,10 @@ class TestEqualPrompts:
         for job, reward in zip(jobs, scorer.score(jobs), strict=True):
             want = plain_reward(model, [*self.prompt.token_ids, *job.response_ids])
             assert reward == pytest.approx(want, abs=1e-4)
-        scorer._cache.check()
+        scorer._texts._cache.check()
         for job in jobs:
-            cached = scorer._cache.tokens(job.request)
-            assert cached == scorer._requests[job.request].committed[: len(cached)].tolist()
+            cached = scorer._texts._cache.tokens(job.request)
+            assert cached == scorer._texts._requests[job.request].committed[: len(cached)].tolist()
         return scorer.stats()["rm_tokens"] - before
 
     @property
@@ -137,11 +137,11 @@ class TestEqualPrompts:
         for request in texts:
             scorer.accept(request, request)
         jobs = [ScoreJob(r, 10 + r, [*ids, 49], "") for r, ids in texts.items()]
-        scorer._evict(1)
+        scorer._texts.evict(1)
         assert self.rewards(model, scorer, jobs) == 6 + 3
         jobs = [ScoreJob(r, 13 + r, [*ids, 50], "") for r, ids in texts.items()]
         for request in texts:
-            scorer._evict(request)
+            scorer._texts.evict(request)
         assert self.rewards(model, scorer, jobs) == length + 3 * 6 + 3
         # What follows starts on a page of its own, though the first one's padding was not for all.
         assert (length + 6) % PAGE
@@ -169,7 +169,7 @@ class TestEqualPrompts:
         scorer.prune(0)
         assert scorer.stats()["rm_pages_used"] == used + 1  # its own copy of the last page
         # From a request whose pages were dropped: committed all the same, and run again once.
-        scorer._evict(1)
+        scorer._texts.evict(1)
         scorer.fork(1, 0)
         jobs = [ScoreJob(r, 4 + r, [100] * 6 + [103, 104 + r], "") for r in range(2)]
         assert self.rewards(model, scorer, jobs) == len(self.prompt.token_ids) + 7 + 2
@@ -201,7 +201,7 @@ def test_committed_text_is_restored_once_for_all_candidates(model: PreTrainedMod
     committed = list(range(100, 120))
     scorer.score([ScoreJob(0, 0, committed, "")])
     scorer.accept(0, 0)
-    scorer._evict(0)
+    scorer._texts.evict(0)
     before = scorer.stats()["rm_tokens"]
     jobs = [ScoreJob(0, 1 + i, [*committed, 200 + i], "") for i in range(6)]
     rewards = scorer.score(jobs)
@@ -242,13 +242,13 @@ def test_accepting_a_branch_whose_pages_are_gone(model: PreTrainedModel) -> None
     scorer.score([ScoreJob(0, 0, response, ""), ScoreJob(0, 1, response[:3], "")])
     scorer.keep(0, 0)
     scorer.prune(0)
-    scorer._evict(0)
+    scorer._texts.evict(0)
     scorer.accept(0, 0)
     (reward,) = scorer.score([ScoreJob(0, 2, [*response, 120], "")])
     assert reward == pytest.approx(
         plain_reward(model, [*prompt.token_ids, *response, 120]), abs=1e-4
     )
-    scorer._cache.check()
+    scorer._texts._cache.check()
 
 
 def test_losers_free_their_pages_and_one_kept_branch_holds_its_own(model: PreTrainedModel) -> None:
@@ -286,7 +286,7 @@ def test_segments_of_a_page_are_never_copied(model: PreTrainedModel) -> None:
         scorer.accept(0, branch)
         response += segment
         if branch == 3:
-            scorer._evict(0)
+            scorer._texts.evict(0)
     assert not copied
 
 
@@ -320,17 +320,17 @@ def test_cached_text_is_a_prefix_of_the_committed_one(losing_pages: bool) -> Non
     walk.prompt_round()
     retracted = 0
     for _ in range(20):
-        before = scorer._requests[0].committed.tolist()
+        before = scorer._texts._requests[0].committed.tolist()
         walk.score([walk.job(0, [*walk.committed[0], 20])])
         scorer.prune(0)
         job = walk.job(0, walk.committed[0] + walk.draw())
         walk.score([job])
         if losing_pages:
-            scorer._busy = frozenset({0})
-            assert scorer._free(scorer._busy)
+            scorer._texts.busy = frozenset({0})
+            assert scorer._texts._free(scorer._texts.busy)
         walk.accept(0, job.branch, job.response_ids)
-        committed = scorer._requests[0].committed.tolist()
-        cached = scorer._cache.tokens(0)
+        committed = scorer._texts._requests[0].committed.tolist()
+        cached = scorer._texts._cache.tokens(0)
         assert cached == committed[: len(cached)]
         retracted += committed[: len(before)] != before
     assert retracted

@@ -111,7 +111,7 @@ def test_short_pool(model: PreTrainedModel, prompts: int, spare_pages: int) -> N
     walk.prompt_round()
     for _ in range(8):
         walk.step()
-        scorer._cache.check()
+        scorer._texts._cache.check()
         for request in [r for r, ids in walk.committed.items() if len(ids) > 10]:
             walk.restart(request)
     walk.check(lambda item: expected(model, item), TOLERANCE)
@@ -119,7 +119,7 @@ def test_short_pool(model: PreTrainedModel, prompts: int, spare_pages: int) -> N
     assert (walk.forks > 0) == (prompts == 2)
     for request in walk.prompts:
         scorer.finish(request)
-    scorer._cache.check()
+    scorer._texts._cache.check()
     assert scorer.stats()["rm_pages_used"] == 0
 
 
@@ -149,7 +149,7 @@ def test_rounds_split_over_passes_and_logits_over_blocks(
     scorer = scorer_of(model, **({"max_rows": 3} if limit == "max_rows" else {}))
     widest = 0
     if limit == "max_batch_tokens":
-        scorer._max_batch_tokens = 10
+        scorer._max_batch_tokens = scorer._texts._max_batch_tokens = 10
     if limit == "block":
         reading: Any = scorer._reading
         reading._block = 3
@@ -188,7 +188,7 @@ def test_segments_of_a_page_are_never_copied(model: PreTrainedModel) -> None:
         assert value == pytest.approx(want, rel=TOLERANCE)
         scorer.accept(0, branch)
         if branch == 3:
-            scorer._evict(0)
+            scorer._texts.evict(0)
     assert scorer.stats()["rm_copied_bytes"] == 0
 
 
@@ -200,12 +200,12 @@ def test_accepting_a_branch_whose_pages_are_gone(model: PreTrainedModel) -> None
     scorer.score([ScoreJob(0, 0, response, ""), ScoreJob(0, 1, response[:3], "")])
     scorer.keep(0, 0)
     scorer.prune(0)
-    scorer._evict(0)
+    scorer._texts.evict(0)
     scorer.accept(0, 0)
     (value,) = scorer.score([ScoreJob(0, 2, [*response, 120], "")])
     want = log_p(model, [*kind_ids(prompt), *response, 120], 1)
     assert value == pytest.approx(want, rel=TOLERANCE)
-    scorer._cache.check()
+    scorer._texts._cache.check()
 
 
 def test_text_that_fills_the_pool_is_run_from_its_start(model: PreTrainedModel) -> None:

@@ -1,0 +1,453 @@
+"""Texts on the pages of a paged model: one committed text for each request, and its candidates.
+
+Every cache is only that: whatever is dropped to make room is computed again when it is next needed.
+What requests of one prompt have in common is run for one of them, and its pages are shared with the
+others.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stars_fast._core import Batch, OutOfPagesError, SequenceCache
+from stars_fast.errors import RewardError
+from stars_fast.models.paged import PagedModel
+from stars_fast.rewards.reading import Cut
+from stars_fast.rewards.tokens import Ids, common_length
+
+NO_PAGES = -1
+
+
+@dataclass(slots=True)
+class _Branch:
+    """A scored candidate: its ids, of which the first `keep` stay if it is accepted."""
+
+    ids: Ids
+    keep: int
+    start: int  # ids before this one are read from the committed sequence
+    row: int  # the cache's id for the new ones, NO_PAGES once they were dropped to make room
+
+
+@dataclass(slots=True)
+class _Request:
+    prefix: Ids  # what its prompt has in common with others'
+    committed: Ids  # what the cached sequence should hold; it may hold less
+    same_prompt: dict[int, None]  # the requests that began with the same prompt, itself among them
+    padding: int | None = None  # ids that the cached sequence has before its padding
+    kept: int | None = None
+    branches: dict[int, _Branch] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Row:
+    """One job on its way through the model."""
+
+    place: int  # in the list of results
+    request: int
+    branch: int
+    cut: Cut
+    is_prompt: bool  # r(x)
+    start: int = 0
+    row: int = NO_PAGES
+
+    @property
+    def ids(self) -> Ids:
+        """What is run of it, cached or not."""
+        return self.cut.ids
+
+    @property
+    def new(self) -> int:
+        """How many of them are run."""
+        return len(self.ids) - self.start
+
+
+class PagedTexts:
+    """Committed texts and candidates on pages, and the forward passes that fill them.
+
+    When the pool is short, the committed caches of requests that are not `busy` go first, least
+    recently used first, then the caches of candidates already scored, oldest first.
+
+    Parameters
+    ----------
+    model : PagedModel
+        Its `extend_all` returns the hidden states.
+    num_pages, page_size : int
+        The pool's, as given to `model`.
+    max_batch_tokens : int
+        Most new tokens of a pass that only fills the cache.
+    whose : str
+        What the model is called in errors.
+
+    Attributes
+    ----------
+    busy : frozenset of int
+        The requests that are being scored.
+    calls, num_tokens, evictions : int
+        Forward passes, the tokens run in them, and requests that lost their pages.
+    tokens : Counter
+        Tokens run for each request, until they are taken.
+    """
+
+    def __init__(
+        self,
+        model: PagedModel,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_batch_tokens: int,
+        whose: str,
+    ) -> None:
+        self._model = model
+        self._whose = whose
+        self._max_batch_tokens = max_batch_tokens
+        self._cache = SequenceCache(num_pages=num_pages, page_size=page_size)
+        self._requests: dict[int, _Request] = {}
+        self._same_prompt: dict[bytes, dict[int, None]] = {}  # by the ids of their prompt
+        # Requests that hold pages and branches that do, the longest unused first.
+        self._resident: OrderedDict[int, None] = OrderedDict()
+        self._loose: OrderedDict[int, _Branch] = OrderedDict()
+        self.busy: frozenset[int] = frozenset()
+        self._next_row = 0
+        self.calls = 0
+        self.num_tokens = 0
+        self.evictions = 0
+        self.tokens: Counter[int] = Counter()
+
+    @property
+    def pages_used(self) -> int:
+        """Pages of the pool that are in use."""
+        return self._cache.pages_used
+
+    @property
+    def pages_free(self) -> int:
+        """Pages of the pool that are free."""
+        return self._cache.pages_free
+
+    def open(self, request: int, prefix: Ids) -> None:
+        """Admit a request, whose committed text begins as `prefix`."""
+        self._cache.open(request)
+        same_prompt = self._same_prompt.setdefault(prefix.tobytes(), {})
+        same_prompt[request] = None
+        self._requests[request] = _Request(prefix, prefix, same_prompt)
+
+    def committed(self, request: int) -> Ids:
+        """Return the committed text."""
+        return self._requests[request].committed
+
+    def touch(self, requests: frozenset[int]) -> None:
+        """Make requests `busy`, and the last to lose their pages."""
+        self.busy = requests
+        for request in requests & self._resident.keys():
+            self._resident.move_to_end(request)
+
+    def know(self, row: Row) -> None:
+        """File a row that was not run, for its equal was: it is computed if it is accepted."""
+        branch = _Branch(row.ids, row.cut.keep, 0, NO_PAGES)
+        self._requests[row.request].branches[row.branch] = branch
+
+    def keep(self, request: int, branch: int) -> None:
+        """Retain a branch that lost its test but is the best so far; one kept before is dropped."""
+        state = self._requests[request]
+        if state.kept is not None and state.kept != branch:
+            self._drop(state, state.kept)
+        state.kept = branch
+
+    def accept(self, request: int, branch: int) -> None:
+        """Append a branch to the committed text, and drop the request's others.
+
+        The branch of r(x) has nothing to append, nor has one that was not scored.
+        """
+        state = self._requests[request]
+        winner = state.branches.get(branch)
+        for other in [other for other in state.branches if other != branch]:
+            self._drop(state, other)
+        state.kept = None
+        if winner is None:
+            return
+        del state.branches[branch]
+        if winner.row != NO_PAGES:
+            del self._loose[winner.row]
+            self._cache.promote(winner.row, max(winner.keep - winner.start, 0))
+            self._cut_padding(state, winner.start)
+        state.committed = winner.ids[: winner.keep]
+        cached = self._cache.common_prefix(request, state.committed)
+        if cached < self._cache.length(request):
+            self._truncate(request, cached)
+
+    def fork(self, source: int, target: int) -> None:
+        """Share the committed pages of another request of the same prompt."""
+        theirs, mine = self._requests[source], self._requests[target]
+        for branch in list(mine.branches):
+            self._drop(mine, branch)
+        mine.kept = None
+        mine.committed = theirs.committed
+        self._copy(source, target)
+
+    def prune(self, request: int) -> None:
+        """Drop every branch but the kept one."""
+        state = self._requests[request]
+        for branch in [branch for branch in state.branches if branch != state.kept]:
+            self._drop(state, branch)
+
+    def close(self, request: int) -> None:
+        """Forget the request and free its pages."""
+        state = self._requests.pop(request)
+        for branch in list(state.branches):
+            self._drop(state, branch)
+        self._cache.close(request)
+        self._resident.pop(request, None)
+        del state.same_prompt[request]
+        if not state.same_prompt:
+            del self._same_prompt[state.prefix.tobytes()]
+
+    def fork_point(self, row: Row) -> int:
+        """Return how many ids of a row are not run."""
+        # The last token is run even if it is cached: its hidden state is not.
+        return min(self._cache.common_prefix(row.request, row.ids), len(row.ids) - 1)
+
+    def restorable(self, row: Row) -> int:
+        """Return how many ids of the row `restore` caches if they are not; 0: none are missing."""
+        cached = self._cache.length(row.request)
+        alone = row.is_prompt and cached == 0 and len(row.ids) <= self._max_batch_tokens
+        return 0 if alone else self._shared(row)
+
+    def settle(self, row: Row) -> None:
+        """File a row that was run among its request's branches; r(x) leaves the prompt behind."""
+        state = self._requests[row.request]
+        if row.is_prompt:
+            if self._cache.length(row.request) == 0 and not state.branches:
+                self._cache.promote(row.row, min(row.cut.keep, len(state.committed)))
+                self._seal(row.request)
+            else:
+                self._cache.drop(row.row)
+            return
+        self._drop(state, row.branch)
+        branch = _Branch(row.ids, row.cut.keep, row.start, row.row)
+        state.branches[row.branch] = branch
+        self._loose[row.row] = branch
+
+    def restore(self, rows: list[Row], protected: frozenset[int]) -> None:
+        """Cache what the rows of each request are known to share and the cache lacks.
+
+        That is the prompt on first use, and committed text that was dropped to make room. What
+        another request holds is shared with it, what several lack is run for one of them. A prompt
+        that is about to be scored by itself needs no pass of its own.
+        """
+        self._share(self._targets(rows, self._shared))
+        missing = self._targets(rows, self.restorable)
+        for request in missing:
+            state = self._requests[request]
+            for branch in state.branches.values():
+                self._release(branch)
+        self._share(missing)
+        while missing:
+            pieces = list(self._pieces(missing))
+            hidden = self.forward(pieces, protected)
+            if isinstance(hidden, OutOfPagesError) and len(pieces) > 1:
+                del missing[pieces[-1].request]
+                continue
+            if isinstance(hidden, Exception):
+                return  # the rows will run without a common prefix, or fail in their place
+            for piece in pieces:
+                self._cache.promote(piece.row, piece.new)
+                if len(piece.ids) == missing[piece.request]:
+                    del missing[piece.request]
+                    self._seal(piece.request)
+            self._share(missing)
+
+    def _targets(self, rows: list[Row], shared: Callable[[Row], int]) -> dict[int, int]:
+        """Return what each request's rows have in common, of the requests that do not hold it."""
+        targets: dict[int, int] = {}
+        for row in rows:
+            ids = shared(row)
+            targets[row.request] = min(targets.get(row.request, ids), ids)
+        return {
+            request: target
+            for request, target in targets.items()
+            if target > self._cache.length(request)
+        }
+
+    def _shared(self, row: Row) -> int:
+        """Return how many ids of the row are committed; 0: none that are not cached."""
+        committed = self._requests[row.request].committed
+        if self._cache.length(row.request) >= len(committed):
+            return 0
+        return common_length(row.ids, committed)
+
+    def _share(self, missing: dict[int, int]) -> None:
+        """Give each request what another of its prompt holds; whoever is content leaves `missing`.
+
+        One whose candidates hold pages is passed over.
+        """
+        holders: dict[int, list[int]] = {}  # of a prompt, by the first of its requests
+        for request, target in list(missing.items()):
+            state = self._requests[request]
+            if any(branch.row != NO_PAGES for branch in state.branches.values()):
+                continue
+            most, source = self._cache.length(request), request
+            first = next(iter(state.same_prompt))
+            if first not in holders:
+                holders[first] = [o for o in state.same_prompt if self._cache.length(o)]
+            for other in holders[first]:
+                held = self._cache.common_prefix(other, state.committed[:target])
+                if held > most:
+                    most, source = held, other
+                if most == target:
+                    break
+            if source != request:
+                self._copy(source, request)
+                self._truncate(request, most)
+            if most == target:
+                del missing[request]
+                self._seal(request)
+
+    def _pieces(self, missing: dict[int, int]) -> Iterator[Row]:
+        """Yield the next piece of each missing prefix, as far as one forward pass goes."""
+        width = 0
+        count = 0
+        leading: dict[int, Ids] = {}  # of the requests of a prompt, by the first of them
+        for request, target in missing.items():
+            state = self._requests[request]
+            cached = self._cache.length(request)
+            first = next(iter(state.same_prompt))
+            if first in leading and common_length(leading[first], state.committed) > cached:
+                continue  # gets it from the one that runs it
+            end = min(target, cached + self._max_batch_tokens)
+            width = max(width, end - cached)
+            count += 1
+            if count > 1 and count * width > self._max_batch_tokens:
+                return
+            ids = state.committed[:end]
+            leading.setdefault(first, ids)
+            yield Row(-1, request, -1, Cut(ids, end, end, ids[:0]), False)
+
+    def _copy(self, source: int, target: int) -> None:
+        """Let `target`, whose branches have no pages, hold what `source` does."""
+        self._cache.copy(source, target)
+        self._requests[target].padding = self._requests[source].padding
+        self._resident.pop(target, None)
+        if self._cache.length(target):
+            self._resident[target] = None
+
+    def _truncate(self, request: int, length: int) -> None:
+        self._cache.truncate(request, length)
+        self._cut_padding(self._requests[request], length)
+
+    def _cut_padding(self, state: _Request, length: int) -> None:
+        """Note that the ids from `length` on were dropped, and padding that lay behind them."""
+        if state.padding is not None and length < state.padding:
+            state.padding = None
+
+    def _seal(self, request: int) -> None:
+        state = self._requests[request]
+        if state.padding is None:
+            self._cache.seal_prompt(request)
+            state.padding = self._cache.length(request)
+
+    def forward(
+        self, rows: list[Row], protected: frozenset[int]
+    ) -> torch.Tensor | OutOfPagesError | RewardError:
+        """Fork the rows, put in order, and run what is new; its hidden states [T, hidden].
+
+        To make room, nothing of the protected requests is given up but candidates already scored.
+        """
+        forked = self._fork(rows)
+        while isinstance(forked, OutOfPagesError) and self._free(protected):
+            forked = self._fork(rows)
+        if isinstance(forked, OutOfPagesError):
+            return forked
+        batch, token_ids = forked
+        copies = self._cache.take_copies()
+        if len(copies[0]):
+            self._model.copy_pages(*copies)
+        self.calls += 1
+        self.num_tokens += len(token_ids)
+        for row in rows:
+            self.tokens[row.request] += row.new
+        try:
+            ids = torch.from_numpy(token_ids).to(self._model.device)
+            return self._model.extend_all(batch, ids)
+        except Exception as error:  # noqa: BLE001 - one bad pass must not end other requests
+            return self.failed(rows, error)
+
+    def failed(self, rows: list[Row], error: Exception) -> RewardError:
+        """Drop the rows of a pass that raised; the error to put in their place."""
+        for row in rows:
+            self._cache.drop(row.row)
+        failure = RewardError(f"{self._whose} failed: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        return failure
+
+    def _fork(self, rows: list[Row]) -> tuple[Batch, Ids] | OutOfPagesError:
+        """Order the rows and give each its pages; the batch and its new ids [T]."""
+        for row in rows:
+            row.start = self.fork_point(row)
+            row.row = self._next_row
+            self._next_row += 1
+        rows.sort(key=lambda row: (row.request, row.start))  # neighbours share a prefix
+        token_ids = np.concatenate([row.ids[row.start :] for row in rows])
+        try:
+            batch = self._cache.branch(
+                _int64([row.request for row in rows]),
+                _int64([row.row for row in rows]),
+                _int32([row.start for row in rows]),
+                token_ids,
+                _int32([row.new for row in rows]),
+            )
+        except OutOfPagesError as error:
+            return error
+        for row in rows:
+            self._resident.setdefault(row.request)
+        return batch, token_ids
+
+    def _free(self, protected: frozenset[int]) -> bool:
+        """Give up one cache to make room; False if nothing is left but the protected ones."""
+        idle = next(iter(self._resident), None)
+        if idle is not None and idle not in self.busy:
+            self.evict(idle)
+            return True
+        if self._loose:
+            self._release(next(iter(self._loose.values())))
+            return True
+        other = next((request for request in self._resident if request not in protected), None)
+        if other is None:
+            return False
+        self.evict(other)
+        return True
+
+    def evict(self, request: int) -> None:
+        """Drop every page of a request; what it holds will be computed again."""
+        state = self._requests[request]
+        for branch in state.branches.values():
+            self._release(branch)
+        self._cache.close(request)
+        self._cache.open(request)
+        state.padding = None
+        self._resident.pop(request, None)
+        self.evictions += 1
+
+    def _drop(self, state: _Request, branch: int) -> None:
+        dropped = state.branches.pop(branch, None)
+        if dropped is not None:
+            self._release(dropped)
+
+    def _release(self, branch: _Branch) -> None:
+        """Give up a branch's pages; what it holds will be computed again if it is accepted."""
+        if branch.row != NO_PAGES:
+            del self._loose[branch.row]
+            self._cache.drop(branch.row)
+            branch.row = NO_PAGES
+
+
+def _int64(values: list[int]) -> NDArray[np.int64]:
+    return np.array(values, dtype=np.int64)
+
+
+def _int32(values: list[int]) -> NDArray[np.int32]:
+    return np.array(values, dtype=np.int32)
