@@ -6,11 +6,14 @@ tensors, and never wait for it: any of them may be captured in a CUDA graph. Wit
 ``TRITON_INTERPRET=1`` in the environment they run on the CPU.
 """
 
-from stars_fast.kernels.attention import attention, paged_attention
-from stars_fast.kernels.attention_plan import AttentionPlan, PlanCapacity
-from stars_fast.kernels.pages import PoolTable, copy_pages, kv_append, pool_table
-from stars_fast.kernels.philox import philox4x32
-from stars_fast.kernels.sample import sample
+# From a checkout's root transformers finds this folder under the name of another package,
+# `kernels`, and imports it to see its version.
+if __name__ != "kernels":
+    from stars_fast.kernels.attention import attention, paged_attention
+    from stars_fast.kernels.attention_plan import AttentionPlan, PlanCapacity
+    from stars_fast.kernels.pages import PoolTable, copy_pages, kv_append, pool_table
+    from stars_fast.kernels.philox import philox4x32
+    from stars_fast.kernels.sample import sample
 
 __all__ = [
     "AttentionPlan",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import extend_path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +14,10 @@ if TYPE_CHECKING:
     from stars_fast.params import StarsParams
     from stars_fast.remote import RemoteEngine, RemoteReward
     from stars_fast.rewards.persona import Persona
+
+# A checkout that is the current folder hides the installed package, which has the compiled core.
+if find_spec(f"{__name__}._core") is None:
+    __path__ = extend_path(__path__, __name__)
 
 # Imported on first use: the C++ core and the command line's --help need no torch.
 _HOMES = {
@@ -48,7 +54,14 @@ def __getattr__(name: str) -> object:
         return version("stars-fast")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    try:
+        return getattr(import_module(_HOMES[name]), name)
+    except ImportError as error:
+        if find_spec(f"{__name__}._core") is not None:
+            raise
+        raise ImportError(
+            "stars_fast is not built: install it first (pip install -c constraints.txt .)"
+        ) from error
 
 
 def __dir__() -> list[str]:
