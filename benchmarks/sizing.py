@@ -23,6 +23,7 @@ from stars_fast.config import KvDtype
 from stars_fast.engine.engine import LM_POOL_SHARE
 from stars_fast.models.pool import enough_pages, page_bytes
 from stars_fast.rewards.load import RM_POOL_SHARE
+from stars_fast.tables import markdown_table
 
 
 @dataclass(frozen=True)
@@ -170,17 +171,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     name = GPUS[options.gpu].machine.name
     print(f"{options.model} with {reward} as reward model on {name}; computed, not measured")
-    print("| | language model | reward model |\n| --- | --- | --- |")
     rows = [
-        ("weights (GB)", [f"{pool.weights / 1e9:.2f}" for pool in both]),
-        ("bytes of a page", [f"{pool.page:,}" for pool in both]),
-        ("memory for pages (GB)", [f"{pool.budget / 1e9:.2f}" for pool in both]),
-        ("pages", [f"{pool.num_pages:,}" for pool in both]),
-        ("tokens in them", [f"{(pool.num_pages - 1) * options.page_size:,}" for pool in both]),
-        ("requests that they hold", [f"{(pool.num_pages - 1) // each:,}" for pool in both]),
+        ["weights (GB)", *(f"{pool.weights / 1e9:.2f}" for pool in both)],
+        ["bytes of a page", *(f"{pool.page:,}" for pool in both)],
+        ["memory for pages (GB)", *(f"{pool.budget / 1e9:.2f}" for pool in both)],
+        ["pages", *(f"{pool.num_pages:,}" for pool in both)],
+        ["tokens in them", *(f"{(pool.num_pages - 1) * options.page_size:,}" for pool in both)],
+        ["requests that they hold", *(f"{(pool.num_pages - 1) // each:,}" for pool in both)],
     ]
-    for title, (left, right) in rows:
-        print(f"| {title} | {left} | {right} |")
+    print(markdown_table(["", "language model", "reward model"], rows))
     by_rows = options.max_rows // options.candidates
     print(f"pages of a request, at most: {each}")
     print(
