@@ -104,13 +104,13 @@ def test_no_weights(saved: Path) -> None:
 def test_truncated_weights(saved: Path, cut: int) -> None:
     path = saved / "model.safetensors"
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(ModelLoadError, match=r"model\.safetensors' is (truncated|damaged)"):
+    with pytest.raises(ModelLoadError, match=r"model\.safetensors' is damaged or no safetensors"):
         load_causal_lm(saved)
 
 
 def test_garbage_weights(saved: Path) -> None:
     (saved / "model.safetensors").write_bytes((4).to_bytes(8, "little") + b"{{{{")
-    with pytest.raises(ModelLoadError, match="is not a safetensors file"):
+    with pytest.raises(ModelLoadError, match=r"no safetensors file: .*invalid JSON in header"):
         load_causal_lm(saved)
 
 
