@@ -1,6 +1,6 @@
 """Pages and rows of a replica: what a GPU holds of two models, and how many requests at once.
 
-    python benchmarks/sizing.py --gpu h200 --model llama-3.1-8b --prompt 512 --response 256
+    python benchmarks/capacity/sizing.py --gpu h200 --model llama-3.1-8b --prompt 512 --response 256
 
 By the rules of the engine (`default_num_pages`), from shapes and data sheets; nothing is measured.
 What it prints is explained in docs/scaling.md. How many replicas a load needs: simulate.py.
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from stars_fast.benchmarks.capacity.replica import GPUS, MODELS, Gpu
 from stars_fast.benchmarks.flags import number
 from stars_fast.benchmarks.models import Shape, language_model, reward_model
-from stars_fast.benchmarks.replica import GPUS, MODELS, Gpu
 from stars_fast.config import KvDtype
 from stars_fast.engine.engine import LM_POOL_SHARE
 from stars_fast.models.pool import enough_pages, page_bytes

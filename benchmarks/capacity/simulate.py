@@ -1,8 +1,8 @@
 """How many replicas for a load, and which number of candidates: the real scheduler, simulated time.
 
-    python benchmarks/simulate.py --out results/simulation.json --png ../docs/capacity.png
-    python benchmarks/simulate.py --load 40 --max-wait-p99 1.0
-    python benchmarks/simulate.py --plot results/simulation.json --png ../docs/capacity.png
+    python benchmarks/capacity/simulate.py --out results/simulation.json --png ../docs/capacity.png
+    python benchmarks/capacity/simulate.py --load 40 --max-wait-p99 1.0
+    python benchmarks/capacity/simulate.py --plot results/simulation.json --png ../docs/capacity.png
 
 The first form sweeps a replica's load for each number of candidates and writes the figures and a
 plot. The second finds the least number of replicas that holds the limits, for each number of
@@ -25,16 +25,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from stars_fast.benchmarks.capacity import Limits, replicas_needed, saturation
-from stars_fast.benchmarks.capacity_plot import plot
+from stars_fast.benchmarks.capacity.plot import plot
+from stars_fast.benchmarks.capacity.replica import GPUS, MODELS, Replica
+from stars_fast.benchmarks.capacity.replicas_needed import Limits, replicas_needed, saturation
+from stars_fast.benchmarks.capacity.simulation import AUTO, simulate
+from stars_fast.benchmarks.capacity.workload import Workload
 from stars_fast.benchmarks.flags import number
 from stars_fast.benchmarks.measure import header
-from stars_fast.benchmarks.replica import GPUS, MODELS, Replica
-from stars_fast.benchmarks.simulation import AUTO, simulate
-from stars_fast.benchmarks.workload import Workload
 from stars_fast.tables import markdown_table
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 #: Loads of the sweep, as parts of the highest saturation throughput.
 LOADS = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1)
 #: Fewer requests say nothing of a 99th percentile.
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.load is not None:
             answer(options, _workload(options), _replica(options), limits)
         else:
-            run_sweep(options, shlex.join(["python", "benchmarks/simulate.py", *given]))
+            run_sweep(options, shlex.join(["python", "benchmarks/capacity/simulate.py", *given]))
     except ValueError as error:  # of values that do not go together
         parser.error(str(error))
     return 0
