@@ -1,6 +1,6 @@
 """How well the reward of a prefix tells the gold of the whole response, by position.
 
-    python scripts/prefix_correlation.py --out FILE.json [--plot FILE.png] [--value DIR] ...
+    python scripts/training/prefix_correlation.py --out FILE.json [--plot FILE.png] ...
 
 For unaligned responses to the evaluation's prompts, none of which a model was trained on: Pearson
 and Spearman correlation of the final gold with
