@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
-from stars_fast.models.load import check_model_directory, load_causal_lm
+from stars_fast.models.load import check_model_directory, load_causal_lm, load_tokenizer
 
 
 @pytest.fixture
@@ -43,6 +43,13 @@ def test_dtype_and_missing_tokenizer(saved: Path) -> None:
     model, tokenizer = load_causal_lm(str(saved), dtype=torch.bfloat16, device="cpu")
     assert model.dtype == torch.bfloat16
     assert tokenizer is None
+
+
+def test_a_tokenizer_alone(saved: Path) -> None:
+    assert load_tokenizer(str(saved))("b a")["input_ids"] == [1, 0]
+    (saved / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelLoadError, match=r"tokenizer of '.*lm': "):
+        load_tokenizer(str(saved))
 
 
 def test_a_loaded_model_is_taken_as_it_is(saved: Path) -> None:
