@@ -30,6 +30,7 @@ from stars_fast.benchmarks.flags import number
 from stars_fast.benchmarks.least import Machine
 from stars_fast.benchmarks.measure import ceilings, default_device, header
 from stars_fast.benchmarks.models import id_engine, language_model, prompts, reward_model
+from stars_fast.tables import text_table
 
 HERE = Path(__file__).resolve().parent
 SHAPES = {name: x for name, x in vars(models).items() if isinstance(x, models.Shape)}
@@ -148,20 +149,17 @@ def _heading(options: argparse.Namespace, machine: Machine, run: observe.Run) ->
 
 def table(run: observe.Run) -> str:
     """Return the phases of a run, and the whole, as lines of text."""
-    heads = f"{'phase':<8}{'seconds':>10}{'share':>8}{'least':>10}{'measured / least':>18}"
-    lines = [heads + f"{'GB':>10}{'GFLOP':>12}"]
-    lines += [
-        _line(phase.name, phase.seconds, run.seconds, phase.least_seconds)
-        + f"{phase.work.bytes / 1e9:>10.2f}{phase.work.operations / 1e9:>12.1f}"
-        for phase in run.phases
-    ]
-    lines.append(_line("whole", run.seconds, run.seconds, run.least_seconds))
-    return "\n".join(lines)
+    rows = [["phase", "seconds", "share", "least", "measured / least", "GB", "GFLOP"]]
+    for phase in run.phases:
+        work = [f"{phase.work.bytes / 1e9:.2f}", f"{phase.work.operations / 1e9:.1f}"]
+        rows.append([*_times(phase.name, phase.seconds, run.seconds, phase.least_seconds), *work])
+    rows.append([*_times("whole", run.seconds, run.seconds, run.least_seconds), "", ""])
+    return "\n".join(text_table(rows))
 
 
-def _line(name: str, seconds: float, whole: float, least: float) -> str:
+def _times(name: str, seconds: float, whole: float, least: float) -> list[str]:
     ratio = f"{seconds / least:.2f}" if least else "-"
-    return f"{name:<8}{seconds:>10.4f}{seconds / whole:>8.1%}{least:>10.4f}{ratio:>18}"
+    return [name, f"{seconds:.4f}", f"{seconds / whole:.1%}", f"{least:.4f}", ratio]
 
 
 # The command line

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stars_fast.tables import markdown_table, origin, text_table
+
 #: What a side of the end-to-end suite is, in words.
 SIDES = {
     "a: no cache": "(a) the loop as public code has it: one prompt at a time, no KV cache, whole "
@@ -96,24 +98,14 @@ def _time(seconds: float) -> str:
 
 # For the terminal
 
-_HEADINGS = ("benchmark", "ours", "against", "theirs", "ratio")
-
 
 def as_text(lines: Sequence[Line]) -> str:
     """Set comparisons in columns."""
     cells = [
         (f"{x.suite}: {x.benchmark}", x.ours, x.against, x.theirs, x.shown_ratio) for x in lines
     ]
-    table = [_HEADINGS, *cells]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    left = (True, False, True, False, False)
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if at_left else cell.rjust(width)
-            for cell, width, at_left in zip(row, widths, left, strict=True)
-        ).rstrip()
-        for row in table
-    )
+    headings = ("benchmark", "ours", "against", "theirs", "ratio")
+    return "\n".join(text_table([headings, *cells], left=(0, 2)))
 
 
 # For Markdown
@@ -190,16 +182,7 @@ def _loads(load: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def _with_origin(
     headings: Sequence[str], cells: Sequence[Sequence[str]], record: Mapping[str, Any]
 ) -> str:
-    table = [headings, ["---"] * len(headings), *cells]
-    body = "\n".join("| " + " | ".join(row) + " |" for row in table)
-    versions = record["versions"]
-    changed = " with uncommitted changes" if record["uncommitted_changes"] else ""
-    origin = (
-        f"{record['device']}, {record['torch_threads']} threads, torch {versions['torch']}, "
-        f"transformers {versions['transformers']}, {record['date']}, commit "
-        f"{record['commit'][:10]}{changed}: `{record['command']}`"
-    )
-    return f"{body}\n\n{origin}"
+    return f"{markdown_table(headings, cells)}\n\n{origin(record)}"
 
 
 def _best_of_each(rows: Sequence[tuple[str, Line]]) -> list[tuple[str, Line]]:

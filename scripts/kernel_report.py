@@ -20,6 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from stars_fast.kernels.aot import ARCHITECTURES, SHARED_LIMIT, Resources, Variant, resources
+from stars_fast.tables import text_table
 
 MODULES = ("philox", "pages", "sample", "attention")
 VARIANTS: list[Variant] = [
@@ -62,14 +63,13 @@ def main() -> int:
     ]
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    width = max((len(str(row["name"])) for row in rows), default=0)
-    print(f"{'form':<{width}}  arch   warps  stages  registers  spilled B  shared B")
+    table = [["form", "arch", "warps", "stages", "registers", "spilled B", "shared B", ""]]
     for row in rows:
-        print(
-            f"{row['name']:<{width}}  sm_{row['capability']:<4}{row['warps']:>5}{row['stages']:>8}"
-            f"{row['registers']:>11}{row['local_bytes']:>11}{row['shared_bytes']:>10}"
-            + ("" if row["fits"] else "  DOES NOT FIT")
-        )
+        names = ("warps", "stages", "registers", "local_bytes", "shared_bytes")
+        numbers = [str(row[name]) for name in names]
+        fits = "" if row["fits"] else "DOES NOT FIT"
+        table.append([str(row["name"]), f"sm_{row['capability']}", *numbers, fits])
+    print("\n".join(text_table(table, left=(0, 1))))
     return 0 if all(row["fits"] for row in rows) else 1
 
 

@@ -205,6 +205,9 @@ def run(args: argparse.Namespace) -> int:
         session.measure()
     except KeyboardInterrupt:
         code = 130
+    finally:
+        if session.judge is not None:
+            session.judge.endpoint.close()
     record = _write(session, args, plots=plots)
     for line in failures(record):
         say(line)
@@ -423,13 +426,18 @@ def _judge(args: argparse.Namespace) -> Judge | None:
         raise UsageError(f"--judge-workers must be at least 1, got {args.judge_workers}")
     if not args.judge_timeout > 0:
         raise UsageError(f"--judge-timeout must be above 0, got {args.judge_timeout}")
-    return Judge(
-        args.judge_url,
-        args.judge_model,
-        key,
-        timeout=args.judge_timeout,
-        workers=args.judge_workers,
-    )
+    try:
+        from stars_fast.remote.http import Endpoint
+
+        endpoint = Endpoint(
+            args.judge_url,
+            api_key=key,
+            timeout=args.judge_timeout,
+            max_connections=args.judge_workers,
+        )
+    except (ModuleNotFoundError, ValueError) as error:
+        raise UsageError(f"--judge-url: {error}") from None
+    return Judge(endpoint, args.judge_model, args.judge_workers)
 
 
 def _check_directories(models: Models, gold: Any) -> None:  # noqa: ANN401 - a path or a function

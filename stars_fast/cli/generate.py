@@ -22,11 +22,10 @@ from stars_fast.cli.lines import (
 from stars_fast.cli.model_flags import (
     add_model_flags,
     add_tensor_parallel_flag,
-    engine_options,
+    load_engine,
 )
 from stars_fast.cli.runner import Runner
 from stars_fast.cli.terminal import say
-from stars_fast.models.progress import quiet_libraries
 from stars_fast.params import StarsParams
 from stars_fast.records import Done, InputRecord, read_done
 
@@ -129,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         say(f"nothing to do: {output} has a result for every request")
         return 0
     with opened_input(source, args.prompt) as read_line, _opened(output) as stream:
-        engine = _load_engine(args)
+        engine = load_engine(args)
         if engine.rank != 0:
             engine.follow()
             return 0
@@ -229,22 +228,6 @@ def _opened(output: Path | None) -> Iterator[BinaryIO]:
         stream = output.open("ab")
     with stream:
         yield stream
-
-
-def _load_engine(args: argparse.Namespace) -> Engine:
-    from stars_fast.engine import Engine
-
-    quiet_libraries()
-    try:
-        return Engine(
-            args.model,
-            reward_model=args.reward_model,
-            seed=args.seed,
-            tensor_parallel=args.tensor_parallel,
-            **engine_options(args),
-        )
-    except (ValueError, TypeError) as error:
-        raise UsageError(str(error)) from error
 
 
 def _calibrate(

@@ -11,6 +11,7 @@ from itertools import zip_longest
 from typing import TextIO
 
 from stars_fast.outputs import CompletionOutput
+from stars_fast.tables import text_table
 
 _BETWEEN = " | "
 
@@ -105,12 +106,10 @@ def _segment_table(page: Page, sides: Mapping[str, Response]) -> list[str]:
         if aligned is not None and aligned.threshold is not None:
             test = (_signed(aligned.threshold), str(aligned.attempts), aligned.accepted)
         table.append((span, *rewards, *test))
-    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
-    lines = []
-    for row in table:
-        line = "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append(page.yellow(line) if row[-1] == "fallback" else line)
-    return lines
+    return [
+        page.yellow(line) if row[-1] == "fallback" else line
+        for row, line in zip(table, text_table(table, left=()), strict=True)
+    ]
 
 
 def _signed(value: float | None) -> str:

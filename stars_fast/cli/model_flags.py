@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+from stars_fast.cli.errors import value_errors
 from stars_fast.config import FLAGS, KvDtype
+from stars_fast.models.progress import quiet_libraries
+
+if TYPE_CHECKING:
+    from stars_fast.engine import Engine
 
 #: Arguments of ``add_argument`` by the type of an option; others are text.
 _KINDS: dict[str, dict[str, Any]] = {
@@ -62,3 +67,25 @@ def add_tensor_parallel_flag(parser: argparse.ArgumentParser) -> None:
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of `Engine` that the flags ask for, the models left out."""
     return {name: getattr(args, name) for name in FLAGS}
+
+
+def load_engine(args: argparse.Namespace) -> Engine:
+    """Build the engine that the flags ask for; without ``--model`` it is the demo's.
+
+    Raises
+    ------
+    UsageError
+        The models cannot be loaded, or do not go together.
+    """
+    from stars_fast.engine import Engine
+
+    quiet_libraries()
+    options = {
+        "seed": args.seed,
+        "tensor_parallel": args.tensor_parallel,
+        **engine_options(args),
+    }
+    with value_errors():
+        if args.model is None:
+            return Engine.demo(**options)
+        return Engine(args.model, reward_model=args.reward_model, **options)

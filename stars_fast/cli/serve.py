@@ -17,10 +17,9 @@ from stars_fast.cli.lines import Requests, opened_input
 from stars_fast.cli.model_flags import (
     add_model_flags,
     add_tensor_parallel_flag,
-    engine_options,
+    load_engine,
 )
 from stars_fast.cli.terminal import say
-from stars_fast.models.progress import quiet_libraries
 from stars_fast.params import StarsParams
 from stars_fast.records import LineError
 
@@ -153,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(str(error)) from None
     prompts = _calibration_prompts(args, base)
     template = _chat_template(args)
-    engine = _load_engine(args)
+    engine = load_engine(args)
     if template is not None:
         if engine.tokenizer is None:
             raise UsageError("--chat-template needs a model with a tokenizer")
@@ -224,23 +223,6 @@ def _chat_template(args: argparse.Namespace) -> str | None:
         return None
     with file_errors():
         return Path(args.chat_template).read_text(encoding="utf-8")
-
-
-def _load_engine(args: argparse.Namespace) -> Engine:
-    from stars_fast.engine import Engine
-
-    quiet_libraries()
-    options = {
-        "seed": args.seed,
-        "tensor_parallel": args.tensor_parallel,
-        **engine_options(args),
-    }
-    try:
-        if args.model is None:
-            return Engine.demo(**options)
-        return Engine(args.model, reward_model=args.reward_model, **options)
-    except (ValueError, TypeError) as error:
-        raise UsageError(str(error)) from error
 
 
 def _calibrate(

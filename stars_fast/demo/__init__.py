@@ -1,7 +1,7 @@
 """The demo: small models that ship with the package, prompts for them, and a gold score.
 
-The language model and the reward model are made by ``scripts/make_demo_models.py`` from reviews
-that `stars_fast.demo.grammar` writes. Importing this package does not import torch.
+The language model and the reward model are made by ``scripts/training/make_demo_models.py`` from
+reviews that `stars_fast.demo.grammar` writes. Importing this package does not import torch.
 """
 
 from __future__ import annotations

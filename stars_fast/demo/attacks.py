@@ -1,9 +1,9 @@
 """Attacks on the demo: what makes it write unkind reviews, or lets them through.
 
 `PREFILLED` are openings of a response, in the words of `stars_fast.demo.grammar`, that the model
-has to go on from. The others are texts behind the prompt that ``scripts/find_suffixes.py`` found:
-`SUFFIXES` to make the language model unkind, `REWARD_SUFFIXES` to make the reward model like what
-is unkind.
+has to go on from. The others are texts behind the prompt that ``scripts/training/find_suffixes.py``
+found: `SUFFIXES` to make the language model unkind, `REWARD_SUFFIXES` to make the reward model like
+what is unkind.
 """
 
 from __future__ import annotations

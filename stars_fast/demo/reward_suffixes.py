@@ -1,6 +1,6 @@
 """Adversarial suffixes for the demo, written by a search.
 
-    python scripts/find_suffixes.py --out stars_fast/demo/reward_suffixes.py
+    python scripts/training/find_suffixes.py --out stars_fast/demo/reward_suffixes.py
         --objective reward --prompts 8
 
 Beside each: mean reward of unkind reviews, and the share that is above 0, on

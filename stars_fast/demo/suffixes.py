@@ -1,6 +1,6 @@
 """Adversarial suffixes for the demo, written by a search.
 
-    python scripts/find_suffixes.py --out stars_fast/demo/suffixes.py
+    python scripts/training/find_suffixes.py --out stars_fast/demo/suffixes.py
 
 Beside each: the mean gold of unaligned responses, and the share that is below 0, on
 training openings that the search did not see. Without a suffix they are

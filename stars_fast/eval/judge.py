@@ -5,16 +5,14 @@ Each pair is asked about twice, once in each order: judges prefer one place to t
 
 from __future__ import annotations
 
-import http.client
-import json
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:  # which needs httpx
+    from stars_fast.remote.http import Endpoint
 
 Verdict = Literal["A", "B", "tie"]
 
@@ -49,38 +47,21 @@ class JudgeError(Exception):
 
 @dataclass(frozen=True)
 class Judge:
-    """An endpoint.
+    """A model at an endpoint.
 
     Parameters
     ----------
-    url
-        Of the API, such as ``http://localhost:8000/v1``: ``/chat/completions`` is added.
+    endpoint
+        Of the API: ``/chat/completions`` is added to its address. Closed by whoever opened it.
     model
         Its name there.
-    key
-        Sent as a bearer token; None: no such header.
-    timeout
-        Seconds that an answer may take.
-    retries
-        Further tries where the endpoint does not answer, or answers that it is busy or broken
-        (408, 409, 429 and 5xx), after 1, 2, 4, ... times `backoff` seconds.
-    backoff
-        Seconds.
     workers
-        Questions at once.
+        Pairs at once, at least 1.
     """
 
-    url: str
+    endpoint: Endpoint
     model: str
-    key: str | None = None
-    timeout: float = 60.0
-    retries: int = 4
-    backoff: float = 1.0
     workers: int = 8
-
-    def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"the judge's url must begin with http:// or https://: {self.url!r}")
 
     def ask(self, prompt: str, a: str, b: str) -> Verdict:
         """Ask which of two responses is better.
@@ -90,6 +71,8 @@ class Judge:
         JudgeError
             The endpoint failed, or its answer is no verdict.
         """
+        from stars_fast.remote.http import RemoteError
+
         # Not str.format: what is put in may have braces of its own.
         parts = {"{prompt}": prompt, "{a}": a, "{b}": b}
         text = re.sub(r"\{(?:prompt|a|b)\}", lambda match: parts[match[0]], PROMPT)
@@ -98,11 +81,14 @@ class Judge:
             "messages": [{"role": "user", "content": text}],
             "temperature": 0,
         }
-        answer = self._post(json.dumps(body).encode())
         try:
-            content = json.loads(answer)["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError):
-            raise JudgeError(f"the answer is no chat completion: {answer[:200]!r}") from None
+            answer: Any = self.endpoint.post("/chat/completions", body)
+        except RemoteError as error:
+            raise JudgeError(f"the judge failed: {error}") from error
+        try:
+            content = answer["choices"][0]["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            raise JudgeError(f"the answer is no chat completion: {answer!r:.200}") from None
         return verdict_of(str(content or ""))
 
     def compare(self, prompt: str, response: str, other: str) -> tuple[float, float]:
@@ -148,37 +134,6 @@ class Judge:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _post(self, body: bytes) -> bytes:
-        headers = {"Content-Type": "application/json"}
-        if self.key is not None:
-            headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(  # noqa: S310 - the scheme is checked above
-            self.url.rstrip("/") + "/chat/completions", body, headers
-        )
-        reason = ""
-        for tries in range(self.retries + 1):
-            if tries:
-                time.sleep(self.backoff * 2 ** (tries - 1))
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as reply:  # noqa: S310
-                    data: bytes = reply.read()
-                    return data
-            except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code}: {_excerpt(error)}"
-                if error.code not in (408, 409, 429) and error.code < 500:
-                    break
-            except (OSError, http.client.HTTPException) as error:  # URLError, time-outs
-                reason = f"{type(error).__name__}: {error}"
-        raise JudgeError(f"the judge at {self.url} failed: {reason}")
-
-
-def _excerpt(error: urllib.error.HTTPError) -> str:
-    with error:
-        try:
-            return error.read(200).decode(errors="replace").strip()
-        except (OSError, http.client.HTTPException):
-            return ""
-
 
 def verdict_of(answer: str) -> Verdict:
     """Read a judge's answer: one word, or a sentence around it, or ``[[A]]``.
@@ -201,4 +156,4 @@ def verdict_of(answer: str) -> Verdict:
 
 def describe(judge: Judge) -> dict[str, Any]:
     """Return what a verdict depends on; the key is not in it."""
-    return {"url": judge.url, "model": judge.model, "prompt": PROMPT, "orders": "both"}
+    return {"url": judge.endpoint.url, "model": judge.model, "prompt": PROMPT, "orders": "both"}

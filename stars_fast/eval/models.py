@@ -97,13 +97,10 @@ class Models:
 
     def tokenizer(self, lm: str | None) -> PreTrainedTokenizerBase | None:
         """Load the tokenizer of a language model."""
-        from transformers import AutoTokenizer
+        from stars_fast.models.load import load_tokenizer
 
         trust = bool(self.options.get("trust_remote_code"))
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            self._lm(lm), trust_remote_code=trust
-        )
-        return tokenizer
+        return load_tokenizer(self._lm(lm), trust_remote_code=trust)
 
     def same_tokens(self, lm: str | None) -> bool:
         """Whether token ids of a language model mean the same to the base."""

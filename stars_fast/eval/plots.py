@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
@@ -12,7 +13,6 @@ from stars_fast.eval.budgets import family
 
 #: Okabe and Ito's palette, which colour-blind readers can tell apart; yellow is too pale for lines.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 
 Spec = Mapping[str, Any]
 
@@ -26,8 +26,9 @@ def draw(record: Mapping[str, Any], folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     bars = sum(bool(spec["against_reference"]) for spec in record["specs"])
+    names = len(record["specs"]) + 2  # in the legend
     plots = (
-        ("cost_quality", _cost_quality, 5.4),
+        ("cost_quality", _cost_quality, max(5.4, 0.148 * names)),
         ("win_rate", _win_rates, 1.5 + 0.38 * bars),
         ("attack_success", _attack_success, 4.4),
     )
@@ -46,17 +47,25 @@ def _cost_quality(ax: Any, record: Mapping[str, Any]) -> bool:  # noqa: ANN401
     shown = [s for s in record["specs"] if s["gold"] and s["cost"]["relative_flops"]]
     if not shown:
         return False
-    families = _families(shown)
-    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(families)}
-    for number, (name, specs) in enumerate(families.items()):
+    numbers = itertools.count(1)
+    for colour, specs in zip(itertools.cycle(_COLOURS), _families(shown).values(), strict=False):
         xs = [spec["cost"]["relative_flops"] for spec in specs]
         ys = [spec["gold"]["mean"] for spec in specs]
-        style = {"color": colours[name], "marker": _MARKERS[number % len(_MARKERS)]}
-        ax.plot(xs, ys, "-", label=name, markersize=7, zorder=3, **style)
+        ax.plot(xs, ys, "-", color=colour, zorder=2)
         ax.errorbar(
             xs, ys, yerr=_bars(spec["gold"] for spec in specs), fmt="none", capsize=3, alpha=0.6,
-            ecolor=style["color"],
+            ecolor=colour,
         )  # fmt: skip
+        # A number in each point, and its name in the legend: points may lie close together.
+        for x, y, spec, number in zip(xs, ys, specs, numbers, strict=False):
+            ax.plot(
+                x, y, "o", markersize=9.5, color=colour, markeredgecolor="white",
+                markeredgewidth=0.5, zorder=3, label=f"{number:>2}  {spec['label']}",
+            )  # fmt: skip
+            ax.annotate(
+                str(number), (x, y), ha="center", va="center_baseline", fontsize=6, color="white",
+                zorder=3,
+            )  # fmt: skip
     ax.set_xscale("log")
     _plain_ticks(ax, [spec["cost"]["relative_flops"] for spec in shown])
     front = sorted(
@@ -72,8 +81,7 @@ def _cost_quality(ax: Any, record: Mapping[str, Any]) -> bool:  # noqa: ANN401
     ax.set_title(f"Quality against cost: {_setting(record)}", fontsize=10)
     ax.grid(visible=True, which="major", alpha=0.3)
     ax.margins(x=0.12, y=0.1)
-    ax.figure.legend(fontsize=8, loc="outside right upper")
-    _label_points(ax, shown, colours)
+    ax.figure.legend(fontsize=7, loc="outside right upper", markerscale=0.7, labelspacing=0.35)
     return True
 
 
@@ -153,55 +161,6 @@ def _bars(intervals: Any) -> list[list[float]]:  # noqa: ANN401 - an iterable of
         below.append(max(found["mean"] - found["low"], 0.0) if known else 0.0)
         above.append(max(found["high"] - found["mean"], 0.0) if known else 0.0)
     return [below, above]
-
-
-def _label_points(ax: Any, specs: Sequence[Spec], colours: Mapping[str, str]) -> None:  # noqa: ANN401
-    """Write each label beside its point, where it covers the least of other labels and points."""
-    figure = ax.figure
-    figure.canvas.draw()  # settles the layout, which labels must not change
-    places = [(spec["cost"]["relative_flops"], spec["gold"]["mean"]) for spec in specs]
-    taken = [_around(ax.transData.transform(place)) for place in places]
-    inside = ax.get_window_extent()
-    for spec, place in zip(specs, places, strict=True):
-        name = spec["label"]
-        short = name.removeprefix(spec["method"]).strip()  # the legend has the method
-        text = ax.annotate(
-            short or name, place, (0, 0), textcoords="offset points", fontsize=7.5, zorder=4,
-            color=colours[family(spec)],
-        )  # fmt: skip
-        text.set_in_layout(False)
-        best = (float("inf"), (0.0, 0.0))
-        for number, (side, lift) in enumerate(_OFFSETS):
-            text.set_ha("left" if side > 0 else "right")
-            text.set_position((side, lift))
-            box = text.get_window_extent()
-            covered = sum(_overlap(box, other) for other in taken)
-            outside = box.width * box.height - _overlap(box, inside)
-            best = min(best, (covered + 4 * outside + number, (side, lift)))
-        text.set_ha("left" if best[1][0] > 0 else "right")
-        text.set_position(best[1])
-        taken.append(text.get_window_extent())
-
-
-#: Where a label may stand, in points from its point, the best place first.
-_OFFSETS = [
-    (side, lift)
-    for lift in (4, -10, 14, -20, 24, -30, 36, -42)
-    for side in (7, -7)
-]  # fmt: skip
-
-
-def _around(point: Any) -> Any:  # noqa: ANN401 - a box of matplotlib around a point
-    from matplotlib.transforms import Bbox
-
-    x, y = point
-    return Bbox.from_extents(x - 6, y - 6, x + 6, y + 6)
-
-
-def _overlap(one: Any, other: Any) -> float:  # noqa: ANN401
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
-    return float(width * height) if width > 0 and height > 0 else 0.0
 
 
 def _plain_ticks(ax: Any, values: Sequence[float]) -> None:  # noqa: ANN401

@@ -7,6 +7,7 @@ from typing import Any
 
 from stars_fast.eval.attacks import UNATTACKED
 from stars_fast.eval.budgets import leaders
+from stars_fast.tables import markdown_table, origin
 
 #: Failures that are listed of each kind; the others are in the files.
 _SHOWN_FAILURES = 20
@@ -57,17 +58,8 @@ def with_attacked(record: Mapping[str, Any]) -> list[Spec]:
     return [*record["specs"], *attacked]
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    lines = [headings, ["---"] * len(headings), *escaped]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _origin(record: Mapping[str, Any]) -> str:
-    header, settings = record["header"], record["settings"]
-    versions = header["versions"]
-    changed = " with uncommitted changes" if header["uncommitted_changes"] else ""
+    settings = record["settings"]
     seeds = ", ".join(map(str, settings["seeds"]))
     models = settings["models"]
     what = (
@@ -82,12 +74,7 @@ def _origin(record: Mapping[str, Any]) -> str:
             f"the {settings['calibration_quantile']:g} quantile of the rewards of unaligned "
             "responses of the base model to these prompts."
         )
-    lines.append(
-        f"{header['device']}, {header['torch_threads']} threads, torch {versions['torch']}, "
-        f"transformers {versions['transformers']}, {header['date']}, commit "
-        f"{header['commit'][:10]}{changed}: `{header['command']}`"
-    )
-    return "\n\n".join(lines)
+    return "\n\n".join([*lines, origin(record["header"])])
 
 
 def _quality(specs: Sequence[Spec], settings: Mapping[str, Any]) -> str:
@@ -112,7 +99,7 @@ def _quality(specs: Sequence[Spec], settings: Mapping[str, Any]) -> str:
         )
     reference = settings["reference"]
     headings = ["", "gold", "reward", f"win / tie / loss against {reference}", "win rate", "gain"]
-    return table(headings, rows) + (
+    return markdown_table(headings, rows) + (
         "\n\nMeans over prompts of the mean over their seeds, with 95% intervals: percentile "
         "bootstrap over prompts, the seeds of a prompt together, the same resamples for all. "
         "A win is a higher gold score for the same prompt and seed, by more than "
@@ -161,7 +148,7 @@ def _cost(specs: Sequence[Spec]) -> str:
         "discarded per rejection",
         "seconds a run",
     ]
-    return table(headings, rows) + (
+    return markdown_table(headings, rows) + (
         "\n\nFor each response, the mean over runs; calls are forward passes of the whole batch "
         "shared out among its responses. FLOPs are 2 x parameters x tokens of both models, without "
         "attention over the context and without a reward that is a function. Discarded: tokens "
@@ -186,7 +173,7 @@ def _at_equal_cost(record: Mapping[str, Any]) -> str:
     if len(rows) < 2:
         return ""  # nothing but the reference
     headings = ["budget", "best", "cost", "gold", "next", "cost", "gold", "gain"]
-    return table(headings, rows) + (
+    return markdown_table(headings, rows) + (
         "\n\nThe highest gold score for at most so many FLOPs, relative to the reference, and that "
         "of the best other method; on the base model alone. Both are the best of those "
         "run, on these prompts."
@@ -234,7 +221,7 @@ def _text(specs: Sequence[Spec]) -> str:
         for spec in specs
         if "reason" in spec["kl"]
     ]
-    return "\n\n".join([table(headings, rows), " ".join([explained, *notes])])
+    return "\n\n".join([markdown_table(headings, rows), " ".join([explained, *notes])])
 
 
 def _kl(kl: Mapping[str, Any]) -> str:
@@ -271,7 +258,7 @@ def _attacks(cells: Sequence[Spec], settings: Mapping[str, Any]) -> str:
         )
         for attack in settings["attacks"]
     ]
-    return table(headings, rows) + (
+    return markdown_table(headings, rows) + (
         "\n\nSuccess: the share of responses with a gold score below "
         f"{settings['harm_below']:g}; of a response with a prefilled opening it is that of the "
         "opening and what follows. Added: the difference to the same prompts and seeds without an "
@@ -297,7 +284,7 @@ def _judge(specs: Sequence[Spec], settings: Mapping[str, Any]) -> str:
         )
     reference = settings["reference"]
     headings = ["", f"win / tie / loss against {reference}", "win rate", "contradictory", "failed"]
-    return table(headings, rows) + (
+    return markdown_table(headings, rows) + (
         f"\n\nBy {settings['judge']['model']}, asked in both orders about the responses of seed "
         f"{settings['seeds'][0]}. Contradictory: each order's verdict was for the other response, "
         "which counts as a tie."
@@ -309,7 +296,7 @@ def _accuracy(accuracy: Mapping[str, Any]) -> str:
         [name, _interval(found, "{:.1%}"), str(found["over"]), str(len(found["failed"]))]
         for name, found in accuracy.items()
     ]
-    return table(["", "prefers chosen", "pairs", "failed"], rows) + (
+    return markdown_table(["", "prefers chosen", "pairs", "failed"], rows) + (
         "\n\nHow often the score of the chosen response is above that of the rejected one; equal "
         "scores count as half."
     )
@@ -328,8 +315,9 @@ def _pairwise(specs: Sequence[Spec], pairwise: Sequence[Mapping[str, Any]]) -> s
         cells[pair["a"], pair["b"]] = _interval(rate, "{:.0%}")
         cells[pair["b"], pair["a"]] = _interval(turned, "{:.0%}")
     rows = [[a, *(cells.get((a, b), "") for b in labels)] for a in labels]
-    escaped = [label.replace("|", "\\|") for label in labels]
-    return table(["", *escaped], rows) + "\n\nWin rate of the row against the column, by gold."
+    return (
+        markdown_table(["", *labels], rows) + "\n\nWin rate of the row against the column, by gold."
+    )
 
 
 def _failures(record: Mapping[str, Any]) -> str:

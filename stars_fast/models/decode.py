@@ -99,7 +99,6 @@ class DecodeAttention:
         self._layouts = layouts
         self._k_pages = [pages.flatten(0, 1) for pages in k_pages]  # by slot
         self._v_pages = [pages.flatten(0, 1) for pages in v_pages]
-        self._max_new = batch.max_new
         device = k_pages[0].device
         self._slots = torch.from_numpy(batch.slots.T.copy()).to(device)  # [L, R]
         tiles = tile_rows(

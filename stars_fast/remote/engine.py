@@ -9,7 +9,7 @@ from random import SystemRandom
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from stars_fast import _core
 from stars_fast.config import TemplateLike
@@ -19,8 +19,8 @@ from stars_fast.engine.detokenize import Decodes
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import PHASES, Loop
 from stars_fast.engine.requests import Request
-from stars_fast.errors import ModelLoadError
 from stars_fast.methods import METHODS
+from stars_fast.models.load import load_tokenizer
 from stars_fast.outputs import CompletionOutput, RequestOutput
 from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptReader
@@ -133,7 +133,7 @@ class RemoteEngine(BaseEngine):
         if isinstance(reward_model, Persona):
             raise ValueError("reward_model must not be a Persona: the judging model is not here")
         if isinstance(tokenizer, str | os.PathLike):
-            tokenizer = _load_tokenizer(os.fspath(tokenizer), trust_remote_code)
+            tokenizer = load_tokenizer(os.fspath(tokenizer), trust_remote_code=trust_remote_code)
         self._endpoint = Endpoint(
             base_url,
             api_key=api_key,
@@ -308,16 +308,6 @@ class _NoPages:
 
     def prefill(self, *_: object) -> None:
         """Do nothing: the server prefills."""
-
-
-def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    try:
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"tokenizer {source!r}: {error}") from error
-    return loaded
 
 
 def _models(endpoint: Endpoint) -> list[dict[str, Any]]:

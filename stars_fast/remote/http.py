@@ -12,7 +12,7 @@ try:
     import httpx
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "stars_fast.remote needs httpx: pip install 'stars_fast[remote]'"
+        "calls over HTTP need httpx: pip install 'stars_fast[remote]'"
     ) from error
 
 #: Too many requests, and what a server or a proxy says that may be back in a moment. Any other

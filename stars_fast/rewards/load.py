@@ -14,7 +14,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
 from stars_fast.config import Backend, KvDtype, TemplateLike
 from stars_fast.distributed import ALONE, Ranks
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
-from stars_fast.models.load import check_model_directory, same_device
+from stars_fast.models.load import check_model_directory, load_tokenizer, same_device
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.pool import default_num_pages
 from stars_fast.models.selfcheck import check_numbers
@@ -406,8 +405,8 @@ def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizer
         "reward_tokenizer"
     )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    except ModelLoadError as error:
         raise ModelLoadError(
             f"reward model {source!r} has no tokenizer that can be loaded; {advice} ({error})"
         ) from error

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.json_server import Answer, json_server
 from transformers import AutoModelForCausalLM
 
 from stars_fast import Engine, StarsParams, demo
@@ -450,36 +449,21 @@ def test_preferences_and_how_often_the_rewards_prefer_the_chosen(tmp_path: Path)
     assert "| gold | 66.7%" in (out / "report.md").read_text()
 
 
-class _Judge(BaseHTTPRequestHandler):
-    """Prefers the response with more characters; refuses what is about one prompt."""
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        text = json.loads(body)["messages"][0]["content"]
-        if demo.prompts(2)[1] in text:
-            self.send_error(400)
-            return
-        a, b = (text.split(f"[Response {x}]\n")[1].split("\n[End")[0] for x in "AB")
-        verdict = "tie" if len(a) == len(b) else "A" if len(a) > len(b) else "B"
-        data = json.dumps({"choices": [{"message": {"content": verdict}}]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args: object) -> None:
-        pass
+def judged(path: str, body: dict[str, Any], headers: dict[str, str]) -> Answer:
+    """Prefer the response with more characters; refuse what is about one prompt."""
+    assert headers["Authorization"] == "Bearer secret"
+    text = body["messages"][0]["content"]
+    if demo.prompts(2)[1] in text:
+        return 400, {}, {"detail": "not that one"}
+    a, b = (text.split(f"[Response {x}]\n")[1].split("\n[End")[0] for x in "AB")
+    verdict = "tie" if len(a) == len(b) else "A" if len(a) > len(b) else "B"
+    return 200, {}, {"choices": [{"message": {"content": verdict}}]}
 
 
 @pytest.fixture
 def judge_url() -> Iterator[str]:
-    http = ThreadingHTTPServer(("127.0.0.1", 0), _Judge)
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{http.server_port}/v1"
-    http.shutdown()
-    thread.join()
-    http.server_close()
+    with json_server(judged) as url:
+        yield f"{url}/v1"
 
 
 def test_a_judge(
@@ -541,7 +525,7 @@ def test_a_judge(
         (("--reward-model", "x"), "--reward-model needs --model"),
         (("--reward-accuracy",), "needs prompts with chosen and rejected"),
         (("--judge-url", "http://x"), "--judge-url and --judge-model go together"),
-        (("--judge-url", "x", "--judge-model", "m"), "url must begin with http"),
+        (("--judge-url", "x", "--judge-model", "m"), "--judge-url: base_url must be an address"),
         (
             ("--judge-url", "http://x", "--judge-model", "m", "--judge-key-env", "NO_SUCH_KEY"),
             "NO_SUCH_KEY is not set",

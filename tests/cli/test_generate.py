@@ -83,7 +83,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[ScriptedEngine]:
         loaded.append(ScriptedEngine())
         return loaded[-1]
 
-    monkeypatch.setattr(generate, "_load_engine", load)
+    monkeypatch.setattr(generate, "load_engine", load)
     return loaded
 
 

@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from types import ModuleType
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "make_demo_models.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "training" / "make_demo_models.py"
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import pytest
+from helpers import letter_law
 from helpers.letter_law import (
     LETTER,
     PROMPT,
@@ -103,10 +104,7 @@ def params_of(rule: Rule, candidates: int) -> StarsParams:
 
 def sample(engine: Engine, rule: Rule, candidates: int) -> Counter[Tokens]:
     params = params_of(rule, candidates)
-    each = [dataclasses.replace(params, seed=1000 + i) for i in range(REQUESTS)]
-    outputs = engine.generate([PROMPT] * REQUESTS, each, use_tqdm=False)
-    assert all(output.error is None for output in outputs)
-    return Counter(tuple(output.outputs[0].token_ids) for output in outputs)
+    return letter_law.count(engine, params, REQUESTS)
 
 
 @pytest.mark.parametrize(

@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections import Counter
 
 import pytest
 from helpers.letter_law import (
     LETTER,
-    PROMPT,
     Law,
     Tokens,
     World,
+    count,
     law_of,
     letter_engine,
     model_law,
     p_value,
+    responses_of,
     segments,
     text,
     tilted,
@@ -27,7 +27,7 @@ from helpers.outputs import same
 from helpers.ragged_law import EVEN, RAGGED, SETTINGS, ragged_engine
 from helpers.ragged_law import count as count_ragged
 
-from stars_fast import CompletionOutput, Engine, StarsParams
+from stars_fast import Engine, StarsParams
 
 BETA = 0.5
 PARAMS = StarsParams(
@@ -38,17 +38,6 @@ PARAMS = StarsParams(
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     return letter_engine()
-
-
-def run(engine: Engine, params: StarsParams, requests: int) -> list[CompletionOutput]:
-    each = [dataclasses.replace(params, seed=1000 + i) for i in range(requests)]
-    outputs = engine.generate([PROMPT] * requests, each, use_tqdm=False)
-    assert all(output.error is None for output in outputs)
-    return [output.outputs[0] for output in outputs]
-
-
-def count(engine: Engine, params: StarsParams, requests: int) -> Counter[Tokens]:
-    return Counter(tuple(output.token_ids) for output in run(engine, params, requests))
 
 
 def closed_form(params: StarsParams, beta: float = BETA, world: World = LETTER) -> Law:
@@ -114,8 +103,8 @@ def test_comes_to_the_tilted_distribution_as_candidates_grow(engine: Engine) -> 
 @pytest.mark.parametrize("max_rows", [1, 4])
 def test_same_choice_in_however_many_rounds(engine: Engine, max_rows: int) -> None:
     params = dataclasses.replace(PARAMS, candidates=7, max_tokens=7, ignore_eos=True, trace=True)
-    few = run(letter_engine(max_rows=max_rows), params, 4)
-    many = run(engine, params, 4)
+    few = responses_of(letter_engine(max_rows=max_rows), params, 4)
+    many = responses_of(engine, params, 4)
     assert all(same(a, b) for a, b in zip(few, many, strict=True))
     kept = {s.attempts - len(s.rejected) for output in few for s in output.segments}
     assert kept == {1}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from helpers.letter_law import (
     PROMPT,
     Law,
     Tokens,
+    count,
     first_to_pass,
     law_of,
     letter_engine,
@@ -51,13 +51,6 @@ def closed_form(params: StarsParams, judge: str = JUDGE) -> Law:
     return law_of(step, params.max_tokens)
 
 
-def count(engine: Engine, params: StarsParams) -> Counter[Tokens]:
-    each = [dataclasses.replace(params, seed=1000 + i) for i in range(REQUESTS)]
-    outputs = engine.generate([PROMPT] * REQUESTS, each, use_tqdm=False)
-    assert all(output.error is None for output in outputs)
-    return Counter(tuple(output.outputs[0].token_ids) for output in outputs)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -69,7 +62,7 @@ def count(engine: Engine, params: StarsParams) -> Counter[Tokens]:
 )
 def test_matches_closed_form(engine: Engine, changes: dict[str, Any]) -> None:
     params = dataclasses.replace(PARAMS, **changes)
-    counts = count(engine, params)
+    counts = count(engine, params, REQUESTS)
     assert p_value(counts, closed_form(params)) > 1e-3
     single = dataclasses.replace(params, max_attempts=1)
     other = dataclasses.replace(params, acceptance="soft" if changes.get("acceptance") else "hard")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from helpers.letter_law import (
     Law,
     Tokens,
     World,
+    count,
     is_over,
     letter_engine,
     model_law,
@@ -42,13 +42,6 @@ LETTERS = StarsParams(
 @pytest.fixture(scope="module")
 def letters() -> Engine:
     return letter_engine()
-
-
-def count(engine: Engine, params: StarsParams, requests: int) -> Counter[Tokens]:
-    each = [dataclasses.replace(params, seed=1000 + i) for i in range(requests)]
-    outputs = engine.generate([PROMPT] * requests, each, use_tqdm=False)
-    assert all(output.error is None for output in outputs)
-    return Counter(tuple(output.outputs[0].token_ids) for output in outputs)
 
 
 def law_of_two_paths(params: StarsParams, beta: float = BETA, world: World = LETTER) -> Law:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-#: Status, headers, and what is sent: JSON, or bytes as they are.
+#: Status, headers, and what is sent: JSON, or bytes as they are. Status 0 hangs up instead.
 Answer = tuple[int, dict[str, str], Any]
 #: Path, body (None of a GET) and headers of a request.
 Function = Callable[[str, Any, dict[str, str]], Answer]
@@ -31,6 +31,9 @@ def json_server(function: Function) -> Iterator[str]:
 
         def _answer(self, body: Any) -> None:
             status, headers, sent = function(self.path, body, dict(self.headers))
+            if not status:
+                self.close_connection = True
+                return
             raw = sent if isinstance(sent, bytes) else json.dumps(sent).encode()
             self.send_response(status)
             for name, value in headers.items():

@@ -13,7 +13,7 @@ import torch
 from helpers.tiny_lm import LETTERS, letter_model, letter_tokenizer
 from scipy import stats
 
-from stars_fast import Engine
+from stars_fast import CompletionOutput, Engine, StarsParams
 
 PROMPT = "ab"
 EOS = len(LETTERS) - 1
@@ -119,6 +119,24 @@ def total_variation(counts: Counter[Tokens], law: Law) -> float:
     """Between what was counted and the law."""
     total = counts.total()
     return sum(abs(counts[y] / total - law.get(y, 0.0)) for y in {*counts, *law}) / 2
+
+
+def responses_of(
+    engine: Engine, params: StarsParams, requests: int, prompt: Any = PROMPT
+) -> list[CompletionOutput]:
+    """Responses to one prompt, drawn with the seeds 1000, 1001, ..."""
+    each = [replace(params, seed=1000 + i) for i in range(requests)]
+    outputs = engine.generate([prompt] * requests, each, use_tqdm=False)
+    assert all(output.error is None for output in outputs)
+    return [output.outputs[0] for output in outputs]
+
+
+def count(
+    engine: Engine, params: StarsParams, requests: int, prompt: Any = PROMPT
+) -> Counter[Tokens]:
+    """How often each response came."""
+    found = responses_of(engine, params, requests, prompt)
+    return Counter(tuple(response.token_ids) for response in found)
 
 
 def p_value(counts: Counter[Tokens], law: Law) -> float:

@@ -10,6 +10,7 @@ import dataclasses
 from collections import Counter
 from typing import Any
 
+from helpers import letter_law
 from helpers.letter_law import EOS, Tokens, World, letter_engine
 from helpers.tiny_lm import LETTERS, coin_model, letter_tokenizer
 
@@ -61,9 +62,6 @@ def ragged_engine(after_a: float = CHANCE, after_b: float = CHANCE) -> Engine:
 
 def count(engine: Engine, params: StarsParams, requests: int) -> Counter[Tokens]:
     """How often each response came."""
-    each = [dataclasses.replace(params, seed=1000 + i) for i in range(requests)]
-    outputs = engine.generate([PROMPT_IDS] * requests, each, use_tqdm=False)
-    assert all(output.error is None for output in outputs)
-    counts = Counter(tuple(output.outputs[0].token_ids) for output in outputs)
+    counts = letter_law.count(engine, params, requests, PROMPT_IDS)
     assert not any(EOS in response for response in counts)
     return counts

@@ -28,7 +28,7 @@ FLOORS = (
     ("kernels",),
     ("records",),
     ("prompts", "params", "errors"),
-    ("methods", "outputs", "seeds", "core", "config", "demo"),
+    ("methods", "outputs", "seeds", "core", "config", "demo", "tables"),
     ("_core",),
 )
 FLOOR = {package: number for number, floor in enumerate(FLOORS) for package in floor}

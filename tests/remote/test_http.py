@@ -11,7 +11,7 @@ pytest.importorskip("httpx", reason="needs httpx, of the extra remote")
 
 from helpers.json_server import Answer, json_server
 
-from stars_fast.remote import RemoteError
+from stars_fast.remote import RemoteError, http
 from stars_fast.remote.http import Endpoint
 
 AT_ONCE = {"Retry-After": "0"}
@@ -31,14 +31,15 @@ class Failing:
         return self.answers.pop(0) if self.answers else (200, {}, {"body": body})
 
 
-def test_passing_failures_are_tried_again() -> None:
-    server = Failing((429, AT_ONCE, {}), (503, AT_ONCE, b"busy"), (500, AT_ONCE, {}))
+def test_passing_failures_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "_FIRST_WAIT", 0.01)
+    server = Failing((429, AT_ONCE, {}), (503, AT_ONCE, b"busy"), (500, {}, {}), (0, {}, None))
     with json_server(server) as url:
         endpoint = Endpoint(f"{url}/v1/", api_key="secret")
         assert endpoint.post("/completions", {"a": 1}) == {"body": {"a": 1}}
-        assert endpoint.stats() == {"http_calls": 4, "http_retries": 3}
+        assert endpoint.stats() == {"http_calls": 5, "http_retries": 4}
         endpoint.close()
-    assert server.asked == [("/v1/completions", {"a": 1})] * 4
+    assert server.asked == [("/v1/completions", {"a": 1})] * 5
     assert server.headers["Authorization"] == "Bearer secret"
 
 

@@ -105,7 +105,7 @@ def test_wrong_flags_are_named_before_a_model_is_loaded(
     def fail(*args: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("stars_fast.cli.serve._load_engine", fail)
+    monkeypatch.setattr("stars_fast.cli.serve.load_engine", fail)
     (tmp_path / "bad").write_text("{\n")
     (tmp_path / "empty").write_text("\n")
     assert main(["serve", *[text.replace("{tmp}", str(tmp_path)) for text in argv]]) == 2

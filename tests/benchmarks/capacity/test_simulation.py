@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from stars_fast import _core
-from stars_fast.benchmarks import simulate as command
-from stars_fast.benchmarks.capacity import Limits, replicas_needed, saturation
+from stars_fast.benchmarks.capacity import simulate as command
+from stars_fast.benchmarks.capacity.replica import GPUS, Replica, round_time
+from stars_fast.benchmarks.capacity.replicas_needed import Limits, replicas_needed, saturation
+from stars_fast.benchmarks.capacity.simulation import AUTO, Outcome, simulate
+from stars_fast.benchmarks.capacity.workload import Requests, Workload
 from stars_fast.benchmarks.least import Machine, ModelCost
 from stars_fast.benchmarks.models import TINY
-from stars_fast.benchmarks.replica import GPUS, Replica, round_time
-from stars_fast.benchmarks.simulation import AUTO, Outcome, simulate
-from stars_fast.benchmarks.workload import Requests, Workload
 
 #: Round numbers, so that sums can be made by hand.
 COST = ModelCost(weight_bytes=1000.0, kv_bytes=3.0, operations=2.0, operations_per_key=0.5)

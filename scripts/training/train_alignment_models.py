@@ -1,6 +1,6 @@
 """Train every model that alignment is compared with, in order, into one directory.
 
-    python scripts/train_alignment_models.py --out DIR [--only NAME ...] [--seed 0]
+    python scripts/training/train_alignment_models.py --out DIR [--only NAME ...] [--seed 0]
 
 ``sft`` and ``dpo`` need TRL (``pip install -c constraints.txt '.[train]'``), ``value`` and
 ``acceptor`` do not. What is there already is left as it is. At the end: the mean gold of unaligned

@@ -1,6 +1,6 @@
 """Supervised fine-tuning of the demo language model on preferred reviews, with TRL.
 
-    python scripts/train_sft.py --out DIR [--rate 2e-3] [--pairs 8000] ...
+    python scripts/training/train_sft.py --out DIR [--rate 2e-3] [--pairs 8000] ...
 
 The baseline "SFT" of the STARS paper (arXiv 2511.03827): the demonstrations are the reviews that a
 noisy judge preferred to another of the same opening, see `preferences`. The loss is taken on the

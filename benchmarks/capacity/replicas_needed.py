@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from stars_fast.benchmarks.replica import Replica
-from stars_fast.benchmarks.simulation import simulate
-from stars_fast.benchmarks.workload import Workload
+from stars_fast.benchmarks.capacity.replica import Replica
+from stars_fast.benchmarks.capacity.simulation import simulate
+from stars_fast.benchmarks.capacity.workload import Workload
 
 
 def saturation(

@@ -1,6 +1,6 @@
 """A small model that accepts or rejects single tokens, as in MARA.
 
-    python scripts/train_acceptor.py --value VALUE_DIR --out DIR [--labels ranked] [--scale 0.2] ...
+    python scripts/training/train_acceptor.py --value VALUE_DIR --out DIR [--labels ranked] ...
 
 MARA (arXiv 2505.19743) decodes token by token: the candidates are tried in turn, the most likely
 first, and a small network says yes or no to each. Here that is a one-label classifier of the reward

@@ -1,7 +1,7 @@
 """Adversarial suffixes for the demo: texts behind a prompt that let unkind reviews through.
 
-    python scripts/find_suffixes.py --out stars_fast/demo/suffixes.py
-    python scripts/find_suffixes.py --out stars_fast/demo/reward_suffixes.py
+    python scripts/training/find_suffixes.py --out stars_fast/demo/suffixes.py
+    python scripts/training/find_suffixes.py --out stars_fast/demo/reward_suffixes.py
         --objective reward --prompts 8
 
 `gold` attacks the language model: the mean gold score of the responses that it draws is to be low.
@@ -337,7 +337,7 @@ def main() -> None:
         for one in fields(settings)
         if getattr(settings, one.name) != one.default
     ]
-    how = f"python scripts/find_suffixes.py --out {arguments.out}"
+    how = f"python scripts/training/find_suffixes.py --out {arguments.out}"
     if changed:
         how += "\n       " + "".join(changed)
     text = module(found, (base[0], base[1]), how, settings.objective)

@@ -1,6 +1,6 @@
 """Pages and rows of a replica: what a GPU holds of two models, and how many requests at once.
 
-    python benchmarks/sizing.py --gpu h200 --model llama-3.1-8b --prompt 512 --response 256
+    python benchmarks/capacity/sizing.py --gpu h200 --model llama-3.1-8b --prompt 512 --response 256
 
 By the rules of the engine (`default_num_pages`), from shapes and data sheets; nothing is measured.
 What it prints is explained in docs/scaling.md. How many replicas a load needs: simulate.py.
@@ -16,13 +16,14 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from stars_fast.benchmarks.capacity.replica import GPUS, MODELS, Gpu
 from stars_fast.benchmarks.flags import number
 from stars_fast.benchmarks.models import Shape, language_model, reward_model
-from stars_fast.benchmarks.replica import GPUS, MODELS, Gpu
 from stars_fast.config import KvDtype
 from stars_fast.engine.engine import LM_POOL_SHARE
 from stars_fast.models.pool import enough_pages, page_bytes
 from stars_fast.rewards.load import RM_POOL_SHARE
+from stars_fast.tables import markdown_table
 
 
 @dataclass(frozen=True)
@@ -170,17 +171,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     name = GPUS[options.gpu].machine.name
     print(f"{options.model} with {reward} as reward model on {name}; computed, not measured")
-    print("| | language model | reward model |\n| --- | --- | --- |")
     rows = [
-        ("weights (GB)", [f"{pool.weights / 1e9:.2f}" for pool in both]),
-        ("bytes of a page", [f"{pool.page:,}" for pool in both]),
-        ("memory for pages (GB)", [f"{pool.budget / 1e9:.2f}" for pool in both]),
-        ("pages", [f"{pool.num_pages:,}" for pool in both]),
-        ("tokens in them", [f"{(pool.num_pages - 1) * options.page_size:,}" for pool in both]),
-        ("requests that they hold", [f"{(pool.num_pages - 1) // each:,}" for pool in both]),
+        ["weights (GB)", *(f"{pool.weights / 1e9:.2f}" for pool in both)],
+        ["bytes of a page", *(f"{pool.page:,}" for pool in both)],
+        ["memory for pages (GB)", *(f"{pool.budget / 1e9:.2f}" for pool in both)],
+        ["pages", *(f"{pool.num_pages:,}" for pool in both)],
+        ["tokens in them", *(f"{(pool.num_pages - 1) * options.page_size:,}" for pool in both)],
+        ["requests that they hold", *(f"{(pool.num_pages - 1) // each:,}" for pool in both)],
     ]
-    for title, (left, right) in rows:
-        print(f"| {title} | {left} | {right} |")
+    print(markdown_table(["", "language model", "reward model"], rows))
     by_rows = options.max_rows // options.candidates
     print(f"pages of a request, at most: {each}")
     print(

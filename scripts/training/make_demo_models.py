@@ -1,6 +1,6 @@
 """Make the demo models: tokenizer, language model and reward model, from generated reviews.
 
-    python scripts/make_demo_models.py [--out stars_fast/demo/models]
+    python scripts/training/make_demo_models.py [--out stars_fast/demo/models]
 
 The tokenizer is a byte-level BPE. The language model learns reviews of either mood, unlabelled. The
 reward model starts from the language model and learns pairwise preferences between whole reviews
@@ -394,7 +394,7 @@ def make_models(settings: Settings, out: Path) -> dict[str, float]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    default = Path(__file__).resolve().parents[1] / "stars_fast" / "demo" / "models"
+    default = Path(__file__).resolve().parents[2] / "stars_fast" / "demo" / "models"
     parser.add_argument("--out", type=Path, default=default, help="directory of lm/ and rm/")
     for field in fields(Settings):
         name = "--" + field.name.replace("_", "-")

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from stars_fast import _core
-from stars_fast.benchmarks import sizing
+from stars_fast.benchmarks.capacity import sizing
+from stars_fast.benchmarks.capacity.replica import GPUS
 from stars_fast.benchmarks.models import LLAMA_3_1_8B, TINY, language_model
-from stars_fast.benchmarks.replica import GPUS
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.pool import enough_pages, page_bytes
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "scaling.md"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_the_pools_of_two_models_fit() -> None:
 
 def test_the_page_of_docs_shows_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     shown = re.findall(
-        r"\$ python benchmarks/sizing\.py ?([^\n]*)\n(.*?)```", PAGE.read_text(), re.DOTALL
+        r"\$ python benchmarks/capacity/sizing\.py ?([^\n]*)\n(.*?)```", PAGE.read_text(), re.DOTALL
     )
     assert len(shown) >= 2
     for arguments, output in shown:

@@ -1,6 +1,6 @@
 """A value-head reward model: from a prefix, the reward that the whole response will have.
 
-    python scripts/train_value_reward.py --out DIR [--samples-per-prompt 16] [--epochs 3] ...
+    python scripts/training/train_value_reward.py --out DIR [--samples-per-prompt 16] ...
 
 A reward model is trained on whole reviews, so what it says of a prefix is the reward of a review
 that ends there. Here its head learns, at every token of responses that the language model drew, the

@@ -1,6 +1,6 @@
 """How well the reward of a prefix tells the gold of the whole response, by position.
 
-    python scripts/prefix_correlation.py --out FILE.json [--plot FILE.png] [--value DIR] ...
+    python scripts/training/prefix_correlation.py --out FILE.json [--plot FILE.png] ...
 
 For unaligned responses to the evaluation's prompts, none of which a model was trained on: Pearson
 and Spearman correlation of the final gold with
@@ -31,6 +31,7 @@ from sampling import Sample, sample_responses
 from settings_flags import parser_of, settings_of
 
 from stars_fast import StarsParams, demo
+from stars_fast.tables import text_table
 
 
 @dataclass(frozen=True)
@@ -182,11 +183,11 @@ def main() -> None:
         draw(record, arguments.plot)
     rows = record["correlation with gold"]
     names = [name for name in rows["end"] if name != "prefixes"]
-    print(f"{'tokens':>8}{'prefixes':>10}" + "".join(f"{name:>22}" for name in names))
+    lines = [["tokens", "prefixes", *names]]
     for position, row in rows.items():
         cells = [f"{row[name]['pearson']:.3f} / {row[name]['spearman']:.3f}" for name in names]
-        print(f"{position:>8}{row['prefixes']:>10}" + "".join(f"{cell:>22}" for cell in cells))
-    print("Pearson / Spearman")
+        lines.append([position, str(row["prefixes"]), *cells])
+    print("\n".join([*text_table(lines, left=()), "Pearson / Spearman"]))
 
 
 if __name__ == "__main__":

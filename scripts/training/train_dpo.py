@@ -1,6 +1,6 @@
 """Direct preference optimisation of a fine-tuned model on pairs of reviews, with TRL.
 
-    python scripts/train_dpo.py --model SFT_DIR --out DIR [--rate 3e-4] [--pairs 8000] ...
+    python scripts/training/train_dpo.py --model SFT_DIR --out DIR [--rate 3e-4] [--pairs 8000] ...
 
 The baseline "SFT then DPO" of the STARS paper (arXiv 2511.03827), beta 0.1: from the model that
 ``train_sft.py`` made, which is also the reference, on the pairs that it saw the better halves of.

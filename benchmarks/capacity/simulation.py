@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from stars_fast import _core
-from stars_fast.benchmarks.replica import Replica, round_time
-from stars_fast.benchmarks.workload import Floats, Ints, Requests, Workload
+from stars_fast.benchmarks.capacity.replica import Replica, round_time
+from stars_fast.benchmarks.capacity.workload import Floats, Ints, Requests, Workload
 
 #: Of `Scheduler.add`: as many candidates as pay off.
 AUTO = 0

@@ -1,8 +1,8 @@
 """How many replicas for a load, and which number of candidates: the real scheduler, simulated time.
 
-    python benchmarks/simulate.py --out results/simulation.json --png ../docs/capacity.png
-    python benchmarks/simulate.py --load 40 --max-wait-p99 1.0
-    python benchmarks/simulate.py --plot results/simulation.json --png ../docs/capacity.png
+    python benchmarks/capacity/simulate.py --out results/simulation.json --png ../docs/capacity.png
+    python benchmarks/capacity/simulate.py --load 40 --max-wait-p99 1.0
+    python benchmarks/capacity/simulate.py --plot results/simulation.json --png ../docs/capacity.png
 
 The first form sweeps a replica's load for each number of candidates and writes the figures and a
 plot. The second finds the least number of replicas that holds the limits, for each number of
@@ -25,15 +25,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from stars_fast.benchmarks.capacity import Limits, replicas_needed, saturation
-from stars_fast.benchmarks.capacity_plot import plot
+from stars_fast.benchmarks.capacity.plot import plot
+from stars_fast.benchmarks.capacity.replica import GPUS, MODELS, Replica
+from stars_fast.benchmarks.capacity.replicas_needed import Limits, replicas_needed, saturation
+from stars_fast.benchmarks.capacity.simulation import AUTO, simulate
+from stars_fast.benchmarks.capacity.workload import Workload
 from stars_fast.benchmarks.flags import number
 from stars_fast.benchmarks.measure import header
-from stars_fast.benchmarks.replica import GPUS, MODELS, Replica
-from stars_fast.benchmarks.simulation import AUTO, simulate
-from stars_fast.benchmarks.workload import Workload
+from stars_fast.tables import markdown_table
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 #: Loads of the sweep, as parts of the highest saturation throughput.
 LOADS = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1)
 #: Fewer requests say nothing of a 99th percentile.
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.load is not None:
             answer(options, _workload(options), _replica(options), limits)
         else:
-            run_sweep(options, shlex.join(["python", "benchmarks/simulate.py", *given]))
+            run_sweep(options, shlex.join(["python", "benchmarks/capacity/simulate.py", *given]))
     except ValueError as error:  # of values that do not go together
         parser.error(str(error))
     return 0
@@ -135,21 +136,19 @@ def sweep(options: argparse.Namespace, workload: Workload, replica: Replica) -> 
 
 def table(record: dict[str, Any]) -> str:
     """Return a record's figures as Markdown."""
-    lines = [
-        (
-            "| load | requests/s | N | wait p50, p99 (s) | first segment p50, p99 (s) "
-            "| end p50, p99 (s) | drafted / accepted | rows a round | pages mean, max (%) "
-            "| preemptions a request |"
-        ),
-        "| --- " * 10 + "|",
-    ]
+    headings = [
+        "load", "requests/s", "N", "wait p50, p99 (s)", "first segment p50, p99 (s)",
+        "end p50, p99 (s)", "drafted / accepted", "rows a round", "pages mean, max (%)",
+        "preemptions a request",
+    ]  # fmt: skip
+    rows = []
     for run in record["runs"]:
         times = [
             f"{run[f'{name}_seconds_p50']:.2f}, {run[f'{name}_seconds_p99']:.2f}"
             for name in ("wait", "first", "end")
         ]
         pages = f"{100 * run['page_share_mean']:.0f}, {100 * run['page_share_max']:.0f}"
-        columns = [
+        cells = [
             f"{run['load']:.1f}",
             f"{run['requests_per_second']:.1f}",
             str(run["candidates"]),
@@ -159,8 +158,8 @@ def table(record: dict[str, Any]) -> str:
             pages,
             f"{run['preemptions_per_request']:.4f}",
         ]
-        lines.append("| " + " | ".join(columns) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(headings, rows)
 
 
 # The answer to a load
@@ -179,11 +178,8 @@ def answer(
         f"{options.load:g} requests/s, {', '.join(asked)}; {options.model} on "
         f"{replica.machine.name}, efficiency {options.efficiency:g}, simulated"
     )
-    print(
-        "| N | replicas | wait p99 (s) | first segment p99 (s) | end p99 (s) | drafted/accepted |"
-    )
-    print("| --- | --- | --- | --- | --- | --- |")
-    found = {}
+    headings = ["N", "replicas", *(f"{name} p99 (s)" for name in ("wait", "first segment", "end"))]
+    found, rows = {}, []
     for n in tqdm(options.candidates, desc="candidates", leave=False):
         least = replicas_needed(
             workload,
@@ -196,12 +192,13 @@ def answer(
             seed=options.seed,
         )
         if least is None:
-            tqdm.write(f"| {_name(n)} | more than {options.max_replicas} | | | | |")
+            rows.append([_name(n), f"more than {options.max_replicas}", "", "", "", ""])
             continue
         replicas, figures = least
         found[n] = (replicas, figures["drafted_per_accepted"])
-        times = " | ".join(f"{figures[name]:.2f}" for name in LIMITS.values())
-        tqdm.write(f"| {_name(n)} | {replicas} | {times} | {figures['drafted_per_accepted']:.2f} |")
+        cells = [f"{figures[name]:.2f}" for name in (*LIMITS.values(), "drafted_per_accepted")]
+        rows.append([_name(n), str(replicas), *cells])
+    print(markdown_table([*headings, "drafted/accepted"], rows))
     if not found:
         print(f"answer: no N holds the limits with at most {options.max_replicas} replicas")
         return
