@@ -58,7 +58,7 @@ class Response:
     rejected
         Tested attempts of the segment at hand, filled with ``trace`` only.
     known
-        Effective reward and merit of its attempts, by their tokens.
+        Effective reward and log-probabilities of its attempts at the current segment, by tokens.
     error
         Why it failed, None if it did not.
     prefixes
@@ -77,7 +77,7 @@ class Response:
     output: CompletionOutput
     kept: Candidate | None = None
     rejected: list[Attempt] = field(default_factory=list)
-    known: dict[tuple[int, ...], tuple[float, float]] = field(default_factory=dict)
+    known: dict[tuple[int, ...], tuple[float, list[float]]] = field(default_factory=dict)
     error: str | None = None
     prefixes: PrefixCalibration | None = None
     is_path: bool = False

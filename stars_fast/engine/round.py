@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -152,10 +152,10 @@ def score_round(
         response, candidate = done.responses[row], done.candidates[row]
         tokens = len(response.output.token_ids) + len(candidate.token_ids)
         shown = effective_reward(response.params, reward, candidate, tokens, response.prefixes)
-        # Methods may reckon with log-probabilities, in which equal candidates differ by rounding.
-        known = (shown, merit(response.params, shown, candidate))
-        known = response.known.setdefault(tuple(candidate.token_ids), known)
-        done.rewards[row], done.merits[row] = known
+        # Methods may use log-probabilities, in which equal candidates differ by rounding.
+        known = response.known.setdefault(tuple(candidate.token_ids), (shown, candidate.logprobs))
+        shown, same = known[0], replace(candidate, logprobs=known[1])
+        done.rewards[row], done.merits[row] = shown, merit(response.params, shown, same)
     done.seconds["score"] = time.perf_counter() - begun
 
 

@@ -25,6 +25,11 @@ class Drawn(Protocol):
     """A candidate, as far as methods look at it."""
 
     @property
+    def attempt(self) -> int:
+        """Number of the attempt within the segment, from 0."""
+        ...
+
+    @property
     def logprobs(self) -> Sequence[float]:
         """Log-probability of each token under the raw distribution."""
         ...
@@ -99,7 +104,8 @@ class MethodKind:
     effective_reward
         What the reward model's value is compared as; None: as it is.
     merit
-        What the scheduler decides by, of the reward and the candidate; None: the reward.
+        What the scheduler decides by, a function of the reward and the candidate; None: the reward.
+        Reported rewards and thresholds do not include it.
     """
 
     parameters: tuple[str, ...]
