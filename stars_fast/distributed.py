@@ -28,7 +28,7 @@ __all__ = ["ALONE", "OneRank", "Ranks"]
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-#: How long a rank waits for the others in a round, where nobody has set up torch.distributed.
+#: How long a rank waits for the others in a round, unless torch.distributed is already set up.
 _TIMEOUT = timedelta(minutes=30)
 #: How long a rank that follows waits for something to do: a leader may be idle for as long.
 _IDLE_TIMEOUT = timedelta(days=3650)
@@ -238,7 +238,7 @@ class Ranks:
             calls[name](*arguments)
         except Exception as error:
             if not self._called:
-                self._leave(error)  # rank 0 had nothing against it, and has begun
+                self._leave(error)  # rank 0 accepted the call and has begun
             if self.lost:
                 raise
             _log.debug("%s: %s", name, error)
@@ -275,7 +275,7 @@ class Ranks:
 
 
 class OneRank(Ranks):
-    """The only process: there is nobody to agree with, and its calls do nothing.
+    """The only process, with no others to agree with; its calls do nothing.
 
     Parameters
     ----------
@@ -318,7 +318,7 @@ class OneRank(Ranks):
         yield
 
     def follow(self, calls: Mapping[str, Callable[..., object]]) -> None:
-        """Raise ValueError: there is nobody to follow."""
+        """Raise ValueError: there is no other rank to follow."""
         raise ValueError("follow: there is one process, which has nobody to follow")
 
 

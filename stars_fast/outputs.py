@@ -122,7 +122,7 @@ class PrefixCalibration:
     positions
         Response tokens t, rising.
     slope, intercept
-        Of the line at each position.
+        Coefficients of the line at each position.
     correlation
         Pearson's, of r_t and the final reward; 0 where either does not vary.
     samples

@@ -174,7 +174,7 @@ def write_record(stream: BinaryIO, record: dict[str, Any]) -> None:
 
 
 class Done:
-    """Lines of an input whose results an output file holds already."""
+    """Input lines whose results are already in an output file."""
 
     def __init__(self) -> None:
         self._fingerprints: dict[int, bytes] = {}

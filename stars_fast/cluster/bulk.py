@@ -44,7 +44,7 @@ class StarsMapper:
     params
         Parameters of a request where its row does not say otherwise.
     seed
-        Of the run.
+        Seed of the run.
     calibration
         What ``target_reward="auto"`` and None stand for, from `calibrate`, so that all workers
         test against the same target. Without one such a row is an error.
@@ -144,14 +144,14 @@ def map_rows(
     Parameters
     ----------
     dataset
-        Of rows, see `stars_fast.cluster.rows`.
+        Data set of rows, see `stars_fast.cluster.rows`.
     workers
         Engines.
     batch_size
         Rows that an engine is given at a time: what is lost with a worker, and, as an engine
         empties towards the end of a batch, best several times its `max_rows`.
     num_cpus, num_gpus
-        Of each worker. Ray hides the GPUs from a worker that asks for none.
+        Resources of each worker. Ray hides the GPUs from a worker that asks for none.
     model, reward_model, params, seed, calibration, options
         See `StarsMapper`.
 

@@ -56,11 +56,11 @@ def calibrate(
     rows
         Those of the run; the first `num_prompts` that are requests are used.
     quantile
-        Of the rewards of unaligned samples, in (0, 1).
+        Quantile of the rewards of unaligned samples, in (0, 1).
     num_prompts
         At least 1, or None for all.
     num_cpus, num_gpus
-        Of the task.
+        Resources of the task.
     model, reward_model, params, seed, options
         See `stars_fast.cluster.bulk.StarsMapper`.
 

@@ -47,8 +47,8 @@ def write_records(dataset: Dataset, folder: str | Path) -> None:
 def read_records(folder: str | Path) -> list[dict[str, Any]]:
     """Return the records of a folder by rising line, one for each.
 
-    Of a line that failed in one run and was done in a later one there is the result. Records
-    without a line come last, all of them.
+    A line that failed in one run and was done in a later one has only its result. Records
+    without a line come last and are all returned.
     """
     numbered: dict[int, dict[str, Any]] = {}
     others = []

@@ -66,8 +66,8 @@ def request_of(row: Row, base: StarsParams, seed: int) -> InputRecord:
     base
         Parameters of a request where the row does not say otherwise.
     seed
-        Of the run: a row whose parameters have no seed gets one made from this and its line, or,
-        if it has none, its id. So its tokens depend neither on its batch nor on who runs it.
+        Seed of the run. A row whose parameters have no seed gets one from this and its line, or,
+        if it has none, its id. Its tokens depend neither on its batch nor on its worker.
 
     Returns
     -------

@@ -130,7 +130,7 @@ class Progress:
     Parameters
     ----------
     parameters
-        Of the rows.
+        Parameters of the rows.
     max_new
         L, columns of the results.
     ragged

@@ -42,7 +42,7 @@ class AsyncEngine:
     Parameters
     ----------
     engine
-        Whose only user this is from now on.
+        The engine to run; nothing else may use it from now on.
     max_running
         Requests that are in the engine at once, at least 1; None: its `max_rows`.
     max_waiting
@@ -239,7 +239,7 @@ class AsyncEngine:
                     self._hand_over()
                 self._refresh_stats(idle=not self._running)
         finally:
-            # Also where the above has a fault: nobody may wait for ever.
+            # Also if the above has a fault: no caller may wait forever.
             self._refuse()
             stopped = EngineStoppedError("the engine has stopped")
             waiting = (stream for stream, _ in self._waiting.values())

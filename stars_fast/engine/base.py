@@ -201,7 +201,7 @@ class BaseEngine:
         samples_per_prompt
             At least 1.
         params
-            Whose sampling parameters to use; None: the defaults.
+            Parameters to sample with; None: the defaults.
         use_tqdm
             Show a progress bar.
 

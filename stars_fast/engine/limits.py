@@ -15,9 +15,9 @@ class Limits:
     Attributes
     ----------
     vocab_size
-        Of the language model.
+        Vocabulary size of the language model.
     max_rows
-        Of a round.
+        Most rows of a round.
     has_tokenizer
         Texts can be read.
     scorer

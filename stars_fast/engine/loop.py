@@ -272,7 +272,7 @@ class Loop:
             self._scheduler.abort(response.handle)  # of paths the first takes the others along
             self._end(response, "abort")
             if not self.has_unfinished:
-                self._finish_scoring()  # nobody will step, and the round holds pages
+                self._finish_scoring()  # no further step will run, and the round holds pages
 
     def step(self) -> list[Response]:
         """Run one round; return the responses with a new segment and those that failed.
@@ -377,7 +377,7 @@ class Loop:
                     response.rm_tokens += tokens
 
     def _set_prompt_rewards(self, done: Round) -> list[Response]:
-        """Set r(x) of the round's new requests; end and return those whose r(x) cannot be had."""
+        """Set r(x) of the round's new requests; end and return those without r(x)."""
         failed = []
         for handle, reward in done.prompt_rewards.items():
             response = self._responses.get(handle)

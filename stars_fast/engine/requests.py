@@ -29,7 +29,7 @@ class Candidate:
     attempt
         Number of the attempt within the segment.
     reward, threshold
-        Of the accept test; None where there is none.
+        Both sides of the accept test; None if there is none.
     stopped
         Its last token ends the response.
     stop_text_at

@@ -28,7 +28,7 @@ class Round:
     draft
         What was drawn.
     responses, candidates
-        Whose row it is, and the segment in it, cut at a stop text.
+        The response of each row and the segment in it, cut at a stop text.
     rewards
         float64, as they are shown and compared; NaN where there is none.
     lengths, stopped, merits

@@ -23,7 +23,7 @@ from stars_fast.prompts import PromptValue, text_of
 
 Kind = Literal["suffix", "prefill"]
 
-#: What prompts without an attack are called beside those that have one.
+#: Name of the prompts without an attack.
 UNATTACKED = "none"
 
 

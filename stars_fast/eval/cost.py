@@ -44,7 +44,7 @@ class Cost:
     lm_parameters, rm_parameters
         Weights that a token is multiplied with.
     drafted_tokens, accepted_tokens, attempts, segments, fallbacks, rounds
-        Of the scheduler.
+        Counters of the scheduler.
     seconds
         From the first round to the last.
     """
@@ -95,7 +95,7 @@ def cost_of(
     before, after
         The counters.
     prompt_tokens
-        Of all prompts of the run.
+        Tokens of all prompts of the run.
     parameters
         From `Engine.num_parameters`.
     seconds

@@ -42,7 +42,7 @@ class Item:
     Attributes
     ----------
     number
-        Of its record in the file, from 1: of its line, or of its place in the list.
+        Number of its record in the file, from 1: its line, or its place in the list.
     prompt
         Text, chat messages or token ids.
     chosen, rejected

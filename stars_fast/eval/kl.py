@@ -61,7 +61,7 @@ class AlignmentKl:
     Attributes
     ----------
     value
-        Of this response: its mean over responses is the estimate. None where there is none.
+        Value of this response, whose mean over responses is the estimate; None if there is none.
     kind
         What the value is; None without one.
     reason
@@ -79,9 +79,9 @@ def alignment_kl(params: StarsParams, segments: Sequence[Segment]) -> AlignmentK
     Parameters
     ----------
     params
-        Of its request.
+        Parameters of its request.
     segments
-        Of the response.
+        Segments of the response.
     """
     kind = params.kind
     if not kind.needs_reward:

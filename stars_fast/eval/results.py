@@ -27,7 +27,7 @@ def write_results(
     Parameters
     ----------
     folder
-        Of the eval.
+        Folder of the evaluation.
     record
         ``header``, ``settings``, ``failed_runs`` and the like; a summary in it is made anew.
     store

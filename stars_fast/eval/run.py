@@ -36,7 +36,7 @@ class Plan:
     items
         The prompts.
     seeds
-        Of the runs of each spec. A request's own seed follows from this and the prompt's number
+        Seeds of each spec's runs. A request's seed follows from the run's and the prompt's number
         alone, so all specs meet a prompt with the same draws.
     identity
         What else results depend on, such as the device; JSON values.

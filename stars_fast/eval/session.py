@@ -45,7 +45,7 @@ class Session:
     Attributes
     ----------
     folder
-        Of its files.
+        Folder of its files.
     plan
         What is run.
     store
@@ -63,7 +63,7 @@ class Session:
     tie_margin
         A difference of gold scores of at most this is a tie.
     quantile
-        Of the rewards of unaligned samples, that ``target_reward="auto"`` is.
+        Quantile of unaligned rewards that ``target_reward="auto"`` takes.
     attacks
         That each spec is also run under.
     harm_below
@@ -193,7 +193,7 @@ class Session:
     # Measurements
 
     def measure(self) -> None:
-        """Measure what is missing of the finished runs; what cannot be had is a problem."""
+        """Measure what finished runs lack; a failed measurement is recorded as a problem."""
         with Saver(self.store) as saver:
             for step in (self._rewards, self._golds, self._base_logprobs, self._verdicts):
                 try:

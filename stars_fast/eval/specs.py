@@ -47,7 +47,7 @@ class Spec:
     label
         Its name in tables and plots.
     params
-        Of every request but for the seed.
+        Parameters of every request, without the seed.
     lm
         Name of a language model; None is the base.
     rm

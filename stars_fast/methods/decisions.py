@@ -69,13 +69,13 @@ def effective_reward(
     Parameters
     ----------
     params
-        Of the request.
+        Parameters of the request.
     reward
         From the reward model.
     candidate
         The segment that the response ends with.
     tokens
-        Of the response, the segment included.
+        Length of the response, the segment included.
     prefixes
         What the rewards of unfinished responses are replaced by; None: nothing.
     """

@@ -26,7 +26,7 @@ class KernelAttention:
     Parameters
     ----------
     pools
-        Of the model.
+        The model's pools.
     plans
         By query heads per KV head.
     """
@@ -115,9 +115,9 @@ class DecodeCapacity:
     page_entries
         Entries of all groups' page tables together.
     new_tokens
-        Of a row.
+        New tokens per row.
     prefix_tokens
-        Of a group.
+        Prefix tokens per group.
     """
 
     rows: int
@@ -146,7 +146,7 @@ class KernelDecode:
     Parameters
     ----------
     pools
-        Of the model.
+        The model's pools.
     capacity
         The largest round.
     tiles

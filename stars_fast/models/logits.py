@@ -32,7 +32,7 @@ class LogitHead:
     Raises
     ------
     UnsupportedModelError
-        If the model has no head, or its logits cannot be had from its hidden states.
+        If the model has no head, or its logits cannot be computed from its hidden states.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -293,7 +293,7 @@ class PagedModel:
         Parameters
         ----------
         state : DecodeState
-            Of the round under way.
+            State of the round under way.
         j : int
             Step, from 0; steps run in order.
         input_ids : Tensor

@@ -1,4 +1,4 @@
-"""The engine whose language model is at a server."""
+"""The engine whose language model runs on a server."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ BY_TEXT = tuple(method for method, kind in METHODS.items() if kind.by_text)
 _PAGE_SIZE = 256
 _PAGES_PER_ROW = 64
 
-#: Of a vocabulary that is not known.
+#: Size of an unknown vocabulary.
 _MOST_TOKENS = 2**31
 
 
 class RemoteEngine(BaseEngine):
-    """`Engine` with the language model at a server of OpenAI's completions.
+    """`Engine` with the language model on a server of OpenAI's completions API.
 
     The server draws segments, with ``max_tokens`` of their length; the scheduler, the accept tests
     and the reward model are here. Everything else is as `Engine` has it: `generate`, `calibrate`,
@@ -76,8 +76,8 @@ class RemoteEngine(BaseEngine):
     max_concurrency
         Calls under way at once, at least 1.
     timeout, retries
-        Of a call, see `stars_fast.remote.http.Endpoint`. A request whose call fails after that ends
-        with `RequestOutput.error`, and harms no other.
+        Limits of a call, see `stars_fast.remote.http.Endpoint`. A request whose call then fails
+        ends with `RequestOutput.error` and harms no other.
     seed
         Each call is sent a seed that follows from this, the request, the segment, the position and
         the attempt, and draws one candidate: runs are repeatable where the server's draws are.
@@ -90,7 +90,7 @@ class RemoteEngine(BaseEngine):
     extra_body
         Put over the body of every call.
     reward_template, reward_tokenizer, reward_device, reward_num_pages, dtype, allow_pickle
-        Of the reward model, see `Engine`; its device is the GPU if there is one.
+        Options of the reward model, see `Engine`; its device defaults to the GPU if there is one.
     trust_remote_code
         For tokenizers.
 

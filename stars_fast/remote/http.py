@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 _FIRST_WAIT = 0.5
 _LONGEST_WAIT = 30.0
-#: Of an error's body, in a message.
+#: Characters of an error's body that a message shows.
 _SHOWN = 300
 
 

@@ -109,7 +109,7 @@ def load_scorer(
     max_rows : int
         Most rows of one forward pass.
     backend, kv_dtype, compile_model
-        Of a causal reward model or a judge, see `stars_fast.models.paged.PagedModel`.
+        Options of a causal reward model or a judge, see `stars_fast.models.paged.PagedModel`.
     texts_only
         There are texts though there is no tokenizer: responses come as such.
     ranks : Ranks

@@ -182,7 +182,7 @@ class PersonaScorer(CausalScorer):
     Raises
     ------
     UnsupportedModelError
-        If the model's logits cannot be had from its hidden states.
+        If the model's logits cannot be computed from its hidden states.
     """
 
     def __init__(

@@ -74,7 +74,7 @@ class Reading(ABC):
         ids : int64 [L]
             The job's.
         prompt : TokenPrompt
-            Of its request.
+            The prompt of its request.
         committed : int64 [C]
             What the cached sequence should hold: the prefix of the prompt, later the kept ids of
             the last accepted branch.
