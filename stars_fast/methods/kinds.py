@@ -22,7 +22,7 @@ COMMON = (
 
 
 class Drawn(Protocol):
-    """A candidate, as far as methods look at it."""
+    """The part of a candidate that methods use."""
 
     @property
     def attempt(self) -> int:
@@ -75,9 +75,9 @@ class MethodKind:
     Attributes
     ----------
     parameters
-        Its own fields of `StarsParams`, beside `COMMON`.
+        Its own fields of `StarsParams`, in addition to `COMMON`.
     decides
-        What becomes of a segment. ``"always"``: it is accepted. ``"test"``: each candidate in turn
+        How a segment is decided. ``"always"``: it is accepted. ``"test"``: each candidate in turn
         is tested against the threshold schedule. ``"choice"``: one of all candidates is taken.
         ``"paths"``: it is accepted, and whole paths are compared at its end.
     one_token
@@ -93,16 +93,16 @@ class MethodKind:
     resamples
         Paths are resampled by weight; otherwise the worst of them end.
     needs_reward
-        A reward model has to be there.
+        A reward model is required.
     judges
         The reward model is the language model under another prompt, and no other.
     default_candidates
-        What ``candidates="auto"`` stands for where the number matters for the result; None where
-        it does not.
+        Value of ``candidates="auto"`` if the number changes the result; None if it does not.
     schedule
         The accept test or choice of a request.
     effective_reward
-        What the reward model's value is compared as; None: as it is.
+        The reward that is compared, a function of the model's reward and the candidate; None: the
+        model's reward.
     merit
         What the scheduler decides by, a function of the reward and the candidate; None: the reward.
         Reported rewards and thresholds do not include it.
