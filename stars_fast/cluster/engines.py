@@ -48,13 +48,13 @@ def calibrate(
 ) -> Calibration:
     """Find the target reward of a run, once, for all workers to use.
 
-    A Ray task does it, on a machine that has what it asks for. The target is that of
-    ``stars-fast generate`` with the same rows, seed and parameters.
+    A Ray task with the requested resources does this. The target is that of ``stars-fast generate``
+    with the same rows, seed and parameters.
 
     Parameters
     ----------
     rows
-        Those of the run; the first `num_prompts` that are requests are used.
+        Rows of the run; the first `num_prompts` valid requests are used.
     quantile
         Quantile of the rewards of unaligned samples, in (0, 1).
     num_prompts

@@ -17,17 +17,16 @@ __all__ = ["LogitHead"]
 
 
 class LogitHead:
-    """All that a language model does behind its backbone.
+    """Everything that a language model does after its backbone.
 
-    Between the last hidden state and the logits stands more than a linear layer in some models:
-    Gemma 2 caps its logits, Granite and Cohere scale theirs. Rather than know them, the model's
-    forward is run with a backbone that returns the given hidden states. Whether that works is not
-    taken from names: one short text is run both ways.
+    In some models this is more than a linear layer: Gemma 2 caps its logits, Granite and Cohere
+    scale theirs. The model's own forward is therefore run with a backbone that returns the given
+    hidden states. One short text is run both ways to check that this works.
 
     Parameters
     ----------
     model : PreTrainedModel
-        A causal language model in eval mode; nothing in it is changed but while a call runs.
+        A causal language model in eval mode; it is changed only while a call runs.
 
     Raises
     ------

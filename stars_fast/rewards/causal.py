@@ -3,7 +3,7 @@
 Each request owns one cached sequence, the committed text. A job forks it where its own ids
 first differ, and only the ids from there on are run; the ids behind the response (the suffix of a
 chat template) are run with it and never kept. What requests of one prompt have in common is run for
-one of them, and its pages are shared with the others. Every cache is only that: whatever is dropped
+one of them, and its pages are shared with the others. All of this is only cached: what is dropped
 to make room is computed again when it is next needed, with the same rewards. A `Reading` turns
 hidden states into a reward.
 """
