@@ -98,7 +98,7 @@ struct Decision {
   std::vector<std::int32_t> attempts;  // made for this segment, the winner's included
   std::vector<std::int8_t> finish;     // Finish
   // For groups whose members have all reached a boundary.
-  std::vector<std::int64_t> copy_target;  // members that go on, tokens and all, as a copy of ...
+  std::vector<std::int64_t> copy_target;  // members that continue, tokens and all, as a copy of ...
   std::vector<std::int64_t> copy_source;  // ... these, which none of the targets is
   std::vector<std::int64_t> dropped;      // members that are over and forgotten
   std::vector<std::int64_t> chosen;       // the paths of groups that are over, all forgotten

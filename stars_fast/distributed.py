@@ -297,7 +297,7 @@ class OneRank(Ranks):
         return value
 
     def share(self, values: Tensor) -> None:
-        """Leave the tensor as it is."""
+        """Leave the tensor unchanged."""
 
     def check_same(self, what: str, *arrays: npt.NDArray[Any]) -> None:
         """Do nothing: there are no others."""

@@ -139,7 +139,7 @@ def segment_record(
 ) -> dict[str, Any]:
     """Return a segment as JSON; rejected attempts are there if the request asked for a trace.
 
-    With `text_of`, attempts have their texts, too.
+    With `text_of`, attempts also have their texts.
     """
     record: dict[str, Any] = {
         "start": segment.start,

@@ -79,7 +79,7 @@ class StarsMapper:
         -------
         DataFrame
             Columns ``id``, ``line`` (0 where the row has none), ``prompt``, ``outputs``,
-            ``error``: Python's own objects, in the order of the rows. A row that is no request, or
+            ``error``: Python objects, in the order of the rows. A row that is not a request, or
             fails, has its `error` and affects no other.
         """
         import pandas as pd

@@ -489,7 +489,7 @@ class Loop:
     ) -> None:
         ids = response.output.token_ids
         if finish == "stop" and candidate.stop_text_at is None:
-            ids = ids[:-1]  # the stop token is no part of the text
+            ids = ids[:-1]  # the stop token is not part of the text
         response.output.text = decode(self._tokenizer, ids)[: candidate.stop_text_at]
 
     def _prune(self, plan: _core.Plan) -> None:

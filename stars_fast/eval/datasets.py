@@ -48,7 +48,7 @@ class Item:
     chosen, rejected
         The preferred response and the other one; None where the layout has none.
     opening
-        What the response begins with, white space before it included: the model goes on from it.
+        Opening of the response, with the white space before it; the model continues it.
         Only where the prompt is text.
     """
 
@@ -60,7 +60,7 @@ class Item:
 
     @property
     def continued(self) -> PromptValue:
-        """What the language model goes on from: the prompt with the opening."""
+        """The text that the language model continues: the prompt with the opening."""
         if not self.opening:
             return self.prompt
         assert isinstance(self.prompt, str)

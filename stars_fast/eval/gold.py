@@ -76,7 +76,7 @@ def _importable(folder: Path) -> Iterator[None]:
 
 
 class TextScorer:
-    """Scores whole responses, each on its own: one that fails harms no other.
+    """Scores whole responses independently: a failing one affects no other.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
 """How far a method moves the responses from those of the base model: KL(method || base).
 
-Both as sampled: temperature and filters are in the base's distribution q, too.
+Both as sampled: the base's distribution q also has temperature and filters.
 
 Segments that pass a test
     A segment s is drawn from q(. | prefix) until one passes, each with probability

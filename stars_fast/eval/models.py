@@ -21,7 +21,7 @@ Reward: TypeAlias = "str | RewardFunction | Persona"
 #: Options of `Engine` that a result depends on, beside the models.
 _MATTER = ("dtype", "kv_dtype", "reward_template", "compile_model")
 
-#: Options of `Engine` that the scorer of whole responses takes, too.
+#: Options of `Engine` that the scorer of whole responses also takes.
 _OF_SCORER = ("dtype", "trust_remote_code", "allow_pickle", "max_rows", "page_size")
 
 

@@ -29,11 +29,11 @@ def write_results(
     folder
         Folder of the evaluation.
     record
-        ``header``, ``settings``, ``failed_runs`` and the like; a summary in it is made anew.
+        ``header``, ``settings``, ``failed_runs`` and others; a summary in it is replaced.
     store
         The results.
     plots
-        Draw, too. Needs matplotlib.
+        Also draw the plots, which needs matplotlib.
 
     Returns
     -------

@@ -172,7 +172,7 @@ def run_missing(
     *,
     use_tqdm: bool,
 ) -> list[Failure]:
-    """Make the runs that the store has not; each is stored as soon as it is finished.
+    """Make the runs missing from the store; each is stored as soon as it is finished.
 
     Parameters
     ----------

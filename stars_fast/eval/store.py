@@ -69,7 +69,7 @@ class Store:
         self._append(RUNS, [run])
 
     def save(self) -> None:
-        """Write all anew, each file in one step: an interruption leaves the old one or the new."""
+        """Rewrite every file atomically: an interruption leaves the old one or the new one."""
         rows = (row for responses in self.responses.values() for row in responses)
         _write(self._folder / RESPONSES, rows)
         _write(self._folder / RUNS, self.runs.values())

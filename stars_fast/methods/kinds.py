@@ -1,7 +1,7 @@
 """What a decoding method is made of. All run on the same rounds.
 
 They differ in how long a segment is, in what its candidates are (draws, or the most likely tokens
-in order), and in what becomes of them: a test for each in turn, a choice among all, or a comparison
+in order), and in how they are decided: a test for each in turn, a choice among all, or a comparison
 of whole responses or paths.
 """
 

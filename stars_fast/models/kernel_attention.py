@@ -21,7 +21,7 @@ from stars_fast.models.pool import Pools
 
 
 class KernelAttention:
-    """The `LayerAttention` of one forward, or of many that write their plans and slots anew.
+    """The `LayerAttention` of one forward, or of many that rewrite their plans and slots.
 
     Parameters
     ----------

@@ -88,7 +88,7 @@ def _returning(module: nn.Module, output: ModelOutput) -> Iterator[None]:
     def forward(*_: object, **__: object) -> ModelOutput:
         return output
 
-    # Past nn.Module.__setattr__, which is meant for parameters; a library may have set one, too.
+    # Past nn.Module.__setattr__, which is meant for parameters; a library may also have set one.
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:

@@ -307,7 +307,7 @@ class PagedModel:
         if not 0 <= j < state.max_new:
             raise ValueError(f"j must be in [0, {state.max_new}), got {j}")
         state.begin_step(j)
-        # A row that has ended goes no further: the context may end there, too.
+        # A row that has ended stays where it is: the context may also end there.
         positions = state.first_position + state.last_step.clamp(max=j)
         with self.on_backend():
             return self.forward_decode(input_ids, positions, state.attention, state.ones)

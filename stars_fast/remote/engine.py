@@ -77,7 +77,7 @@ class RemoteEngine(BaseEngine):
         Calls under way at once, at least 1.
     timeout, retries
         Limits of a call, see `stars_fast.remote.http.Endpoint`. A request whose call then fails
-        ends with `RequestOutput.error` and harms no other.
+        ends with `RequestOutput.error` and affects no other.
     seed
         Each call is sent a seed that follows from this, the request, the segment, the position and
         the attempt, and draws one candidate: runs are repeatable where the server's draws are.

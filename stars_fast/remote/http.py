@@ -151,7 +151,7 @@ def _json(url: str, response: httpx.Response) -> object:
 
 
 def _reason(response: httpx.Response) -> str:
-    """Return what an error says: OpenAI's shape, FastAPI's, or the body as it is."""
+    """Return the message of an error, in OpenAI's shape, FastAPI's, or the whole body."""
     try:
         body = response.json()
     except ValueError:
