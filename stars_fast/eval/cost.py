@@ -2,7 +2,7 @@
 
 Operations are 2 x parameters x tokens, for the language model and for the reward model. That leaves
 out attention over the context (about 4 x layers x width x context more for each token), padding,
-and what a reward that is a function computes.
+and the work of rewards that are functions.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Cost:
         prompt counts at least once, also where an earlier run had left it in the cache: the order
         of runs must not matter.
     rm_tokens, rm_calls, rm_jobs
-        Tokens, forward passes and texts of the reward model while the run decoded; 0 tokens where
-        it is a function. Scoring the finished responses, which is for the comparison, is not in it.
+        Tokens, forward passes and texts of the reward model while the run decoded; 0 tokens if it
+        is a function. Scoring the finished responses for the comparison is not included.
     lm_calls
         Forward passes of the language model.
     lm_parameters, rm_parameters
@@ -99,7 +99,7 @@ def cost_of(
     parameters
         From `Engine.num_parameters`.
     seconds
-        That it took.
+        Duration of the run.
     """
     spent = {name: int(after.get(name, 0) - before.get(name, 0)) for name in _COUNTERS}
     prefill = spent.pop("prefill_tokens")

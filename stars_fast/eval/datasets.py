@@ -1,4 +1,4 @@
-r"""Prompts, and preferences, from files in the layouts that people have.
+r"""Prompts and preferences from files in common layouts.
 
 ``jsonl``
     Lines as ``stars-fast generate`` reads them: ``prompt``, ``messages`` or ``prompt_token_ids``,
@@ -72,7 +72,7 @@ class Item:
 
 
 class RecordError(ValueError):
-    """A record that is no prompt; the message names the file and its number."""
+    """A record that is not a prompt; the message names the file and its number."""
 
 
 def read_items(
@@ -85,12 +85,12 @@ def read_items(
     path
         The file.
     layout
-        None: that of the first record.
+        Layout of the file; None: that of the first record.
     limit
         Records to read, from the first; None: all.
     chat
-        Make chat messages of texts: of an HH-RLHF dialogue one for each turn, of any other text one
-        of the user.
+        Turn texts into chat messages: one for each turn of an HH-RLHF dialogue, one of the user for
+        any other text.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""How far a method moves the responses from those of the base model: KL(method || base).
+"""The distance of a method's responses from those of the base model: KL(method || base).
 
 Both as sampled: the base's distribution q also has temperature and filters.
 
@@ -63,9 +63,9 @@ class AlignmentKl:
     value
         Value of this response, whose mean over responses is the estimate; None if there is none.
     kind
-        What the value is; None without one.
+        Kind of the value; None without one.
     reason
-        Why there is none; empty otherwise.
+        Why there is no value; empty otherwise.
     """
 
     value: float | None

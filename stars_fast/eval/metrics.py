@@ -49,7 +49,7 @@ class Intervals:
     Parameters
     ----------
     prompts
-        How many.
+        Number of prompts.
     seed
         Seed of the resamples.
     """

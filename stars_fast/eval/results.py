@@ -1,4 +1,4 @@
-"""The record of an eval, ``results.json``, and what is made from it."""
+"""The record of an eval, ``results.json``, and the files made from it."""
 
 from __future__ import annotations
 
