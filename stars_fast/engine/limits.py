@@ -1,4 +1,4 @@
-"""What an engine's models allow a request to ask for."""
+"""The limits that an engine's models set for requests."""
 
 from __future__ import annotations
 

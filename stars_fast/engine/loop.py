@@ -57,7 +57,7 @@ _ACCEPTED: dict[int, Literal["test", "fallback", "choice"]] = {
 
 
 class LanguageModel(Protocol):
-    """What rounds need of the language model beside drafts: its pages, if it has any here."""
+    """What rounds need of the language model besides drafts: its pages, if they are local."""
 
     @property
     def model(self) -> PreTrainedModel | None:
@@ -104,12 +104,12 @@ class Loop:
     tokenizer
         For texts; None leaves them empty.
     clock
-        Of `PHASES`.
+        Clock of `PHASES`.
     overlap
         Score a round on a thread of its own while the next one, of other requests, is drafted; the
         scheduler has two lanes then.
     ranks
-        Those that run the same rounds; one with `overlap`.
+        Ranks that run the same rounds; only one with `overlap`.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class Loop:
         }
 
     def clear_cache(self) -> None:
-        """Forget the pages of prompts that are over; nothing may be unfinished."""
+        """Forget the cached pages of finished prompts; nothing may be unfinished."""
         self.wait_for_scoring()
         self._scheduler.clear_cache()
 

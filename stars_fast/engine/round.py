@@ -1,4 +1,4 @@
-"""A round under way: what was planned and drawn, and the rewards that it gets."""
+"""A round under way: its plan, its draft and its rewards."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from stars_fast.rewards.base import ScoreJob, Scorer
 
 @dataclass
 class Round:
-    """A plan and what the device phases made of it; lists have an entry per row.
+    """A plan and the results of its device phases; lists have an entry per row.
 
     Attributes
     ----------
     plan
         Out until the round is committed.
     draft
-        What was drawn.
+        The drawn segments.
     responses, candidates
         The response of each row and the segment in it, cut at a stop text.
     rewards
@@ -39,7 +39,7 @@ class Round:
     prompt_rewards
         r(x) of the plan's new requests by handle, or why there is none.
     seconds
-        That drafting its rows, and scoring them, took: what rows cost, prompts left out.
+        Time of drafting its rows and of scoring them: the cost of rows, prompts left out.
     """
 
     plan: _core.Plan
