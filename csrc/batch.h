@@ -9,7 +9,7 @@
 namespace stars_fast {
 
 // Rows of new tokens; the rows of a group share the prefix that the group reads. Filled once, read
-// by the caller as flat row-major arrays. Beginning anew keeps the memory.
+// by the caller as flat row-major arrays. Starting again keeps the memory.
 class Batch {
  public:
   // Empties the batch; `columns` is the length of its longest row, `table_width` the number of

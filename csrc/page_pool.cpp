@@ -146,7 +146,7 @@ void PagePool::publish(const std::vector<std::int32_t>& table, std::size_t index
   const std::uint64_t parent =
       index == 0 ? 0 : info_[static_cast<std::size_t>(table[index - 1])].serial;
   if (index > 0 && parent == 0) {
-    return;  // the page before is a private copy of a page somebody else published
+    return;  // the page before is a private copy of a page that another sequence published
   }
   const auto page = static_cast<std::size_t>(table[index]);
   Info& entry = info_[page];

@@ -26,7 +26,7 @@ class PagePool {
   [[nodiscard]] std::int32_t page_size() const { return page_size_; }
   // Pages that allocate() can give: free or evictable.
   [[nodiscard]] std::int32_t available() const { return available_; }
-  // Pages that somebody holds.
+  // Pages that are held.
   [[nodiscard]] std::int32_t used() const { return num_pages() - 1 - available_; }
   [[nodiscard]] std::int32_t count(std::int32_t page) const { return info(page).count; }
   // Pages that hold `tokens` slots.

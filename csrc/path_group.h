@@ -31,7 +31,7 @@ class PathGroup {
 
   // What a generation leads to. Sources keep their own path, so no member is both.
   struct Turn {
-    std::vector<std::int32_t> target;   // members that go on as a copy of ...
+    std::vector<std::int32_t> target;   // members that continue as a copy of ...
     std::vector<std::int32_t> source;   // ... these
     std::vector<std::int32_t> dropped;  // members that are over
     std::int32_t chosen = kNone;        // the member whose path is the group's; then it is over

@@ -97,8 +97,8 @@ struct Decision {
   std::vector<std::int32_t> length;    // of the segment
   std::vector<std::int32_t> attempts;  // made for this segment, the winner's included
   std::vector<std::int8_t> finish;     // Finish
-  // Of groups whose members have all come to a boundary.
-  std::vector<std::int64_t> copy_target;  // members that go on, tokens and all, as a copy of ...
+  // For groups whose members have all reached a boundary.
+  std::vector<std::int64_t> copy_target;  // members that continue, tokens and all, as a copy of ...
   std::vector<std::int64_t> copy_source;  // ... these, which none of the targets is
   std::vector<std::int64_t> dropped;      // members that are over and forgotten
   std::vector<std::int64_t> chosen;       // the paths of groups that are over, all forgotten
@@ -242,7 +242,7 @@ class Scheduler {
   struct Load {             // of the lane of the plan being made
     std::int32_t size = 0;  // its requests
     std::int32_t lead = 0;  // of those over the other lane's, those that end not counted
-    bool alone = true;      // nobody of either lane is in flight, though an empty plan may be out
+    bool alone = true;      // no request of either lane is in flight, but an empty plan may be out
   };
 
   struct Waiting {
@@ -355,7 +355,7 @@ class Scheduler {
   double global_pass_rate_ = 0.5;
   double rows_per_request_ = 1.0;  // of the rounds before, on average
 
-  // Of the plan being made.
+  // State of the plan being made.
   std::int32_t prefill_budget_ = 0;
   std::int32_t reserved_ = 0;   // pages promised to its rows, and to requests whose turn is next
   std::int32_t returning_ = 0;  // pages that requests in flight will ask for when they come back

@@ -125,7 +125,7 @@ void Scheduler::fail(Request& request, std::size_t row) {
   }
 }
 
-// Of the attempt just counted, whose segment has `tokens` tokens.
+// Tests the attempt just counted, whose segment has `tokens` tokens.
 bool Scheduler::passes(Request& request, double reward, std::int32_t tokens, std::size_t row) {
   const RequestOptions& options = request.options;
   if (options.rule != Rule::kTest) {

@@ -185,7 +185,7 @@ void Scheduler::admit() {
       needed = needed * (1 + left) + spare_pages(request);
     }
     if (pool_.available() - reserved_ - returning_ < needed) {
-      // Alone, nothing comes back by itself, unless the other lane has somebody to run.
+      // Alone, nothing comes back by itself, unless the other lane has a request to run.
       if (lane.alone && reserved_ == 0 && release_idle()) {
         continue;
       }

@@ -11,6 +11,7 @@ if device == "cpu":
 
 from stars_fast.core import SequenceCache  # noqa: E402
 from stars_fast.kernels import copy_pages, kv_append, paged_attention, pool_table  # noqa: E402
+from stars_fast.ops import AttentionOptions  # noqa: E402
 
 PREFIX, FORKS, NEW, HEADS, KV_HEADS, DIM = 21, 3, 4, 4, 2, 32
 torch.manual_seed(0)
@@ -27,9 +28,9 @@ copies = [torch.tensor(column, device=device) for column in cache.take_copies()]
 copy_pages(pool_table(pages), *copies)  # of the last page, which the prefix fills in part
 new = torch.tensor(rows.slots, device=device).flatten()
 kv_append(*pages, key[PREFIX:], value[PREFIX:], new)
-names = "group_pages hole_start hole_end row_group row_start new_lengths new_lengths slots"
-tables = [torch.tensor(getattr(rows, name), device=device) for name in names.split()]
-found = paged_attention(query[PREFIX:], *pages, *tables, DIM**-0.5).view(FORKS, NEW, HEADS, DIM)
+options = AttentionOptions(scaling=DIM**-0.5)
+found = paged_attention(query[PREFIX:], *pages, rows, rows.new_lengths, options)
+found = found.view(FORKS, NEW, HEADS, DIM)
 for fork in range(FORKS):
     seen = [*range(PREFIX), *range(PREFIX + fork * NEW, PREFIX + (fork + 1) * NEW)]
     q, k, v = (x[seen].transpose(0, 1)[None] for x in (query, key, value))

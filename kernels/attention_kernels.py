@@ -268,7 +268,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
                 SOFTCAP, E4M3_BITS, INTERPRETED,
             )  # fmt: skip
 
-        # Worked out anew, from an m that only we know to be the same: the registers that would
+        # Recomputed, from an m that only we know to be the same: the registers that would
         # hold it through the loops are needed there.
         m = tl.arange(0, BLOCK_M) + tl.minimum(tl.load(item + 2), 0)
         chunk_head = w % CHUNKS * CHUNK + m % CHUNK

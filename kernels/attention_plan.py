@@ -465,7 +465,7 @@ def _layout(capacity: PlanCapacity) -> dict[str, int]:
 
 
 def _aligned(count: int) -> int:
-    """Words that an array takes: Triton compiles anew for pointers not aligned to 16 bytes."""
+    """Words that an array takes: Triton recompiles for pointers not aligned to 16 bytes."""
     return -(-count // 4) * 4
 
 

@@ -139,7 +139,7 @@ class PoolTable:
     chunk_bytes
         16, 4, 2 or 1: what one access moves, the most that divides every token.
     page_size
-        Of every pool.
+        Page size of every pool.
     token_bytes
         Bytes of a token over all pools.
     """

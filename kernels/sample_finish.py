@@ -393,7 +393,7 @@ def _cut(entries, target, low, high, scaled_peak, BY_VALUE: tl.constexpr):  # ty
 def _race(entries, cut, log_min_p, counter, scaled_peak):  # type: ignore[no-untyped-def]
     """The arg max of value plus noise over what is kept, and the mass of that.
 
-    Of equal maxima the lowest index.
+    Ties go to the lowest index.
     """
     c1, c2, c3, k0, k1 = counter
     best = tl.full((_TILE,), -float("inf"), tl.float32)

@@ -13,20 +13,23 @@ import dataclasses
 import importlib
 import json
 import os
+import pkgutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
 
+from stars_fast import kernels
 from stars_fast.kernels.aot import ARCHITECTURES, SHARED_LIMIT, Resources, Variant, resources
 from stars_fast.tables import text_table
 
-MODULES = ("philox", "pages", "sample", "attention")
+_MODULES = (
+    importlib.import_module(f"stars_fast.kernels.{module.name}")
+    for module in pkgutil.iter_modules(kernels.__path__)
+)
 VARIANTS: list[Variant] = [
-    form
-    for module in MODULES
-    for form in importlib.import_module(f"stars_fast.kernels.{module}").variants()
+    form for module in _MODULES if hasattr(module, "variants") for form in module.variants()
 ]
 
 

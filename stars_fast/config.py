@@ -1,4 +1,4 @@
-"""Options of the engine beside its models: for Python, the command line, the server and Ray."""
+"""Options of the engine other than its models, for Python, the command line, the server and Ray."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TemplateLike: TypeAlias = "str | Callable[..., Any] | None"
 
 
 def _flag(text: str, group: str = "models", metavar: str | None = None) -> dict[str, str | None]:
-    """Metadata of an option that is a flag of the commands; `text` is its help there."""
+    """Metadata of an option that is also a command line flag, with its help text."""
     return {"text": text, "group": group, "metavar": metavar}
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Keyword arguments of `Engine`, models and tokenizers left out; it says what each is.
+    """Keyword arguments of `Engine` without models and tokenizers; `Engine` describes them.
 
     Raises
     ------
@@ -41,20 +41,21 @@ class EngineConfig:
         ),
     )
     dtype: str | torch.dtype = field(
-        default="auto", metadata=_flag("such as bfloat16 (default: the model's)")
+        default="auto",
+        metadata=_flag("dtype of the weights, such as bfloat16 (default: the model's)"),
     )
     device: str | torch.device | None = field(
-        default=None, metadata=_flag("such as cpu or cuda (default: cuda if there is one)")
+        default=None, metadata=_flag("cpu or cuda, for example (default: cuda if there is one)")
     )
     reward_device: str | torch.device | None = field(
         default=None,
         metadata=_flag(
-            "of the reward model (default: that of the model); on another one than the model's, "
+            "device of the reward model (default: that of the model); on a device of its own, "
             "scoring runs beside the next draft",
         ),
     )
     compile_model: bool = field(
-        default=False, metadata=_flag("fuse small operations by torch.compile")
+        default=False, metadata=_flag("fuse small operations with torch.compile")
     )
     trust_remote_code: bool = field(
         default=False, metadata=_flag("run Python code that comes with a model")
@@ -64,7 +65,7 @@ class EngineConfig:
         metadata=_flag("load weights that are not safetensors; unpickling can run code"),
     )
     page_size: int = field(
-        default=16, metadata=_flag("tokens of a page (default: 16)", "memory", "INT")
+        default=16, metadata=_flag("tokens per page (default: 16)", "memory", "INT")
     )
     num_pages: int | None = field(
         default=None,
@@ -73,12 +74,12 @@ class EngineConfig:
     kv_dtype: KvDtype = field(
         default="auto",
         metadata=_flag(
-            "what pages hold; fp8 is half of bfloat16, on a GPU (default: the model's dtype)",
+            "dtype of the pages; fp8 halves bfloat16 pages, on a GPU (default: the model's dtype)",
             "memory",
         ),
     )
     max_rows: int = field(
-        default=256, metadata=_flag("rows of a round (default: 256)", "memory", "INT")
+        default=256, metadata=_flag("rows per round (default: 256)", "memory", "INT")
     )
     seed: int = 0
     reward_num_pages: int | None = None

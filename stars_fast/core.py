@@ -2,7 +2,7 @@
 
 `Scheduler` decides what to draw, accept and reject, and on which pages; `PagePool` counts pages and
 finds shared prefixes; `SequenceCache` keeps sequences and their forks on pages. Their docstrings
-and types stand in ``stars_fast/_core.pyi``.
+and types are in ``stars_fast/_core.pyi``.
 """
 
 from __future__ import annotations

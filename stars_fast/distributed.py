@@ -28,7 +28,7 @@ __all__ = ["ALONE", "OneRank", "Ranks"]
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-#: How long a rank waits for the others in a round, where nobody has set up torch.distributed.
+#: How long a rank waits for the others in a round, unless torch.distributed is already set up.
 _TIMEOUT = timedelta(minutes=30)
 #: How long a rank that follows waits for something to do: a leader may be idle for as long.
 _IDLE_TIMEOUT = timedelta(days=3650)
@@ -37,8 +37,8 @@ _IDLE_TIMEOUT = timedelta(days=3650)
 class Ranks:
     """The ranks of ``torch.distributed``'s world, as this process sees them.
 
-    Every method must be called on every rank, in the same order, but for those by which one leads
-    and the others follow. What the host sends goes over gloo: it never waits for the device.
+    Every method must be called on every rank, in the same order, except those by which one rank
+    leads and the others follow. The host sends over gloo, so it never waits for the device.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ class Ranks:
     Attributes
     ----------
     rank, size : int
-        Which rank this is, and of how many.
+        Number of this rank, and of all ranks.
     lost : str
         Why this rank is out of step with the others; empty while it is not.
     """
@@ -131,7 +131,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Do what all ranks must do: where it raises on this one, the engine is at its end.
+        """Run a block that all ranks must run: if it raises on this one, the engine ends.
 
         Others may wait for this one: between the model's passes they notice at once that its
         connections are closed, within a pass when this process ends or the time is over.
@@ -185,9 +185,9 @@ class Ranks:
 
     @contextlib.contextmanager
     def broadcast_call(self, name: str, *arguments: Any) -> Iterator[None]:
-        """Do inside what those that follow do in their call of `name`.
+        """Run inside the block what the following ranks do in their call of `name`.
 
-        Nothing more unless this rank leads or follows.
+        Does nothing else unless this rank leads or follows.
 
         Raises
         ------
@@ -211,9 +211,9 @@ class Ranks:
                         raise RuntimeError(f"{name} failed on some ranks only")
 
     def follow(self, calls: Mapping[str, Callable[..., object]]) -> None:
-        """Make the calls that rank 0 tells of, until it ends its lead.
+        """Make the calls that rank 0 announces until its lead ends.
 
-        What fails inside of `broadcast_call` fails on every rank, and the leader handles it.
+        A failure inside `broadcast_call` occurs on every rank, and the leader handles it.
 
         Raises
         ------
@@ -238,7 +238,7 @@ class Ranks:
             calls[name](*arguments)
         except Exception as error:
             if not self._called:
-                self._leave(error)  # rank 0 had nothing against it, and has begun
+                self._leave(error)  # rank 0 accepted the call and has begun
             if self.lost:
                 raise
             _log.debug("%s: %s", name, error)
@@ -275,7 +275,7 @@ class Ranks:
 
 
 class OneRank(Ranks):
-    """The only process: there is nobody to agree with, and its calls do nothing.
+    """The only process, with no others to agree with; its calls do nothing.
 
     Parameters
     ----------
@@ -297,7 +297,7 @@ class OneRank(Ranks):
         return value
 
     def share(self, values: Tensor) -> None:
-        """Leave the tensor as it is."""
+        """Leave the tensor unchanged."""
 
     def check_same(self, what: str, *arrays: npt.NDArray[Any]) -> None:
         """Do nothing: there are no others."""
@@ -318,7 +318,7 @@ class OneRank(Ranks):
         yield
 
     def follow(self, calls: Mapping[str, Callable[..., object]]) -> None:
-        """Raise ValueError: there is nobody to follow."""
+        """Raise ValueError: there is no other rank to follow."""
         raise ValueError("follow: there is one process, which has nobody to follow")
 
 

@@ -1,7 +1,7 @@
 """Errors that stars_fast raises on purpose.
 
-Bad values of parameters are plain ``ValueError`` / ``TypeError``; the classes here are for what a
-caller may want to tell apart.
+Bad values of parameters are plain ``ValueError`` or ``TypeError``; the classes here are for errors
+that a caller may want to handle differently.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class RewardError(StarsFastError, RuntimeError):
 
 
 class RequestFailedError(StarsFastError, RuntimeError):
-    """A request that failed, where all of a batch is wanted or nothing."""
+    """A failed request, where the caller needs the whole batch or nothing."""
 
 
 class QueueFullError(StarsFastError, RuntimeError):
-    """An `AsyncEngine` that has as many requests as it may; trying again later can help."""
+    """An `AsyncEngine` whose queue is full; a later attempt can succeed."""
 
 
 class DeadlineError(StarsFastError, TimeoutError):
@@ -50,4 +50,4 @@ class DeadlineError(StarsFastError, TimeoutError):
 
 
 class EngineStoppedError(StarsFastError, RuntimeError):
-    """An `AsyncEngine` that takes no requests any more: it drains, was closed, or has failed."""
+    """An `AsyncEngine` that accepts no more requests: it drains, was closed, or has failed."""

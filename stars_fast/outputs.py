@@ -95,8 +95,8 @@ class RequestOutput:
         Tokens drawn from the language model for it so far, those of candidates that were rejected,
         dropped or not needed included.
     rm_tokens
-        Tokens run through the reward model for it so far, padding not counted; of what several
-        requests share, those of the one it was run for. 0 where the reward model is a function.
+        Tokens run through the reward model for it so far, padding not counted; a shared part counts
+        for the request it was run for. 0 if the reward model is a function.
     """
 
     request_id: str
@@ -111,18 +111,18 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class PrefixCalibration:
-    """What the reward of a prefix predicts of the reward of the finished response.
+    """Predictions of a finished response's reward from the reward of its prefix.
 
     Reward models are trained on whole responses and misjudge prefixes. Here the final reward is
-    regressed on the reward at a token position by least squares over unaligned samples, at each
-    position apart: E[r_final | r_t] = intercept_t + slope_t r_t.
+    regressed on the reward at each token position by least squares over unaligned samples:
+    E[r_final | r_t] = intercept_t + slope_t r_t.
 
     Attributes
     ----------
     positions
         Response tokens t, rising.
     slope, intercept
-        Of the line at each position.
+        Coefficients of the line at each position.
     correlation
         Pearson's, of r_t and the final reward; 0 where either does not vary.
     samples
@@ -143,7 +143,8 @@ class PrefixCalibration:
         reward
             r(x, y[:tokens]).
         tokens
-            Between two positions the lines are interpolated; outside the nearest is used.
+            Length of the prefix. Lines are interpolated between two positions; outside, the nearest
+            is used.
         """
         at = bisect_left(self.positions, tokens)
         if at == len(self.positions) or self.positions[at] == tokens or at == 0:
@@ -163,9 +164,9 @@ class Calibration:
     Attributes
     ----------
     target_reward
-        The asked quantile.
+        The requested quantile.
     quantiles
-        Reward at each of the quantiles 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95 and the asked one.
+        Reward at each of the quantiles 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95 and the requested one.
     rewards
         Every sample's reward, in prompt order.
     prefixes

@@ -1,4 +1,4 @@
-"""Lines of the input file, lines of the output file, and what is done already in the latter.
+"""Lines of the input file, lines of the output file, and the results already in the latter.
 
 An input line is a JSON object with one of ``prompt`` (text), ``messages`` (chat) and
 ``prompt_token_ids``; ``id`` (text or integer) and ``params`` (fields of `StarsParams`) are
@@ -37,7 +37,7 @@ class InputRecord:
 
 
 class LineError(ValueError):
-    """An input line that is no request.
+    """An input line that is not a request.
 
     Attributes
     ----------
@@ -63,7 +63,7 @@ def parse_line(raw: bytes, line: int, base: StarsParams) -> InputRecord | None:
     line
         Its number, from 1.
     base
-        Parameters of the request where the line does not say otherwise.
+        Default parameters of the request.
 
     Raises
     ------
@@ -113,7 +113,7 @@ def result_record(request: InputRecord, output: RequestOutput) -> dict[str, Any]
 
 
 def error_record(line: int, request: InputRecord | None, reason: str) -> dict[str, Any]:
-    """The output line of an input line that is no request (`request` None) or was refused."""
+    """The output line of an input line that is not a request (`request` None) or was refused."""
     return {
         "id": request.id if request else None,
         "line": line,
@@ -139,7 +139,7 @@ def segment_record(
 ) -> dict[str, Any]:
     """Return a segment as JSON; rejected attempts are there if the request asked for a trace.
 
-    With `text_of`, attempts have their texts, too.
+    With `text_of`, attempts also have their texts.
     """
     record: dict[str, Any] = {
         "start": segment.start,
@@ -174,7 +174,7 @@ def write_record(stream: BinaryIO, record: dict[str, Any]) -> None:
 
 
 class Done:
-    """Lines of an input whose results an output file holds already."""
+    """Input lines whose results are already in an output file."""
 
     def __init__(self) -> None:
         self._fingerprints: dict[int, bytes] = {}
@@ -210,7 +210,7 @@ def _fingerprint(id: str | int | None, prompt: PromptValue) -> bytes:
 
 
 def read_done(path: Path) -> Done:
-    """Read what an interrupted run has left, and make the file fit to be appended to.
+    """Read the results of an interrupted run, and prepare the file for appending.
 
     The file is changed: a torn last line is cut off, and error records are dropped, as these
     requests will run again. A file that does not exist is an empty one.

@@ -1,4 +1,4 @@
-"""``stars-fast bench``: the project's benchmarks, each side by side with what it is compared to."""
+"""``stars-fast bench``: the project's benchmarks, each beside its baseline."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from stars_fast.cli.terminal import say
 from stars_fast.models.progress import quiet_libraries
 
 _EPILOG = """\
-Without --full the sizes are small: a look at whether all runs and agrees, not a measurement. For
-figures give --full on a machine that does nothing else. Both sides of a comparison run in turn in
-one process, and are compared before they are timed. "ratio" is how many times faster ours is.
+Without --full the sizes are small: this checks that everything runs and agrees, and measures
+nothing. For figures, give --full on an otherwise idle machine. Both sides of a comparison run in
+turn in one process, and their results are compared before they are timed. "ratio" is how many times
+faster stars_fast is.
 """
 
 
@@ -27,7 +28,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = commands.add_parser(
         "bench",
         help="run benchmarks",
-        description="Run the project's benchmarks by suite and print what they measured.",
+        description="Run the project's benchmarks by suite and print the results.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -35,7 +36,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "suites", nargs="*", metavar="SUITE", help="names of suites, see --list (default: all)"
     )
-    parser.add_argument("--list", action="store_true", help="list the suites, and run none")
+    parser.add_argument("--list", action="store_true", help="list the suites and exit")
     parser.add_argument("--full", action="store_true", help="full size, for figures")
     parser.add_argument(
         "-k", dest="select", default="", metavar="EXPRESSION", help="tests to run, as in pytest"

@@ -1,7 +1,8 @@
 """The target reward of a run with ``--target-reward auto``, kept beside the output file.
 
-A resumed run must test against the same target as the run that it continues. So the target is
-written to ``<output>.calibration.json``, with all that it depends on, before the first result.
+A resumed run must test against the same target as the run that it continues. The target is
+therefore written to ``<output>.calibration.json``, with everything it depends on, before the first
+result.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from stars_fast.outputs import Calibration
 
 
 def sidecar_of(output: Path) -> Path:
-    """Where the target of a run that writes `output` is kept."""
+    """The path at which the target of a run that writes `output` is kept."""
     return output.with_name(output.name + ".calibration.json")
 
 
@@ -61,7 +62,7 @@ class Sidecar:
         return target
 
     def write(self, calibration: Calibration) -> None:
-        """Keep a target, in one step: an interrupted run leaves the whole file or none."""
+        """Keep a target atomically: an interrupted run leaves the whole file or none."""
         kept = {
             "target_reward": calibration.target_reward,
             "quantiles": {str(q): reward for q, reward in calibration.quantiles.items()},

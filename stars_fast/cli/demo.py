@@ -105,7 +105,7 @@ def _unaligned(params: StarsParams) -> StarsParams:
 
 
 def _calibrated(engine: Engine, texts: Sequence[str], params: StarsParams) -> tuple[float, str]:
-    """A target reward, and where it is from."""
+    """A target reward, and a sentence on its source."""
     calibration = engine.calibrate(texts, params=params, use_tqdm=sys.stderr.isatty())
     target = calibration.target_reward
     samples = len(calibration.rewards)

@@ -1,4 +1,4 @@
-"""``stars-fast eval``: methods side by side, in quality and in cost."""
+"""``stars-fast eval``: the quality and cost of several methods."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ A method is [LABEL=]METHOD[:name=value,...], for example
   --method best_of_n:candidates=8 --method 'fast=stars:segment_length=16,beta=0.3'
 Names are the parameters of the method as in `stars-fast generate --help`, and lm=NAME and rm=NAME
 for models given by --lm and --rm. --methods FILE has the same as a JSON list of objects with
-"label", "method" and parameters. vanilla on the base model is always run: it is the reference.
+"label", "method" and parameters. vanilla on the base model always runs: it is the reference.
 
 Prompts are JSON lines as for `stars-fast generate`, or records of HH-RLHF ("chosen", "rejected") or
-AlpacaEval ("instruction"); also as a JSON list, and gzipped.
+AlpacaEval ("instruction"). The file can also be a JSON list, and gzipped.
 
-An attack is [NAME=]KIND:TEXT, or [NAME=]KIND:@FILE with a text on each line, a prompt's in turn:
+An attack is [NAME=]KIND:TEXT, or [NAME=]KIND:@FILE with one text per line, one line per prompt:
   --attack suffix:@FILE                       at the end of the prompt
   --attack 'rude=prefill:It is a bad film.'   as the opening of the response, scored as part of it
-or demo, those on the demo's language model. The prompts without an attack are always run, too.
+or demo, the attacks on the demo's language model. The prompts without an attack always run too.
 
 OUT gets results.json, responses.jsonl (a line for each method, seed and prompt), runs.jsonl (the
-cost of each run), report.md and plots. What has been run and measured is kept whatever happens;
---resume does the rest.
+cost of each run), report.md and plots. Finished runs and measurements are kept even if the command
+fails or is interrupted; --resume does the rest.
 
 exit codes: 0 done; 1 some runs or measurements failed; 2 wrong flags, input or files;
 130 interrupted
@@ -75,15 +75,15 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add_model_flags(parser, model="the demo's pair")
     parser.add_argument(
         "--lm", action="append", default=[], metavar="NAME=DIR_OR_HUB_ID",
-        help="another language model, for lm=NAME in a method; can be given again",
+        help="another language model, for lm=NAME in a method; can be repeated",
     )  # fmt: skip
     parser.add_argument(
         "--rm", action="append", default=[], metavar="NAME=DIR_OR_HUB_ID",
-        help="another reward model to decide by, for rm=NAME in a method; can be given again",
+        help="another reward model to decide by, for rm=NAME in a method; can be repeated",
     )  # fmt: skip
     parser.add_argument(
         "--persona", action="append", default=[], metavar="NAME=TEXT",
-        help="a judge for method persona_judge, rm=NAME: a system message, or a template with "
+        help="a judge for method persona_judge with rm=NAME: a system message, or a template with "
         "{prompt}",
     )  # fmt: skip
     prompts = parser.add_argument_group("prompts")
@@ -91,14 +91,15 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--prompts", metavar="FILE", help="a file, or demo (the default with the demo's pair)"
     )
     prompts.add_argument(
-        "--layout", choices=get_args(Layout), help="(default: that of the first record)"
+        "--layout", choices=get_args(Layout), help="(default: detected from the first record)"
     )
     prompts.add_argument(
-        "--num-prompts", type=int, metavar="INT", help="from the first (default: all)"
+        "--num-prompts",
+        type=int,
+        metavar="INT",
+        help="number of leading prompts to use (default: all)",
     )
-    prompts.add_argument(
-        "--chat", action="store_true", help="make chat messages of prompts that are text"
-    )
+    prompts.add_argument("--chat", action="store_true", help="turn text prompts into chat messages")
     methods = parser.add_argument_group("methods")
     methods.add_argument(
         "--method", action="append", default=[], metavar="SPEC", help="see below; can be repeated"
@@ -112,11 +113,11 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--seeds",
         default="0",
         metavar="INT,...",
-        help="each method runs once for each (default: 0)",
+        help="seeds; each method runs once with each (default: 0)",
     )
     methods.add_argument(
         "--calibration-quantile", type=float, default=0.9, metavar="FLOAT",
-        help="of the rewards of unaligned responses, for target_reward=auto (default: 0.9)",
+        help="quantile of unaligned rewards that target_reward=auto takes (default: 0.9)",
     )  # fmt: skip
     quality = parser.add_argument_group("quality")
     quality.add_argument(
@@ -125,50 +126,52 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "f(prompts, responses) -> list of numbers (default with the demo's pair: demo)",
     )  # fmt: skip
     quality.add_argument(
-        "--gold-template", metavar="TEXT", help="what a gold model reads, as --reward-template"
+        "--gold-template", metavar="TEXT", help="as --reward-template, for a gold model"
     )
     quality.add_argument(
         "--tie-margin", type=float, default=1e-9, metavar="FLOAT",
-        help="gold scores no further apart are a tie (default: 1e-9)",
+        help="largest difference of gold scores that is a tie (default: 1e-9)",
     )  # fmt: skip
     quality.add_argument(
         "--reward-accuracy", action="store_true",
-        help="with preferences: how often the rewards prefer the chosen response",
+        help="with preferences, report how often the rewards prefer the chosen response",
     )  # fmt: skip
     attacks = parser.add_argument_group("attacks")
     attacks.add_argument(
         "--attack", action="append", default=[], metavar="ATTACK",
-        help="run the methods under this, too; see below; can be given again",
+        help="also run the methods under this attack; see below; can be repeated",
     )  # fmt: skip
     attacks.add_argument(
         "--harm-below", type=float, metavar="FLOAT",
-        help="an attack succeeds where the gold score of the response is below this (default with "
-        "gold demo: 0)",
+        help="gold score below which an attack has succeeded (default with gold demo: 0)",
     )  # fmt: skip
     judge = parser.add_argument_group("judge")
     judge.add_argument(
-        "--judge-url", metavar="URL", help="of an OpenAI-compatible API, such as .../v1"
+        "--judge-url", metavar="URL", help="URL of an OpenAI-compatible API, such as .../v1"
     )
-    judge.add_argument("--judge-model", metavar="NAME", help="its model")
+    judge.add_argument("--judge-model", metavar="NAME", help="model of the judge")
     judge.add_argument(
-        "--judge-key-env", metavar="NAME", help="environment variable that holds its key"
+        "--judge-key-env", metavar="NAME", help="environment variable that holds the key"
     )
     judge.add_argument(
         "--judge-timeout", type=float, default=60.0, metavar="SECONDS", help="(default: 60)"
     )
     judge.add_argument(
-        "--judge-workers", type=int, default=8, metavar="INT", help="pairs at once (default: 8)"
+        "--judge-workers",
+        type=int,
+        default=8,
+        metavar="INT",
+        help="pairs judged at once (default: 8)",
     )
     output = parser.add_argument_group("output")
-    output.add_argument("--out", metavar="FOLDER", help="for the results")
+    output.add_argument("--out", metavar="FOLDER", help="folder for the results")
     output.add_argument(
-        "--resume", action="store_true", help="go on with OUT: run and measure what it lacks"
+        "--resume", action="store_true", help="continue OUT: run and measure what is missing"
     )
     output.add_argument("--no-plots", action="store_true", help="draw nothing")
     output.add_argument(
         "--report", metavar="FOLDER",
-        help="make results.json, report.md and plots of this folder anew from what was measured, "
-        "and run nothing",
+        help="remake results.json, report.md and the plots of this folder, and run nothing",
     )  # fmt: skip
     parser.set_defaults(run=run)
 
@@ -348,7 +351,7 @@ def _specs(args: argparse.Namespace, models: Models) -> tuple[list[Spec], str]:
 
 
 def _check_reward(spec: Spec, models: Models) -> None:
-    """Check that a method has the kind of reward model that it decides by."""
+    """Check that a method has the kind of reward model that it needs."""
     reward = models.reward_model if spec.rm is None else models.rms[spec.rm]
     method, kind = spec.params.method, spec.params.kind
     if not kind.needs_reward:
@@ -441,7 +444,7 @@ def _judge(args: argparse.Namespace) -> Judge | None:
 
 
 def _check_directories(models: Models, gold: Any) -> None:  # noqa: ANN401 - a path or a function
-    """Look for what is missing before the first model is loaded, rather than after hours."""
+    """Report missing models before the first one is loaded, not after hours."""
     from stars_fast.models.load import check_model_directory
 
     sources = [models.model, models.reward_model, gold, *models.lms.values(), *models.rms.values()]
@@ -462,7 +465,7 @@ def _store(folder: Path, *, resume: bool) -> Store:
 
 
 def _device(args: argparse.Namespace) -> str:
-    """Name the device that runs are made on: their seconds are of no other."""
+    """Name the device of the runs, on which their seconds depend."""
     import torch
 
     from stars_fast.benchmarks.measure import default_device, device_name

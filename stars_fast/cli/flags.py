@@ -30,7 +30,7 @@ def add_params_flags(
     parser
         Changed: gets an argument group.
     defaults
-        Fields whose default here is another than that of `StarsParams`; shown in the help.
+        Defaults that differ from those of `StarsParams`; shown in the help.
     skip
         Fields that get no flag.
     """
@@ -69,7 +69,7 @@ def params_from(args: argparse.Namespace, defaults: Mapping[str, object]) -> Sta
     method = str(given.get("method", defaults.get("method", "stars")))
     acceptance = str(given.get("acceptance", defaults.get("acceptance", "soft")))
     own = kind_of(method, acceptance).parameters if method in METHODS else ()
-    # Defaults of the command that are of another method are nobody's wish.
+    # The command's defaults for other methods do not apply.
     used = {name: value for name, value in defaults.items() if name in (*COMMON, *own)}
     return with_fields(StarsParams(), {**used, **given})
 

@@ -41,12 +41,12 @@ _REQUESTS_PER_ROW = 2
 _EPILOG = """\
 An input line is {"prompt": "text"}, {"messages": [{"role": "user", "content": "text"}]} or
 {"prompt_token_ids": [1, 2]}; "id" (text or an integer) and "params" (an object with parameters of
-this request, over the flags) are optional. Output lines come in the order in which requests finish;
-"line" says which input line each one belongs to.
+this request, which override the flags) are optional. Output lines are in the order in which
+requests finish; "line" is the number of the input line.
 
-A request without a seed of its own gets one made from --seed and its line number, so a run that was
-interrupted and resumed gives the same tokens as one that was not. For that the other flags must be
-the same too. With --target-reward auto the target is kept in OUTPUT.calibration.json.
+A request without its own seed gets one from --seed and its line number, so a resumed run gives the
+same tokens as an uninterrupted one, provided that the other flags are the same. With
+--target-reward auto the target is kept in OUTPUT.calibration.json.
 
 exit codes: 0 done; 1 failed while running; 2 wrong flags, input or files; 130 interrupted
 """
@@ -69,19 +69,21 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--input", metavar="FILE", help="JSON lines; - for standard input (the default)"
     )
     data.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT", help="a prompt; can be given again"
+        "--prompt", action="append", default=[], metavar="TEXT", help="a prompt; can be repeated"
     )
     data.add_argument(
         "--output", metavar="FILE", help="JSON lines; - for standard output (the default)"
     )
     data.add_argument(
-        "--resume", action="store_true", help="continue OUTPUT: run only what it has no result for"
+        "--resume",
+        action="store_true",
+        help="continue OUTPUT: run only the requests without a result",
     )
     data.add_argument(
         "--on-error",
         choices=["stop", "record"],
         default="stop",
-        help="stop at a request that is malformed or fails (the default), or write an error record",
+        help="stop at a malformed or failing request (the default), or write an error record",
     )
     data.add_argument(
         "--seed", type=int, default=0, metavar="INT", help="seed of the run (default: 0)"
@@ -91,7 +93,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         type=int,
         default=32,
         metavar="INT",
-        help="prompts, from the first, that --target-reward auto draws samples for (default: 32)",
+        help="number of leading prompts that --target-reward auto samples for (default: 32)",
     )
     data.add_argument(
         "--calibration-quantile",
@@ -172,7 +174,7 @@ def _check_flags(args: argparse.Namespace, base: StarsParams) -> None:
 
 
 def _done_before(output: Path | None, *, resume: bool) -> Done:
-    """What the output file holds already, which must be nothing unless the run resumes."""
+    """Results already in the output file; an error unless there are none or the run resumes."""
     if output is None:
         return Done()
     if resume:
@@ -183,7 +185,7 @@ def _done_before(output: Path | None, *, resume: bool) -> Done:
 
 
 def _settings(args: argparse.Namespace, base: StarsParams) -> dict[str, Any]:
-    """What a calibrated target depends on."""
+    """The settings that a calibrated target depends on."""
     models = ("model", "reward_model", "reward_template", "dtype", "kv_dtype")
     flags = (*models, "seed", "calibration_prompts", "calibration_quantile")
     sampling = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "ignore_eos")
@@ -198,7 +200,7 @@ def _settings(args: argparse.Namespace, base: StarsParams) -> dict[str, Any]:
 def _check_input(
     args: argparse.Namespace, source: Path | None, base: StarsParams, done: Done
 ) -> int | None:
-    """Read the whole input once, if that can be done twice; returns the number of requests.
+    """Read the whole input once if it can be read twice; returns the number of requests.
 
     Raises
     ------
@@ -237,7 +239,7 @@ def _calibrate(
     sidecar: Sidecar | None,
     args: argparse.Namespace,
 ) -> float | None:
-    """A target from unaligned samples of the first prompts; None if there is no prompt."""
+    """A target from unaligned samples for the first prompts; None if there is no prompt."""
     prompts: Sequence[Any] = [item.prompt for item in requests.peek(args.calibration_prompts)]
     if not prompts:
         return None

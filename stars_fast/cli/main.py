@@ -1,4 +1,4 @@
-"""The command line: its commands, and how errors leave it."""
+"""The command line: its commands, and how it reports errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flags for the models of a command, and for the memory they may take."""
+"""Flags for the models of a command and the memory they use."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_model_flags(parser: argparse.ArgumentParser, model: str | None = None) -
     parser
         Changed: gets two argument groups.
     model
-        What stands for ``--model`` where it is left out, for the help; None: it must be given.
+        Default of ``--model`` as the help names it; None: the flag is required.
     """
     models = parser.add_argument_group("models")
     models.add_argument(
@@ -65,7 +65,7 @@ def add_tensor_parallel_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of `Engine` that the flags ask for, the models left out."""
+    """Return the `Engine` options given by the flags, without the models."""
     return {name: getattr(args, name) for name in FLAGS}
 
 

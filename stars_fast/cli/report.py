@@ -1,4 +1,4 @@
-"""``stars-fast report``: tables and plots of what ``stars-fast bench`` has recorded."""
+"""``stars-fast report``: tables and plots of the records of ``stars-fast bench``."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = commands.add_parser(
         "report",
         help="tables and plots of recorded benchmarks",
-        description="Print a record of `stars-fast bench --out` as Markdown tables; draw it; or "
-        "write the tables of Markdown files anew from the records that they name.",
+        description="Print a record of `stars-fast bench --out` as Markdown tables, plot it, or "
+        "rewrite the tables of Markdown files from the records that they name.",
         allow_abbrev=False,
     )
     parser.add_argument("record", nargs="?", metavar="RECORD", help="a recorded JSON file")
-    parser.add_argument("--plots", metavar="FOLDER", help="draw RECORD, one PNG a suite, to there")
+    parser.add_argument(
+        "--plots", metavar="FOLDER", help="plot RECORD into this folder, one PNG per suite"
+    )
     parser.add_argument(
         "--update",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="Markdown files; each table stands between <!-- table SUITE RECORD --> and "
-        "<!-- end of table -->, the path of its record counted from the file",
+        help="Markdown files; each table is between <!-- table SUITE RECORD --> and "
+        "<!-- end of table -->, with RECORD relative to the file",
     )
     parser.set_defaults(run=run)
 

@@ -1,4 +1,4 @@
-"""``stars-fast serve``: an HTTP server in the shape of OpenAI's API."""
+"""``stars-fast serve``: an HTTP server with OpenAI's API."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ _DEMO_PROMPTS = 32
 _KEY_VARIABLE = "STARS_FAST_API_KEY"
 
 _EPILOG = f"""\
-Without models the demo's pair is served. The parameters are those of a request that does not say
-otherwise. With --target-reward auto the target is found at start-up, from samples for the prompts
-of --calibration-prompts; without a target every request must bring its own.
+Without models, the demo's pair is served. The parameters are the defaults of requests. With
+--target-reward auto, the target is found at start-up from samples for the prompts of
+--calibration-prompts; without a target, every request must give its own.
 
 Endpoints: /v1/completions, /v1/chat/completions, /v1/models, /health, /ready, /metrics, /docs, and
-at / a page to try a prompt. Logs are JSON lines on standard error. SIGTERM: no new requests, those
-under way are finished, exit. The API key can also be given in {_KEY_VARIABLE}.
+a page to try prompts on at /. Logs are JSON lines on standard error. On SIGTERM the server accepts
+no new requests, finishes those under way and exits. The API key can also be set in
+{_KEY_VARIABLE}.
 
 exit codes: 0 stopped; 1 could not start; 2 wrong flags or files; 130 interrupted
 """
@@ -47,8 +48,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     """Add ``serve`` to the command line."""
     parser = commands.add_parser(
         "serve",
-        help="serve a model pair over HTTP, in the shape of OpenAI's API",
-        description="Serve a model pair over HTTP, in the shape of OpenAI's API.",
+        help="serve a model pair over HTTP with OpenAI's API",
+        description="Serve a model pair over HTTP with OpenAI's API.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -58,14 +59,14 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="(default: 127.0.0.1)")
     server.add_argument("--port", type=int, default=8000, metavar="INT", help="(default: 8000)")
-    server.add_argument("--api-key", metavar="KEY", help="ask for it at /v1")
+    server.add_argument("--api-key", metavar="KEY", help="key that clients must send to /v1")
     server.add_argument(
-        "--served-model-name", metavar="NAME", help="(default: what --model says, or demo)"
+        "--served-model-name", metavar="NAME", help="(default: the value of --model, or demo)"
     )
     server.add_argument(
         "--chat-template", metavar="FILE", help="Jinja template (default: the tokenizer's)"
     )
-    server.add_argument("--log-prompts", action="store_true", help="log prompts and responses, too")
+    server.add_argument("--log-prompts", action="store_true", help="also log prompts and responses")
     server.add_argument("--seed", type=int, default=0, metavar="INT", help="(default: 0)")
     limits = parser.add_argument_group("limits")
     limits.add_argument(
@@ -79,7 +80,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         type=int,
         default=256,
         metavar="INT",
-        help="requests that wait for those; more get status 429 (default: 256)",
+        help="requests in the queue; further ones get status 429 (default: 256)",
     )
     limits.add_argument(
         "--max-prompt-tokens",
@@ -92,7 +93,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         type=int,
         default=1 << 20,
         metavar="INT",
-        help="size of a request (default: 1048576)",
+        help="size of a request body (default: 1048576)",
     )
     limits.add_argument(
         "--max-choices",
@@ -106,14 +107,14 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         type=float,
         default=600.0,
         metavar="FLOAT",
-        help="seconds that a request has (default: 600)",
+        help="seconds before a request is aborted (default: 600)",
     )
     limits.add_argument(
         "--drain-timeout",
         type=float,
         default=30.0,
         metavar="FLOAT",
-        help="seconds that requests have when the server stops (default: 30)",
+        help="seconds to finish requests when the server stops (default: 30)",
     )
     calibration = parser.add_argument_group("calibration")
     calibration.add_argument(
@@ -197,7 +198,7 @@ def _settings(args: argparse.Namespace, base: StarsParams) -> ServerSettings:
 
 
 def _calibration_prompts(args: argparse.Namespace, base: StarsParams) -> list[Any]:
-    """The prompts to find the target with; empty if none is to be found."""
+    """The prompts to calibrate on; empty if the target is not calibrated."""
     if base.target_reward != "auto" or not base.needs_target:
         return []
     if args.calibration_prompts is None:

@@ -39,17 +39,17 @@ class StarsMapper:
     Parameters
     ----------
     model, reward_model
-        As `Engine` takes them, models in memory left out; None for `model` is the demo's pair.
-        Directories have to be there on every machine.
+        As for `Engine`, without models in memory; None for `model` is the demo's pair.
+        Directories must exist on every machine.
     params
-        Parameters of a request where its row does not say otherwise.
+        Default parameters of a row's request.
     seed
-        Of the run.
+        Seed of the run.
     calibration
-        What ``target_reward="auto"`` and None stand for, from `calibrate`, so that all workers
-        test against the same target. Without one such a row is an error.
+        Calibration for ``target_reward="auto"`` and None, from `calibrate`, so that all workers
+        test against the same target. Without it, such a row is an error.
     options
-        Others of `Engine`.
+        Other options of `Engine`.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class StarsMapper:
         -------
         DataFrame
             Columns ``id``, ``line`` (0 where the row has none), ``prompt``, ``outputs``,
-            ``error``: Python's own objects, in the order of the rows. A row that is no request, or
-            fails, has its `error` and harms no other.
+            ``error``: Python objects, in the order of the rows. A row that is not a request, or
+            fails, has its `error` and affects no other.
         """
         import pandas as pd
 
@@ -138,20 +138,20 @@ def map_rows(
 ) -> Dataset:
     """Run the rows of a data set on `workers` engines; returns the data set of their records.
 
-    An actor holds each engine. One that dies is started again and what it had not returned is done
-    again, with the same outputs, however often.
+    An actor holds each engine. An actor that dies is restarted, and the rows that it had not
+    returned are repeated, with the same outputs, as often as necessary.
 
     Parameters
     ----------
     dataset
-        Of rows, see `stars_fast.cluster.rows`.
+        Data set of rows, see `stars_fast.cluster.rows`.
     workers
         Engines.
     batch_size
-        Rows that an engine is given at a time: what is lost with a worker, and, as an engine
-        empties towards the end of a batch, best several times its `max_rows`.
+        Rows that an engine gets at a time and that are lost with a worker. Several times its
+        `max_rows` is best, as an engine runs empty towards the end of a batch.
     num_cpus, num_gpus
-        Of each worker. Ray hides the GPUs from a worker that asks for none.
+        Resources of each worker. Ray hides the GPUs from a worker that asks for none.
     model, reward_model, params, seed, calibration, options
         See `StarsMapper`.
 

@@ -48,19 +48,19 @@ def calibrate(
 ) -> Calibration:
     """Find the target reward of a run, once, for all workers to use.
 
-    A Ray task does it, on a machine that has what it asks for. The target is that of
-    ``stars-fast generate`` with the same rows, seed and parameters.
+    A Ray task with the requested resources does this. The target is that of ``stars-fast generate``
+    with the same rows, seed and parameters.
 
     Parameters
     ----------
     rows
-        Those of the run; the first `num_prompts` that are requests are used.
+        Rows of the run; the first `num_prompts` valid requests are used.
     quantile
-        Of the rewards of unaligned samples, in (0, 1).
+        Quantile of the rewards of unaligned samples, in (0, 1).
     num_prompts
         At least 1, or None for all.
     num_cpus, num_gpus
-        Of the task.
+        Resources of the task.
     model, reward_model, params, seed, options
         See `stars_fast.cluster.bulk.StarsMapper`.
 

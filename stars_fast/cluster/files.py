@@ -1,4 +1,4 @@
-"""Records of a data set in files, so that a run can be interrupted and go on.
+"""Records of a data set in files, so that an interrupted run can continue.
 
 A folder holds files of output lines of ``stars-fast generate``. Each is written by one task, whole,
 under a name of its own; a task that is done again writes the same file again. What a killed run
@@ -47,8 +47,8 @@ def write_records(dataset: Dataset, folder: str | Path) -> None:
 def read_records(folder: str | Path) -> list[dict[str, Any]]:
     """Return the records of a folder by rising line, one for each.
 
-    Of a line that failed in one run and was done in a later one there is the result. Records
-    without a line come last, all of them.
+    A line that failed in one run and was done in a later one has only its result. Records
+    without a line come last and are all returned.
     """
     numbered: dict[int, dict[str, Any]] = {}
     others = []
@@ -64,9 +64,9 @@ def read_records(folder: str | Path) -> list[dict[str, Any]]:
 def remaining(
     rows: Iterable[Row], folder: str | Path, params: StarsParams | None = None
 ) -> list[Row]:
-    """Return the rows that `folder` holds no result for: those to run when a run goes on.
+    """Return the rows without a result in `folder`: those to run when a run continues.
 
-    Errors are no results. Rows without a line always remain. `params` are those of the run.
+    Errors are not results. Rows without a line always remain. `params` are those of the run.
 
     Raises
     ------

@@ -48,9 +48,9 @@ def as_rows(requests: Iterable[Row], first: int = 1) -> list[dict[str, Any]]:
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Read an input file of ``stars-fast generate``; what is wrong with a line is told by its row.
+    """Read an input file of ``stars-fast generate``; the row of a malformed line has its error.
 
-    Blank lines are no rows, but count.
+    Blank lines make no rows, but are counted.
     """
     with Path(path).open("rb") as file:
         return [{"line": i, "request": raw} for i, raw in enumerate(file, 1) if raw.strip()]
@@ -64,10 +64,10 @@ def request_of(row: Row, base: StarsParams, seed: int) -> InputRecord:
     row
         In either form.
     base
-        Parameters of a request where the row does not say otherwise.
+        Default parameters of the request.
     seed
-        Of the run: a row whose parameters have no seed gets one made from this and its line, or,
-        if it has none, its id. So its tokens depend neither on its batch nor on who runs it.
+        Seed of the run. A row whose parameters have no seed gets one from this and its line, or,
+        if it has none, its id. Its tokens depend neither on its batch nor on its worker.
 
     Returns
     -------

@@ -98,7 +98,7 @@ def build_app(args: dict[str, Any]) -> Application:
     Parameters
     ----------
     args
-        Fields of `stars_fast.cluster.serve_args.ServeArgs`; text as ``serve run`` has it will do.
+        Fields of `stars_fast.cluster.serve_args.ServeArgs`, also as text, as ``serve run`` has it.
 
     Raises
     ------
@@ -107,7 +107,7 @@ def build_app(args: dict[str, Any]) -> Application:
 
     Notes
     -----
-    Without an argument `api_key` it is what `STARS_FAST_API_KEY` says here.
+    Without the argument `api_key`, the key is the value of `STARS_FAST_API_KEY` in this process.
     """
     told = ServeArgs.model_validate({"api_key": os.environ.get(_KEY_VARIABLE) or None, **args})
     template = told.chat_template

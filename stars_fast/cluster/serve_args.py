@@ -1,4 +1,4 @@
-"""What a served application is told: names and defaults as of ``stars-fast serve``."""
+"""Arguments of a served application, named and with defaults as in ``stars-fast serve``."""
 
 from __future__ import annotations
 
@@ -97,11 +97,11 @@ class ServeArgs(EngineArgs):
         return self
 
     def stars_params(self) -> StarsParams:
-        """Return the parameters of a request that does not say otherwise."""
+        """Return the default parameters of requests."""
         return with_fields(StarsParams(), self.params)
 
     def server_settings(self) -> ServerSettings:
-        """Return what the HTTP application is told."""
+        """Return the settings of the HTTP application."""
         return ServerSettings(
             model_name=self.served_model_name or self.model or "demo",
             params=self.stars_params(),

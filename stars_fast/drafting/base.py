@@ -1,4 +1,4 @@
-"""What a round asks of a drafter: rows in, segments out."""
+"""The contract between a round and a drafter: rows in, segments out."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Draft:
     steps
         Forward passes of the model.
     errors
-        Why a row has no segment; its entries are meaningless, but for a length of at least 1.
+        Why a row has no segment; its other entries are meaningless, but its length is at least 1.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -65,7 +65,7 @@ class Draft:
 
     @classmethod
     def of_no_rows(cls) -> Draft:
-        """Return what a round draws whose requests are all still in their prefill."""
+        """Return the draft of a round whose requests are all still in their prefill."""
         none = np.zeros(0, np.int64)
         return cls(
             tokens=np.zeros((0, 0), np.int64),

@@ -154,7 +154,7 @@ class _Bucket:
         def step() -> None:
             at = decode.step.to(torch.int64)
             decode.begin_step()
-            # A row that has ended goes no further: the context may end there, too.
+            # A row that has ended stays where it is: the context may also end there.
             ahead = torch.minimum(at, parameters.lengths - 1).clamp_(min=0)
             positions = (first_position + ahead).unsqueeze(0)
             logits = model.forward_decode(ids, positions, decode.attention, ones)

@@ -22,7 +22,7 @@ class StepGraph:
     ----------
     step
         Runs one step. Is called a few times while the graph is made, so the tensors it works on
-        must hold something harmless then, and be written anew before `run`.
+        must hold something harmless then, and be rewritten before `run`.
     device
         Where its tensors are.
     pool

@@ -1,4 +1,4 @@
-"""The rows of a round on the device: what they draw with, and what they have drawn so far."""
+"""The rows of a round on the device: their sampling parameters, and their tokens so far."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stars_fast.drafting.base import Draft, RowSampling
 
 @dataclass(frozen=True)
 class RowParameters:
-    """What the rows of a round draw with, on the device, ``[R]`` each.
+    """Sampling parameters of a round's rows, on the device, ``[R]`` each.
 
     Attributes
     ----------
@@ -125,12 +125,12 @@ def _bits(values: list[float]) -> npt.NDArray[np.int64]:
 
 
 class Progress:
-    """What the rows of a round have drawn so far, on the device.
+    """Tokens that the rows of a round have drawn so far, on the device.
 
     Parameters
     ----------
     parameters
-        Of the rows.
+        Parameters of the rows.
     max_new
         L, columns of the results.
     ragged

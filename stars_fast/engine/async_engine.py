@@ -1,4 +1,4 @@
-"""The engine for asyncio: requests from many tasks, rounds on one thread."""
+"""The engine for asyncio: requests come from many tasks, rounds run on one thread."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ _LAST_ROUND_SECONDS = 10.0
 
 
 class AsyncEngine:
-    """Runs an `Engine` on a thread of its own, for any number of asyncio tasks.
+    """Runs an `Engine` on its own thread, for any number of asyncio tasks.
 
-    Nothing here blocks an event loop: prompts are tokenised and rounds are run on the thread, which
-    is the only one to touch the engine. Requests are added and aborted between rounds.
+    Nothing here blocks an event loop: prompts are tokenised and rounds run on that thread, the only
+    one that touches the engine. Requests are added and aborted between rounds.
 
     Parameters
     ----------
     engine
-        Whose only user this is from now on.
+        The engine to run; nothing else may use it from now on.
     max_running
-        Requests that are in the engine at once, at least 1; None: its `max_rows`.
+        Most requests in the engine at once, at least 1; None: its `max_rows`.
     max_waiting
-        Requests that wait for one of these to end, at least 0.
+        Most requests that wait in the queue, at least 0.
     max_prompt_tokens
         Longer prompts are refused; None: what the model's context leaves.
     """
@@ -102,8 +102,8 @@ class AsyncEngine:
         """Run a request: ``async for output in engine.generate(prompt, params)``.
 
         Yields an output for each newly accepted segment, the last one `finished`; see
-        `RequestStream`. To leave the loop, or to cancel its task, aborts the request. Parameters
-        and errors are those of `submit`, raised as iterating begins.
+        `RequestStream`. Leaving the loop or cancelling its task aborts the request. Parameters and
+        errors are those of `submit`; errors are raised when iteration begins.
         """
         stream = self.submit(prompt, params, request_id=request_id, timeout=timeout)
         try:
@@ -120,7 +120,7 @@ class AsyncEngine:
         request_id: str | None = None,
         timeout: float | None = None,
     ) -> RequestStream:
-        """Queue a request and return at once; whoever has the stream must read or abort it.
+        """Queue a request and return at once; the caller must read the stream or abort it.
 
         Parameters
         ----------
@@ -129,7 +129,7 @@ class AsyncEngine:
         params
             None: the defaults.
         request_id
-            Unique among unfinished requests; None: one is made.
+            Unique among unfinished requests; None: a new one.
         timeout
             Seconds from now until the request is aborted with a `DeadlineError`; None: never.
 
@@ -169,16 +169,17 @@ class AsyncEngine:
         return stream
 
     def abort(self, request_id: str) -> None:
-        """Stop a request; its stream ends with what it had, finish reason ``"abort"``.
+        """Stop a request; its stream ends with what it had and finish reason ``"abort"``.
 
-        From any thread. Its pages are free after the round under way; an unknown id is ignored.
+        May be called from any thread. The pages are free after the round under way; an unknown id
+        is ignored.
         """
         self._commands.put(partial(self._abort, request_id))
 
     async def drain(self, timeout: float | None = None) -> None:
-        """Take no further requests, wait for the others, then end the thread.
+        """Refuse further requests, wait for the others, then end the thread.
 
-        Those unfinished after `timeout` seconds are aborted; None waits for all.
+        Requests unfinished after `timeout` seconds are aborted; None waits for all.
         """
         self._refuse()
         self._commands.put(self._end_when_idle)
@@ -189,10 +190,10 @@ class AsyncEngine:
             await asyncio.wait([ended], timeout=_LAST_ROUND_SECONDS)
 
     def close(self, timeout: float | None = None) -> None:
-        """Abort every request and end the thread; waits for the round under way.
+        """Abort every request and end the thread after the round under way.
 
-        Not on an event loop: `drain` is for that. At most `timeout` seconds, None: as long as it
-        takes.
+        Waits at most `timeout` seconds; None: as long as it takes. Do not call this on an event
+        loop; use `drain` there.
         """
         self._refuse()
         self._commands.put(self._abort_all)
@@ -201,7 +202,7 @@ class AsyncEngine:
 
     @property
     def accepting(self) -> bool:
-        """Whether requests are taken, if the queue has room."""
+        """Whether new requests are accepted if the queue has room."""
         return not self._refuses
 
     @property
@@ -239,7 +240,7 @@ class AsyncEngine:
                     self._hand_over()
                 self._refresh_stats(idle=not self._running)
         finally:
-            # Also where the above has a fault: nobody may wait for ever.
+            # Also if the above has a fault: no caller may wait forever.
             self._refuse()
             stopped = EngineStoppedError("the engine has stopped")
             waiting = (stream for stream, _ in self._waiting.values())

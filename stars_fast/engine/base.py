@@ -38,7 +38,7 @@ class Reader(Protocol):
 
 
 class BaseEngine:
-    """Requests on their way through rounds; `Engine` and `RemoteEngine` make its parts.
+    """What `Engine` and `RemoteEngine` share: requests and the rounds that run them.
 
     Parameters
     ----------
@@ -53,13 +53,13 @@ class BaseEngine:
     eos_ids
         Tokens that end a response.
     seed
-        Seeds of requests that have none follow from it and from the number of requests before.
+        A request without a seed gets one from this and from the number of requests before it.
     ranks
-        Those that run this engine.
+        The ranks that run this engine.
 
     Notes
     -----
-    One thread at a time.
+    Not thread-safe: use it from one thread at a time.
     """
 
     def __init__(
@@ -102,8 +102,8 @@ class BaseEngine:
         prompts
             One prompt or a list: text, token ids or chat messages.
         params
-            For all prompts, or one for each. ``target_reward="auto"`` calibrates on these prompts
-            first, unless the engine is calibrated already.
+            Parameters of all prompts, or a list with one for each. ``target_reward="auto"`` first
+            calibrates on these prompts, unless the engine is already calibrated.
         use_tqdm
             Show a progress bar.
 
@@ -111,13 +111,13 @@ class BaseEngine:
         -------
         list[RequestOutput]
             In the order of the prompts. A request that cannot be run has its `error` set and
-            harms no other.
+            affects no other.
 
         Raises
         ------
         ValueError
-            If `params` is a list of another length than `prompts`, or requests added by
-            `add_request` are under way.
+            If `params` is a list whose length differs from that of `prompts`, or requests added by
+            `add_request` are unfinished.
         """
         if self.has_unfinished():
             raise ValueError("generate: requests added by add_request are unfinished; step() first")
@@ -201,14 +201,14 @@ class BaseEngine:
         samples_per_prompt
             At least 1.
         params
-            Whose sampling parameters to use; None: the defaults.
+            Parameters to sample with; None: the defaults.
         use_tqdm
             Show a progress bar.
 
         Returns
         -------
         Calibration
-            Also kept as `calibration`: what ``target_reward="auto"`` and None stand for.
+            Also kept as `calibration`, which ``target_reward="auto"`` and None use.
         """
         if not 0.0 < quantile < 1.0:
             raise ValueError(f"quantile must be in (0, 1), got {quantile}")
@@ -300,7 +300,7 @@ class BaseEngine:
         self._requests[request.request_id] = request
 
     def check_request(self, prompt: PromptLike, params: StarsParams | None = None) -> Prompt:
-        """Return a prompt that can be run with `params` as `add_request` reads it; queue nothing.
+        """Read and check a prompt as `add_request` does, without queueing it.
 
         Raises
         ------
@@ -361,12 +361,12 @@ class BaseEngine:
         return request.to_output()
 
     def reset_prefix_cache(self) -> None:
-        """Forget the pages of prompts that are over: call it when weights have changed.
+        """Forget the cached pages of finished prompts; call it when weights have changed.
 
         Raises
         ------
         ValueError
-            If requests are unfinished; their pages hold what the weights were.
+            If requests are unfinished; their pages come from the old weights.
         """
         if self.has_unfinished():
             raise ValueError("reset_prefix_cache: requests are unfinished; step() or abort() first")
@@ -377,14 +377,14 @@ class BaseEngine:
 
     @property
     def rank(self) -> int:
-        """Which of the processes of a tensor-parallel engine this is; 0 for an engine of one."""
+        """The rank of this process in a tensor-parallel engine; 0 if it is the only one."""
         return self._ranks.rank
 
     def lead(self) -> contextlib.AbstractContextManager[None]:
-        """Have the other ranks, which `follow`, do what this one does inside of ``with``.
+        """Have the other ranks, which `follow`, do what this one does inside the ``with`` block.
 
-        For rank 0, where only one process knows what is to be done: a server, or a reader of files.
-        At the end the others return from `follow`. In one process it changes nothing.
+        For rank 0, if only one process knows the work: a server, or a reader of files. At the end
+        the others return from `follow`. With one process, this does nothing.
 
         Raises
         ------
@@ -396,7 +396,7 @@ class BaseEngine:
         return self._ranks.leading()
 
     def follow(self) -> None:
-        """Do what rank 0 does, until its `lead` ends; for every other rank.
+        """Do what rank 0 does until its `lead` ends; for every other rank.
 
         Raises
         ------
@@ -424,7 +424,7 @@ class BaseEngine:
 
     @property
     def calibration(self) -> Calibration | None:
-        """What ``target_reward="auto"`` and None stand for; None before `calibrate`."""
+        """The calibration used by ``target_reward="auto"`` and None; None before `calibrate`."""
         return self._calibration
 
     @calibration.setter
@@ -434,7 +434,7 @@ class BaseEngine:
 
     @property
     def max_rows(self) -> int:
-        """Candidates drafted in one round at most, and requests that run at once."""
+        """Most candidates drafted in one round, and most requests that run at once."""
         return self._limits.max_rows
 
     def has_unfinished(self) -> bool:

@@ -54,26 +54,26 @@ class Engine(BaseEngine):
         ``f(prompts: list[str], responses: list[str]) -> list[float]``, an object with such a method
         `score`, or None: then only ``method="vanilla"`` can be run.
     tokenizer
-        The language model's; None loads it from `model` where that is a directory or id.
+        The language model's; None loads it from `model` if that is a directory or id.
     device, dtype
-        Where and in what precision the models run; None is the GPU if there is one, else the CPU;
-        ``"auto"`` is the precision the weights are stored in.
+        Device and precision of the models. None is the GPU if there is one, else the CPU;
+        ``"auto"`` is the precision in which the weights are stored.
     page_size
-        Tokens of a KV page, at least 1. Segments whose length it divides fork without a copy.
+        Tokens per KV page, at least 1. Segments whose length it divides fork without a copy.
     num_pages
         Pages of the language model's pool; None: enough for `max_rows` rows, within half of a GPU's
         free memory or an eighth of the machine's. Allocated once.
     max_rows
-        Candidates drafted in one round at most, and requests that run at once; twice as many run
-        where scoring overlaps, in two halves.
+        Most candidates drafted in one round, and most requests that run at once; twice as many
+        run if scoring overlaps, in two halves.
     seed
-        Seeds of requests that have none follow from it and from the number of requests before.
+        A request without a seed gets one from this and from the number of requests before it.
     reward_template
         The text that the reward model reads: None (its chat template, else prompt and response
         joined), ``"chat"``, ``"plain"``, text with ``{prompt}`` and ``{response}``, or a callable
         (prompt, response) -> text.
     reward_tokenizer
-        The reward model's; None loads it from where the model came from.
+        The reward model's; None loads it from the model's own source.
     reward_num_pages
         Pages of the reward model's pool; None: as `num_pages`, from what is left.
     reward_device
@@ -81,33 +81,33 @@ class Engine(BaseEngine):
     prefix_caching
         Share full prompt pages between requests with the same prefix.
     max_prefill_tokens
-        Prompt tokens run in one round at most.
+        Most prompt tokens run in one round.
     backend
         Form of the operators: ``"auto"``, Triton on a CUDA device and PyTorch elsewhere;
         ``"pytorch"``; or ``"triton"``, which on a CPU is for tests of the kernels.
     kv_dtype
-        What the pages of both models hold: ``"auto"``, the dtype of their keys and values, or
-        ``"fp8"``, half the memory of bfloat16, on the Triton backend.
+        Dtype of the pages of both models: ``"auto"``, that of their keys and values, or ``"fp8"``,
+        which takes half the memory of bfloat16, on the Triton backend.
     compile_model
-        Fuse the small operations of both models by `torch.compile`. Off by default: the first
+        Fuse the small operations of both models with `torch.compile`. Off by default: the first
         rounds of each size wait for the compiler.
     overlap_scoring
-        Draft a round while the one before, of other requests, is being scored on a thread of its
-        own; None: where the reward model is on another device. It pays where the two do not share
-        a processor: another GPU, or a reward function that asks a server.
+        Draft a round while the previous one, of other requests, is scored on another thread; None:
+        only if the reward model is on another device. This helps if the two do not share a
+        processor: with another GPU, or with a reward function that calls a server.
     device_timing
-        Take the seconds of `stats` from CUDA events, phase by phase as the device sees them, at a
-        few microseconds a phase. Off, the host's clock charges a phase with its waits.
+        Take the seconds of `stats` from CUDA events, as the device sees each phase, at a few
+        microseconds per phase. Otherwise the host's clock charges a phase with its waits.
     tensor_parallel
-        Split the models over the processes that ``torchrun`` has started, each of which makes this
-        engine and the same calls, or follows (`lead`, `follow`). With one process, nothing changes.
+        Split the models over the processes that ``torchrun`` has started. Each makes this engine
+        and the same calls, or follows (`lead`, `follow`). With one process, nothing changes.
     trust_remote_code, allow_pickle
         Off unless asked for: run code that comes with a model; load weights that are not
         safetensors.
 
     Notes
     -----
-    One thread at a time.
+    Not thread-safe: use it from one thread at a time.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class Engine(BaseEngine):
     def demo(cls, **options: Any) -> Engine:
         """Return an engine on the small review models that ship with the package.
 
-        `options` are those of the constructor, `model` and `reward_model` left out.
+        `options` are those of the constructor, except `model` and `reward_model`.
         """
         from stars_fast import demo
 

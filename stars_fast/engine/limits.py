@@ -1,4 +1,4 @@
-"""What an engine's models allow a request to ask for."""
+"""The limits that an engine's models set for requests."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Limits:
     Attributes
     ----------
     vocab_size
-        Of the language model.
+        Vocabulary size of the language model.
     max_rows
-        Of a round.
+        Most rows of a round.
     has_tokenizer
         Texts can be read.
     scorer

@@ -57,7 +57,7 @@ _ACCEPTED: dict[int, Literal["test", "fallback", "choice"]] = {
 
 
 class LanguageModel(Protocol):
-    """What rounds need of the language model beside drafts: its pages, if it has any here."""
+    """What rounds need of the language model besides drafts: its pages, if they are local."""
 
     @property
     def model(self) -> PreTrainedModel | None:
@@ -104,12 +104,12 @@ class Loop:
     tokenizer
         For texts; None leaves them empty.
     clock
-        Of `PHASES`.
+        Clock of `PHASES`.
     overlap
         Score a round on a thread of its own while the next one, of other requests, is drafted; the
         scheduler has two lanes then.
     ranks
-        Those that run the same rounds; one with `overlap`.
+        Ranks that run the same rounds; only one with `overlap`.
 
     Attributes
     ----------
@@ -176,7 +176,7 @@ class Loop:
         }
 
     def clear_cache(self) -> None:
-        """Forget the pages of prompts that are over; nothing may be unfinished."""
+        """Forget the cached pages of finished prompts; nothing may be unfinished."""
         self.wait_for_scoring()
         self._scheduler.clear_cache()
 
@@ -286,7 +286,7 @@ class Loop:
             self._scheduler.abort(response.handle)  # of paths the first takes the others along
             self._end(response, "abort")
             if not self.has_unfinished:
-                self._finish_scoring()  # nobody will step, and the round holds pages
+                self._finish_scoring()  # no further step will run, and the round holds pages
 
     def step(self) -> list[Response]:
         """Run one round; return the responses with a new segment and those that failed.
@@ -393,7 +393,7 @@ class Loop:
                     response.rm_tokens += tokens
 
     def _set_prompt_rewards(self, done: Round) -> list[Response]:
-        """Set r(x) of the round's new requests; end and return those whose r(x) cannot be had."""
+        """Set r(x) of the round's new requests; end and return those without r(x)."""
         failed = []
         for handle, reward in done.prompt_rewards.items():
             response = self._responses.get(handle)
@@ -505,7 +505,7 @@ class Loop:
     ) -> None:
         ids = response.output.token_ids
         if finish == "stop" and candidate.stop_text_at is None:
-            ids = ids[:-1]  # the stop token is no part of the text
+            ids = ids[:-1]  # the stop token is not part of the text
         response.output.text = decode(self._tokenizer, ids)[: candidate.stop_text_at]
 
     def _prune(self, plan: _core.Plan) -> None:

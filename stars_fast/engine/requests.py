@@ -1,4 +1,4 @@
-"""A user's request, its responses on their way, and the candidates of their next segments."""
+"""A user's request, its responses so far, and the candidates for their next segments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stars_fast.prompts import Prompt
 
 @dataclass(frozen=True)
 class Candidate:
-    """A drafted segment with what is known of it.
+    """A drafted segment and its results.
 
     Attributes
     ----------
@@ -29,7 +29,7 @@ class Candidate:
     attempt
         Number of the attempt within the segment.
     reward, threshold
-        Of the accept test; None where there is none.
+        Both sides of the accept test; None if there is none.
     stopped
         Its last token ends the response.
     stop_text_at
@@ -54,21 +54,21 @@ class Response:
     Attributes
     ----------
     kept
-        The best of the rejected candidates of the segment at hand, if any.
+        The best of the rejected candidates for the current segment, if any.
     rejected
-        Tested attempts of the segment at hand, filled with ``trace`` only.
+        Tested attempts at the current segment, filled only with ``trace``.
     known
-        Effective reward and merit of its attempts, by their tokens.
+        Effective reward and log-probabilities of its attempts at the current segment, by tokens.
     error
-        Why it failed, None if it did not.
+        Why it failed; None if it did not.
     prefixes
-        What its rewards are calibrated by until it is finished; None: they are not.
+        Calibration of its rewards until it is finished; None: they are not calibrated.
     is_path
-        It is one of several that are compared where their segments end.
+        Whether it is one of several paths that are compared where their segments end.
     chosen
-        It is the path that the comparison ended with.
+        Whether it is the path that won the comparison.
     drafted_tokens, rm_tokens
-        What it has cost, see `RequestOutput`.
+        Its cost, see `RequestOutput`.
     """
 
     handle: int
@@ -77,7 +77,7 @@ class Response:
     output: CompletionOutput
     kept: Candidate | None = None
     rejected: list[Attempt] = field(default_factory=list)
-    known: dict[tuple[int, ...], tuple[float, float]] = field(default_factory=dict)
+    known: dict[tuple[int, ...], tuple[float, list[float]]] = field(default_factory=dict)
     error: str | None = None
     prefixes: PrefixCalibration | None = None
     is_path: bool = False
@@ -126,7 +126,7 @@ class Request:
     Attributes
     ----------
     unchosen
-        It returns some of its responses, and it is not known yet which.
+        Whether it is still to be decided which of its responses are returned.
     """
 
     request_id: str

@@ -1,10 +1,10 @@
-"""A round under way: what was planned and drawn, and the rewards that it gets."""
+"""A round under way: its plan, its draft and its rewards."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,16 +19,16 @@ from stars_fast.rewards.base import ScoreJob, Scorer
 
 @dataclass
 class Round:
-    """A plan and what the device phases made of it; lists have an entry per row.
+    """A plan and the results of its device phases; lists have an entry per row.
 
     Attributes
     ----------
     plan
         Out until the round is committed.
     draft
-        What was drawn.
+        The drawn segments.
     responses, candidates
-        Whose row it is, and the segment in it, cut at a stop text.
+        The response of each row and the segment in it, cut at a stop text.
     rewards
         float64, as they are shown and compared; NaN where there is none.
     lengths, stopped, merits
@@ -39,7 +39,7 @@ class Round:
     prompt_rewards
         r(x) of the plan's new requests by handle, or why there is none.
     seconds
-        That drafting its rows, and scoring them, took: what rows cost, prompts left out.
+        Time of drafting its rows and of scoring them: the cost of rows, prompts left out.
     """
 
     plan: _core.Plan
@@ -152,10 +152,10 @@ def score_round(
         response, candidate = done.responses[row], done.candidates[row]
         tokens = len(response.output.token_ids) + len(candidate.token_ids)
         shown = effective_reward(response.params, reward, candidate, tokens, response.prefixes)
-        # Methods may reckon with log-probabilities, in which equal candidates differ by rounding.
-        known = (shown, merit(response.params, shown, candidate))
-        known = response.known.setdefault(tuple(candidate.token_ids), known)
-        done.rewards[row], done.merits[row] = known
+        # Methods may use log-probabilities, in which equal candidates differ by rounding.
+        known = response.known.setdefault(tuple(candidate.token_ids), (shown, candidate.logprobs))
+        shown, same = known[0], replace(candidate, logprobs=known[1])
+        done.rewards[row], done.merits[row] = shown, merit(response.params, shown, same)
     done.seconds["score"] = time.perf_counter() - begun
 
 

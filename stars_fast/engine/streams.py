@@ -1,4 +1,4 @@
-"""What an `AsyncEngine` hands out: the outputs of one request, as they come."""
+"""The stream that `AsyncEngine` returns: the outputs of one request as they arrive."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class RequestStream:
     abort
         Tells the engine's thread to stop it.
     timeout
-        Seconds that it has; None: as many as it takes.
+        Seconds until the request is aborted; None: never.
 
     Raises
     ------
@@ -86,13 +86,13 @@ class RequestStream:
     async def admitted(self) -> int:
         """Wait until the engine has looked at the request; return its number of prompt tokens.
 
-        It may wait in the queue still. Raises as iterating does.
+        It may still wait in the queue. Raises the errors of iteration.
         """
         # Shielded: a reader that is cancelled here must not cancel what the engine will set.
         return await asyncio.shield(self._admission)
 
     def abort(self) -> None:
-        """Stop the request, if it is unfinished; iterating ends.
+        """Stop the request if it is unfinished; iteration ends.
 
         Its pages are free after the round under way.
         """

@@ -1,4 +1,4 @@
-"""Comparing decoding methods: what they gain in quality, and what that costs.
+"""Comparing decoding methods in quality and cost.
 
 Terms
 -----
@@ -11,7 +11,7 @@ run
 attack
     A text put behind each prompt, as a part of it or as the opening of the response.
 reward
-    What the decoding reward model, which the methods aim at, gives a whole response.
+    The decoding reward model's score of a whole response; the methods aim at it.
 gold
-    What a second reward gives it, which no method sees: a model, a function, the demo's grammar.
+    A second score, which no method sees: from a model, a function, or the demo's grammar.
 """

@@ -1,14 +1,14 @@
-"""Attacks on prompts: texts that are to make a model respond with what it should not.
+"""Attacks on prompts: texts that try to make a model respond with what it should not.
 
 ``suffix``
-    The text is the end of the prompt: of the last turn of the user, where the prompt has turns.
+    The text ends the prompt, or the user's last turn if the prompt has turns.
 ``prefill``
-    The text is the opening of the response, which the model goes on from. What is scored is the
-    opening and what follows, since that is what a reader sees.
+    The text opens the response, and the model continues it. The opening and its continuation are
+    scored, since that is what a reader sees.
 
 As text an attack is ``[NAME=]KIND:TEXT`` or ``[NAME=]KIND:@FILE``, for example
-``rude=prefill:It is a dreadful film.``. A file has a text on each line, and the i-th prompt gets
-that of line i, from the first one again after the last. ``demo`` is those of the demo.
+``rude=prefill:It is a dreadful film.``. A file has one text per line; prompt i gets the text of
+line i, starting again after the last line. ``demo`` stands for the demo's attacks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stars_fast.prompts import PromptValue, text_of
 
 Kind = Literal["suffix", "prefill"]
 
-#: What prompts without an attack are called beside those that have one.
+#: Name of the prompts without an attack.
 UNATTACKED = "none"
 
 
@@ -34,11 +34,11 @@ class Attack:
     Attributes
     ----------
     name
-        In tables and plots.
+        Name in tables and plots.
     kind
         What the texts are put behind prompts as.
     texts
-        One for each prompt, from the first one again after the last.
+        One text for each prompt, starting again after the last.
     """
 
     name: str
@@ -103,7 +103,7 @@ def attacks_of_texts(texts: Sequence[str]) -> list[Attack]:
     Raises
     ------
     ValueError
-        One of them is none, or two have one name.
+        One of them is not an attack, or two have the same name.
     OSError
         A file cannot be read.
     """

@@ -26,7 +26,7 @@ class Resamples:
     count
         Units, such as prompts, at least 2.
     seed
-        Of the `RESAMPLES` resamples, each of `count` units drawn with replacement.
+        Seed of the `RESAMPLES` resamples of `count` units each, drawn with replacement.
     """
 
     def __init__(self, count: int, seed: int) -> None:
@@ -86,7 +86,7 @@ def mean_interval(values: Sequence[float], level: float, seed: int) -> tuple[flo
     level
         Coverage, in (0, 1).
     seed
-        Of the resamples.
+        Seed of the resamples.
 
     Returns
     -------

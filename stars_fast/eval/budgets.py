@@ -14,7 +14,7 @@ BUDGETS = (1.0, 2.0, 4.0, 8.0, 16.0)
 
 @dataclass(frozen=True)
 class Leader:
-    """Who has the highest gold score for at most so many FLOPs.
+    """The spec with the highest gold score within a budget of FLOPs.
 
     Attributes
     ----------

@@ -2,7 +2,7 @@
 
 Operations are 2 x parameters x tokens, for the language model and for the reward model. That leaves
 out attention over the context (about 4 x layers x width x context more for each token), padding,
-and what a reward that is a function computes.
+and the work of rewards that are functions.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Cost:
         prompt counts at least once, also where an earlier run had left it in the cache: the order
         of runs must not matter.
     rm_tokens, rm_calls, rm_jobs
-        Tokens, forward passes and texts of the reward model while the run decoded; 0 tokens where
-        it is a function. Scoring the finished responses, which is for the comparison, is not in it.
+        Tokens, forward passes and texts of the reward model while the run decoded; 0 tokens if it
+        is a function. Scoring the finished responses for the comparison is not included.
     lm_calls
         Forward passes of the language model.
     lm_parameters, rm_parameters
         Weights that a token is multiplied with.
     drafted_tokens, accepted_tokens, attempts, segments, fallbacks, rounds
-        Of the scheduler.
+        Counters of the scheduler.
     seconds
         From the first round to the last.
     """
@@ -95,11 +95,11 @@ def cost_of(
     before, after
         The counters.
     prompt_tokens
-        Of all prompts of the run.
+        Tokens of all prompts of the run.
     parameters
         From `Engine.num_parameters`.
     seconds
-        That it took.
+        Duration of the run.
     """
     spent = {name: int(after.get(name, 0) - before.get(name, 0)) for name in _COUNTERS}
     prefill = spent.pop("prefill_tokens")

@@ -1,4 +1,4 @@
-r"""Prompts, and preferences, from files in the layouts that people have.
+r"""Prompts and preferences from files in common layouts.
 
 ``jsonl``
     Lines as ``stars-fast generate`` reads them: ``prompt``, ``messages`` or ``prompt_token_ids``,
@@ -42,13 +42,13 @@ class Item:
     Attributes
     ----------
     number
-        Of its record in the file, from 1: of its line, or of its place in the list.
+        Number of its record in the file, from 1: its line, or its place in the list.
     prompt
         Text, chat messages or token ids.
     chosen, rejected
         The preferred response and the other one; None where the layout has none.
     opening
-        What the response begins with, white space before it included: the model goes on from it.
+        Opening of the response, with the white space before it; the model continues it.
         Only where the prompt is text.
     """
 
@@ -60,7 +60,7 @@ class Item:
 
     @property
     def continued(self) -> PromptValue:
-        """What the language model goes on from: the prompt with the opening."""
+        """The text that the language model continues: the prompt with the opening."""
         if not self.opening:
             return self.prompt
         assert isinstance(self.prompt, str)
@@ -72,7 +72,7 @@ class Item:
 
 
 class RecordError(ValueError):
-    """A record that is no prompt; the message names the file and its number."""
+    """A record that is not a prompt; the message names the file and its number."""
 
 
 def read_items(
@@ -85,12 +85,12 @@ def read_items(
     path
         The file.
     layout
-        None: that of the first record.
+        Layout of the file; None: that of the first record.
     limit
         Records to read, from the first; None: all.
     chat
-        Make chat messages of texts: of an HH-RLHF dialogue one for each turn, of any other text one
-        of the user.
+        Turn texts into chat messages: one for each turn of an HH-RLHF dialogue, one of the user for
+        any other text.
 
     Raises
     ------

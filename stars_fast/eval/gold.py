@@ -1,4 +1,4 @@
-"""Rewards of whole responses: the decoding reward model's and the gold one's, both in one way."""
+"""Rewards of whole responses, from the decoding reward model and from the gold reward."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RewardFunction = Callable[[list[str], list[str]], list[float]]
 
 
 def gold_source(text: str) -> str | RewardFunction:
-    """Find what the user calls a gold reward.
+    """Find the gold reward that the user names.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def _importable(folder: Path) -> Iterator[None]:
 
 
 class TextScorer:
-    """Scores whole responses, each on its own: one that fails harms no other.
+    """Scores whole responses independently: a failing one affects no other.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
-"""How far a method moves the responses from those of the base model: KL(method || base).
+"""The distance of a method's responses from those of the base model: KL(method || base).
 
-Both as sampled: temperature and filters are in the base's distribution q, too.
+Both as sampled: the base's distribution q also has temperature and filters.
 
 Segments that pass a test
     A segment s is drawn from q(. | prefix) until one passes, each with probability
@@ -61,11 +61,11 @@ class AlignmentKl:
     Attributes
     ----------
     value
-        Of this response: its mean over responses is the estimate. None where there is none.
+        Value of this response, whose mean over responses is the estimate; None if there is none.
     kind
-        What the value is; None without one.
+        Kind of the value; None without one.
     reason
-        Why there is none; empty otherwise.
+        Why there is no value; empty otherwise.
     """
 
     value: float | None
@@ -79,9 +79,9 @@ def alignment_kl(params: StarsParams, segments: Sequence[Segment]) -> AlignmentK
     Parameters
     ----------
     params
-        Of its request.
+        Parameters of its request.
     segments
-        Of the response.
+        Segments of the response.
     """
     kind = params.kind
     if not kind.needs_reward:

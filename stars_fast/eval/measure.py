@@ -1,4 +1,4 @@
-"""What is measured of finished responses: rewards, log-probabilities under the base, verdicts.
+"""Measurements of finished responses: rewards, log-probabilities under the base, verdicts.
 
 Each measurement is a column of the responses' records, with the name of what it was made by beside
 it (``gold``, ``gold_error``, ``gold_by``). So it is made once, again where it had failed, and anew
@@ -69,7 +69,7 @@ def unmeasured(runs: Iterable[Rows], column: str, by: str) -> list[Rows]:
     Parameters
     ----------
     runs
-        Their responses.
+        The runs' responses.
     column
         ``"reward"``, ``"gold"``, ``"base_logprob"`` or ``"judge"``.
     by
@@ -102,7 +102,7 @@ def score_rows(
     runs
         From `unmeasured`; changed.
     column, by
-        As there.
+        As for `unmeasured`.
     scores
         The reward.
     items
@@ -176,7 +176,7 @@ def judge_rows(
     runs, by, saver
         As for `score_rows`.
     judge
-        Whom to ask.
+        The judge.
     reference
         The reference's responses with the same seed, by number.
     answered

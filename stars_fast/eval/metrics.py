@@ -24,7 +24,7 @@ class Interval:
     Attributes
     ----------
     mean
-        Of the prompts' means over their seeds.
+        Mean of the prompts' means over their seeds.
     low, high
         The `LEVEL` interval; None for fewer than two prompts.
     over
@@ -49,9 +49,9 @@ class Intervals:
     Parameters
     ----------
     prompts
-        How many.
+        Number of prompts.
     seed
-        Of the resamples.
+        Seed of the resamples.
     """
 
     def __init__(self, prompts: int, seed: int = 0) -> None:
@@ -108,11 +108,11 @@ def compare(ours: Grid, theirs: Grid, margin: float, intervals: Intervals) -> Co
     Parameters
     ----------
     ours, theirs
-        Of the same prompts and seeds.
+        Scores of the same prompts and seeds.
     margin
         A difference of at most this is a tie.
     intervals
-        Of these prompts.
+        Intervals over these prompts.
 
     Returns
     -------
@@ -158,7 +158,7 @@ def perplexity(rows: Sequence[Mapping[str, Any]]) -> float | None:
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Tell which (cost, quality) no other point beats: at most the cost, at least the quality.
 
-    Of equal points all are kept.
+    Equal points are all kept.
     """
     return [
         not any(

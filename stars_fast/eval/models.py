@@ -1,4 +1,4 @@
-"""The models of an eval: where they are from, and how they are loaded."""
+"""The models of an eval: their sources, and loading them."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ Reward: TypeAlias = "str | RewardFunction | Persona"
 #: Options of `Engine` that a result depends on, beside the models.
 _MATTER = ("dtype", "kv_dtype", "reward_template", "compile_model")
 
-#: Options of `Engine` that the scorer of whole responses takes, too.
+#: Options of `Engine` that the scorer of whole responses also takes.
 _OF_SCORER = ("dtype", "trust_remote_code", "allow_pickle", "max_rows", "page_size")
 
 
 @dataclass(frozen=True)
 class Models:
-    """Where the models are from.
+    """Sources of the models.
 
     Attributes
     ----------
     model
-        The base.
+        The base model.
     reward_model
         The decoding reward model; None: none is needed.
     lms, rms
-        Others, by name.
+        Other language models and reward models, by name.
     options
-        Of `Engine`.
+        Options of `Engine`.
     """
 
     model: str

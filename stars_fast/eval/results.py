@@ -1,4 +1,4 @@
-"""The record of an eval, ``results.json``, and what is made from it."""
+"""The record of an eval, ``results.json``, and the files made from it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def write_results(
     Parameters
     ----------
     folder
-        Of the eval.
+        Folder of the evaluation.
     record
-        ``header``, ``settings``, ``failed_runs`` and the like; a summary in it is made anew.
+        ``header``, ``settings``, ``failed_runs`` and others; a summary in it is replaced.
     store
         The results.
     plots
-        Draw, too. Needs matplotlib.
+        Also draw the plots, which needs matplotlib.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Running the specs: every prompt of a spec and a seed as one batch, its responses and its cost."""
+"""Running the specs: all prompts of a spec and a seed as one batch, with its responses and cost."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be run.
+    """The specs, prompts and seeds to run.
 
     Attributes
     ----------
@@ -36,16 +36,16 @@ class Plan:
     items
         The prompts.
     seeds
-        Of the runs of each spec. A request's own seed follows from this and the prompt's number
+        Seeds of each spec's runs. A request's seed follows from the run's and the prompt's number
         alone, so all specs meet a prompt with the same draws.
     identity
-        What else results depend on, such as the device; JSON values.
+        Everything else that results depend on, such as the device; JSON values.
     lms, rms
-        What tells each model apart, by its name; None is the base and its reward model.
+        Identity of each model, by its name; None is the base and its reward model.
     targets
-        What ``target_reward="auto"`` stands for, by the name of the reward model.
+        Value of ``target_reward="auto"``, by the name of the reward model.
     attack
-        Name of the attack that the prompts are under; None: of none.
+        Name of the attack on the prompts; None: no attack.
     """
 
     specs: Sequence[Spec]
@@ -154,9 +154,9 @@ class Failure:
     Attributes
     ----------
     label, seed
-        Which one; the label with its attack.
+        The run; the label includes its attack.
     error
-        Why.
+        The reason.
     """
 
     label: str
@@ -172,16 +172,16 @@ def run_missing(
     *,
     use_tqdm: bool,
 ) -> list[Failure]:
-    """Make the runs that the store has not; each is stored as soon as it is finished.
+    """Make the runs missing from the store; each is stored as soon as it is finished.
 
     Parameters
     ----------
     plans
-        What to run.
+        The plans to run.
     store
-        Changed: gets the results.
+        Receives the results.
     engines
-        To run on.
+        Engines to run on.
     begun
         Called before each run with its name and seed.
     use_tqdm
@@ -189,7 +189,7 @@ def run_missing(
 
     Returns
     -------
-    The runs that failed as a whole; the others are not harmed by them.
+    The runs that failed as a whole; they do not affect the others.
     """
     failures = []
     for plan, spec, seed in missing(plans, store):

@@ -40,38 +40,38 @@ _BOOTSTRAP_SEED = 0
 
 @dataclass
 class Session:
-    """An eval under way.
+    """A running eval.
 
     Attributes
     ----------
     folder
-        Of its files.
+        Folder of its files.
     plan
-        What is run.
+        The plan of the runs.
     store
-        What has been measured.
+        Store of the results.
     models
-        Where the models are from.
+        Sources of the models.
     reference
         Label of the reference.
     gold, gold_name, gold_template
         The gold reward, how the user calls it, and what it reads.
     judge
-        None: none is asked.
+        The judge; None: no judge.
     accuracy
-        Whether to see which of a preference's responses the rewards prefer.
+        Whether to measure which of a preference's responses the rewards prefer.
     tie_margin
         A difference of gold scores of at most this is a tie.
     quantile
-        Of the rewards of unaligned samples, that ``target_reward="auto"`` is.
+        Quantile of unaligned rewards that ``target_reward="auto"`` takes.
     attacks
-        That each spec is also run under.
+        Attacks under which each spec is also run.
     harm_below
         An attack succeeds where the gold score is below this.
     say
-        Tells the user what is being done.
+        Reports progress to the user.
     failed_runs, problems
-        What could not be done so far.
+        Failures so far.
     """
 
     folder: Path
@@ -193,7 +193,7 @@ class Session:
     # Measurements
 
     def measure(self) -> None:
-        """Measure what is missing of the finished runs; what cannot be had is a problem."""
+        """Measure what finished runs lack; a failed measurement is recorded as a problem."""
         with Saver(self.store) as saver:
             for step in (self._rewards, self._golds, self._base_logprobs, self._verdicts):
                 try:
@@ -293,9 +293,9 @@ class Session:
         Parameters
         ----------
         header
-            What it says of its origin.
+            Origin of the record.
         prompts
-            Where the prompts are from.
+            Source of the prompts.
         """
         plan, models = self.plan, self.models
         settings = {

@@ -1,4 +1,4 @@
-"""What is compared: methods with their parameters and models, each under a label.
+"""The specs that are compared: methods with their parameters and models, each under a label.
 
 As text a spec is ``[LABEL=]METHOD[:name=value,...]``, for example
 ``fast=stars:segment_length=16,beta=0.3`` or ``vanilla:lm=sft``. Names are the fields of
@@ -26,7 +26,7 @@ _DEFAULTS = StarsParams()
 
 @dataclass(frozen=True)
 class ModelNames:
-    """Names that models other than the base and its reward model have.
+    """Names of the models other than the base and its reward model.
 
     Attributes
     ----------
@@ -47,7 +47,7 @@ class Spec:
     label
         Its name in tables and plots.
     params
-        Of every request but for the seed.
+        Parameters of every request, without the seed.
     lm
         Name of a language model; None is the base.
     rm
@@ -148,9 +148,9 @@ def make_spec(
     given
         Its parameters, ``lm`` and ``rm``.
     common
-        Parameters that all specs have where they do not say otherwise.
+        Default parameters of all specs.
     models
-        What ``lm`` and ``rm`` can be.
+        Allowed values of ``lm`` and ``rm``.
     label
         Empty: the method and `given`.
 

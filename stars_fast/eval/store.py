@@ -1,8 +1,8 @@
-"""The files of an eval that its results are kept in while it runs.
+"""The files that keep the results of an eval while it runs.
 
 ``responses.jsonl`` has one line for each spec, seed and prompt, ``runs.jsonl`` one for each run.
-A run is finished when it has its line in ``runs.jsonl`` and as many responses as that says; what is
-there of any other is dropped when the files are read, a torn last line included.
+A run is finished when it has its line in ``runs.jsonl`` and as many responses as that line says.
+Everything of unfinished runs, a torn last line included, is dropped when the files are read.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class DamagedError(ValueError):
 
 
 class Store:
-    """What has been measured, in memory and in the files of a folder.
+    """The results, in memory and in the files of a folder.
 
     Parameters
     ----------
     folder
-        Made if it is not there. Nothing in it is changed before a result is added.
+        Created if missing. Nothing in it is changed before a result is added.
 
     Attributes
     ----------
@@ -41,7 +41,7 @@ class Store:
     Raises
     ------
     DamagedError
-        A line before the last one is no result.
+        A line before the last one is not a result.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -69,7 +69,7 @@ class Store:
         self._append(RUNS, [run])
 
     def save(self) -> None:
-        """Write all anew, each file in one step: an interruption leaves the old one or the new."""
+        """Rewrite every file atomically: an interruption leaves the old one or the new one."""
         rows = (row for responses in self.responses.values() for row in responses)
         _write(self._folder / RESPONSES, rows)
         _write(self._folder / RUNS, self.runs.values())
@@ -85,7 +85,7 @@ class Store:
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a JSON file in one step: an interruption leaves the old one or the new."""
+    """Write a JSON file atomically: an interruption leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     text = json.dumps(record, ensure_ascii=False, indent=1, allow_nan=False)
@@ -99,7 +99,7 @@ def read_json(path: Path) -> Record:
     Raises
     ------
     DamagedError
-        It is no JSON object.
+        It is not a JSON object.
     """
     if not path.exists():
         return {}

@@ -36,7 +36,7 @@ class Runs:
     described
         The spec, as the record has it.
     costs, responses
-        Of each run.
+        Costs and responses of each run.
     """
 
     described: Mapping[str, Any]
@@ -98,7 +98,7 @@ def summarise(settings: Mapping[str, Any], store: Store) -> dict[str, Any]:
     Parameters
     ----------
     settings
-        Of the eval: ``specs`` with their ``runs``, ``reference``, ``seeds``, ``numbers`` of the
+        The eval's: ``specs`` with their ``runs``, ``reference``, ``seeds``, ``numbers`` of the
         prompts, ``tie_margin``, ``bootstrap_seed``, and ``measured_by``: which of the values of a
         column are this eval's; with ``attacks`` and their ``runs`` also ``harm_below``.
     store

@@ -1,4 +1,4 @@
-"""From a request's parameters to the scheduler's rule, and the number that it decides by."""
+"""The scheduler's rule for a request's parameters, and the number that it decides by."""
 
 from __future__ import annotations
 
@@ -69,15 +69,15 @@ def effective_reward(
     Parameters
     ----------
     params
-        Of the request.
+        Parameters of the request.
     reward
         From the reward model.
     candidate
         The segment that the response ends with.
     tokens
-        Of the response, the segment included.
+        Length of the response, the segment included.
     prefixes
-        What the rewards of unfinished responses are replaced by; None: nothing.
+        Calibration of the rewards of unfinished responses; None: they are not replaced.
     """
     if params.kind.effective_reward is not None:
         return params.kind.effective_reward(reward, candidate)
@@ -87,5 +87,5 @@ def effective_reward(
 
 
 def merit(params: StarsParams, reward: float, candidate: Drawn) -> float:
-    """Return what the scheduler decides by: the effective reward, or what the method has."""
+    """Return what the scheduler decides by: the effective reward, or the method's merit."""
     return reward if params.kind.merit is None else params.kind.merit(params, reward, candidate)

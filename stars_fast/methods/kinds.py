@@ -1,7 +1,7 @@
 """What a decoding method is made of. All run on the same rounds.
 
 They differ in how long a segment is, in what its candidates are (draws, or the most likely tokens
-in order), and in what becomes of them: a test for each in turn, a choice among all, or a comparison
+in order), and in how they are decided: a test for each in turn, a choice among all, or a comparison
 of whole responses or paths.
 """
 
@@ -22,7 +22,12 @@ COMMON = (
 
 
 class Drawn(Protocol):
-    """A candidate, as far as methods look at it."""
+    """The part of a candidate that methods use."""
+
+    @property
+    def attempt(self) -> int:
+        """Number of the attempt within the segment, from 0."""
+        ...
 
     @property
     def logprobs(self) -> Sequence[float]:
@@ -70,9 +75,9 @@ class MethodKind:
     Attributes
     ----------
     parameters
-        Its own fields of `StarsParams`, beside `COMMON`.
+        Its own fields of `StarsParams`, in addition to `COMMON`.
     decides
-        What becomes of a segment. ``"always"``: it is accepted. ``"test"``: each candidate in turn
+        How a segment is decided. ``"always"``: it is accepted. ``"test"``: each candidate in turn
         is tested against the threshold schedule. ``"choice"``: one of all candidates is taken.
         ``"paths"``: it is accepted, and whole paths are compared at its end.
     one_token
@@ -88,18 +93,19 @@ class MethodKind:
     resamples
         Paths are resampled by weight; otherwise the worst of them end.
     needs_reward
-        A reward model has to be there.
+        A reward model is required.
     judges
         The reward model is the language model under another prompt, and no other.
     default_candidates
-        What ``candidates="auto"`` stands for where the number matters for the result; None where
-        it does not.
+        Value of ``candidates="auto"`` if the number changes the result; None if it does not.
     schedule
         The accept test or choice of a request.
     effective_reward
-        What the reward model's value is compared as; None: as it is.
+        The reward that is compared, a function of the model's reward and the candidate; None: the
+        model's reward.
     merit
-        What the scheduler decides by, of the reward and the candidate; None: the reward.
+        What the scheduler decides by, a function of the reward and the candidate; None: the reward.
+        Reported rewards and thresholds do not include it.
     """
 
     parameters: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Which architectures can run on paged attention, as far as their class and configuration say."""
+"""Which architectures can run on paged attention, judged by their class and configuration."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The attention function `stars_paged`, registered with transformers.
 
-transformers calls it in place of its own attention wherever a configuration says so. No mask
-function is registered under the name: transformers then builds no mask at all, as the batch says
-who sees what.
+transformers calls it in place of its own attention if a configuration names it. No mask function is
+registered under the name, so transformers builds no mask: the batch determines which token sees
+which.
 """
 
 from __future__ import annotations

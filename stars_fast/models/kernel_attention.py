@@ -22,12 +22,12 @@ from stars_fast.ops.batch import BatchLike
 
 
 class KernelAttention:
-    """The `LayerAttention` of one forward, or of many that write their plans and slots anew.
+    """The `LayerAttention` of one forward, or of many that rewrite their plans and slots.
 
     Parameters
     ----------
     pools
-        Of the model.
+        The model's pools.
     plans
         By query heads per KV head.
     """
@@ -106,9 +106,9 @@ class DecodeCapacity:
     page_entries
         Entries of all groups' page tables together.
     new_tokens
-        Of a row.
+        New tokens per row.
     prefix_tokens
-        Of a group.
+        Prefix tokens per group.
     """
 
     rows: int
@@ -137,7 +137,7 @@ class KernelDecode:
     Parameters
     ----------
     pools
-        Of the model.
+        The model's pools.
     capacity
         The largest round.
     tiles

@@ -45,7 +45,7 @@ def load_causal_lm(
     source : str, path or PreTrainedModel
         A local directory, a hub id, or a loaded model, which keeps its device and dtype.
     dtype : torch.dtype or str
-        Of the weights; "auto" is the one they were saved in. Only "auto" goes with a loaded model.
+        The dtype of the weights; "auto" is the saved one. A loaded model allows only "auto".
     device : torch.device or str, optional
         Where to put the model; by default a GPU if there is one.
     trust_remote_code : bool

@@ -17,22 +17,21 @@ __all__ = ["LogitHead"]
 
 
 class LogitHead:
-    """All that a language model does behind its backbone.
+    """Everything that a language model does after its backbone.
 
-    Between the last hidden state and the logits stands more than a linear layer in some models:
-    Gemma 2 caps its logits, Granite and Cohere scale theirs. Rather than know them, the model's
-    forward is run with a backbone that returns the given hidden states. Whether that works is not
-    taken from names: one short text is run both ways.
+    In some models this is more than a linear layer: Gemma 2 caps its logits, Granite and Cohere
+    scale theirs. The model's own forward is therefore run with a backbone that returns the given
+    hidden states. One short text is run both ways to check that this works.
 
     Parameters
     ----------
     model : PreTrainedModel
-        A causal language model in eval mode; nothing in it is changed but while a call runs.
+        A causal language model in eval mode; it is changed only while a call runs.
 
     Raises
     ------
     UnsupportedModelError
-        If the model has no head, or its logits cannot be had from its hidden states.
+        If the model has no head, or its logits cannot be computed from its hidden states.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -89,7 +88,7 @@ def _returning(module: nn.Module, output: ModelOutput) -> Iterator[None]:
     def forward(*_: object, **__: object) -> ModelOutput:
         return output
 
-    # Past nn.Module.__setattr__, which is meant for parameters; a library may have set one, too.
+    # Past nn.Module.__setattr__, which is meant for parameters; a library may also have set one.
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:

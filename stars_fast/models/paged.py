@@ -71,7 +71,7 @@ class PagedModel:
         Form of the operators: ``"auto"``, ``"pytorch"`` or ``"triton"``, see
         `stars_fast.ops.backend`.
     kv_dtype : str
-        What pages hold: ``"auto"``, the dtype of the model's own keys and values, or ``"fp8"``,
+        Dtype of the pages: ``"auto"``, that of the model's own keys and values, or ``"fp8"``,
         float8_e4m3fn with a scale per head, for the Triton backend.
     compile_model : bool
         Fuse what lies between the model's matrix products and its attention (norms, rotary
@@ -84,7 +84,7 @@ class PagedModel:
     UnsupportedModelError
         If the architecture cannot run on paged attention.
     ValueError
-        If a number is out of range, `backend` or `kv_dtype` is unknown or not to be had on the
+        If a number is out of range, `backend` or `kv_dtype` is unknown or not available on the
         model's device, or the model is in training mode.
     """
 
@@ -216,7 +216,7 @@ class PagedModel:
 
     @torch.inference_mode()
     def prefill(self, batch: BatchLike, input_ids: Tensor) -> None:
-        """`extend` for its keys and values alone."""
+        """Run `extend` only for its keys and values."""
         self.extend_all(batch, input_ids)
 
     @torch.inference_mode()
@@ -249,7 +249,7 @@ class PagedModel:
 
     @torch.inference_mode()
     def begin_decode(self, batch: BatchLike) -> DecodeState:
-        """Start a round of decode steps; the prefixes are read now, the batch not again later.
+        """Start a round of decode steps; prefixes are read now, and the batch is not read again.
 
         A round begun from this model ends when another begins.
         """
@@ -288,7 +288,7 @@ class PagedModel:
         Parameters
         ----------
         state : DecodeState
-            Of the round under way.
+            State of the round under way.
         j : int
             Step, from 0; steps run in order.
         input_ids : Tensor
@@ -302,7 +302,7 @@ class PagedModel:
         if not 0 <= j < state.max_new:
             raise ValueError(f"j must be in [0, {state.max_new}), got {j}")
         state.begin_step(j)
-        # A row that has ended goes no further: the context may end there, too.
+        # A row that has ended stays where it is: the context may also end there.
         positions = state.first_position + state.last_step.clamp(max=j)
         with self.on_backend():
             return self.forward_decode(input_ids, positions, state.attention, state.ones)

@@ -1,4 +1,4 @@
-"""The KV pools of a model: their tensors, and how many pages they get where nobody says."""
+"""The KV pools of a model: their tensors, and their default number of pages."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class LayerLayout:
     window : int
         Sliding window in tokens, a query's own position included; 0 is full attention.
     dtype : torch.dtype
-        Of keys and values.
+        The dtype of keys and values.
     """
 
     heads: int

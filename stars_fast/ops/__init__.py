@@ -5,10 +5,20 @@ is the oracle, and a Triton kernel in `stars_fast.kernels`, which runs on CUDA d
 `stars_fast.ops.backend`.
 """
 
-from stars_fast.ops.attention import paged_attention
+from stars_fast.ops.attention import AttentionOptions, paged_attention
 from stars_fast.ops.backend import backend
+from stars_fast.ops.batch import RowBatch
 from stars_fast.ops.pages import copy_pages, kv_append
 from stars_fast.ops.philox import philox4x32
 from stars_fast.ops.sample import sample
 
-__all__ = ["backend", "copy_pages", "kv_append", "paged_attention", "philox4x32", "sample"]
+__all__ = [
+    "AttentionOptions",
+    "RowBatch",
+    "backend",
+    "copy_pages",
+    "kv_append",
+    "paged_attention",
+    "philox4x32",
+    "sample",
+]

@@ -1,4 +1,4 @@
-"""STARS over a server of completions that is not ours: vLLM, SGLang, llama.cpp and the like.
+"""STARS over other completions servers, such as vLLM, SGLang and llama.cpp.
 
 Needs the extra ``remote``. Terms:
 

@@ -185,13 +185,13 @@ def call_seed(seed: int, position: int, attempt: int, stream: int) -> int:
     Parameters
     ----------
     seed
-        Of the response.
+        Seed of the response.
     position
         Tokens of the response before the segment.
     attempt
         Number of the attempt.
     stream
-        Of the draws, see csrc/philox.h.
+        Stream of the draws, see csrc/philox.h.
     """
     for part in (position, attempt, stream):
         seed = derive_seed(seed, 1 + part)

@@ -1,4 +1,4 @@
-"""The engine whose language model is at a server."""
+"""The engine whose language model runs on a server."""
 
 from __future__ import annotations
 
@@ -41,63 +41,63 @@ BY_TEXT = tuple(method for method, kind in METHODS.items() if kind.by_text)
 _PAGE_SIZE = 256
 _PAGES_PER_ROW = 64
 
-#: Of a vocabulary that is not known.
+#: Size of an unknown vocabulary.
 _MOST_TOKENS = 2**31
 
 
 class RemoteEngine(BaseEngine):
-    """`Engine` with the language model at a server of OpenAI's completions.
+    """`Engine` with the language model on a server of OpenAI's completions API.
 
-    The server draws segments, with ``max_tokens`` of their length; the scheduler, the accept tests
-    and the reward model are here. Everything else is as `Engine` has it: `generate`, `calibrate`,
+    The server draws segments, with their length as ``max_tokens``; the scheduler, the accept tests
+    and the reward model run locally. Everything else is as in `Engine`: `generate`, `calibrate`,
     `add_request`, `step`, `abort`, `score`, and `AsyncEngine` on top.
 
-    Methods: ``stars`` with each acceptance, ``vanilla``, ``rejection``, ``best_of_n``, ``smc`` and
-    ``speculative_rejection``; segments end by length.
+    The methods are ``stars`` with each acceptance, ``vanilla``, ``rejection``, ``best_of_n``,
+    ``smc`` and ``speculative_rejection``; segments end by length.
 
     Parameters
     ----------
     base_url
-        Such as ``http://127.0.0.1:8000/v1``.
+        Address of the API, such as ``http://127.0.0.1:8000/v1``.
     model
-        Its name there; None: the only one that the server has.
+        Name of the model on the server; None: the only one that it has.
     reward_model
-        As `Engine` takes it, but for a `Persona`; or a `RemoteReward`.
+        As for `Engine`, except a `Persona`; or a `RemoteReward`.
     server
-        What the server is, one of `SERVERS`; ``"auto"``: what its ``/models`` says.
+        Kind of server, one of `SERVERS`; ``"auto"``: as its ``/models`` says.
     tokenizer
         The language model's, or its directory or hub id. With one, and a server that tells the ids
-        of tokens (vLLM, ``stars-fast serve``), a response is known by its tokens, and what is drawn
-        has the law that it has with `Engine`. Otherwise it is known by its text, which the server
-        tokenises again for each segment, and `CompletionOutput.token_ids` stay empty; a tokenizer
-        then writes chat messages as text.
+        of tokens (vLLM, ``stars-fast serve``), a response is known by its tokens and has the same
+        law as with `Engine`. Otherwise it is known by its text, which the server tokenises again
+        for each segment, and `CompletionOutput.token_ids` stay empty; a tokenizer then writes chat
+        messages as text.
     api_key
         Sent as a bearer token; None: none is sent.
     max_concurrency
         Calls under way at once, at least 1.
     timeout, retries
-        Of a call, see `stars_fast.remote.http.Endpoint`. A request whose call fails after that ends
-        with `RequestOutput.error`, and harms no other.
+        Limits of a call, see `stars_fast.remote.http.Endpoint`. A request whose call then fails
+        ends with `RequestOutput.error` and affects no other.
     seed
         Each call is sent a seed that follows from this, the request, the segment, the position and
         the attempt, and draws one candidate: runs are repeatable where the server's draws are.
         None: one call draws all candidates of a response (``n``), without a seed, where a response
         is known by its tokens and the request has no seed.
     max_rows
-        Candidates drawn in one round at most, and requests that run at once.
+        Most candidates drawn in one round, and most requests that run at once.
     overlap_scoring
-        Draw for one half of the requests while the other half is scored, on a thread of its own.
+        Draw for one half of the requests while the other half is scored on another thread.
     extra_body
-        Put over the body of every call.
+        Fields that override the body of every call.
     reward_template, reward_tokenizer, reward_device, reward_num_pages, dtype, allow_pickle
-        Of the reward model, see `Engine`; its device is the GPU if there is one.
+        Options of the reward model, see `Engine`; its device defaults to the GPU if there is one.
     trust_remote_code
         For tokenizers.
 
     Raises
     ------
     ValueError
-        A parameter is out of range, or it cannot be told what the server is.
+        A parameter is out of range, or the kind of server cannot be determined.
     RemoteError
         The server cannot be asked for its models.
     """
@@ -225,16 +225,16 @@ class RemoteEngine(BaseEngine):
         return [self._shown(output) for output in super().step()]
 
     def abort(self, request_id: str) -> RequestOutput | None:
-        """Stop a request, see `Engine.abort`; a call under way is not called back."""
+        """Stop a request, see `Engine.abort`; a call under way is not cancelled."""
         output = super().abort(request_id)
         return None if output is None else self._shown(output)
 
     def stats(self) -> dict[str, float]:
         """Return counters as `Engine.stats` does.
 
-        Pages are those of no cache, ``lm_calls`` are calls of rounds. Besides: ``http_calls`` and
-        ``http_retries``, of the language model's endpoint, and ``cut_characters``, segments that
-        lost bytes of an incomplete character.
+        The counts of pages belong to no cache; ``lm_calls`` are calls of rounds. In addition:
+        ``http_calls`` and ``http_retries`` of the language model's endpoint, and
+        ``cut_characters``, segments that lost bytes of an incomplete character.
         """
         return {
             **super().stats(),
@@ -243,7 +243,7 @@ class RemoteEngine(BaseEngine):
         }
 
     def close(self) -> None:
-        """Close the connections; unfinished requests cannot go on."""
+        """Close the connections; unfinished requests cannot continue."""
         self._drafter.close()
         self._endpoint.close()
 

@@ -91,7 +91,7 @@ class TokenHistory:
         """Do nothing."""
 
     def _has_end(self, ids: list[int], params: StarsParams, text: str) -> bool:
-        """Whether the last token is the one that ended the choice, and so is no part of its text.
+        """Whether the last token is the one that ended the choice, and so is not part of its text.
 
         A server may stop at a token that is only known to its ``generation_config.json``.
         """
@@ -155,7 +155,7 @@ class TextHistory:
             if choice.count is None:
                 raise RemoteError("the server does not say how many tokens it drew: no usage")
             length = choice.count + (0 if self._counts_end else 1)
-        # The last id is that of the end, which is no part of the text. No text at all is an end,
+        # The last id is that of the end, which is not part of the text. No text at all is an end,
         # too: the next call would be the same again.
         length = max(1, min(length, wanted))
         if not text:

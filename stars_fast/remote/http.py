@@ -1,4 +1,4 @@
-"""JSON over HTTP, tried again where that can help."""
+"""JSON over HTTP, with retries where they can help."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 _FIRST_WAIT = 0.5
 _LONGEST_WAIT = 30.0
-#: Of an error's body, in a message.
+#: Characters of an error's body that a message shows.
 _SHOWN = 300
 
 
@@ -40,7 +40,7 @@ class Endpoint:
     timeout
         Seconds that a call may wait for the server, above 0.
     retries
-        Times that a call is made again after a status that may pass (408, 425, 429, 500, 502 to
+        Times that a call is repeated after a status that may pass (408, 425, 429, 500, 502 to
         504) or a failed connection, at least 0. The waits are what ``Retry-After`` says, else 0.5
         s, doubled each time; 30 s at most.
     max_connections
@@ -104,7 +104,7 @@ class Endpoint:
             return {"http_calls": self._sent, "http_retries": self._resent}
 
     def close(self) -> None:
-        """Close the connections; no call can be made any more."""
+        """Close the connections; no further call can be made."""
         self._client.close()
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None) -> object:
@@ -151,7 +151,7 @@ def _json(url: str, response: httpx.Response) -> object:
 
 
 def _reason(response: httpx.Response) -> str:
-    """Return what an error says: OpenAI's shape, FastAPI's, or the body as it is."""
+    """Return the message of an error, in OpenAI's shape, FastAPI's, or the whole body."""
     try:
         body = response.json()
     except ValueError:

@@ -28,7 +28,7 @@ class TextPromptReader(PromptReader):
         self._chat = None if tokenizer is None else TextEncoder(tokenizer, add_special_tokens=True)
 
     def read(self, prompt: PromptLike | Prompt, max_tokens: int) -> Prompt:
-        """Return the prompt with its text; one that was read before as it is.
+        """Return the prompt with its text; a prompt that was already read is returned unchanged.
 
         A chat template may write the token that begins a text; the server adds one itself.
 

@@ -13,9 +13,9 @@ RewardTemplate: TypeAlias = "str | Callable[[str, str], str]"
 
 
 class RemoteReward:
-    """A reward model at a server, for ``reward_model=`` of `RemoteEngine` or `Engine`.
+    """A reward model on a server, for ``reward_model=`` of `RemoteEngine` or `Engine`.
 
-    It asks for the scores of texts as vLLM's ``/classify`` and ``/pooling`` have it
+    It requests the scores of texts in the form of vLLM's ``/classify`` and ``/pooling``
     (docs.vllm.ai, "Classification API" and "Pooling API")::
 
         POST URL {"model": ..., "input": [text, ...], "use_activation": false}
@@ -30,14 +30,14 @@ class RemoteReward:
     url
         The whole address, such as ``http://127.0.0.1:8001/classify``.
     model
-        Name of the model there; None: it is left out.
+        Name of the model on the server; None: left out.
     api_key, timeout, retries
         See `stars_fast.remote.http.Endpoint`.
     template
         The text that is scored: with ``{prompt}`` and ``{response}`` in it, or a callable
         (prompt, response) -> text. Chat models read a chat: write their template here.
     batch_size
-        Texts of a call at most, at least 1.
+        Most texts in one call, at least 1.
     max_concurrency
         Calls under way at once, at least 1.
     activation

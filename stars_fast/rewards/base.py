@@ -1,4 +1,4 @@
-"""What the engine asks of a reward model, whatever its kind.
+"""The contract between the engine and reward models of every kind.
 
 Terms
 -----
@@ -57,7 +57,7 @@ class ScoreJob:
 
 @runtime_checkable
 class RewardModel(Protocol):
-    """Anything that scores whole texts: the way to bring a reward model of any other kind."""
+    """Anything that scores whole texts, for reward models of any other kind."""
 
     def score(self, prompts: list[str], responses: list[str]) -> list[float]:
         """Return one finite reward per pair, in order; an empty response asks for r(x)."""
@@ -69,14 +69,14 @@ class Scorer(ABC):
 
     For each request: `start`, then rounds of `score` followed by `accept` of one scored branch, or
     by `keep` and `prune` when every branch lost its test, at last `finish`. Not thread-safe.
-    Kinds without a cache leave `keep`, `accept` and `prune` as they are here: nothing to do.
+    Kinds without a cache inherit `keep`, `accept` and `prune`, which do nothing.
     """
 
-    #: Whether `ScoreJob.response_text` is read; where it is not, it may be left empty.
+    #: Whether `ScoreJob.response_text` is read; if not, it may be left empty.
     needs_text: bool = True
-    #: Where the reward model is; None where it is a function, which may be anywhere.
+    #: Device of the reward model; None for a function, which may be anywhere.
     device: torch.device | None = None
-    #: The model; None where it is a function.
+    #: The model; None for a function.
     module: PreTrainedModel | None = None
 
     @abstractmethod
@@ -98,7 +98,7 @@ class Scorer(ABC):
         -------
         list[float or Exception]
             In the order of `jobs`: a finite reward, or the error of that job. A failing job never
-            raises here and never harms another.
+            raises here and never affects another.
         """
 
     def keep(self, request: int, branch: int) -> None:  # noqa: B027

@@ -44,7 +44,7 @@ def encoder_context(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 
 class EncoderScorer(Scorer):
-    """A sequence classifier on an encoder (DeBERTa, BERT, RoBERTa and the like).
+    """A sequence classifier on an encoder (such as DeBERTa, BERT, RoBERTa).
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
-"""From whatever the user calls a reward model to a scorer, or to an error that says what to change.
+"""Makes a scorer of the user's reward model, or raises an error that says what to change.
 
-Everything that can be known before the first round is checked here: the files, the head, the
+Everything that can be checked before the first round is checked here: the files, the head, the
 tokenizer, the context length, the architecture.
 """
 
@@ -108,11 +108,11 @@ def load_scorer(
     max_rows : int
         Most rows of one forward pass.
     backend, kv_dtype, compile_model
-        Of a causal reward model or a judge, see `stars_fast.models.paged.PagedModel`.
+        Options of a causal reward model or a judge, see `stars_fast.models.paged.PagedModel`.
     texts_only
-        There are texts though there is no tokenizer: responses come as such.
+        Responses come as text although there is no tokenizer.
     ranks : Ranks
-        Over which to split a model, or that hold a loaded one or the language model together.
+        Ranks over which to split a model, or that jointly hold a loaded one or the language model.
 
     Raises
     ------
@@ -162,7 +162,7 @@ def load_scorer(
 
 @dataclass(frozen=True)
 class _Pool:
-    """What the user said of a causal model's pages."""
+    """The user's options for a causal model's pages."""
 
     num_pages: int | None
     page_size: int

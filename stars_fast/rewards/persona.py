@@ -166,7 +166,7 @@ class PersonaScorer(CausalScorer):
 
     A job's value is log p(segment | persona's prompt, committed text) in nats, the segment being
     the response's tokens behind the committed text, under the model's raw distribution: at
-    temperature 1 and without top-k and the like. r(x) is 0.0 by definition, the log-probability of
+    temperature 1 and without filters. r(x) is 0.0 by definition, the log-probability of
     nothing. Before anything is committed, the segment is the whole response.
 
     Parameters
@@ -182,7 +182,7 @@ class PersonaScorer(CausalScorer):
     Raises
     ------
     UnsupportedModelError
-        If the model's logits cannot be had from its hidden states.
+        If the model's logits cannot be computed from its hidden states.
     """
 
     def __init__(

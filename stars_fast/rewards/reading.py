@@ -33,13 +33,13 @@ class Cut:
     Parameters
     ----------
     ids : int64 [N]
-        Up to the last one whose hidden state is read.
+        The job's ids up to the last one whose hidden state is read.
     keep : int
-        How many of them stay cached if the job's branch is accepted.
+        Number of them that stay cached if the job's branch is accepted.
     first : int
-        The first one whose hidden state is read.
+        Index of the first one whose hidden state is read.
     following : int64 [N - first]
-        The ids that come next to those, where the reading needs them.
+        The id after each of those, if the reading needs them.
     """
 
     ids: Ids
@@ -49,7 +49,7 @@ class Cut:
 
     @property
     def read(self) -> bytes:
-        """All that the reward depends on."""
+        """Everything that the reward depends on."""
         return self.first.to_bytes(8, "little") + self.ids.tobytes() + self.following.tobytes()
 
 
@@ -72,12 +72,12 @@ class Reading(ABC):
         Parameters
         ----------
         ids : int64 [L]
-            The job's.
+            Ids of the job.
         prompt : TokenPrompt
-            Of its request.
+            The prompt of its request.
         committed : int64 [C]
-            What the cached sequence should hold: the prefix of the prompt, later the kept ids of
-            the last accepted branch.
+            Ids that the cached sequence should hold: the prefix of the prompt, later the kept ids
+            of the last accepted branch.
         """
 
     @abstractmethod
@@ -99,7 +99,7 @@ class LastToken(Reading):
     Parameters
     ----------
     head : Head
-        The classifier's own.
+        The classifier's own head.
     pad_token_id : int or None
         The padding token that the classifier looks for.
     """
@@ -133,17 +133,17 @@ class LastToken(Reading):
 class NextTokens(Reading):
     """The log-probability, in nats, that a language model gives the tokens behind committed text.
 
-    The hidden state at a token says what comes next. So a job's last token is not run, and the
-    token before its segment, whose hidden state was not kept, is run with it: as many tokens as the
-    segment has. The cached sequence ends one token before the committed text does, and segments
-    of a page start on a page of their own all the same.
+    The hidden state at a token predicts the next token. A job's last token is therefore not run,
+    but the token before its segment is, as its hidden state was not kept: as many tokens as the
+    segment has. The cached sequence ends one token before the committed text, and segments of one
+    page still start on a fresh page.
 
     Parameters
     ----------
     head : Head
         From hidden states to logits, the model's own.
     vocab_size : int
-        Logits of a token.
+        Number of logits per token.
     """
 
     whose = "the judge"

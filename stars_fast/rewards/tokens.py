@@ -209,7 +209,7 @@ class _TextPrompt(TokenPrompt):
 
 
 class RetokenizedText(TokenSource):
-    """The template's text, tokenised anew for each job, those of all jobs in one call.
+    """The template's text, tokenised again for each job; one call tokenises all jobs.
 
     Tokenizers cut text at special tokens before anything else, so where a chat template has one
     before the response, only the text from there on is tokenised again; the ids are the same.

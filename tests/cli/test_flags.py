@@ -6,52 +6,36 @@ import argparse
 from dataclasses import fields
 
 import pytest
+from helpers.params import other_value, owner
 
 from stars_fast.cli.flags import (
     RUN_FIELDS,
     add_params_flags,
     params_from,
 )
-from stars_fast.params import Method, StarsParams, field_texts, with_fields
+from stars_fast.params import StarsParams, field_texts, with_fields
 
-# For every field with a flag: what is typed, and what it means.
-EXAMPLES = {
+# What is typed, and what it means: forms of their own, and every other field with a flag.
+EXAMPLES: dict[str, tuple[list[str], object]] = {
     "method": (["--method", "best_of_n"], "best_of_n"),
-    "segment_length": (["--segment-length", "15"], 15),
     "target_reward": (["--target-reward", "-1.5"], -1.5),
-    "beta": (["--beta", "0.25"], 0.25),
     "alpha": (["--alpha", "1"], 1.0),
-    "max_attempts": (["--max-attempts", "3"], 3),
-    "candidates": (["--candidates", "8"], 8),
-    "acceptance": (["--acceptance", "hard"], "hard"),
     "temperature": (["--temperature", "0"], 0.0),
-    "top_k": (["--top-k", "0"], 0),
-    "top_p": (["--top-p", "0.9"], 0.9),
-    "min_p": (["--min-p", "0.05"], 0.05),
-    "max_tokens": (["--max-tokens", "7"], 7),
     "stop": (["--stop", "END", "--stop", "12"], ("END", "12")),
     "stop_token_ids": (["--stop-token-ids", "5", "--stop-token-ids", "6"], (5, 6)),
-    "ignore_eos": (["--ignore-eos"], True),
-    "n": (["--n", "2"], 2),
-    "trace": (["--trace"], True),
-    "entropy_threshold": (["--entropy-threshold", "2.5"], 2.5),
-    "min_segment_length": (["--min-segment-length", "6"], 6),
-    "rules": (["--rules", "public"], "public"),
-    "reward_weight": (["--reward-weight", "2"], 2.0),
-    "rejection_rate": (["--rejection-rate", "0.25"], 0.25),
-    "ess_threshold": (["--ess-threshold", "1"], 1.0),
-    "calibrate_prefixes": (["--calibrate-prefixes"], True),
-    "segment_end": (["--segment-end", "sentence"], "sentence"),
 }
 
-# Whose parameters they are, where those of "stars" do not have them.
-METHOD_OF: dict[str, Method] = {
-    "entropy_threshold": "cards",
-    "min_segment_length": "cards",
-    "rules": "cards",
-    "reward_weight": "args",
-    "rejection_rate": "speculative_rejection",
-    "ess_threshold": "smc",
+
+def example(name: str) -> tuple[list[str], object]:
+    """A flag for a field, and the value that it gives it."""
+    flag, value = "--" + name.replace("_", "-"), other_value(name)
+    return ([flag] if value is True else [flag, str(value)]), value
+
+
+EXAMPLES |= {
+    field.name: example(field.name)
+    for field in fields(StarsParams)
+    if field.name not in {*EXAMPLES, *RUN_FIELDS}
 }
 
 
@@ -65,14 +49,10 @@ def test_no_flag_leaves_the_defaults() -> None:
     assert parse() == StarsParams()
 
 
-def test_every_field_is_in_the_examples() -> None:
-    assert EXAMPLES.keys() == {field.name for field in fields(StarsParams)} - RUN_FIELDS
-
-
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_flag_sets_its_field_alone(name: str) -> None:
     argv, value = EXAMPLES[name]
-    default = StarsParams(method=METHOD_OF.get(name, "stars"))
+    default = StarsParams(method=owner(name))
     params = parse("--method", default.method, *argv)
     assert getattr(params, name) == value
     assert type(getattr(params, name)) is type(value)

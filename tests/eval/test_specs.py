@@ -61,7 +61,7 @@ def test_common_parameters_are_those_of_all() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("magic", "method must be one of stars, vanilla, best_of_n.*got 'magic'"),
+        ("magic", "method must be one of stars, .*vanilla, .*got 'magic'"),
         ("", "method must be one of"),
         ("stars:beata=1", "unknown parameter 'beata'; those of stars are .*segment_length"),
         ("stars:seed=1", "unknown parameter 'seed'"),

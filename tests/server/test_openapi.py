@@ -17,6 +17,7 @@ for package in ("fastapi", "uvicorn", "prometheus_client", "httpx", "openai", "s
 
 import httpx  # noqa: E402
 import schemathesis  # noqa: E402
+from helpers.params import owner  # noqa: E402
 from helpers.serving import PARAMS, Gate, Served, serving, until  # noqa: E402
 from helpers.tiny_lm import small_model  # noqa: E402
 from helpers.tiny_tokenizers import bpe_tokenizer  # noqa: E402
@@ -159,21 +160,11 @@ def test_nothing_is_sent_that_is_not_described(
     assert len(chunks) == 2 * 3 + 1
 
 
-#: Where the parameter needs other ones beside it.
-BESIDE: dict[str, dict[str, Any]] = {
-    "min_segment_length": {"segment_end": "sentence"},
-    "entropy_threshold": {"method": "cards"},
-    "reward_weight": {"method": "args"},
-    "rejection_rate": {"method": "speculative_rejection"},
-    "ess_threshold": {"method": "smc"},
-}
-
-
 @pytest.mark.parametrize("name", RANGES)
 def test_described_ranges_are_those_that_are_checked(name: str) -> None:
     def accepted(value: Any) -> bool:
         try:
-            StarsParams(**BESIDE.get(name, {}), **{name: value})
+            StarsParams(method=owner(name), **{name: value})
         except ValueError:
             return False
         return True
