@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from stars_fast import _core
 from stars_fast.drafting.base import Draft, RowSampling
-from stars_fast.drafting.graph import StepGraph
+from stars_fast.drafting.graph import GraphMemory, StepGraph
 from stars_fast.drafting.rows import Progress, RowParameters, most_ranks, most_stop_ids
 from stars_fast.kernels.attention import Tiles
 from stars_fast.models.kernel_attention import DecodeCapacity, KernelDecode
@@ -71,7 +70,7 @@ class CapturedDrafter:
         self._model = model
         self._segment_ends = segment_ends
         self._buckets: dict[_Key, _Bucket] = {}
-        self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+        self._memory = GraphMemory(model.device) if model.device.type == "cuda" else None
 
     @property
     def captures(self) -> dict[_Key, bool]:
@@ -108,7 +107,9 @@ class CapturedDrafter:
             self._buckets.pop(key, None)
             del bucket
             segment_ends = self._segment_ends() if steps.ends_early else None
-            bucket = _Bucket.make(self._model, roomy, tiles, stops, self._pool, steps, segment_ends)
+            bucket = _Bucket.make(
+                self._model, roomy, tiles, stops, self._memory, steps, segment_ends
+            )
             self._buckets[key] = bucket
         return bucket
 
@@ -132,7 +133,7 @@ class _Bucket:
         capacity: DecodeCapacity,
         tiles: Mapping[int, Tiles],
         stop_ids: int,
-        pool: Any,  # noqa: ANN401 - see StepGraph
+        memory: GraphMemory | None,
         steps: _Steps,
         segment_ends: torch.Tensor | None,
     ) -> _Bucket:
@@ -161,7 +162,7 @@ class _Bucket:
             ids.copy_(progress.draw(logits, at))
             decode.end_step()
 
-        graph = StepGraph(step, device, pool)
+        graph = StepGraph(step, memory)
         return cls(capacity, decode, parameters, progress, ids, first_position, graph)
 
     def holds(self, needed: DecodeCapacity, stop_ids: int) -> bool:
