@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.backends import device_of
 from helpers.outputs import all_same
 from helpers.tiny_lm import letter_model, letter_tokenizer
 
@@ -205,7 +206,8 @@ def test_methods_that_need_a_reward_model_say_so() -> None:
 
 @pytest.mark.parametrize("backend", ["pytorch", "triton"])
 def test_a_top_p_that_float32_does_not_hold_keeps_one_token(backend: Any) -> None:
-    small = Engine(letter_model(), num_pages=50, page_size=4, backend=backend)
+    model = letter_model().to(device_of(backend))
+    small = Engine(model, num_pages=50, page_size=4, backend=backend)
     params = StarsParams(method="vanilla", top_k=0, max_tokens=2, ignore_eos=True)
     chosen = [
         small.generate([[0, 1]], dataclasses.replace(params, **change), use_tqdm=False)[0]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.backends import device_of
 from helpers.bpe_engine import bpe_engine, responses_of
 from helpers.outputs import same
 from helpers.tiny_lm import small_model
@@ -178,8 +179,10 @@ def test_on_the_kernels(params: StarsParams) -> None:
     number = "candidates" if params.method == "args" else "max_attempts"
     short = dataclasses.replace(params, max_tokens=2, seed=2, **{number: 2})
     want, got = (
-        bpe_engine(reward, **options).generate(PROMPTS[1], short, use_tqdm=False)[0]
-        for options in ({}, {"backend": "triton", "max_rows": 2})
+        bpe_engine(
+            reward, model=small_model().to(device_of(backend)), backend=backend, max_rows=2
+        ).generate(PROMPTS[1], short, use_tqdm=False)[0]
+        for backend in ("pytorch", "triton")
     )
     assert got.error is None
     assert same(got.outputs[0], want.outputs[0])

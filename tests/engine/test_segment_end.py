@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.backends import device_of
 from helpers.bpe_engine import bpe_engine, responses_of, text_reward
 from helpers.tiny_lm import small_model
 from helpers.tiny_tokenizers import bpe_tokenizer
@@ -108,6 +109,7 @@ def test_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     short = dataclasses.replace(PARAMS, max_tokens=6, segment_length=3, max_attempts=2)
     model = small_model(layers=1)  # little work for the interpreter
     want = run(short, PROMPTS[:2], model=model)
+    model.to(device_of("triton"))
     got = run(short, PROMPTS[:2], model=model, backend="triton")
     assert [output.segments for output in got] == [output.segments for output in want]
     # Borders were met.

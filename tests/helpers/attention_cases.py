@@ -113,7 +113,7 @@ def plain_attention(
         scores = [float(query[head].double() @ key[kv_head]) * scaling for key in keys]
         if shape.softcap:
             scores = [shape.softcap * math.tanh(s / shape.softcap) for s in scores]
-        weights = torch.tensor(scores, dtype=torch.float64).exp()
+        weights = torch.tensor(scores, dtype=torch.float64, device=values.device).exp()
         total = weights.sum()
         if sinks is not None:
             total = total + sinks[head].double().exp()

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from helpers.backends import device_of
 from helpers.page_driver import PageDriver, Sequence
 from helpers.tiny_architectures import CONFIGS, MAX_LENGTH, WINDOW, tiny_lm
 from hypothesis import HealthCheck, given, settings
@@ -33,6 +34,7 @@ def test_logits_agree_with_eager_attention(name: str, backend: Backend) -> None:
         window = 3
         mixed = ["sliding_attention", "full_attention"]
         model = tiny_lm(name, num_hidden_layers=2, layer_types=mixed, sliding_window=window)
+    model.to(device_of(backend))
     driver = PageDriver(model, page_size=4, num_pages=256, tolerance=1e-5, backend=backend)
     rng = random.Random(name)
     long, short, fresh = Sequence(), Sequence(), Sequence()

@@ -78,7 +78,7 @@ def test_append(dtype: torch.dtype) -> None:
     value = torch.arange(40.0, device=DEVICE).to(dtype).view(2, 4, 5).transpose(0, 1)
     slots = torch.tensor([5, 0, 35, 0], device=DEVICE)
     kv_append(k, v, key, value, slots)
-    written = torch.zeros(36, dtype=torch.bool)
+    written = torch.zeros(36, dtype=torch.bool, device=DEVICE)
     written[slots] = True
     for now, old, new in ((k, before[0], key), (v, before[1], value)):
         flat = now.flatten(0, 1)
