@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from stars_fast.methods import COMMON, METHODS, kind_of
-from stars_fast.params import StarsParams, field_texts, with_fields
+from stars_fast.params import StarsParams, plain_text, with_fields
 
 #: Fields that the commands set themselves: each request's seed follows from the run's ``--seed``.
 RUN_FIELDS = frozenset({"seed"})
@@ -35,7 +35,6 @@ def add_params_flags(
         Fields that get no flag.
     """
     hints = get_type_hints(StarsParams)
-    texts = field_texts(StarsParams.__doc__ or "")
     group = parser.add_argument_group("parameters of a request")
     for field in fields(StarsParams):
         if field.name in skip:
@@ -43,7 +42,7 @@ def add_params_flags(
         assert field.default is not MISSING
         default = defaults.get(field.name, field.default)
         shown = "none" if default is None else str(default)
-        text = " ".join(filter(None, (texts.get(field.name), f"(default: {shown})")))
+        text = f"{plain_text(field.name)} (default: {shown})"
         group.add_argument(
             "--" + field.name.replace("_", "-"),
             dest=_PREFIX + field.name,
