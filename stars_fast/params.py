@@ -54,6 +54,8 @@ class Range:
             right = f"{self.below})" if self.below is not None else f"{self.high}]"
             over = self.above is None or number > self.above
             under = self.below is None or number < self.below
+            if math.isinf(self.low) and math.isinf(self.high) and self.below is None and not over:
+                raise ValueError(f"{name} must be above {self.above}{also}, got {value!r}")
             if not (over and under and self.low <= number <= self.high):
                 raise ValueError(f"{name} must be in {left}, {right}, got {value!r}")
         if not self.low <= number <= self.high:
@@ -93,6 +95,7 @@ _COUNT = Range(1, _MOST, whole=True)
 _PART = Range(0, 1)
 _TOKEN_ID = Range(0, 2**31 - 1, whole=True)
 _SEED = Range(0, 2**64 - 1, whole=True)
+_BIAS = Range(-100, 100)
 
 
 @dataclass(frozen=True)
@@ -242,6 +245,61 @@ class StarsParams:
             _PART,
         ),
     )
+    repetition_penalty: float = field(
+        default=1.0,
+        metadata=_about(
+            """
+            Divides the positive logits, and multiplies the negative ones, of every token that the
+            prompt or the response has, above 0; 1 is off (arXiv 1909.05858).
+            """,
+            Range(above=0),
+        ),
+    )
+    presence_penalty: float = field(
+        default=0.0,
+        metadata=_about(
+            "Taken from the logit of every token that the response has, in [-2, 2]; 0 is off.",
+            Range(-2, 2),
+        ),
+    )
+    frequency_penalty: float = field(
+        default=0.0,
+        metadata=_about(
+            """
+            Taken from the logit of every token of the response, as many times as it is there, in
+            [-2, 2]; 0 is off.
+            """,
+            Range(-2, 2),
+        ),
+    )
+    logit_bias: Mapping[int, float] | None = field(
+        default=None,
+        hash=False,
+        metadata=_about(
+            "Added to the logits of tokens, by token id, in [-100, 100]; before any penalty."
+        ),
+    )
+    min_tokens: int = field(
+        default=0,
+        metadata=_about(
+            """
+            Tokens of the response before a token can end it: until then end-of-sequence tokens and
+            `stop_token_ids` are not drawn. At most `max_tokens`. Texts of `stop` end it earlier.
+            """,
+            Range(0, _MOST, whole=True),
+        ),
+    )
+    top_logprobs: int = field(
+        default=0,
+        metadata=_about(
+            """
+            Keep so many most likely tokens of each position with their log-probabilities in
+            `CompletionOutput.top_logprobs`, in [0, 20]; of the model's raw distribution, before
+            penalties, biases, temperature and filters.
+            """,
+            Range(0, 20, whole=True),
+        ),
+    )
     max_tokens: int = field(
         default=128, metadata=_about("M: the budget of response tokens, at least 1.", _COUNT)
     )
@@ -365,9 +423,14 @@ class StarsParams:
         for flag in ("ignore_eos", "trace", "calibrate_prefixes"):
             if not isinstance(getattr(self, flag), bool):
                 raise TypeError(f"{flag} must be a bool, got {getattr(self, flag)!r}")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens must be at most max_tokens, {self.max_tokens}, got {self.min_tokens}"
+            )
         # Sequences become tuples, so that a frozen object cannot change under its owner.
         object.__setattr__(self, "stop", _stop_texts(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
 
     def _check_own_parameters(self) -> None:
         if self.acceptance == "gibbs" and not has_gibbs(self.method):
@@ -523,3 +586,20 @@ def _stop_ids(value: Sequence[int] | None) -> tuple[int, ...] | None:
     for token in value:
         _TOKEN_ID.check("stop_token_ids", token)
     return tuple(int(token) for token in value) or None
+
+
+def _biases(value: Mapping[Any, float] | None) -> dict[int, float] | None:
+    """Return a copy by token id; JSON has ids as texts."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise TypeError(f"logit_bias must be a mapping of token ids to numbers, got {value!r}")
+    found: dict[int, float] = {}
+    for key, bias in value.items():
+        token = int(key) if isinstance(key, str) and key.isdecimal() else key
+        _TOKEN_ID.check("logit_bias: a token id", token)
+        if int(token) in found:
+            raise ValueError(f"logit_bias has token id {token} twice")
+        _BIAS.check(f"logit_bias[{token}]", bias)
+        found[int(token)] = float(bias)
+    return found or None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
@@ -78,6 +79,8 @@ def _flag_kind(hint: object) -> dict[str, Any]:
     members = _union_members(hint)
     if members == [bool]:
         return {"action": argparse.BooleanOptionalAction}
+    if any(get_origin(member) is Mapping for member in members):
+        return {"type": _json_object, "metavar": "JSON"}
     words = [word for m in members if get_origin(m) is Literal for word in get_args(m)]
     elements = [get_args(m)[0] for m in members if get_args(m) and get_origin(m) is not Literal]
     kinds = [kind for kind in _SCALARS if kind in members or kind in elements]
@@ -86,6 +89,16 @@ def _flag_kind(hint: object) -> dict[str, Any]:
     metavar = "|".join([*(kind.__name__.upper() for kind in kinds), *words])
     flag: dict[str, Any] = {"type": _reader(kinds, words, metavar), "metavar": metavar}
     return flag | {"action": "append"} if elements else flag
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    return value
 
 
 def _union_members(hint: object) -> list[object]:

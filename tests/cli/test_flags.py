@@ -28,6 +28,12 @@ EXAMPLES = {
     "top_k": (["--top-k", "0"], 0),
     "top_p": (["--top-p", "0.9"], 0.9),
     "min_p": (["--min-p", "0.05"], 0.05),
+    "repetition_penalty": (["--repetition-penalty", "1.1"], 1.1),
+    "presence_penalty": (["--presence-penalty", "-0.5"], -0.5),
+    "frequency_penalty": (["--frequency-penalty", "2"], 2.0),
+    "logit_bias": (["--logit-bias", '{"5": -100, "6": 1.5}'], {5: -100.0, 6: 1.5}),
+    "min_tokens": (["--min-tokens", "3"], 3),
+    "top_logprobs": (["--top-logprobs", "5"], 5),
     "max_tokens": (["--max-tokens", "7"], 7),
     "stop": (["--stop", "END", "--stop", "12"], ("END", "12")),
     "stop_token_ids": (["--stop-token-ids", "5", "--stop-token-ids", "6"], (5, 6)),
@@ -95,6 +101,8 @@ def test_auto_is_a_word(name: str) -> None:
         (["--candidates", "some"], r"--candidates.*expected INT\|auto"),
         (["--target-reward", "high"], r"--target-reward.*expected FLOAT\|auto"),
         (["--method", "dpo"], "--method.*dpo"),
+        (["--logit-bias", "5=1"], "--logit-bias.*expected a JSON object, got '5=1'"),
+        (["--logit-bias", "[5]"], r"--logit-bias.*expected a JSON object, got '\[5\]'"),
     ],
 )
 def test_what_cannot_be_read_names_the_flag(argv: list[str], message: str) -> None:
