@@ -21,12 +21,14 @@ from stars_fast.drafting.eager import EagerDrafter
 from stars_fast.drafting.segment_ends import segment_end_levels
 from stars_fast.engine.base import BaseEngine
 from stars_fast.engine.clock import PhaseClock
+from stars_fast.engine.generation_defaults import GenerationDefaults
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import PHASES, Loop
 from stars_fast.models.load import load_causal_lm
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.pool import default_num_pages
 from stars_fast.models.selfcheck import check_numbers
+from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptReader
 from stars_fast.rewards.base import Scorer
 from stars_fast.rewards.load import RewardModelLike, load_scorer
@@ -195,6 +197,7 @@ class Engine(BaseEngine):
             ranks=ranks,
         )
         self._lm = lm
+        self._generation_defaults = GenerationDefaults(getattr(loaded, "generation_config", None))
         super().__init__(
             PromptReader(tokenizer, lm.vocab_size, lm.max_length),
             loop,
@@ -212,6 +215,11 @@ class Engine(BaseEngine):
             seed=seed,
             ranks=ranks,
         )
+
+    def _resolve(self, params: StarsParams) -> StarsParams:
+        resolved = super()._resolve(params)
+        self._generation_defaults.report(params)
+        return resolved
 
     @classmethod
     def demo(cls, **options: Any) -> Engine:
