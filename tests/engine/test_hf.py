@@ -108,15 +108,20 @@ def test_sampling_is_transformers_s(model: LlamaForCausalLM, changes: dict[str, 
 
 
 def test_penalties_are_transformers_s(model: LlamaForCausalLM) -> None:
-    changes = {"repetition_penalty": 1.6, "sequence_bias": [[[3], 2.5]], "min_new_tokens": 4}
-    wanted = expected(model, ROWS, repetition_penalty=1.6, logit_bias={3: 2.5}, min_tokens=4)
+    changes = {"repetition_penalty": 1.6, "sequence_bias": [[[END], 9.0]], "min_new_tokens": 4}
+    wanted = expected(model, ROWS, repetition_penalty=1.6, logit_bias={END: 9.0}, min_tokens=4)
     found = call(model, ROWS, return_dict_in_generate=True, **changes)
-    assert found.completions == wanted
-    assert not any(END in c.token_ids[:4] for c in wanted)
-    assert any(END in c.token_ids for c in wanted)
+    assert tokens(found.completions) == tokens(wanted)
+    assert not any(END in ids[:4] for ids in tokens(wanted))
+    assert any(END in ids for ids in tokens(wanted))
     given = {"min_length": 5 + 4, "eos_token_id": [END, 0]}
     found = call(model, ROWS, return_dict_in_generate=True, **given)
-    assert found.completions == expected(model, ROWS, min_tokens=4, stop_token_ids=[END, 0])
+    wanted = expected(model, ROWS, min_tokens=4, stop_token_ids=[END, 0])
+    assert tokens(found.completions) == tokens(wanted)
+
+
+def tokens(completions: list[Any]) -> list[list[int]]:
+    return [completion.token_ids for completion in completions]
 
 
 def test_lengths_and_ends(model: LlamaForCausalLM) -> None:
