@@ -18,6 +18,7 @@ from stars_fast.distributed import ALONE, OneRank, Ranks
 from stars_fast.drafting.adjust import KnownTokens, num_tokens
 from stars_fast.drafting.base import Drafter
 from stars_fast.drafting.eager import EagerDrafter
+from stars_fast.drafting.guide import Guides
 from stars_fast.drafting.segment_ends import segment_end_levels
 from stars_fast.engine.base import BaseEngine
 from stars_fast.engine.clock import PhaseClock
@@ -186,6 +187,7 @@ class Engine(BaseEngine):
         )
         known = _known_tokens(tokenizer, lm)
         eos_ids = _eos_token_ids(loaded, tokenizer)
+        self._guides = Guides(tokenizer, eos_ids)
         loop = Loop(
             lm,
             make_drafter(lm, _segment_ends_of(tokenizer, lm), ranks, known),
@@ -195,6 +197,7 @@ class Engine(BaseEngine):
             PhaseClock(PHASES, lm.device if device_timing else None),
             overlap=overlap,
             ranks=ranks,
+            guides=self._guides,
         )
         self._lm = lm
         self._generation_defaults = GenerationDefaults(getattr(loaded, "generation_config", None))
@@ -218,6 +221,12 @@ class Engine(BaseEngine):
 
     def _resolve(self, params: StarsParams) -> StarsParams:
         resolved = super()._resolve(params)
+        if params.guided is not None:
+            if params.ignore_eos and not {*self._eos_ids} <= {*(params.stop_token_ids or ())}:
+                raise ValueError(
+                    "ignore_eos must be False with guided, whose texts end with such a token"
+                )
+            self._guides.start(params.guided)
         self._generation_defaults.report(params)
         return resolved
 

@@ -84,6 +84,11 @@ class Server:
                     f"(segments of {params.draft_length} tokens, max_tokens={params.max_tokens}), "
                     f"got {value!r}: a server counts the tokens of its own call"
                 )
+        if params.guided is not None:
+            raise ValueError(
+                "guided must be None with RemoteEngine: a call cannot begin in the middle of a "
+                f"grammar, got {params.guided!r}"
+            )
         if params.top_logprobs:
             raise ValueError(
                 f"top_logprobs must be 0 with RemoteEngine, which keeps no log-probabilities, got "
