@@ -174,27 +174,46 @@ def test_min_tokens(method: str) -> None:
 
 
 @every_method
-def test_penalties_count_drawn_tokens_within_and_across_segments(method: str) -> None:
-    """Two tokens that nothing else comes up to take turns: each use costs more than they differ."""
-    pair = {77: 60.0, 78: 60.0}
+def test_no_token_comes_twice(method: str) -> None:
+    """Thirty tokens that nothing else comes up to, and a penalty that no drawn one survives.
+
+    Within a segment, over its border, and in paths that go on as copies of others; a prompt counts.
+    """
     params = dataclasses.replace(
-        METHODS[method], logit_bias=pair, temperature=0.01, ignore_eos=True, top_k=0
+        METHODS[method],
+        logit_bias=dict.fromkeys(range(100, 130), 60.0),
+        repetition_penalty=2.0,
+        ignore_eos=True,
+        top_k=0,
     )
-    if method in ("args", "mara"):
-        params = dataclasses.replace(
-            params, **({"candidates": 1} if method == "args" else {"max_attempts": 1})
-        )
-    for ids in tokens(run(dataclasses.replace(params, frequency_penalty=2.0), method=method)):
-        assert all(abs(ids[:n].count(77) - ids[:n].count(78)) <= 1 for n in range(len(ids) + 1))
-    # A presence is counted once: the second time it is the likelier one that stays.
-    for ids in tokens(run(dataclasses.replace(params, presence_penalty=2.0), method=method)):
-        assert {77, 78} <= set(ids)
-    # The repetition penalty sees the prompt, too.
-    prompts = [[5, 77, 6], [5, 78, 6]]
-    penalised = dataclasses.replace(params, repetition_penalty=2.0)
+    prompts = [[5, 100, 6], [5, 101, 102], [104, 105]]
     if method == "persona_judge":
-        return  # reads its own prompt
-    assert [ids[0] for ids in tokens(run(penalised, prompts, method=method))] == [78, 77]
+        prompts = PROMPTS  # it reads the text
+    outputs = run(params, prompts, method=method)
+    for output in outputs:
+        (response,) = output.outputs
+        assert set(response.token_ids) <= set(range(100, 130))
+        assert len(set(response.token_ids)) == len(response.token_ids) == 24
+        assert not set(response.token_ids) & set(output.prompt_token_ids)
+
+
+@pytest.mark.parametrize("method", ["stars", "vanilla", "smc", "args"])
+def test_penalties_of_the_response_leave_the_prompt_alone(method: str) -> None:
+    """Two tokens take turns, for a use costs more than they differ; the prompt has many of one."""
+    params = dataclasses.replace(
+        METHODS[method],
+        logit_bias={77: 60.0, 78: 60.0},
+        temperature=0.01,
+        ignore_eos=True,
+        frequency_penalty=2.0,
+        **({"segment_length": 1} if method != "args" else {"candidates": 1}),
+    )
+    for ids in tokens(run(params, [[77] * 9, [78] * 9], method=method)):
+        assert all(abs(ids[:n].count(77) - ids[:n].count(78)) <= 1 for n in range(len(ids) + 1))
+    # A presence is counted once: both come, and then the likelier one stays.
+    present = dataclasses.replace(params, frequency_penalty=0.0, presence_penalty=2.0)
+    for ids in tokens(run(present, [[77] * 9, [78] * 9], method=method)):
+        assert set(ids) == {77, 78}
 
 
 @pytest.mark.parametrize("method", ["stars", "cards", "smc", "args", "best_of_n"])
