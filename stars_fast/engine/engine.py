@@ -15,17 +15,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stars_fast import _core
 from stars_fast.config import Backend, EngineConfig, KvDtype, TemplateLike
 from stars_fast.distributed import ALONE, OneRank, Ranks
+from stars_fast.drafting.adjust import KnownTokens, num_tokens
 from stars_fast.drafting.base import Drafter
 from stars_fast.drafting.eager import EagerDrafter
+from stars_fast.drafting.guide import Guides
 from stars_fast.drafting.segment_ends import segment_end_levels
 from stars_fast.engine.base import BaseEngine
 from stars_fast.engine.clock import PhaseClock
+from stars_fast.engine.generation_defaults import GenerationDefaults
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import PHASES, Loop
 from stars_fast.models.load import load_causal_lm
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.pool import default_num_pages
 from stars_fast.models.selfcheck import check_numbers
+from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptReader
 from stars_fast.rewards.base import Scorer
 from stars_fast.rewards.load import RewardModelLike, load_scorer
@@ -181,25 +185,49 @@ class Engine(BaseEngine):
             fixed_cost_rows=FIXED_COST_ROWS.get(lm.device.type, 16.0),
             lanes=2 if overlap else 1,
         )
+        known = _known_tokens(tokenizer, lm)
+        eos_ids = _eos_token_ids(loaded, tokenizer)
+        self._guides = Guides(tokenizer, eos_ids)
         loop = Loop(
             lm,
-            make_drafter(lm, _segment_ends_of(tokenizer, lm), ranks),
+            make_drafter(lm, _segment_ends_of(tokenizer, lm), ranks, known),
             scheduler,
             scorer,
             tokenizer,
             PhaseClock(PHASES, lm.device if device_timing else None),
             overlap=overlap,
             ranks=ranks,
+            guides=self._guides,
         )
+        self._generation_defaults = GenerationDefaults(getattr(loaded, "generation_config", None))
         super().__init__(
             PromptReader(tokenizer, lm.vocab_size, lm.max_length),
             loop,
-            Limits(lm.vocab_size, max_rows, tokenizer is not None, scorer, judges),
+            Limits(
+                lm.vocab_size,
+                max_rows,
+                tokenizer is not None,
+                scorer,
+                judges,
+                num_tokens=num_tokens(lm.vocab_size, known),
+                eos_ids=eos_ids,
+            ),
             tokenizer=tokenizer,
-            eos_ids=_eos_token_ids(loaded, tokenizer),
+            eos_ids=eos_ids,
             seed=seed,
             ranks=ranks,
         )
+
+    def _resolve(self, params: StarsParams) -> StarsParams:
+        resolved = super()._resolve(params)
+        if params.guided is not None:
+            if params.ignore_eos and not {*self._eos_ids} <= {*(params.stop_token_ids or ())}:
+                raise ValueError(
+                    "ignore_eos must be False with guided, whose texts end with such a token"
+                )
+            self._guides.start(params.guided)
+        self._generation_defaults.report(params)
+        return resolved
 
     @classmethod
     def demo(cls, **options: Any) -> Engine:
@@ -305,6 +333,15 @@ def _overlaps(
     return overlap
 
 
+def _known_tokens(
+    tokenizer: PreTrainedTokenizerBase | None, model: PagedModel
+) -> KnownTokens | None:
+    """Return the tokens that the tokenizer has, where the model's vocabulary has others, too."""
+    if tokenizer is None:
+        return None
+    return KnownTokens.of(tokenizer.get_vocab().values(), model.vocab_size, model.device)
+
+
 def _segment_ends_of(
     tokenizer: PreTrainedTokenizerBase | None, model: PagedModel
 ) -> Callable[[], Tensor]:
@@ -320,18 +357,21 @@ def _segment_ends_of(
 
 
 def make_drafter(
-    model: PagedModel, segment_ends: Callable[[], Tensor], ranks: Ranks = ALONE
+    model: PagedModel,
+    segment_ends: Callable[[], Tensor],
+    ranks: Ranks = ALONE,
+    known: KnownTokens | None = None,
 ) -> Drafter:
-    """Return the drafter that suits a model's backend; for `segment_ends` see `EagerDrafter`."""
+    """Return the drafter that suits a model's backend; for the rest see `EagerDrafter`."""
     if ranks.size > 1:
         if model.on_kernels:
             _log.info("decode steps run without a CUDA graph: the model is tensor-parallel")
-        return EagerDrafter(model, segment_ends, ranks.share)
+        return EagerDrafter(model, segment_ends, known, ranks.share)
     if not model.on_kernels:
-        return EagerDrafter(model, segment_ends)
+        return EagerDrafter(model, segment_ends, known)
     from stars_fast.drafting.captured import CapturedDrafter  # Triton is for Linux only
 
-    return CapturedDrafter(model, segment_ends)
+    return CapturedDrafter(model, segment_ends, known)
 
 
 def _eos_token_ids(

@@ -21,6 +21,7 @@ from stars_fast import _core
 from stars_fast.distributed import ALONE, Ranks
 from stars_fast.drafting import segment_ends
 from stars_fast.drafting.base import Draft, Drafter, RowSampling
+from stars_fast.drafting.guide import Guide, Guides
 from stars_fast.engine.clock import PhaseClock
 from stars_fast.engine.detokenize import Decodes, decode
 from stars_fast.engine.requests import Candidate, Response
@@ -110,6 +111,8 @@ class Loop:
         scheduler has two lanes then.
     ranks
         Ranks that run the same rounds; only one with `overlap`.
+    guides
+        Compiles the grammars of requests; None: none has one.
 
     Attributes
     ----------
@@ -132,7 +135,9 @@ class Loop:
         *,
         overlap: bool = False,
         ranks: Ranks = ALONE,
+        guides: Guides | None = None,
     ) -> None:
+        self._guides = guides
         self.model = model
         self.drafter = drafter
         self.on_round: Callable[[Round], None] | None = None
@@ -257,12 +262,18 @@ class Loop:
             segment_end=_SEGMENT_ENDS[params.segment_end],
             min_length=params.min_segment_length,
             ranks=params.attempts_per_segment if params.kind.ranked else 0,
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            logit_bias=tuple((params.logit_bias or {}).items()),
+            min_tokens=params.min_tokens,
+            top_logprobs=params.top_logprobs,
         )
         responses = [
             Response(
                 handle,
                 params,
-                sampling,
+                replace(sampling, counts=_counts(params, prompt), guide=self._guide(params)),
                 CompletionOutput(0),
                 prefixes=prefixes,
                 is_path=params.kind.decides == "paths",
@@ -271,6 +282,12 @@ class Loop:
         ]
         self._responses |= {response.handle: response for response in responses}
         return responses
+
+    def _guide(self, params: StarsParams) -> Guide | None:
+        if params.guided is None:
+            return None
+        assert self._guides is not None  # checked when the request came
+        return self._guides.start(params.guided)
 
     @property
     def _needed_scorer(self) -> Scorer:
@@ -557,6 +574,13 @@ class Loop:
             if handle in owners:
                 owners[handle].rm_tokens += tokens
         return [errors[i] if i in errors else next(scored) for i in range(len(texts))]
+
+
+def _counts(params: StarsParams, prompt: Prompt) -> dict[int, int] | None:
+    """Return what the penalties have to count before the response begins; see `RowSampling`."""
+    if params.repetition_penalty != 1:
+        return dict.fromkeys(prompt.token_ids, 0)
+    return {} if params.presence_penalty or params.frequency_penalty else None
 
 
 def _threshold(value: float) -> float | None:

@@ -61,7 +61,10 @@ class Pools:
         def scales() -> list[Tensor | None]:
             if kv_dtype == "auto":
                 return [None] * len(layouts)
-            return [torch.ones(layout.kv_heads, device=device) for layout in layouts]
+            return [
+                torch.ones(layout.kv_heads, dtype=torch.float32, device=device)
+                for layout in layouts
+            ]
 
         return cls(
             layouts=layouts,

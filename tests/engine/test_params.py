@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import fields
 from typing import Any, get_args
 
@@ -54,7 +55,9 @@ def test_gibbs_is_for_stars_alone(method: Any) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_with_method_keeps_what_both_have(source: str, method: Any) -> None:
     given, own = KINDS[source]
-    set_all = {name: OTHER[name] for name in (*COMMON, *own) if name not in ("method", *given)}
+    set_all = {
+        name: OTHER[name] for name in (*COMMON, *own) if name not in ("method", "guided", *given)
+    }
     params = StarsParams(**given, **set_all)
     changed = params.with_method(method)
     assert changed.method == method
@@ -106,11 +109,51 @@ def test_unknown_methods_are_told_the_methods(name: Any) -> None:
         ("cards", "rules", "private", ValueError),
         ("stars", "calibrate_prefixes", 1, TypeError),
         ("mara", "acceptance", "gibbs", ValueError),
+        ("stars", "repetition_penalty", 0.0, ValueError),
+        ("stars", "repetition_penalty", math.inf, ValueError),
+        ("smc", "presence_penalty", 2.1, ValueError),
+        ("args", "frequency_penalty", -2.1, ValueError),
+        ("stars", "frequency_penalty", None, TypeError),
+        ("stars", "logit_bias", [5, 1.0], TypeError),
+        ("stars", "logit_bias", {"five": 1.0}, TypeError),
+        ("stars", "logit_bias", {-1: 1.0}, ValueError),
+        ("stars", "logit_bias", {5: 101.0}, ValueError),
+        ("stars", "logit_bias", {5: math.nan}, ValueError),
+        ("stars", "logit_bias", {5: 1.0, "5": 1.0}, ValueError),
+        ("stars", "min_tokens", -1, ValueError),
+        ("stars", "min_tokens", 129, ValueError),
+        ("stars", "min_tokens", 1.0, TypeError),
+        ("stars", "guided", {"regex": ""}, ValueError),
+        ("stars", "guided", {"json_schema": "{}"}, ValueError),
+        ("stars", "guided", {"json_schema": {"type": {1}}}, ValueError),
+        ("stars", "guided", {"grammar": "a"}, ValueError),
+        ("stars", "guided", "a+", ValueError),
+        ("stars", "guided", {"regex": "a", "json_schema": {}}, ValueError),
+        ("stars", "top_logprobs", 21, ValueError),
+        ("stars", "top_logprobs", -1, ValueError),
     ],
 )
 def test_values_are_checked(method: Any, field: str, value: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=field):
         StarsParams(method=method, **{field: value})
+
+
+@pytest.mark.parametrize(
+    "beside", [{"min_tokens": 3}, {"method": "cards", "rules": "public"}], ids=str
+)
+def test_what_does_not_go_with_a_grammar(beside: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{list(beside)[-1]} must be .* with guided"):
+        StarsParams(guided={"regex": "a"}, **beside)
+
+
+def test_biases_are_a_copy_by_token_id() -> None:
+    given = {"7": -100, 5: 2.5}
+    params = StarsParams(logit_bias=given)  # type: ignore[arg-type]
+    given["7"] = 100
+    assert params.logit_bias == {7: -100.0, 5: 2.5}
+    assert dataclasses.replace(params, n=2).logit_bias == params.logit_bias
+    assert hash(params) == hash(dataclasses.replace(params))
+    assert StarsParams(logit_bias={}) == StarsParams()
 
 
 def test_auto_candidates_stand_for_a_number_where_it_matters() -> None:

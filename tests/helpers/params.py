@@ -14,6 +14,8 @@ _OTHER: dict[str, Any] = {
     "target_reward": 1.25,
     "candidates": 3,
     "seed": 4,
+    "logit_bias": {5: 1.5},
+    "guided": {"regex": "a+"},
     "stop": ("x",),
     "stop_token_ids": (5,),
 }
