@@ -6,9 +6,9 @@ family, and the cleaning of spaces can be had of a text that comes in pieces.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Protocol, TypeGuard, cast
 from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
@@ -40,16 +40,15 @@ class Decoder:
         self._tokenizer = tokenizer
         self._bytes: _ByteTokens | None = None
         self._silent: frozenset[int] = frozenset()
-        self._size: int | None = None
+        self._known: Callable[[int], bool] = self._decodes_to_text
         self._options: dict[str, bool] = {}
         self._before: tuple[int, ...] = ()
         self.cleans_up = False
         if _is_tokenizer(tokenizer):
-            vocabulary = tokenizer.get_vocab()
             special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
             self._silent = frozenset({*special, *tokenizer.all_special_ids})
-            self._size = 1 + max(vocabulary.values(), default=-1)
-            self._bytes = _byte_tokens(tokenizer, vocabulary)
+            self._known = _knows(tokenizer)
+            self._bytes = _byte_tokens(tokenizer)
             self.cleans_up = _cleans_up(tokenizer)
             if self.cleans_up:
                 self._options = {"clean_up_tokenization_spaces": False}
@@ -57,11 +56,10 @@ class Decoder:
 
     def speaks(self, token: int) -> bool:
         """Whether a token stands for text."""
-        if self._tokenizer is None:
-            return False
-        if self._size is None:
-            return bool(self._tokenizer.decode([token], skip_special_tokens=True))
-        return 0 <= token < self._size and token not in self._silent
+        return token not in self._silent and self._known(token)
+
+    def _decodes_to_text(self, token: int) -> bool:
+        return bool(self.decode((token,)))
 
     def last_of(self, token_ids: Sequence[int]) -> tuple[int, ...]:
         """Return the last tokens that stand for text, as many as decide what follows."""
@@ -82,7 +80,7 @@ class Decoder:
         """
         if self._tokenizer is None:
             return ""
-        ids = list(token_ids)
+        ids = [token for token in token_ids if self._known(token)] if special else list(token_ids)
         if self._bytes is not None:
             silent = frozenset[int]() if special else self._silent
             ids = _valid_utf8(ids, self._bytes, silent)
@@ -145,6 +143,15 @@ def prompt_text(tokenizer: Decodes, token_ids: Sequence[int]) -> str:
     return text.removesuffix(HALF_CHARACTER)
 
 
+def _knows(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], bool]:
+    """Return what says whether a tokenizer has an id; of models there may be more."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return lambda token: backend.id_to_token(token) is not None
+    size = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    return lambda token: 0 <= token < size
+
+
 def halves(text: str) -> int:
     """Return how many U+FFFD a text ends with."""
     return len(text) - len(text.rstrip(HALF_CHARACTER))
@@ -203,15 +210,18 @@ class _ByteTokens:
     token_of: list[int]
 
 
-def _byte_tokens(
-    tokenizer: PreTrainedTokenizerBase, vocabulary: dict[str, int]
-) -> _ByteTokens | None:
+def _byte_tokens(tokenizer: PreTrainedTokenizerBase) -> _ByteTokens | None:
     """Return the tokens of bytes; None where bytes have none."""
     names = [f"<0x{byte:02X}>" for byte in range(256)]
-    # Names alone say nothing: the decoder has to take them for bytes.
-    if not vocabulary.keys() >= set(names) or "<0x41>" in tokenizer.decode([vocabulary["<0x41>"]]):
+    tokens = cast("list[int]", tokenizer.convert_tokens_to_ids(names))
+    # What is missing has the id of another token, or none. Names alone say nothing, either: the
+    # decoder has to take them for bytes.
+    if (
+        None in tokens
+        or tokenizer.convert_ids_to_tokens(tokens) != names
+        or "<0x41>" in str(tokenizer.decode([tokens[0x41]]))
+    ):
         return None
-    tokens = [vocabulary[name] for name in names]
     return _ByteTokens({token: byte for byte, token in enumerate(tokens)}, tokens)
 
 
