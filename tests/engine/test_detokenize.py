@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fuzz.texts import cleans_up, plain_text
 from fuzz.texts import response_text as whole_minus_prompt
-from fuzz.tokenizers import FAMILIES, has_byte_tokens, tokenizer
+from fuzz.tokenizers import ALL_FAMILIES, has_byte_tokens, tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
@@ -24,9 +24,9 @@ from stars_fast.prompts import Prompt
 from stars_fast.server.transcript import TextDeltas
 
 FACE = "\U0001f602"
-WITH_BYTES = [family for family in FAMILIES if has_byte_tokens(family)]
+WITH_BYTES = [family for family in ALL_FAMILIES if has_byte_tokens(family)]
 TOKENIZERS: dict[str, Any] = {
-    **{family: tokenizer(family, 520) for family in FAMILIES},
+    **{family: tokenizer(family, 520) for family in ALL_FAMILIES},
     "cleans_up": tokenizer("word_piece", 520, cleans_up=True),
     "slow": ByT5Tokenizer(extra_ids=0),
 }

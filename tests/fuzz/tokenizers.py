@@ -18,6 +18,10 @@ FAMILIES = (
     "llama2",  # the "▁" by a normalizer, and no pre-tokenizer
     "word_level",
     "word_piece",
+)
+#: And those that the random cases leave out.
+ALL_FAMILIES = (
+    *FAMILIES,
     "sentencepiece_never",  # no "▁" but those of the text
     "unigram",
 )
@@ -47,7 +51,7 @@ CHATS = {**CHAT_TEMPLATES, "words": _WORDS, "tags": _TAGS}
 
 _SPECIAL = (*SPECIAL, "<unk>")
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
-_BYTE_FALLBACK = frozenset({*FAMILIES[1:4], *FAMILIES[6:]})
+_BYTE_FALLBACK = frozenset({*FAMILIES[1:4], *ALL_FAMILIES[6:]})
 _MORE_WITH_BYTES = 100  # tokens, beside the bytes few would be left
 
 
@@ -62,7 +66,7 @@ def tokenizer(
     pairs: bool = False,
     cleans_up: bool = False,
 ) -> Any:
-    """A tokenizer of one of FAMILIES, of about `size` tokens.
+    """A tokenizer of one of ALL_FAMILIES, of about `size` tokens.
 
     Parameters
     ----------
