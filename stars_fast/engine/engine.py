@@ -101,6 +101,10 @@ class Engine(BaseEngine):
     tensor_parallel
         Split the models over the processes that ``torchrun`` has started, each of which makes this
         engine and the same calls, or follows (`lead`, `follow`). With one process, nothing changes.
+    parse_special
+        Special tokens written in prompts and messages, such as ``<|im_end|>``, are special tokens.
+        Off, they are text, for the reward model as well, and what the chat template writes alone is
+        special. For prompts that a chat template has written already.
     trust_remote_code, allow_pickle
         Off unless asked for: run code that comes with a model; load weights that are not
         safetensors.
@@ -134,6 +138,7 @@ class Engine(BaseEngine):
         overlap_scoring: bool | None = None,
         device_timing: bool = False,
         tensor_parallel: bool = False,
+        parse_special: bool = False,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
     ) -> None:
@@ -155,6 +160,7 @@ class Engine(BaseEngine):
             overlap_scoring=overlap_scoring,
             device_timing=device_timing,
             tensor_parallel=tensor_parallel,
+            parse_special=parse_special,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )
@@ -193,7 +199,7 @@ class Engine(BaseEngine):
         )
         self._lm = lm
         super().__init__(
-            PromptReader(tokenizer, lm.vocab_size, lm.max_length),
+            PromptReader(tokenizer, lm.vocab_size, lm.max_length, parse_special=parse_special),
             loop,
             Limits(lm.vocab_size, max_rows, tokenizer is not None, scorer, judges),
             tokenizer=tokenizer,
@@ -281,6 +287,7 @@ def _scorer_for(
         backend=config.backend,
         kv_dtype=config.kv_dtype,
         compile_model=config.compile_model,
+        parse_special=config.parse_special,
     )
     if ranks.size == 1:
         return load()

@@ -28,7 +28,7 @@ FLOORS = (
     ("kernels",),
     ("records",),
     ("prompts", "params", "errors"),
-    ("decoders",),
+    ("decoders", "tokenization", "surrogates"),
     ("methods", "outputs", "seeds", "core", "config", "demo"),
     ("_core",),
 )
