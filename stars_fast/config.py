@@ -64,6 +64,13 @@ class EngineConfig:
         default=False,
         metadata=_flag("load weights that are not safetensors; unpickling can run code"),
     )
+    parse_special: bool = field(
+        default=False,
+        metadata=_flag(
+            "special tokens written in prompts are special tokens, and not text; for prompts that "
+            "a chat template has written"
+        ),
+    )
     page_size: int = field(
         default=16, metadata=_flag("tokens per page (default: 16)", "memory", "INT")
     )

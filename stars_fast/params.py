@@ -12,6 +12,7 @@ from textwrap import indent
 from typing import Any, Literal, get_args
 
 from stars_fast.methods import COMMON, GIBBS, METHODS, Method, MethodKind, has_gibbs, kind_of
+from stars_fast.surrogates import check_unicode
 
 __all__ = ["Acceptance", "CardsRules", "Method", "SegmentEnd", "StarsParams"]
 __all__ += ["RANGES", "TEXTS", "Range", "plain_text", "with_fields"]
@@ -592,6 +593,7 @@ def _stop_texts(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
     for text in texts:
         if not isinstance(text, str) or not text:
             raise ValueError(f"stop must be text, or texts, that are not empty, got {value!r}")
+    check_unicode(value, "stop")
     return texts or None
 
 

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from stars_fast.decoders import prompt_text
+from stars_fast.surrogates import check_unicode
+from stars_fast.tokenization import SpecialTokens, TextEncoder, TokenBytes, token_bytes
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -24,11 +28,15 @@ class Prompt:
         The same as token ids of the language model.
     messages : list[dict[str, str]] or None
         The chat messages it was made from; None for a prompt given as text or token ids.
+    control : tuple[tuple[int, int], ...]
+        Begin and end in `text` of the special tokens of a chat template, or of token ids. All
+        others were written by a user, and are text.
     """
 
     text: str
     token_ids: list[int]
     messages: list[dict[str, str]] | None = None
+    control: tuple[tuple[int, int], ...] = ()
 
 
 #: One prompt: text, token ids, or chat messages ({"role": ..., "content": ...}).
@@ -66,14 +74,27 @@ class PromptReader:
         Of the language model.
     max_length
         Its context, in tokens; None if it has no limit.
+    parse_special
+        Special tokens that are written in prompts and messages are such. Off, they are text.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, max_length: int | None
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        vocab_size: int,
+        max_length: int | None,
+        *,
+        parse_special: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_length = max_length
+        self._special = SpecialTokens(tokenizer, parse=parse_special)
+        self._token_bytes: TokenBytes | None = None  # once it is asked for
+        if tokenizer is not None:
+            self._encoder = TextEncoder(tokenizer, add_special_tokens=True)
+            # A chat template writes its own special tokens.
+            self._chat_encoder = TextEncoder(tokenizer, add_special_tokens=False)
 
     def read(self, prompt: PromptLike | Prompt, max_tokens: int) -> Prompt:
         """Return the prompt with its ids, ready to be continued by `max_tokens` tokens.
@@ -86,16 +107,15 @@ class PromptReader:
             If it is empty, malformed, holds ids outside the vocabulary, or does not fit the context
             together with `max_tokens`.
         """
-        read = prompt if isinstance(prompt, Prompt) else self._parse(prompt)
+        read = prompt if isinstance(prompt, Prompt) else self._parse(prompt, max_tokens)
         self._check(read.token_ids, max_tokens)
         return read
 
-    def _parse(self, prompt: PromptLike) -> Prompt:
+    def _parse(self, prompt: PromptLike, max_tokens: int) -> Prompt:
         if isinstance(prompt, str):
             if not prompt:
                 raise ValueError("prompt is empty: give text, or token ids such as [bos_token_id]")
-            ids = self._need_tokenizer("a text prompt")(prompt)["input_ids"]
-            return Prompt(prompt, list(ids), None)
+            return self._parse_text(prompt, max_tokens)
         if not isinstance(prompt, Sequence):
             raise TypeError(
                 f"prompt must be text, token ids or chat messages, got {type(prompt).__name__}"
@@ -103,12 +123,26 @@ class PromptReader:
         if not prompt:
             raise ValueError("prompt is empty: it needs at least one token")
         if isinstance(prompt[0], Mapping):
-            return self._parse_chat(prompt)  # type: ignore[arg-type]
+            return self._parse_chat(prompt, max_tokens)  # type: ignore[arg-type]
         ids = _checked_ids(prompt)
         self._check_range(ids)  # tokenizers fail on ids of more than 32 bits
-        return Prompt(self._decode(ids), ids, None)
+        text = self._decode(ids)
+        return Prompt(text, ids, None, tuple(self._special.find(text)))
 
-    def _parse_chat(self, messages: Sequence[Mapping[str, str]]) -> Prompt:
+    def _parse_text(self, text: str, max_tokens: int) -> Prompt:
+        self._need_tokenizer("a text prompt")
+        encoder = self._encoder
+        check_unicode(text, "prompt")
+        self._check_bytes(text, max_tokens)
+        # One that begins with the BOS that the tokenizer adds has it once.
+        bos = text[: len(text) - len(encoder.single_bos(text))]
+        marked = bos + self._special.marked(text[len(bos) :])
+        ids = encoder.encode([marked])[0]
+        if encoder.tail and ids[-len(encoder.tail) :] == encoder.tail:
+            ids = ids[: -len(encoder.tail)]  # the text goes on
+        return Prompt(text, ids, None, self._special.unmarked(marked)[1])
+
+    def _parse_chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int) -> Prompt:
         for number, message in enumerate(messages):
             if (
                 not isinstance(message, Mapping)
@@ -124,23 +158,40 @@ class PromptReader:
             raise ValueError(
                 "prompt is a list of chat messages, but the tokenizer has no chat template"
             )
+        plain = [dict(message) for message in messages]
+        check_unicode(plain, "messages")
+        marked = self._render(tokenizer, self._special.marked_in(plain))
+        text, control = self._special.unmarked(marked)
+        self._check_bytes(text, max_tokens)
+        ids = self._chat_encoder.encode([marked])[0]
+        return Prompt(text, ids, plain, control)
+
+    def _render(self, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+        """Return what the chat template makes of messages.
+
+        Raises
+        ------
+        ValueError
+            If it raises anything: some templates refuse roles, or their order, and some have bugs.
+        """
         from jinja2 import TemplateError
 
-        plain = [dict(message) for message in messages]
         try:
-            text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:  # some templates refuse roles, or their order
-            raise ValueError(f"prompt is refused by the chat template: {error}") from error
-        # The template writes its own special tokens.
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return Prompt(str(text), list(ids), plain)
+            return str(
+                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            )
+        except Exception as error:
+            reason = str(error)
+            if not isinstance(error, TemplateError):
+                reason = f"it raised {type(error).__name__}: {error}"
+            raise ValueError(f"prompt is refused by the chat template: {reason}") from error
 
     def _decode(self, ids: list[int]) -> str:
         if self._tokenizer is None:
             return ""
         # Whoever tokenises the text again adds its own leading BOS.
         start = 1 if ids[0] == self._tokenizer.bos_token_id else 0
-        return str(self._tokenizer.decode(ids[start:]))
+        return prompt_text(self._tokenizer, ids[start:])
 
     def _need_tokenizer(self, what: str) -> PreTrainedTokenizerBase:
         if self._tokenizer is None:
@@ -156,6 +207,21 @@ class PromptReader:
                 f"prompt of {len(ids)} tokens with max_tokens={max_tokens} does not fit the "
                 f"model's context of {self._max_length} tokens: shorten the prompt or lower "
                 "max_tokens"
+            )
+
+    def _check_bytes(self, text: str, max_tokens: int) -> None:
+        """Refuse a text that no tokenisation fits, before all of it is tokenised."""
+        if self._max_length is None or len(text) <= self._max_length:
+            return
+        if self._token_bytes is None:
+            self._token_bytes = token_bytes(self._need_tokenizer("a text prompt"))
+        size = self._token_bytes.count(text)
+        fits = max(0, self._max_length - max_tokens) * self._token_bytes.most
+        if size > fits:
+            raise ValueError(
+                f"prompt of {size} bytes with max_tokens={max_tokens} does not fit the model's "
+                f"context of {self._max_length} tokens, which hold {fits:.0f} bytes at most: "
+                "shorten the prompt or lower max_tokens"
             )
 
     def _check_range(self, ids: list[int]) -> None:
@@ -215,14 +281,14 @@ def json_of(text: str) -> object:
     """
     try:
         value: object = json.loads(text)
-        # Half a surrogate pair can be written in JSON but is not text: no tokenizer takes it.
-        json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
-    except UnicodeError as error:
-        raise ValueError(f"not UTF-8 text: {error}") from None
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
+    try:
+        check_unicode(value)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
     return value
 
 

@@ -68,7 +68,12 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line() -> None:
         (b"hello", "not JSON"),
         (b'"hello"', 'expected a JSON object, got "hello"'),
         (b'{"prompt": "\xff"}', "not UTF-8"),
-        (b'{"prompt": "\\ud800"}', "not UTF-8"),
+        (b'{"prompt": "a\\ud800"}', r"prompt must be text, got half .*U\+D800.* at character 1"),
+        (
+            b'{"prompt": "a", "params": {"stop": ["b", "\\udc00"]}}',
+            r"params.stop\[1\] must be text",
+        ),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', r"messages\[0\].content must"),
         (b"[" * 100_000, "too deeply"),
         (b'{"prompt": "x", "promt": 1}', "unknown key 'promt'"),
         (b'{"id": 1}', "got none of them"),

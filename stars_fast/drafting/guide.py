@@ -110,8 +110,9 @@ class Guides:
         if self._read is None:
             from llguidance.hf import from_tokenizer
 
+            tokenizer: Any = self._tokenizer  # a slow one is the error below
             try:
-                self._read = from_tokenizer(self._tokenizer, eos_token=list(self._eos_ids))
+                self._read = from_tokenizer(tokenizer, eos_token=list(self._eos_ids))
             except Exception as error:
                 raise ValueError(
                     f"guided: llguidance cannot read the tokenizer: {error}"

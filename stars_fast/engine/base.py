@@ -27,6 +27,7 @@ from stars_fast.outputs import (
 from stars_fast.params import StarsParams
 from stars_fast.prompts import Prompt, PromptLike, as_prompt_list
 from stars_fast.seeds import derive_seed
+from stars_fast.tokenization import SpecialTokens, TextEncoder
 
 
 class Reader(Protocol):
@@ -172,7 +173,7 @@ class BaseEngine:
         for text, response in zip(texts, responses, strict=True):
             ids: list[int] = []
             if self.tokenizer is not None and response:
-                ids = list(self.tokenizer(response, add_special_tokens=False)["input_ids"])
+                ids = self._response_ids(response)
             pairs.append((self._reader.read(text, 0), ids, response))
         with self._broadcast_call("score", texts, list(responses)):
             scores = self.loop.score_whole(pairs)
@@ -180,6 +181,12 @@ class BaseEngine:
             if isinstance(score, Exception):
                 raise RewardError(f"score: response {number}: {score}") from score
         return [float(score) for score in scores if not isinstance(score, Exception)]
+
+    def _response_ids(self, response: str) -> list[int]:
+        """Return the ids of a response's text, which stands behind its prompt."""
+        assert self.tokenizer is not None
+        encoder = TextEncoder(self.tokenizer, add_special_tokens=False)
+        return encoder.behind(SpecialTokens(self.tokenizer).marked(response))
 
     def calibrate(
         self,

@@ -105,6 +105,10 @@ class Engine(BaseEngine):
     tensor_parallel
         Split the models over the processes that ``torchrun`` has started. Each makes this engine
         and the same calls, or follows (`lead`, `follow`). With one process, nothing changes.
+    parse_special
+        Special tokens written in prompts and messages, such as ``<|im_end|>``, are special tokens.
+        Off, they are text, for the reward model as well, and only what the chat template writes is
+        special. For prompts that a chat template has already written.
     trust_remote_code, allow_pickle
         Off unless asked for: run code that comes with a model; load weights that are not
         safetensors.
@@ -138,6 +142,7 @@ class Engine(BaseEngine):
         overlap_scoring: bool | None = None,
         device_timing: bool = False,
         tensor_parallel: bool = False,
+        parse_special: bool = False,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
     ) -> None:
@@ -159,6 +164,7 @@ class Engine(BaseEngine):
             overlap_scoring=overlap_scoring,
             device_timing=device_timing,
             tensor_parallel=tensor_parallel,
+            parse_special=parse_special,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )
@@ -201,7 +207,7 @@ class Engine(BaseEngine):
         )
         self._generation_defaults = GenerationDefaults(getattr(loaded, "generation_config", None))
         super().__init__(
-            PromptReader(tokenizer, lm.vocab_size, lm.max_length),
+            PromptReader(tokenizer, lm.vocab_size, lm.max_length, parse_special=parse_special),
             loop,
             Limits(
                 lm.vocab_size,
@@ -308,6 +314,7 @@ def _scorer_for(
         backend=config.backend,
         kv_dtype=config.kv_dtype,
         compile_model=config.compile_model,
+        parse_special=config.parse_special,
     )
     if ranks.size == 1:
         return load()

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stars_fast.config import Backend
+from stars_fast.errors import ModelLoadError
 from stars_fast.models.checks import has_lm_head, unsupported
 from stars_fast.models.interface import attention_configs, attention_implementation
 from stars_fast.models.paged import PagedModel
@@ -46,6 +47,8 @@ def check_numbers(model: PreTrainedModel, *, backend: Backend = "auto") -> None:
     ------
     UnsupportedModelError
         With the architecture and the size of the difference.
+    ModelLoadError
+        If it differs because weights are no numbers.
     """
     paged = PagedModel(model, num_pages=8, page_size=_PAGE_SIZE, backend=backend)
     generator = torch.Generator().manual_seed(0)
@@ -75,11 +78,29 @@ def check_numbers(model: PreTrainedModel, *, backend: Backend = "auto") -> None:
         difference, tolerance = float(differences.median()), _LOW_PRECISION_TOLERANCE
     spread = float(want.float().std())
     if not difference <= tolerance * max(spread, torch.finfo(torch.float32).tiny):
+        check_weights(model)
         raise unsupported(
             model,
             f"its results differ from its own eager attention by {difference:.3g}, where "
             f"they spread by {spread:.3g}",
         )
+
+
+def check_weights(model: PreTrainedModel) -> None:
+    """Refuse weights that are NaN or infinite.
+
+    Raises
+    ------
+    ModelLoadError
+        With the name of the first such weight, and its row.
+    """
+    for name, weight in model.named_parameters():
+        bad = ~torch.isfinite(weight)
+        if bad.any():
+            first = bad.nonzero()[0].tolist()
+            kind = "NaN" if weight[tuple(first)].isnan() else "infinity"
+            row = f" row {first[0]}" if weight.ndim > 1 else f" at {first[0]}" if first else ""
+            raise ModelLoadError(f"{type(model).__name__}: weights contain {kind}: {name}{row}")
 
 
 def _plain_forward(model: PreTrainedModel, ids: Tensor) -> Tensor:

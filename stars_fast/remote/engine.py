@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from stars_fast import _core
 from stars_fast.config import TemplateLike
+from stars_fast.decoders import Decodes
 from stars_fast.engine.base import BaseEngine, Reader
 from stars_fast.engine.clock import PhaseClock
-from stars_fast.engine.detokenize import Decodes
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import PHASES, Loop
 from stars_fast.engine.requests import Request
@@ -91,6 +91,9 @@ class RemoteEngine(BaseEngine):
         Fields that override the body of every call.
     reward_template, reward_tokenizer, reward_device, reward_num_pages, dtype, allow_pickle
         Options of the reward model, see `Engine`; its device defaults to the GPU if there is one.
+    parse_special
+        See `Engine`. Prompts that are sent as text are tokenised by the server, which may read
+        special tokens in them.
     trust_remote_code
         For tokenizers.
 
@@ -123,6 +126,7 @@ class RemoteEngine(BaseEngine):
         reward_device: str | torch.device | None = None,
         reward_num_pages: int | None = None,
         dtype: str | torch.dtype = "auto",
+        parse_special: bool = False,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
     ) -> None:
@@ -160,6 +164,7 @@ class RemoteEngine(BaseEngine):
                     template=reward_template,
                     num_pages=reward_num_pages,
                     max_rows=max_rows,
+                    parse_special=parse_special,
                     trust_remote_code=trust_remote_code,
                     allow_pickle=allow_pickle,
                 )
@@ -170,12 +175,14 @@ class RemoteEngine(BaseEngine):
         if by_tokens:
             assert tokenizer is not None
             self._history = TokenHistory(tokenizer)
-            reader: Reader = PromptReader(tokenizer, len(tokenizer), None)
+            reader: Reader = PromptReader(
+                tokenizer, len(tokenizer), None, parse_special=parse_special
+            )
             texts: Decodes = tokenizer
         else:
             history = TextHistory(counts_end=self._server.counts_end)
             self._history = history
-            reader = TextPromptReader(tokenizer)
+            reader = TextPromptReader(tokenizer, parse_special=parse_special)
             texts = history.texts
         self._by_tokens = by_tokens
         completions = Completions(

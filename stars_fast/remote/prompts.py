@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stars_fast.prompts import PromptLike, PromptReader
 from stars_fast.rewards.base import Prompt
-from stars_fast.rewards.tokens import TextEncoder
+from stars_fast.tokenization import TextEncoder
 
 
 class TextPromptReader(PromptReader):
@@ -18,13 +18,18 @@ class TextPromptReader(PromptReader):
     ----------
     tokenizer
         Writes chat messages and token ids as text; None: prompts must be text.
+    parse_special
+        See `PromptReader`.
     """
 
     #: The rounds want a token to begin with.
     NO_IDS = (0,)
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        super().__init__(tokenizer, 0 if tokenizer is None else len(tokenizer), None)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | None, *, parse_special: bool = False
+    ) -> None:
+        size = 0 if tokenizer is None else len(tokenizer)
+        super().__init__(tokenizer, size, None, parse_special=parse_special)
         self._chat = None if tokenizer is None else TextEncoder(tokenizer, add_special_tokens=True)
 
     def read(self, prompt: PromptLike | Prompt, max_tokens: int) -> Prompt:
@@ -49,4 +54,7 @@ class TextPromptReader(PromptReader):
                 f"token ids as text, got {type(prompt).__name__}"
             )
         read = super().read(prompt, max_tokens)
-        return replace(read, text=self._chat.single_bos(read.text), token_ids=list(self.NO_IDS))
+        text = self._chat.single_bos(read.text)
+        cut = len(read.text) - len(text)
+        control = tuple((begin - cut, end - cut) for begin, end in read.control if begin >= cut)
+        return replace(read, text=text, token_ids=list(self.NO_IDS), control=control)

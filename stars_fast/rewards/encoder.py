@@ -24,7 +24,7 @@ from stars_fast.rewards.base import (
     finite_reward,
 )
 from stars_fast.rewards.text import RenderedPrompt, Template
-from stars_fast.rewards.tokens import TextEncoder
+from stars_fast.tokenization import Marked, TextEncoder
 
 __all__ = ["EncoderScorer", "encoder_context"]
 
@@ -86,7 +86,7 @@ class EncoderScorer(Scorer):
     def start(self, request: int, prompt: Prompt, max_response_tokens: int) -> None:
         """Admit a request; see `Scorer.start`."""
         rendered = self._template.bind(prompt)
-        empty = self._encode([rendered.text("")])[0]
+        empty = self._encoder.fields([rendered.text("")])[0]
         length = len(empty["input_ids"])
         if length == 0:
             raise ValueError("the prompt is empty: the reward model has no token to read")
@@ -102,7 +102,7 @@ class EncoderScorer(Scorer):
         """Run the whole text of each job; see `Scorer.score`."""
         self._counts["rm_jobs"] += len(jobs)
         results: list[float | Exception] = [RewardError("not scored")] * len(jobs)
-        texts: list[str | tuple[str, str]] = []
+        texts: list[Marked] = []
         places: list[int] = []
         for place, job in enumerate(jobs):
             try:
@@ -114,7 +114,7 @@ class EncoderScorer(Scorer):
 
         todo: list[tuple[int, dict[str, list[int]]]] = []
         keys: dict[int, tuple[int, ...]] = {}
-        for place, fields in zip(places, self._encode(texts), strict=True):
+        for place, fields in zip(places, self._encoder.fields(texts), strict=True):
             length = len(fields["input_ids"])
             try:
                 self._check_length(length, f"the text has {length} tokens")
@@ -163,21 +163,6 @@ class EncoderScorer(Scorer):
                 f"{what}: more than the reward model's context of {self._context} tokens; shorten "
                 "the prompt or lower max_tokens"
             )
-
-    def _encode(self, texts: list[str] | list[str | tuple[str, str]]) -> list[dict[str, list[int]]]:
-        """Return `input_ids`, and `token_type_ids` where the model reads them, of each text."""
-        if not texts:
-            return []
-        single = self._encoder.single_bos
-        bare = [single(text) if isinstance(text, str) else text for text in texts]
-        batch = self._tokenizer(
-            bare,
-            add_special_tokens=self._template.add_special_tokens,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        names = [name for name in ("input_ids", "token_type_ids") if name in batch]
-        return [{name: batch[name][i] for name in names} for i in range(len(texts))]
 
     def _batches(
         self, todo: list[tuple[int, dict[str, list[int]]]]

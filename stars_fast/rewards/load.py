@@ -72,6 +72,7 @@ def load_scorer(
     kv_dtype: KvDtype = "auto",
     compile_model: bool = False,
     texts_only: bool = False,
+    parse_special: bool = False,
     ranks: Ranks = ALONE,
 ) -> Scorer:
     """Make the scorer of a reward model.
@@ -111,6 +112,8 @@ def load_scorer(
         Options of a causal reward model or a judge, see `stars_fast.models.paged.PagedModel`.
     texts_only
         Responses come as text although there is no tokenizer.
+    parse_special
+        Special tokens written in prompts and responses are special, not text.
     ranks : Ranks
         Ranks over which to split a model, or that jointly hold a loaded one or the language model.
 
@@ -137,7 +140,7 @@ def load_scorer(
     )
     if isinstance(reward_model, Persona):
         judge = _check_judge(language_model, lm_tokenizer, reward_tokenizer, template, device)
-        return _persona_scorer(reward_model, *judge, pool)
+        return _persona_scorer(reward_model, *judge, pool, parse_special)
     if not isinstance(reward_model, str | os.PathLike | PreTrainedModel):
         return _python_scorer(reward_model, template)
     if lm_tokenizer is None and not texts_only:
@@ -156,8 +159,8 @@ def load_scorer(
         check_labels(type(model).__name__, model.config.num_labels)
         tokenizer = reward_tokenizer or _tokenizer_of(model, trust_remote_code)
     if _is_encoder(model):
-        return _encoder_scorer(model, tokenizer, template)
-    return _causal_scorer(model, tokenizer, lm_tokenizer, template, pool)
+        return _encoder_scorer(model, tokenizer, template, parse_special)
+    return _causal_scorer(model, tokenizer, lm_tokenizer, template, pool, parse_special)
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,10 @@ def _python_scorer(reward_model: object, template: TemplateLike) -> Scorer:
 
 
 def _encoder_scorer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: TemplateLike
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    template: TemplateLike,
+    parse_special: bool,
 ) -> Scorer:
     if tokenizer.pad_token_id is None:
         raise ValueError(
@@ -228,7 +234,7 @@ def _encoder_scorer(
     return EncoderScorer(
         model,
         tokenizer,
-        make_template(template, tokenizer, pairs=True),
+        make_template(template, tokenizer, pairs=True, parse_special=parse_special),
         context=encoder_context(model, tokenizer),
     )
 
@@ -239,10 +245,11 @@ def _causal_scorer(
     lm_tokenizer: PreTrainedTokenizerBase | None,
     template: TemplateLike,
     pool: _Pool,
+    parse_special: bool,
 ) -> Scorer:
     rows = embedding_rows(model)
     check_vocabulary(tokenizer, rows, pads=False)
-    chosen = make_template(template, tokenizer, pairs=False)
+    chosen = make_template(template, tokenizer, pairs=False, parse_special=parse_special)
     head = linear_head(model)
     try:
         check_numbers(model, backend=pool.backend)
@@ -302,8 +309,10 @@ def _persona_scorer(
     language_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     pool: _Pool,
+    parse_special: bool,
 ) -> Scorer:
-    source = PersonaTokens(persona, tokenizer, embedding_rows(language_model))
+    rows = embedding_rows(language_model)
+    source = PersonaTokens(persona, tokenizer, rows, parse_special=parse_special)
     paged = pool.paged(language_model)
     return PersonaScorer(
         paged,

@@ -19,8 +19,9 @@ from stars_fast.models.paged import PagedModel
 from stars_fast.rewards.base import Prompt, ScoreJob
 from stars_fast.rewards.causal import CausalScorer
 from stars_fast.rewards.reading import NextTokens
-from stars_fast.rewards.text import bare_text, conversation
-from stars_fast.rewards.tokens import Ids, TextEncoder, TokenPrompt, TokenSource
+from stars_fast.rewards.text import conversation, marked_text
+from stars_fast.rewards.tokens import Ids, TokenPrompt, TokenSource
+from stars_fast.tokenization import SpecialTokens, TextEncoder, escaped
 
 __all__ = ["Persona", "PersonaScorer", "PersonaTokens"]
 
@@ -74,6 +75,8 @@ class PersonaTokens(TokenSource):
         The language model's.
     vocab_size : int
         Token ids that the language model knows; others are an error of their request or job.
+    parse_special : bool
+        Whether special tokens written in prompts are such.
 
     Raises
     ------
@@ -84,9 +87,15 @@ class PersonaTokens(TokenSource):
     needs_text = False
 
     def __init__(
-        self, persona: Persona, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+        self,
+        persona: Persona,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        *,
+        parse_special: bool = False,
     ) -> None:
         self._persona = persona
+        self._special = SpecialTokens(tokenizer, parse=parse_special)
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         # A chat template writes its own special tokens, as for the language model's prompts.
@@ -110,8 +119,9 @@ class PersonaTokens(TokenSource):
             text = self._render(prompt, self._persona.system)
         else:
             assert self._persona.template is not None
-            text = self._persona.template.replace("{prompt}", bare_text(prompt))
-        ids = self._encoder.encode([text])[0]
+            text = escaped(self._persona.template)
+            text = text.replace("{prompt}", marked_text(prompt, self._special))
+        ids = np.asarray(self._encoder.encode([text])[0], np.int64)
         if not len(ids):
             raise ValueError("the persona's prompt is empty: it has no tokens after tokenisation")
         self._check(ids, "token ids of the persona's prompt")
@@ -133,7 +143,7 @@ class PersonaTokens(TokenSource):
         return encoded
 
     def _render(self, prompt: Prompt, system: str) -> str:
-        messages, opening = conversation(prompt)
+        messages, opening = self._special.marked_in(conversation(prompt))
         if opening:  # the language model reads its prompts so, too
             messages = [*messages, {"role": "assistant", "content": opening}]
         if messages and messages[0]["role"] == "system":

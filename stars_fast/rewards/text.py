@@ -37,19 +37,21 @@ from transformers import PreTrainedTokenizerBase
 
 from stars_fast.config import TemplateLike
 from stars_fast.rewards.base import Prompt
+from stars_fast.tokenization import SpecialTokens, escaped
 
 __all__ = ["CallableTemplate", "ChatTemplate", "FramedPrompt", "Template"]
 __all__ += ["FormatTemplate", "PairTemplate", "PlainTemplate", "RenderedPrompt", "make_template"]
-__all__ += ["bare_text", "conversation"]
+__all__ += ["bare_text", "conversation", "marked_text"]
 
 Messages: TypeAlias = "list[dict[str, str]]"
+_UNMARKED = SpecialTokens(None)
 
 
 class RenderedPrompt(Protocol):
     """A template with its prompt filled in."""
 
     def text(self, response: str) -> str | tuple[str, str]:
-        """Return the text to score, or a pair of texts."""
+        """Return the text to score, or a pair of texts; marked, see `stars_fast.tokenization`."""
         ...
 
 
@@ -63,12 +65,15 @@ class FramedPrompt:
         What stands before and behind the response.
     strip_left, strip_right : bool
         Whether white space at that end of the response is dropped.
+    special : SpecialTokens
+        Those that are text in a response.
     """
 
     prefix: str
     suffix: str
     strip_left: bool = False
     strip_right: bool = False
+    special: SpecialTokens = _UNMARKED
 
     def text(self, response: str) -> str:
         """Return prefix + response + suffix."""
@@ -76,7 +81,7 @@ class FramedPrompt:
             response = response.lstrip()
         if self.strip_right:
             response = response.rstrip()
-        return f"{self.prefix}{response}{self.suffix}"
+        return f"{self.prefix}{self.special.marked(response)}{self.suffix}"
 
 
 @dataclass(frozen=True)
@@ -84,10 +89,11 @@ class PairedPrompt:
     """A prompt that is the first text of a pair."""
 
     prompt: str
+    special: SpecialTokens
 
     def text(self, response: str) -> tuple[str, str]:
         """Return (prompt, response)."""
-        return self.prompt, response
+        return self.prompt, self.special.marked(response)
 
 
 @dataclass(frozen=True)
@@ -117,9 +123,13 @@ class PlainTemplate:
 
     add_special_tokens = True
 
+    def __init__(self, special: SpecialTokens) -> None:
+        self._special = special
+
     def bind(self, prompt: Prompt) -> FramedPrompt:
         """Return the prompt's text with nothing behind the response."""
-        return FramedPrompt(prompt.text, "")
+        text = self._special.marked(prompt.text, control=prompt.control)
+        return FramedPrompt(text, "", special=self._special)
 
 
 class FormatTemplate:
@@ -133,19 +143,22 @@ class FormatTemplate:
 
     add_special_tokens = True
 
-    def __init__(self, template: str) -> None:
+    def __init__(self, template: str, special: SpecialTokens) -> None:
         if template.count("{response}") != 1 or "{prompt}" not in template:
             raise ValueError(
                 "reward_template must be None, 'chat', 'plain', 'pair', a callable, or a string "
                 f"with {{prompt}} and one {{response}}, got {template!r}"
             )
-        self._before, self._behind = template.split("{response}")
+        self._before, self._behind = escaped(template).split("{response}")
+        self._special = special
 
     def bind(self, prompt: Prompt) -> FramedPrompt:
         """Return the string with the prompt put in."""
-        text = bare_text(prompt)
+        text = marked_text(prompt, self._special)
         return FramedPrompt(
-            self._before.replace("{prompt}", text), self._behind.replace("{prompt}", text)
+            self._before.replace("{prompt}", text),
+            self._behind.replace("{prompt}", text),
+            special=self._special,
         )
 
 
@@ -154,9 +167,12 @@ class PairTemplate:
 
     add_special_tokens = True
 
+    def __init__(self, special: SpecialTokens) -> None:
+        self._special = special
+
     def bind(self, prompt: Prompt) -> PairedPrompt:
         """Return the prompt as the first text."""
-        return PairedPrompt(bare_text(prompt))
+        return PairedPrompt(marked_text(prompt, self._special), self._special)
 
 
 class ChatTemplate:
@@ -171,7 +187,8 @@ class ChatTemplate:
 
     add_special_tokens = False
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens) -> None:
+        self._special = special
         if not tokenizer.chat_template:
             raise ValueError(
                 "reward_template='chat' needs a chat template, and the reward model's tokenizer "
@@ -187,10 +204,11 @@ class ChatTemplate:
 
     def bind(self, prompt: Prompt) -> FramedPrompt:
         """Render the prompt's messages around the stand-in."""
-        messages, opening = conversation(prompt)
+        messages, opening = self._special.marked_in(conversation(prompt))
         prefix, suffix = self._split(messages, opening, "{}")
         # An opening of the assistant's message keeps the white space between it and the response.
-        return FramedPrompt(prefix, suffix, self._strip_left and not opening, self._strip_right)
+        strip_left = self._strip_left and not opening
+        return FramedPrompt(prefix, suffix, strip_left, self._strip_right, self._special)
 
     def render(self, messages: Messages) -> str:
         """Render whole messages; ValueError if the template refuses them."""
@@ -220,6 +238,9 @@ class ChatTemplate:
 class CallableTemplate:
     """A user's function; text that begins with the BOS token does not get a second one.
 
+    Special tokens in a text that it returns are such; in the messages that it returns they are
+    text.
+
     Parameters
     ----------
     function : callable
@@ -235,10 +256,16 @@ class CallableTemplate:
 
     add_special_tokens = True
 
-    def __init__(self, function: Callable[..., Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        tokenizer: PreTrainedTokenizerBase,
+        special: SpecialTokens,
+    ) -> None:
         self._function = function
+        self._special = special
         self._takes_messages = _positional_count(function) == 1
-        self._chat = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        self._chat = ChatTemplate(tokenizer, special) if tokenizer.chat_template else None
 
     def bind(self, prompt: Prompt) -> CalledPrompt:
         """Return the function with its prompt argument filled in."""
@@ -261,9 +288,9 @@ class CallableTemplate:
         except Exception as error:
             raise ValueError(f"reward_template raised {type(error).__name__}: {error}") from error
         if isinstance(returned, str):
-            return returned
+            return escaped(returned)
         if isinstance(returned, list) and self._chat is not None:
-            return self._chat.render(returned)
+            return self._chat.render(self._special.marked_in(returned))
         raise ValueError(
             f"reward_template returned {type(returned).__name__}; it must return a str, or a list "
             "of messages where the reward model's tokenizer has a chat template"
@@ -275,6 +302,7 @@ def make_template(
     tokenizer: PreTrainedTokenizerBase,
     *,
     pairs: bool,
+    parse_special: bool = False,
 ) -> Template:
     """Choose the template that `template` names; see the notes of this module.
 
@@ -286,6 +314,8 @@ def make_template(
         The reward model's.
     pairs : bool
         Whether the reward model can read two texts, as encoders do.
+    parse_special : bool
+        Whether special tokens written in prompts and responses are such.
 
     Raises
     ------
@@ -294,26 +324,27 @@ def make_template(
     TypeError
         If `template` is none of the above.
     """
+    special = SpecialTokens(tokenizer, parse=parse_special)
     if template is None:
         template = "chat" if tokenizer.chat_template else "pair" if pairs else "plain"
     if callable(template):
-        return CallableTemplate(template, tokenizer)
+        return CallableTemplate(template, tokenizer, special)
     if not isinstance(template, str):
         raise TypeError(
             f"reward_template must be None, a string or a callable, got {type(template).__name__}"
         )
     if template == "chat":
-        return ChatTemplate(tokenizer)
+        return ChatTemplate(tokenizer, special)
     if template == "plain":
-        return PlainTemplate()
+        return PlainTemplate(special)
     if template == "pair":
         if not pairs:
             raise ValueError(
                 "reward_template='pair' is for bidirectional encoders; this reward model is "
                 "causal: pass 'chat', 'plain', a string or a callable"
             )
-        return PairTemplate()
-    return FormatTemplate(template)
+        return PairTemplate(special)
+    return FormatTemplate(template, special)
 
 
 def bare_text(prompt: Prompt) -> str:
@@ -321,6 +352,12 @@ def bare_text(prompt: Prompt) -> str:
     if prompt.messages is not None and len(prompt.messages) == 1:
         return prompt.messages[0]["content"]
     return prompt.text
+
+
+def marked_text(prompt: Prompt, special: SpecialTokens) -> str:
+    """Return `bare_text`, marked."""
+    bare = bare_text(prompt)
+    return special.marked(bare, control=prompt.control if bare is prompt.text else ())
 
 
 def conversation(prompt: Prompt) -> tuple[Messages, str]:

@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from stars_fast.rewards.base import Prompt, ScoreJob
 from stars_fast.rewards.text import FramedPrompt, PlainTemplate, RenderedPrompt, Template
+from stars_fast.tokenization import MARK, TextEncoder
 
-__all__ = ["Ids", "RetokenizedText", "SharedTokens", "TextEncoder", "TokenPrompt", "TokenSource"]
-__all__ += ["common_length"]
+__all__ = ["Ids", "RetokenizedText", "SharedTokens", "TokenPrompt", "TokenSource"]
+__all__ += ["common_length", "special_ids"]
 
 Ids = NDArray[np.int64]
 
@@ -51,45 +52,6 @@ class TokenPrompt:
     def tail(self) -> int:
         """Number of ids behind the response: run for every job, kept for none."""
         return len(self.empty_ids) - self.stem
-
-
-class TextEncoder:
-    """A tokenizer for many texts at once.
-
-    Text that begins with the BOS token gets no second one where the tokenizer adds its own: prompts
-    that a chat template wrote often bring theirs.
-
-    Parameters
-    ----------
-    tokenizer : transformers tokenizer
-        The reward model's.
-    add_special_tokens : bool
-        Whether the tokenizer puts its tokens around each text.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> None:
-        self.tokenizer = tokenizer
-        self.add_special_tokens = add_special_tokens
-        self.head, self.tail = _added_ids(tokenizer) if add_special_tokens else ([], [])
-        adds_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in self.head
-        self._bos: str = tokenizer.bos_token if adds_bos else ""
-
-    def single_bos(self, text: str) -> str:
-        """Return the text without the BOS that the tokenizer is going to add."""
-        return text.removeprefix(self._bos) if self._bos else text
-
-    def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """Return the ids of each text, never truncated."""
-        if not texts:
-            return []
-        batch = self.tokenizer(
-            [self.single_bos(text) for text in texts],
-            add_special_tokens=self.add_special_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        return [np.asarray(ids, dtype=np.int64) for ids in batch["input_ids"]]
 
 
 class TokenSource(ABC):
@@ -153,7 +115,8 @@ class SharedTokens(TokenSource):
             framed = self._template.bind(prompt)
             assert isinstance(framed, FramedPrompt)
             (before,) = self._encoder.encode([self._single_bos(framed.prefix)])
-            prefix, suffix = [*self._head, *before], [*self._behind(framed.suffix), *self._tail]
+            prefix = [*self._head, *before]
+            suffix = [*self._encoder.behind(framed.suffix), *self._tail]
         empty = np.array([*prefix, *suffix], dtype=np.int64)
         if not len(empty):
             raise ValueError("the prompt is empty: the reward model has no token to read")
@@ -180,17 +143,6 @@ class SharedTokens(TokenSource):
                 response = response[:end]
             encoded.append(np.concatenate((prompt.prefix, response, prompt.suffix)))
         return encoded
-
-    def _behind(self, suffix: str) -> Ids:
-        """Return the ids of a text that stands behind another.
-
-        By itself it would begin with a word where the tokenizer puts a space before a text.
-        """
-        for before in ("a", ".", "1", "A"):  # a small vocabulary may lack some of them
-            alone, whole = self._encoder.encode([before, before + suffix])
-            if len(alone) and common_length(alone, whole) == len(alone):
-                return whole[len(alone) :]
-        return self._encoder.encode([suffix])[0]
 
     def _check(self, ids: Ids, name: str) -> None:
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
@@ -233,7 +185,7 @@ class RetokenizedText(TokenSource):
         """Tokenise the template with an empty and with a short response."""
         rendered = self._template.bind(prompt)
         texts = [_whole_text(rendered, response) for response in ("", "a")]
-        empty, probe = self._encoder.encode(texts)
+        empty, probe = self._encode(texts)
         if not len(empty):
             raise ValueError("the prompt is empty: the reward model has no token to read")
         stem = common_length(empty, probe)
@@ -241,7 +193,7 @@ class RetokenizedText(TokenSource):
         bound = _TextPrompt(
             empty, stem, rendered=rendered, fixed_ids=fixed_ids, fixed_text=fixed_text
         )
-        rest = self._encoder.encode([texts[1][fixed_text:]])[0]
+        rest = self._encode([texts[1][fixed_text:]])[0]
         if fixed_ids and not np.array_equal(self._join(bound, rest), probe):
             return _TextPrompt(empty, stem, rendered=rendered, fixed_ids=0, fixed_text=0)
         return bound
@@ -263,11 +215,14 @@ class RetokenizedText(TokenSource):
             places.append(len(encoded))
             texts.append(text[prompt.fixed_text :])
             encoded.append(prompt.empty_ids)
-        for place, ids in zip(places, self._encoder.encode(texts), strict=True):
+        for place, ids in zip(places, self._encode(texts), strict=True):
             prompt = prompts[place]
             assert isinstance(prompt, _TextPrompt)
             encoded[place] = self._join(prompt, ids)
         return encoded
+
+    def _encode(self, texts: Sequence[str]) -> list[Ids]:
+        return [np.asarray(ids, dtype=np.int64) for ids in self._encoder.encode(texts)]
 
     @staticmethod
     def _join(prompt: _TextPrompt, rest: Ids) -> Ids:
@@ -279,7 +234,7 @@ class RetokenizedText(TokenSource):
         """Return how many ids and characters stand before the last special token of the prefix."""
         tokenizer = self._encoder.tokenizer
         fixed = isinstance(rendered, FramedPrompt) and not self._encoder.add_special_tokens
-        if not (fixed and tokenizer.is_fast):
+        if not (fixed and tokenizer.is_fast) or MARK in text:
             return 0, 0
         assert isinstance(rendered, FramedPrompt)
         batch = tokenizer(
@@ -290,17 +245,6 @@ class RetokenizedText(TokenSource):
             if ids[i] in self._special and offsets[i][1] <= len(rendered.prefix):
                 return i, int(offsets[i][0])
         return 0, 0
-
-
-def _added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return the ids that the tokenizer puts before and behind a text."""
-    for text in ("a", "1", "."):  # a small vocabulary may lack some of them
-        bare: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        full: list[int] = tokenizer(text)["input_ids"]
-        for start in range(len(full) if bare else 0):
-            if full[start : start + len(bare)] == bare:
-                return full[:start], full[start + len(bare) :]
-    return tokenizer("")["input_ids"], []
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -10,18 +10,19 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from stars_fast.engine.async_engine import AsyncEngine
-from stars_fast.engine.detokenize import token_offsets
+from stars_fast.engine.detokenize import token_offsets, token_text
 from stars_fast.engine.requests import samples_per_response
 from stars_fast.engine.streams import RequestStream
 from stars_fast.errors import EngineStoppedError
 from stars_fast.outputs import RequestOutput, Segment
 from stars_fast.params import StarsParams
+from stars_fast.prompts import Prompt
 from stars_fast.records import segment_record
 from stars_fast.server.errors import ApiError, request_failed
 from stars_fast.server.protocol import ChatRequest, CompletionRequest, params_of
 from stars_fast.server.settings import ServerSettings
 from stars_fast.server.shapes import Shape
-from stars_fast.server.transcript import Delta, Transcript, token_text
+from stars_fast.server.transcript import Delta, Transcript
 
 
 class Generation:
@@ -83,8 +84,7 @@ class Generation:
         self._latest: dict[int, RequestOutput] = {}
         self._prompt_tokens = 0
         self.transcripts = [
-            Transcript(i, self.params.stop_texts, engine.tokenizer)
-            for i in range(len(self.prompts) * self.params.n)
+            Transcript(i, self.params.stop_texts) for i in range(len(self.prompts) * self.params.n)
         ]
         self._sent: set[int] = set()
         self.first_token_at: float | None = None
@@ -158,7 +158,7 @@ class Generation:
         choice = {
             "index": transcript.index,
             **self._shape.delta(delta.text, first=first),
-            "logprobs": self._logprobs(transcript.latest.token_ids, delta.logprobs),
+            "logprobs": self._logprobs(transcript, delta.logprobs, delta.begin),
             **self._token_ids(delta.token_ids),
             "finish_reason": delta.finish_reason,
             "stars": stars,
@@ -204,7 +204,7 @@ class Generation:
         return {
             "index": transcript.index,
             **self._shape.choice(output.text),
-            "logprobs": self._logprobs(output.token_ids, output.logprobs),
+            "logprobs": self._logprobs(transcript, output.logprobs),
             **self._token_ids(output.token_ids),
             "finish_reason": output.finish_reason,
             "stars": {
@@ -214,22 +214,28 @@ class Generation:
         }
 
     def _segments(self, segments: Sequence[Segment]) -> list[dict[str, Any]]:
-        text_of = functools.partial(token_text, tokenizer=self._engine.tokenizer)
+        text_of = functools.partial(token_text, self._engine.tokenizer)
         return [segment_record(segment, text_of) for segment in segments]
 
     def _token_ids(self, token_ids: Sequence[int]) -> dict[str, list[int]]:
         return {"token_ids": list(token_ids)} if self._body.wants_token_ids else {}
 
     def _logprobs(
-        self, token_ids: Sequence[int], logprobs: Sequence[float]
+        self, transcript: Transcript, logprobs: Sequence[float], begin: int = 0
     ) -> dict[str, Any] | None:
-        """Return those of the last tokens, as many as there are log-probabilities."""
+        """Return those of the last tokens, as many as there are log-probabilities.
+
+        `begin`: where the first of them begins in the text.
+        """
         if not self._body.wants_logprobs:
             return None
         tokenizer = self._engine.tokenizer
+        token_ids = transcript.latest.token_ids
         first = len(token_ids) - len(logprobs)
-        texts = [token_text([token], tokenizer) for token in token_ids[first:]]
-        offsets = token_offsets(tokenizer, token_ids, first)
+        texts = [token_text(tokenizer, [token]) for token in token_ids[first:]]
+        read = self._latest[transcript.index // self.params.n]
+        prompt = Prompt(read.prompt or "", read.prompt_token_ids)
+        offsets = token_offsets(tokenizer, prompt, token_ids, first, begin)
         return self._shape.logprobs(list(zip(texts, logprobs, strict=True)), offsets)
 
 

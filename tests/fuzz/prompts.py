@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fuzz.texts import cleans_up, plain_text
+
 Messages = list[dict[str, str]]
 
 
@@ -36,7 +38,9 @@ class ReadPrompt:
 def read_prompt(tokenizer: Any, prompt: Any) -> ReadPrompt:
     """Read text, ids or messages."""
     if isinstance(prompt, str):
-        return ReadPrompt(prompt, list(tokenizer(prompt)["input_ids"]), None)
+        ids = list(tokenizer(prompt)["input_ids"])
+        _, behind = added_ids(tokenizer)
+        return ReadPrompt(prompt, ids[: len(ids) - len(behind)], None)  # it goes on
     if isinstance(prompt[0], dict):
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         encoded = tokenizer.apply_chat_template(
@@ -44,7 +48,10 @@ def read_prompt(tokenizer: Any, prompt: Any) -> ReadPrompt:
         )
         return ReadPrompt(text, list(encoded["input_ids"]), prompt)
     shown = prompt[1:] if prompt[0] == tokenizer.bos_token_id else prompt
-    return ReadPrompt(tokenizer.decode(shown), list(prompt), None)
+    text = plain_text(tokenizer, shown, with_special=True)
+    if cleans_up(tokenizer):
+        text = tokenizer.clean_up_tokenization(text)
+    return ReadPrompt(text.removesuffix("\ufffd"), list(prompt), None)
 
 
 def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -55,8 +62,13 @@ def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     return whole[:start], whole[start + len(bare) :]
 
 
-def encoded(tokenizer: Any, text: str, *, adds_special: bool = True) -> dict[str, list[int]]:
-    """The tokenizer's fields of a text, which gets no second BOS."""
+def encoded(
+    tokenizer: Any, text: str, second: str | None = None, *, adds_special: bool = True
+) -> dict[str, list[int]]:
+    """The tokenizer's fields of a text, or of a pair, which gets no second BOS."""
     if adds_special and tokenizer.bos_token_id in added_ids(tokenizer)[0]:
         text = text.removeprefix(tokenizer.bos_token)
-    return dict(tokenizer(text, add_special_tokens=adds_special))
+    # In a batch, for by itself a pair with an empty text is no pair.
+    one = text if second is None else (text, second)
+    fields = tokenizer([one], add_special_tokens=adds_special)
+    return {name: rows[0] for name, rows in fields.items()}

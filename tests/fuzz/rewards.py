@@ -100,9 +100,7 @@ class RewardSetup:
                 response.pop()  # the template closes the turn itself
             return {"ids": before + response + behind}
         if self.kind == "pair":
-            read = {
-                name: rows[0] for name, rows in self.tokenizer([(prompt.bare_text, text)]).items()
-            }
+            read = encoded(self.tokenizer, prompt.bare_text, text)
         else:
             read = encoded(
                 self.tokenizer, self.text(prompt, text), adds_special=self.kind != "chat"

@@ -11,7 +11,7 @@ import transformers
 from helpers.tiny_architectures import CONFIGS, MAX_LENGTH, tiny_lm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from stars_fast.errors import UnsupportedModelError
+from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.checks import max_length
 from stars_fast.models.pool import page_bytes
 from stars_fast.models.probe import attention_layout
@@ -209,3 +209,18 @@ def test_max_length() -> None:
     )
     assert max_length(AutoModelForCausalLM.from_config(config)) == 32
     assert max_length(_bloom()) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("lm_head.weight", torch.nan, "weights contain NaN: lm_head.weight row 7$"),
+        ("model.norm.weight", torch.inf, "weights contain infinity: model.norm.weight at 7$"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_named(name: str, value: float, words: str) -> None:
+    model = tiny_lm("llama", tie_word_embeddings=False)
+    with torch.no_grad():
+        model.get_parameter(name)[7] = value
+    with pytest.raises(ModelLoadError, match=words):
+        check_numbers(model)

@@ -28,6 +28,7 @@ FLOORS = (
     ("kernels",),
     ("records",),
     ("prompts", "params", "errors"),
+    ("decoders", "tokenization", "surrogates"),
     ("methods", "outputs", "seeds", "core", "config", "demo", "tables"),
     ("_core",),
 )

@@ -17,7 +17,7 @@ from stars_fast.rewards import Prompt, ScoreJob, load_scorer
 from stars_fast.rewards.causal import CausalScorer
 from stars_fast.rewards.head import linear_head
 from stars_fast.rewards.reading import LastToken
-from stars_fast.rewards.text import PlainTemplate
+from stars_fast.rewards.text import make_template
 from stars_fast.rewards.tokens import SharedTokens
 
 LM = bpe_tokenizer(400)
@@ -29,7 +29,7 @@ def plain_scorer(model: PreTrainedModel, num_pages: int, **options: Any) -> Caus
     return CausalScorer(
         PagedModel(model, num_pages=num_pages, page_size=PAGE),
         LastToken(linear_head(model), LM.pad_token_id),
-        SharedTokens(LM, PlainTemplate(), len(LM)),
+        SharedTokens(LM, make_template("plain", LM, pairs=False), len(LM)),
         num_pages=num_pages,
         page_size=PAGE,
         **options,

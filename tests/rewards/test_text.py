@@ -9,6 +9,7 @@ from helpers.tiny_tokenizers import CHAT_TEMPLATES, bpe_tokenizer, encoder_token
 
 from stars_fast.rewards import Prompt
 from stars_fast.rewards.text import make_template
+from stars_fast.tokenization import unmarked
 
 USER = {"role": "user", "content": "Is rice good?"}
 TEXT_PROMPT = Prompt("Is rice good?", [1, 2], None)
@@ -30,8 +31,8 @@ def text(template: Any, prompt: Prompt, response: str, chat: str | None = None) 
 def test_chat_equals_the_tokenizers_own_rendering(chat: str, prompt: Prompt, response: str) -> None:
     messages = [*(prompt.messages or [USER]), {"role": "assistant", "content": response}]
     want = bpe_tokenizer(chat=chat).apply_chat_template(messages, tokenize=False)
-    assert text("chat", prompt, response, chat) == want
-    assert text(None, prompt, response, chat) == want
+    assert unmarked(text("chat", prompt, response, chat)) == want
+    assert unmarked(text(None, prompt, response, chat)) == want
 
 
 @pytest.mark.parametrize("chat", CHAT_TEMPLATES)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fuzz.tokenizers import FAMILIES, tokenizer
+from fuzz.tokenizers import ALL_FAMILIES, tokenizer
 from helpers.tiny_tokenizers import CHAT_TEMPLATES, TEXTS, bpe_tokenizer
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from stars_fast.rewards import Prompt, ScoreJob
 from stars_fast.rewards.text import make_template
-from stars_fast.rewards.tokens import RetokenizedText, SharedTokens, TextEncoder, common_length
+from stars_fast.rewards.tokens import RetokenizedText, SharedTokens, common_length
+from stars_fast.tokenization import TextEncoder
 
 PROMPT = Prompt("What is rice?", bpe_tokenizer()("What is rice?")["input_ids"], None)
 
@@ -31,9 +32,9 @@ def test_text_with_bos_gets_no_second_one() -> None:
     tokenizer = bpe_tokenizer()
     encoder = TextEncoder(tokenizer, add_special_tokens=True)
     bare, with_bos = encoder.encode(["It costs", "<s>It costs"])
-    assert bare.tolist() == with_bos.tolist() == tokenizer("It costs")["input_ids"]
+    assert bare == with_bos == tokenizer("It costs")["input_ids"]
     without = TextEncoder(tokenizer, add_special_tokens=False)
-    assert without.encode(["<s>It costs"])[0].tolist() == bare.tolist()
+    assert without.encode(["<s>It costs"])[0] == bare
 
 
 def test_tokenizer_that_adds_eos() -> None:
@@ -52,7 +53,7 @@ def test_tokenizer_that_adds_eos() -> None:
     assert ids.tolist() == [*before[:-1], 50, 51, 1]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize("behind", ["\n###", " ### end", "</s>\n", "|", ".", "\n\nQ: what?", ""])
 def test_ids_are_those_of_the_template_s_text(family: str, behind: str) -> None:
     """Nothing comes between the response and what the template puts behind it."""
@@ -84,12 +85,12 @@ def test_only_the_text_behind_the_last_special_token_is_tokenised(chat: str, mes
     seen = []
     tokenize = source._encoder.encode
 
-    def recorded(texts: list[str]) -> list[np.ndarray]:
+    def recorded(texts: list[str]) -> list[list[int]]:
         seen.extend(texts)
         return tokenize(texts)
 
     source._encoder.encode = recorded  # type: ignore[method-assign, assignment]
-    responses = ["", "a", "era", "\n\nYes", " <|im_end|> no", "naïve 日本 🙂", *TEXTS]
+    responses = ["", "a", "era", "\n\nYes", " <|im_end no", "naïve 日本 🙂", *TEXTS]
     encoded = source.encode([bound] * len(responses), [job([9], text) for text in responses])
     for response, ids in zip(responses, encoded, strict=True):
         whole = tokenizer.apply_chat_template([*conversation, {**answer, "content": response}])
@@ -125,4 +126,4 @@ def test_small_vocabularies() -> None:
     )
     encoder = TextEncoder(PreTrainedTokenizerFast(tokenizer_object=backend), True)
     assert (encoder.head, encoder.tail) == ([0], [1])
-    assert encoder.encode(["x"])[0].tolist() == [0, 3, 1]
+    assert encoder.encode(["x"])[0] == [0, 3, 1]
