@@ -78,6 +78,10 @@ class Engine(BaseEngine):
         Pages of the reward model's pool; None: as `num_pages`, from what is left.
     reward_device
         Device of the reward model; None: that of the language model.
+    reward_timeout
+        Seconds that a call of a reward function or server may take, above 0; the requests that it
+        was to score fail then, and the others go on. None: no limit. With one, the function runs on
+        a thread of its own.
     prefix_caching
         Share full prompt pages between requests with the same prefix.
     max_prefill_tokens
@@ -126,6 +130,7 @@ class Engine(BaseEngine):
         reward_tokenizer: PreTrainedTokenizerBase | None = None,
         reward_num_pages: int | None = None,
         reward_device: str | torch.device | None = None,
+        reward_timeout: float | None = None,
         prefix_caching: bool = True,
         max_prefill_tokens: int = 8192,
         backend: Backend = "auto",
@@ -147,6 +152,7 @@ class Engine(BaseEngine):
             reward_template=reward_template,
             reward_num_pages=reward_num_pages,
             reward_device=reward_device,
+            reward_timeout=reward_timeout,
             prefix_caching=prefix_caching,
             max_prefill_tokens=max_prefill_tokens,
             backend=backend,
@@ -280,6 +286,7 @@ def _scorer_for(
         backend=config.backend,
         kv_dtype=config.kv_dtype,
         compile_model=config.compile_model,
+        timeout=config.reward_timeout,
     )
     if ranks.size == 1:
         return load()

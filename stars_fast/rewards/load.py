@@ -72,6 +72,7 @@ def load_scorer(
     kv_dtype: KvDtype = "auto",
     compile_model: bool = False,
     texts_only: bool = False,
+    timeout: float | None = None,
     ranks: Ranks = ALONE,
 ) -> Scorer:
     """Make the scorer of a reward model.
@@ -111,6 +112,8 @@ def load_scorer(
         Of a causal reward model or a judge, see `stars_fast.models.paged.PagedModel`.
     texts_only
         There are texts though there is no tokenizer: responses come as such.
+    timeout
+        Seconds that a call of a function may take; None: as many as it takes.
     ranks : Ranks
         Over which to split a model, or that hold a loaded one or the language model together.
 
@@ -139,7 +142,7 @@ def load_scorer(
         judge = _check_judge(language_model, lm_tokenizer, reward_tokenizer, template, device)
         return _persona_scorer(reward_model, *judge, pool)
     if not isinstance(reward_model, str | os.PathLike | PreTrainedModel):
-        return _python_scorer(reward_model, template)
+        return _python_scorer(reward_model, template, timeout)
     if lm_tokenizer is None and not texts_only:
         raise ValueError(
             "a reward model that is not a function needs the language model's tokenizer, and none "
@@ -195,7 +198,7 @@ class _Pool:
         )
 
 
-def _python_scorer(reward_model: object, template: TemplateLike) -> Scorer:
+def _python_scorer(reward_model: object, template: TemplateLike, timeout: float | None) -> Scorer:
     if isinstance(reward_model, torch.nn.Module):
         raise TypeError(
             f"reward_model is a {type(reward_model).__name__}, not a transformers model: "
@@ -213,7 +216,7 @@ def _python_scorer(reward_model: object, template: TemplateLike) -> Scorer:
             "reward_template is for transformers models; a reward function gets prompts and "
             "responses and builds its own text"
         )
-    return CallableScorer(score)
+    return CallableScorer(score, timeout)
 
 
 def _encoder_scorer(
