@@ -15,6 +15,7 @@ from stars_fast.distributed import ALONE, Ranks
 from stars_fast.engine.calibration import calibration_of, prefix_calibration_of
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import Loop
+from stars_fast.engine.one_thread import OneThread, one_thread
 from stars_fast.engine.requests import Request
 from stars_fast.errors import RewardError
 from stars_fast.models.parameters import multiplied_parameters
@@ -37,7 +38,7 @@ class Reader(Protocol):
         ...
 
 
-class BaseEngine:
+class BaseEngine(OneThread):
     """Requests on their way through rounds; `Engine` and `RemoteEngine` make its parts.
 
     Parameters
@@ -59,7 +60,8 @@ class BaseEngine:
 
     Notes
     -----
-    One thread at a time.
+    One thread at a time: a call while another thread is inside of one raises `ConcurrentCallError`,
+    and does nothing.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class BaseEngine:
         seed: int,
         ranks: Ranks = ALONE,
     ) -> None:
+        super().__init__()
         self._reader = reader
         #: The rounds, and by them the models: to look at, as benchmarks do.
         self.loop = loop
@@ -88,6 +91,7 @@ class BaseEngine:
 
     # Whole batches
 
+    @one_thread
     def generate(
         self,
         prompts: PromptLike | Sequence[PromptLike],
@@ -153,6 +157,7 @@ class BaseEngine:
                 raise
         return [done[name] for name in names]
 
+    @one_thread
     def score(
         self, prompts: PromptLike | Sequence[PromptLike], responses: Sequence[str]
     ) -> list[float]:
@@ -181,6 +186,7 @@ class BaseEngine:
                 raise RewardError(f"score: response {number}: {score}") from score
         return [float(score) for score in scores if not isinstance(score, Exception)]
 
+    @one_thread
     def calibrate(
         self,
         prompts: PromptLike | Sequence[PromptLike],
@@ -250,6 +256,7 @@ class BaseEngine:
 
     # One request at a time, for serving stacks
 
+    @one_thread
     def add_request(
         self, request_id: str, prompt: PromptLike | Prompt, params: StarsParams | None = None
     ) -> None:
@@ -312,6 +319,7 @@ class BaseEngine:
         self._prefixes(params)
         return self._reader.read(prompt, params.longest_response)
 
+    @one_thread
     def step(self) -> list[RequestOutput]:
         """Run one round.
 
@@ -344,6 +352,7 @@ class BaseEngine:
                 self._drop(request)
         return [request.to_output() for request in shown]
 
+    @one_thread
     def abort(self, request_id: str) -> RequestOutput | None:
         """Stop a request and free its pages.
 
@@ -360,6 +369,7 @@ class BaseEngine:
         request.unchosen = False
         return request.to_output()
 
+    @one_thread
     def reset_prefix_cache(self) -> None:
         """Forget the pages of prompts that are over: call it when weights have changed.
 
@@ -428,6 +438,7 @@ class BaseEngine:
         return self._calibration
 
     @calibration.setter
+    @one_thread
     def calibration(self, value: Calibration | None) -> None:
         with self._broadcast_call("calibration", value):
             self._calibration = value

@@ -111,7 +111,8 @@ class Engine(BaseEngine):
 
     Notes
     -----
-    One thread at a time.
+    One thread at a time: a call while another thread is inside of one raises `ConcurrentCallError`,
+    and does nothing. `AsyncEngine` takes requests from many.
     """
 
     def __init__(
