@@ -39,7 +39,8 @@ Endpoints: /v1/completions, /v1/chat/completions, /v1/models, /health, /ready, /
 at / a page to try a prompt. Logs are JSON lines on standard error. SIGTERM: no new requests, those
 under way are finished, exit. The API key can also be given in {_KEY_VARIABLE}.
 
-exit codes: 0 stopped; 1 could not start; 2 wrong flags or files; 130 interrupted
+exit codes: 0 stopped; 1 could not start, or the engine has failed; 2 wrong flags or files; 130
+interrupted
 """
 
 
@@ -114,6 +115,13 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         default=30.0,
         metavar="FLOAT",
         help="seconds that requests have when the server stops (default: 30)",
+    )
+    limits.add_argument(
+        "--stuck-after",
+        type=float,
+        default=300.0,
+        metavar="FLOAT",
+        help="seconds of one round after which /health and /ready answer 503 (default: 300)",
     )
     calibration = parser.add_argument_group("calibration")
     calibration.add_argument(
@@ -252,6 +260,7 @@ def _serve(engine: Engine, settings: ServerSettings, args: argparse.Namespace) -
             max_running=args.max_running,
             max_waiting=args.max_waiting,
             max_prompt_tokens=args.max_prompt_tokens,
+            stuck_after=args.stuck_after,
         )
     except ValueError as error:
         raise UsageError(str(error)) from None
