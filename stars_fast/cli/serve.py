@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import os
 import signal
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,6 +161,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(str(error)) from None
     prompts = _calibration_prompts(args, base)
     template = _chat_template(args)
+    _check_port(args.host, args.port)
     engine = load_engine(args)
     if template is not None:
         if engine.tokenizer is None:
@@ -224,6 +226,20 @@ def _calibration_prompts(args: argparse.Namespace, base: StarsParams) -> list[An
     if not found:
         raise UsageError(f"{args.calibration_prompts} has no prompts")
     return found
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise UsageError where nothing can listen there: now, and not when models are loaded."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server's
+            probe.bind(address)
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen at --host {host} --port {port}: {error.strerror}"
+        ) from None
 
 
 def _chat_template(args: argparse.Namespace) -> str | None:

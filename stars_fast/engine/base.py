@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -28,6 +29,8 @@ from stars_fast.outputs import (
 from stars_fast.params import StarsParams
 from stars_fast.prompts import Prompt, PromptLike, as_prompt_list
 from stars_fast.seeds import derive_seed
+
+_log = logging.getLogger(__name__)
 
 
 class Reader(Protocol):
@@ -155,6 +158,12 @@ class BaseEngine(OneThread):
                 for name in names:
                     self.abort(name)
                 raise
+        failed = [output for output in done.values() if output.error is not None]
+        if failed and self.rank == 0:
+            _log.warning(
+                "%d of %d requests failed, see RequestOutput.error; one of them: %s",
+                *(len(failed), len(names), failed[0].error),
+            )
         return [done[name] for name in names]
 
     @one_thread
@@ -272,7 +281,7 @@ class BaseEngine(OneThread):
         """
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use")
-        params = self._resolve(params or StarsParams())
+        params = self._resolve(StarsParams() if params is None else params)
         read = self._reader.read(prompt, params.longest_response)
         request = Request(request_id, read, params)
         prefixes = self._prefixes(params)
@@ -315,7 +324,7 @@ class BaseEngine(OneThread):
             As `add_request`, but for an id in use and a request that does not fit the page pool or
             the reward model.
         """
-        params = self._resolve(params or StarsParams())
+        params = self._resolve(StarsParams() if params is None else params)
         self._prefixes(params)
         return self._reader.read(prompt, params.longest_response)
 
@@ -480,6 +489,8 @@ class BaseEngine(OneThread):
 
     def _resolve(self, params: StarsParams) -> StarsParams:
         """Check the parameters against the models, and put a number for the target reward."""
+        if not isinstance(params, StarsParams):
+            raise TypeError(f"params must be StarsParams, got {params!r:.80}")
         self._limits.check(params)
         if not params.needs_target or isinstance(params.target_reward, int | float):
             return params
@@ -551,6 +562,8 @@ def _params_of_each(
 ) -> list[StarsParams]:
     if params is None or isinstance(params, StarsParams):
         return [params or StarsParams()] * count
+    if not isinstance(params, Sequence) or not all(isinstance(p, StarsParams) for p in params):
+        raise TypeError(f"params must be StarsParams or a list of these, got {params!r:.80}")
     if len(params) != count:
         raise ValueError(
             f"params must be one for all or one per prompt ({count}), got {len(params)}"

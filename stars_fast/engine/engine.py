@@ -22,7 +22,7 @@ from stars_fast.engine.base import BaseEngine
 from stars_fast.engine.clock import PhaseClock
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import PHASES, Loop
-from stars_fast.models.load import load_causal_lm
+from stars_fast.models.load import check_device, check_dtype, load_causal_lm
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.pool import default_num_pages
 from stars_fast.models.selfcheck import check_numbers
@@ -165,6 +165,9 @@ class Engine(BaseEngine):
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )
+        check_device("device", device)
+        check_device("reward_device", reward_device)
+        check_dtype(dtype)
         ranks = _connected(config)
         loaded, found_tokenizer = load_causal_lm(
             model,

@@ -29,6 +29,7 @@ from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.load import check_model_directory, load_tokenizer, same_device
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.pool import default_num_pages
+from stars_fast.models.progress import bars_on_terminals_only
 from stars_fast.models.selfcheck import check_numbers
 from stars_fast.models.sharded import loading_options
 from stars_fast.rewards.base import RewardModel, Scorer
@@ -361,15 +362,16 @@ def _load_model(
     num_ranks: int,
 ) -> PreTrainedModel:
     try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            use_safetensors=None if allow_pickle else True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **loading_options(num_ranks),
-        )
+        with bars_on_terminals_only():
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                use_safetensors=None if allow_pickle else True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **loading_options(num_ranks),
+            )
     except (OSError, ValueError, RuntimeError) as error:
         hint = "" if allow_pickle else " (only safetensors are loaded unless allow_pickle=True)"
         raise ModelLoadError(f"reward model {source!r}: {error}{hint}") from error

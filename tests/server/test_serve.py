@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -211,6 +212,21 @@ def test_wrong_flags_are_named_before_a_model_is_loaded(
     (tmp_path / "empty").write_text("\n")
     assert main(["serve", *[text.replace("{tmp}", str(tmp_path)) for text in argv]]) == 2
     assert message in capfd.readouterr().err
+
+
+def test_a_port_in_use_is_known_before_a_model_is_loaded(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("stars_fast.cli.serve.load_engine", fail)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == 2
+    assert f"--host 127.0.0.1 --port {port}: Address already in use" in capfd.readouterr().err
+    assert main(["serve", "--host", "no.such.host.invalid"]) == 2
+    assert "--host no.such.host.invalid" in capfd.readouterr().err
 
 
 def test_a_missing_package_is_named(
