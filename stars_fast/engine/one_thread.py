@@ -36,7 +36,7 @@ def one_thread(
     name = method.__name__
 
     @functools.wraps(method)
-    def guarded(self: _Self, *args: _Params.args, **kwargs: _Params.kwargs) -> _Result:
+    def guarded(self: _Self, /, *args: _Params.args, **kwargs: _Params.kwargs) -> _Result:
         if not self._inside.acquire(blocking=False):
             own = type(self).__name__
             raise ConcurrentCallError(
