@@ -6,9 +6,11 @@ Clients that stream, that leave in the middle or at once, bodies that are wrong 
 requests too long for their time or their queue, on a server whose reward function sometimes raises
 or returns NaN (`faulty_server`). Few prompts and seeds are used again and again: whenever a request
 succeeds, its text must be that of every other with the same prompt and seed, whatever went wrong
-beside it. At the end nothing may run or wait, no page may be held, each request must be in the log
-once, and memory must be flat over the last quarter: before that, oneDNN compiles kernels for new
-shapes of batches, and keeps them. Ends with 1 and a list of what is wrong otherwise.
+beside it. The function also hangs, raises what would end a process, and returns what are no
+rewards: none of that may end the server. At the end nothing may run or wait, no page may be held,
+each request must be in the log once, and memory must be flat over the last quarter: before that,
+oneDNN compiles kernels for new shapes of batches, and keeps them. Ends with 1 and a list of what is
+wrong otherwise.
 """
 
 from __future__ import annotations

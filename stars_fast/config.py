@@ -54,6 +54,13 @@ class EngineConfig:
             "scoring runs beside the next draft",
         ),
     )
+    reward_timeout: float | None = field(
+        default=None,
+        metadata=_flag(
+            "seconds that a call of a reward function or server may take (default: no limit)",
+            metavar="FLOAT",
+        ),
+    )
     compile_model: bool = field(
         default=False, metadata=_flag("fuse small operations with torch.compile")
     )
@@ -104,6 +111,8 @@ class EngineConfig:
             raise ValueError(f"max_rows must be at least 1, got {self.max_rows}")
         if self.num_pages is not None and self.num_pages < 2:
             raise ValueError(f"num_pages must be at least 2 or None, got {self.num_pages}")
+        if self.reward_timeout is not None and not self.reward_timeout > 0:
+            raise ValueError(f"reward_timeout must be above 0 or None, got {self.reward_timeout}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be in [0, 2**64), got {self.seed}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from stars_fast._core import OutOfPagesError
 
 __all__ = [
+    "ConcurrentCallError",
     "DeadlineError",
     "EngineStoppedError",
     "ModelLoadError",
@@ -39,6 +40,10 @@ class RewardError(StarsFastError, RuntimeError):
 
 class RequestFailedError(StarsFastError, RuntimeError):
     """A failed request, where the caller needs the whole batch or nothing."""
+
+
+class ConcurrentCallError(StarsFastError, RuntimeError):
+    """A call of an engine while another thread was inside of one; nothing was done."""
 
 
 class QueueFullError(StarsFastError, RuntimeError):

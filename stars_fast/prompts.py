@@ -43,6 +43,10 @@ class Prompt:
 PromptLike = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
+#: Sequences of integers that are text which nobody has decoded, and no token ids.
+_BYTES = (bytes, bytearray, memoryview)
+
+
 def as_prompt_list(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
     """Return the prompts as a list: a single text, id list or message list is a list of one.
 
@@ -53,7 +57,7 @@ def as_prompt_list(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLik
     """
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Sequence):
+    if not isinstance(prompts, Sequence) or isinstance(prompts, _BYTES):
         raise TypeError(
             "prompts must be text, token ids, chat messages or a list of these, "
             f"got {type(prompts).__name__}"
@@ -116,7 +120,7 @@ class PromptReader:
             if not prompt:
                 raise ValueError("prompt is empty: give text, or token ids such as [bos_token_id]")
             return self._parse_text(prompt, max_tokens)
-        if not isinstance(prompt, Sequence):
+        if not isinstance(prompt, Sequence) or isinstance(prompt, _BYTES):
             raise TypeError(
                 f"prompt must be text, token ids or chat messages, got {type(prompt).__name__}"
             )

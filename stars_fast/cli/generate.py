@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tqdm import tqdm
 
-from stars_fast.cli.calibration import Sidecar, sidecar_of
+from stars_fast.cli.calibration import read_target, write_target
+from stars_fast.cli.continuation import beside, check_settings, only_writer, write_json
 from stars_fast.cli.errors import UsageError, file_errors, value_errors
 from stars_fast.cli.flags import add_params_flags, params_from
 from stars_fast.cli.lines import (
@@ -24,10 +27,11 @@ from stars_fast.cli.model_flags import (
     add_tensor_parallel_flag,
     load_engine,
 )
-from stars_fast.cli.runner import Runner
+from stars_fast.cli.runner import Runner, WriteError
 from stars_fast.cli.terminal import say
+from stars_fast.config import FLAGS
 from stars_fast.params import StarsParams
-from stars_fast.records import Done, InputRecord, read_done
+from stars_fast.records import Done, InputRecord, LineError, read_done
 
 if TYPE_CHECKING:
     from stars_fast.engine import Engine
@@ -45,7 +49,8 @@ this request, which override the flags) are optional. Output lines are in the or
 requests finish; "line" is the number of the input line.
 
 A request without its own seed gets one from --seed and its line number, so a resumed run gives the
-same tokens as an uninterrupted one, provided that the other flags are the same. With
+same tokens as an uninterrupted one, provided that the other flags are the same: they are kept in
+OUTPUT.settings.json, and --resume refuses others. With
 --target-reward auto the target is kept in OUTPUT.calibration.json.
 
 exit codes: 0 done; 1 failed while running; 2 wrong flags, input or files; 130 interrupted
@@ -119,25 +124,51 @@ def run(args: argparse.Namespace) -> int:
     source = None if args.input in (None, "-") else Path(args.input)
     output = None if args.output in (None, "-") else Path(args.output)
     _check_flags(args, base)
+    if output is None or not _is_ours(output, args):
+        return _run(args, base, source, output)
+    with only_writer(output):
+        return _run(args, base, source, output)
+
+
+def _is_ours(output: Path, args: argparse.Namespace) -> bool:
+    """Whether this process alone is to write an output: not a device, and of torchrun's rank 0."""
+    follows = args.tensor_parallel and os.environ.get("RANK", "0") != "0"
+    with file_errors():
+        if output.is_dir():
+            raise UsageError(f"--output {output} is a directory")
+        return not follows and (not output.exists() or is_regular_file(output))
+
+
+def _run(
+    args: argparse.Namespace, base: StarsParams, source: Path | None, output: Path | None
+) -> int:
     with file_errors(), value_errors():
         if source and output and output.exists() and source.samefile(output):
             raise UsageError(f"--input and --output are the same file, {source}")
+        if output is not None and args.resume:
+            check_settings(output, _settings(args, base))
         done = _done_before(output, resume=args.resume)
-        sidecar = Sidecar(sidecar_of(output), _settings(args, base)) if output else None
-        target = sidecar.read() if sidecar and args.resume and base.needs_calibration else None
         total = _check_input(args, source, base, done)
+        if output is not None and _is_ours(output, args):
+            write_json(beside(output, "settings"), _settings(args, base))
     if total is not None and total == len(done):
         say(f"nothing to do: {output} has a result for every request")
         return 0
+    target_file = None if output is None else beside(output, "calibration")
+    target = None
+    if target_file is not None and args.resume and base.needs_calibration:
+        target = read_target(target_file)
     with opened_input(source, args.prompt) as read_line, _opened(output) as stream:
         engine = load_engine(args)
         if engine.rank != 0:
             engine.follow()
             return 0
+        if total is not None and args.on_error == "stop":
+            _check_prompts(engine, args, source, base, done)
         requests = Requests(read_line, base, args.seed)
         with engine.lead():
             if base.needs_calibration and target is None:
-                target = _calibrate(engine, requests, base, sidecar, args)
+                target = _calibrate(engine, requests, base, target_file, args)
             with _progress(total, done=len(done), to_terminal=stream.isatty()) as bar:
                 job = Runner(engine, requests, done, stream, bar, target, args.on_error == "record")
                 limit = _REQUESTS_PER_ROW * args.max_rows
@@ -145,13 +176,22 @@ def run(args: argparse.Namespace) -> int:
                     code = job.run(limit)
                 except KeyboardInterrupt:
                     bar.close()
-                    kept = f"; {job.written} results are in {output}; --resume continues"
-                    say("interrupted" + (kept if output else ""))
+                    say("interrupted" + _kept(job, output))
                     return 130
+                except WriteError as error:
+                    bar.close()
+                    raise WriteError(
+                        f"{output or 'standard output'}: {error}{_kept(job, output)}"
+                    ) from error
     if output:
         failed = f", {job.failed} of them errors" if job.failed else ""
         say(f"{job.written} results written to {output}{failed}")
     return code
+
+
+def _kept(job: Runner, output: Path | None) -> str:
+    """What to say of a run that has ended early."""
+    return f"; {job.written} results are in {output}; --resume continues" if output else ""
 
 
 def _check_flags(args: argparse.Namespace, base: StarsParams) -> None:
@@ -184,17 +224,23 @@ def _done_before(output: Path | None, *, resume: bool) -> Done:
     return Done()
 
 
-def _settings(args: argparse.Namespace, base: StarsParams) -> dict[str, Any]:
-    """The settings that a calibrated target depends on."""
-    models = ("model", "reward_model", "reward_template", "dtype", "kv_dtype", "parse_special")
-    flags = (*models, "seed", "calibration_prompts", "calibration_quantile")
-    sampling = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "ignore_eos")
-    return {
-        **{name: getattr(args, name) for name in flags},
-        **{name: getattr(base, name) for name in sampling},
-        "stop": list(base.stop_texts),
-        "stop_token_ids": list(base.stop_token_ids or ()),
+#: Options by which a run can differ from the one that it continues: they change no token, but for
+#: rounding.
+_FREE = frozenset(
+    {
+        *("device", "reward_device", "reward_timeout", "compile_model", "trust_remote_code"),
+        *("allow_pickle", "page_size", "num_pages", "max_rows"),
     }
+)
+
+
+def _settings(args: argparse.Namespace, base: StarsParams) -> dict[str, Any]:
+    """What the tokens of a run depend on beside its input."""
+    names = ["model", "reward_model", *(name for name in FLAGS if name not in _FREE), "seed"]
+    if base.needs_calibration:
+        names += ["calibration_prompts", "calibration_quantile"]
+    params = {field.name: getattr(base, field.name) for field in fields(base)}
+    return params | {name: getattr(args, name) for name in names}
 
 
 def _check_input(
@@ -221,22 +267,58 @@ def _check_input(
     return total
 
 
+def _check_prompts(
+    engine: Engine, args: argparse.Namespace, source: Path | None, base: StarsParams, done: Done
+) -> None:
+    """Have the engine look at every request before it runs the first.
+
+    Raises
+    ------
+    UsageError
+        A prompt that is too long, or that the model cannot read.
+    """
+    with opened_input(source, args.prompt) as read_line:
+        requests = Requests(read_line, base, args.seed)
+        while (item := requests.take(wait=True)) is not None:
+            if isinstance(item, LineError) or done.has(item):
+                continue
+            params = item.params
+            if params.needs_calibration:
+                params = replace(params, target_reward=0.0)
+            try:
+                engine.check_request(item.prompt, replace(params, calibrate_prefixes=False))
+            except (ValueError, TypeError) as error:
+                raise UsageError(f"input line {item.line}: {error}") from None
+
+
 @contextmanager
 def _opened(output: Path | None) -> Iterator[BinaryIO]:
     if output is None:
-        yield sys.stdout.buffer
+        if sys.stdout is None:
+            raise UsageError("standard output is closed: give --output FILE")
+        try:
+            yield sys.stdout.buffer
+        except WriteError:
+            # What Python still wants to flush at exit has nowhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise
         return
     with file_errors():
         stream = output.open("ab")
-    with stream:
+    try:
         yield stream
+    except BaseException:
+        with suppress(OSError):  # it still holds what could not be written, of which this tells
+            stream.close()
+        raise
+    stream.close()
 
 
 def _calibrate(
     engine: Engine,
     requests: Requests,
     base: StarsParams,
-    sidecar: Sidecar | None,
+    target_file: Path | None,
     args: argparse.Namespace,
 ) -> float | None:
     """A target from unaligned samples for the first prompts; None if there is no prompt."""
@@ -249,8 +331,8 @@ def _calibrate(
         )
     except (ValueError, TypeError) as error:
         raise UsageError(f"calibration on the first {len(prompts)} prompts: {error}") from error
-    if sidecar:
-        sidecar.write(calibration)
+    if target_file:
+        write_target(target_file, calibration)
     say(
         f"target reward {calibration.target_reward:.4g}: the {args.calibration_quantile:g} "
         f"quantile of {len(calibration.rewards)} unaligned responses to the first {len(prompts)} "

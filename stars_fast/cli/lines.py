@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
-from stars_fast.cli.errors import file_errors
+from stars_fast.cli.errors import UsageError, file_errors
 from stars_fast.cli.terminal import say
 from stars_fast.params import StarsParams
 from stars_fast.records import InputRecord, LineError, parse_line
@@ -39,6 +39,8 @@ def opened_input(path: Path | None, prompts: Sequence[str]) -> Iterator[ReadLine
         lines = io.BytesIO(text.encode())
         yield lambda wait: lines.readline()
     elif path is None:
+        if sys.stdin is None:
+            raise UsageError("standard input is closed: give --input FILE or --prompt TEXT")
         if sys.stdin.isatty():
             say("reading JSON lines from the terminal; Ctrl-D ends them")
         yield PipeLines(sys.stdin.fileno())

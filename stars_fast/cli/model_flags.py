@@ -17,6 +17,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "bool": {"action": "store_true"},
     "int": {"type": int},
     "int | None": {"type": int},
+    "float | None": {"type": float},
     "KvDtype": {"choices": get_args(KvDtype)},
 }
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from stars_fast.cli.errors import value_errors
 from stars_fast.cli.lines import Requests
 from stars_fast.cli.terminal import say
+from stars_fast.errors import StarsFastError
 from stars_fast.records import (
     Done,
     InputRecord,
@@ -22,6 +23,10 @@ from stars_fast.records import (
 
 if TYPE_CHECKING:
     from stars_fast.engine import Engine
+
+
+class WriteError(StarsFastError):
+    """A result that could not be written, as the system says it: a full disk."""
 
 
 @dataclass
@@ -87,7 +92,12 @@ class Runner:
             self._pending[str(item.line)] = item
 
     def _write(self, record: dict[str, Any]) -> None:
-        write_record(self.stream, record)
+        try:
+            write_record(self.stream, record)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise WriteError(error.strerror) from error
         self.written += 1
         self.bar.update()
 

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import os
 import signal
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,8 @@ a page to try prompts on at /. Logs are JSON lines on standard error. On SIGTERM
 no new requests, finishes those under way and exits. The API key can also be set in
 {_KEY_VARIABLE}.
 
-exit codes: 0 stopped; 1 could not start; 2 wrong flags or files; 130 interrupted
+exit codes: 0 stopped; 1 could not start, or the engine has failed; 2 wrong flags or files; 130
+interrupted
 """
 
 
@@ -116,6 +118,13 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="FLOAT",
         help="seconds to finish requests when the server stops (default: 30)",
     )
+    limits.add_argument(
+        "--stuck-after",
+        type=float,
+        default=300.0,
+        metavar="FLOAT",
+        help="seconds of one round after which /health and /ready answer 503 (default: 300)",
+    )
     calibration = parser.add_argument_group("calibration")
     calibration.add_argument(
         "--calibration-prompts",
@@ -153,6 +162,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(str(error)) from None
     prompts = _calibration_prompts(args, base)
     template = _chat_template(args)
+    _check_port(args.host, args.port)
     engine = load_engine(args)
     if template is not None:
         if engine.tokenizer is None:
@@ -219,6 +229,20 @@ def _calibration_prompts(args: argparse.Namespace, base: StarsParams) -> list[An
     return found
 
 
+def _check_port(host: str, port: int) -> None:
+    """Raise UsageError where nothing can listen there: now, and not when models are loaded."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server's
+            probe.bind(address)
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen at --host {host} --port {port}: {error.strerror}"
+        ) from None
+
+
 def _chat_template(args: argparse.Namespace) -> str | None:
     if args.chat_template is None:
         return None
@@ -253,6 +277,7 @@ def _serve(engine: Engine, settings: ServerSettings, args: argparse.Namespace) -
             max_running=args.max_running,
             max_waiting=args.max_waiting,
             max_prompt_tokens=args.max_prompt_tokens,
+            stuck_after=args.stuck_after,
         )
     except ValueError as error:
         raise UsageError(str(error)) from None

@@ -21,7 +21,13 @@ def _type_of(option: dataclasses.Field[Any]) -> Any:  # noqa: ANN401 - of a fiel
     """Return what an option is read as: devices and dtypes are text here."""
     if option.name == "max_rows":
         return Annotated[int, Field(ge=1)]
-    kinds = {"bool": bool, "int": int, "int | None": int | None, "KvDtype": KvDtype}
+    kinds: dict[str, Any] = {
+        "bool": bool,
+        "int": int,
+        "int | None": int | None,
+        "float | None": float | None,
+        "KvDtype": KvDtype,
+    }
     return kinds.get(str(option.type), str | None if option.default is None else str)
 
 

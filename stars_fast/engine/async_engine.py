@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import itertools
+import logging
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -21,7 +24,12 @@ from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptLike
 from stars_fast.rewards.base import Prompt
 
-__all__ = ["AsyncEngine"]
+__all__ = ["STUCK_AFTER", "AsyncEngine"]
+
+_log = logging.getLogger(__name__)
+
+#: Seconds of one round after which an engine is not healthy, unless it is told otherwise.
+STUCK_AFTER = 300.0
 
 #: How old the counters of `stats` may be while rounds run.
 _STATS_SECONDS = 0.5
@@ -29,7 +37,7 @@ _STATS_SECONDS = 0.5
 _ROUND_RETRIES = 1
 #: Rounds that raised in a row, after which the engine is not healthy.
 _SICK_AFTER = 3
-#: How long `drain` waits for the round under way after it has aborted what it would not wait for.
+#: How long `drain`, and the end of the process, wait for a round under way that was not waited for.
 _LAST_ROUND_SECONDS = 10.0
 
 
@@ -49,6 +57,14 @@ class AsyncEngine:
         Most requests that wait in the queue, at least 0.
     max_prompt_tokens
         Longer prompts are refused; None: what the model's context leaves.
+    stuck_after
+        Seconds of one round after which the engine is not `healthy` until it ends, above 0; None:
+        a round may take as long as it likes.
+
+    Notes
+    -----
+    Of the process that made it: in a fork of that it is dead, and says so. At the end of the
+    process it is closed; a round that does not end is waited for some seconds.
     """
 
     def __init__(
@@ -58,6 +74,7 @@ class AsyncEngine:
         max_running: int | None = None,
         max_waiting: int = 256,
         max_prompt_tokens: int | None = None,
+        stuck_after: float | None = STUCK_AFTER,
     ) -> None:
         if max_running is None:
             max_running = engine.max_rows
@@ -68,11 +85,15 @@ class AsyncEngine:
         ):
             if value < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
+        if stuck_after is not None and not stuck_after > 0:
+            raise ValueError(f"stuck_after must be above 0 or None, got {stuck_after}")
         self.tokenizer = engine.tokenizer
         self._engine = engine
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._max_prompt_tokens = max_prompt_tokens
+        self._stuck_after = stuck_after
+        self._process = os.getpid()
         self._numbers = itertools.count()
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         # Ids of requests that are waiting or running, as the callers see them.
@@ -85,11 +106,15 @@ class AsyncEngine:
         self._outbox = Outbox()
         self._ends_when_idle = False
         self._failures = 0
+        self._work_began: float | None = None
+        self._failure: BaseException | None = None
         self._stats: dict[str, float] = engine.stats()
         self._stats_at = time.monotonic()
         self._ended: futures.Future[None] = futures.Future()
         self._thread = threading.Thread(target=self._run, name="stars-fast-engine", daemon=True)
         self._thread.start()
+        # A thread in the middle of a round when the interpreter ends would abort the process.
+        atexit.register(self._close_at_exit)
 
     async def generate(
         self,
@@ -138,12 +163,17 @@ class AsyncEngine:
         QueueFullError
             If `max_running` requests run and `max_waiting` wait.
         EngineStoppedError
-            If the engine drains, was closed or has failed.
+            If the engine drains, was closed or has failed, or is that of a process forked from.
         ValueError
             If `request_id` is in use.
         RuntimeError
             Without a running event loop.
         """
+        if self._forked:
+            raise EngineStoppedError(
+                f"this AsyncEngine belongs to process {self._process}, and process {os.getpid()} "
+                "was forked from that, without the engine's thread: make one here"
+            )
         number = next(self._numbers)
         name = request_id if request_id is not None else f"request-{number}"
         with self._lock:
@@ -181,6 +211,8 @@ class AsyncEngine:
 
         Requests unfinished after `timeout` seconds are aborted; None waits for all.
         """
+        if self._forked:
+            return
         self._refuse()
         self._commands.put(self._end_when_idle)
         ended = asyncio.wrap_future(self._ended)
@@ -195,20 +227,39 @@ class AsyncEngine:
         Waits at most `timeout` seconds; None: as long as it takes. Do not call this on an event
         loop; use `drain` there.
         """
+        if self._forked:
+            return
         self._refuse()
         self._commands.put(self._abort_all)
         self._commands.put(self._end_when_idle)
         self._thread.join(timeout)
 
+    def call_when_ended(self, callback: Callable[[], None]) -> None:
+        """Have a function called when the thread has ended, on any thread; now, if it has."""
+        self._ended.add_done_callback(lambda _: callback())
+
     @property
     def accepting(self) -> bool:
         """Whether new requests are accepted if the queue has room."""
-        return not self._refuses
+        return not self._refuses and not self._forked
 
     @property
     def healthy(self) -> bool:
-        """Whether the thread runs and rounds have not kept failing."""
-        return self._thread.is_alive() and self._failures < _SICK_AFTER
+        """Whether the thread runs, rounds have not kept failing, and none is stuck."""
+        return self._thread.is_alive() and self._failures < _SICK_AFTER and not self.stuck
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a round, or taking in a request, has taken more than `stuck_after` so far."""
+        began = self._work_began
+        if began is None or self._stuck_after is None:
+            return False
+        return time.monotonic() - began > self._stuck_after
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What has ended the thread though nobody asked for it; None: nothing has."""
+        return self._failure
 
     @property
     def num_running(self) -> int:
@@ -224,9 +275,16 @@ class AsyncEngine:
         """Return the counters of `Engine.stats`, at most about a round and half a second old."""
         return dict(self._stats)
 
+    @property
+    def _forked(self) -> bool:
+        return os.getpid() != self._process
+
     def _refuse(self) -> None:
         with self._lock:
             self._refuses = True
+
+    def _close_at_exit(self) -> None:
+        self.close(_LAST_ROUND_SECONDS)
 
     # On the engine's thread
 
@@ -236,19 +294,28 @@ class AsyncEngine:
                 self._obey(wait=not self._running)
                 self._hand_over()
                 if self._running:
-                    self._round()
+                    self._do(self._round)
                     self._hand_over()
                 self._refresh_stats(idle=not self._running)
+        except BaseException as error:  # noqa: BLE001 - logged, and told to all who wait
+            self._failure = error
+            _log.critical(
+                "the engine has stopped: %s: %s", type(error).__name__, error, exc_info=error
+            )
         finally:
             # Also if the above has a fault: no caller may wait forever.
             self._refuse()
-            stopped = EngineStoppedError("the engine has stopped")
+            why = self._failure
+            stopped = EngineStoppedError(
+                "the engine has stopped" + (f": {type(why).__name__}: {why}" if why else "")
+            )
             waiting = (stream for stream, _ in self._waiting.values())
             for stream in [*self._running.values(), *waiting]:
                 self._fail(stream, stopped)
             self._running.clear()
             self._waiting.clear()
             self._outbox.send()
+            atexit.unregister(self._close_at_exit)
             self._ended.set_result(None)
             while not self._commands.empty():
                 self._commands.get()()
@@ -257,9 +324,15 @@ class AsyncEngine:
     def _obey(self, *, wait: bool) -> None:
         """Carry out what was asked for since the last round; `wait` for something to do."""
         if wait:
-            self._commands.get()()
+            self._do(self._commands.get())
         while not self._commands.empty():
-            self._commands.get()()
+            self._do(self._commands.get())
+
+    def _do(self, work: Callable[[], None]) -> None:
+        """Do what must not take for ever."""
+        self._work_began = time.monotonic()
+        work()
+        self._work_began = None
 
     def _take(self, stream: RequestStream) -> None:
         """Look at a request and put it into the queue."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from stars_fast.distributed import ALONE, Ranks
 from stars_fast.engine.calibration import calibration_of, prefix_calibration_of
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import Loop
+from stars_fast.engine.one_thread import OneThread, one_thread
 from stars_fast.engine.requests import Request
 from stars_fast.errors import RewardError
 from stars_fast.models.parameters import multiplied_parameters
@@ -29,6 +31,8 @@ from stars_fast.prompts import Prompt, PromptLike, as_prompt_list
 from stars_fast.seeds import derive_seed
 from stars_fast.tokenization import SpecialTokens, TextEncoder
 
+_log = logging.getLogger(__name__)
+
 
 class Reader(Protocol):
     """Turns prompts into token ids and checks them, as `PromptReader` does."""
@@ -38,7 +42,7 @@ class Reader(Protocol):
         ...
 
 
-class BaseEngine:
+class BaseEngine(OneThread):
     """What `Engine` and `RemoteEngine` share: requests and the rounds that run them.
 
     Parameters
@@ -60,7 +64,8 @@ class BaseEngine:
 
     Notes
     -----
-    Not thread-safe: use it from one thread at a time.
+    Not thread-safe: a call while another thread is inside one raises `ConcurrentCallError` and does
+    nothing.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class BaseEngine:
         seed: int,
         ranks: Ranks = ALONE,
     ) -> None:
+        super().__init__()
         self._reader = reader
         #: The rounds, and by them the models: to look at, as benchmarks do.
         self.loop = loop
@@ -89,6 +95,7 @@ class BaseEngine:
 
     # Whole batches
 
+    @one_thread
     def generate(
         self,
         prompts: PromptLike | Sequence[PromptLike],
@@ -152,8 +159,15 @@ class BaseEngine:
                 for name in names:
                     self.abort(name)
                 raise
+        failed = [output for output in done.values() if output.error is not None]
+        if failed and self.rank == 0:
+            _log.warning(
+                "%d of %d requests failed, see RequestOutput.error; one of them: %s",
+                *(len(failed), len(names), failed[0].error),
+            )
         return [done[name] for name in names]
 
+    @one_thread
     def score(
         self, prompts: PromptLike | Sequence[PromptLike], responses: Sequence[str]
     ) -> list[float]:
@@ -188,6 +202,7 @@ class BaseEngine:
         encoder = TextEncoder(self.tokenizer, add_special_tokens=False)
         return encoder.behind(SpecialTokens(self.tokenizer).marked(response))
 
+    @one_thread
     def calibrate(
         self,
         prompts: PromptLike | Sequence[PromptLike],
@@ -257,6 +272,7 @@ class BaseEngine:
 
     # One request at a time, for serving stacks
 
+    @one_thread
     def add_request(
         self, request_id: str, prompt: PromptLike | Prompt, params: StarsParams | None = None
     ) -> None:
@@ -272,7 +288,7 @@ class BaseEngine:
         """
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use")
-        params = self._resolve(params or StarsParams())
+        params = self._resolve(StarsParams() if params is None else params)
         read = self._reader.read(prompt, params.longest_response)
         request = Request(request_id, read, params)
         prefixes = self._prefixes(params)
@@ -315,10 +331,11 @@ class BaseEngine:
             As `add_request`, but for an id in use and a request that does not fit the page pool or
             the reward model.
         """
-        params = self._resolve(params or StarsParams())
+        params = self._resolve(StarsParams() if params is None else params)
         self._prefixes(params)
         return self._reader.read(prompt, params.longest_response)
 
+    @one_thread
     def step(self) -> list[RequestOutput]:
         """Run one round.
 
@@ -351,6 +368,7 @@ class BaseEngine:
                 self._drop(request)
         return [request.to_output() for request in shown]
 
+    @one_thread
     def abort(self, request_id: str) -> RequestOutput | None:
         """Stop a request and free its pages.
 
@@ -367,6 +385,7 @@ class BaseEngine:
         request.unchosen = False
         return request.to_output()
 
+    @one_thread
     def reset_prefix_cache(self) -> None:
         """Forget the cached pages of finished prompts; call it when weights have changed.
 
@@ -435,6 +454,7 @@ class BaseEngine:
         return self._calibration
 
     @calibration.setter
+    @one_thread
     def calibration(self, value: Calibration | None) -> None:
         with self._broadcast_call("calibration", value):
             self._calibration = value
@@ -476,6 +496,8 @@ class BaseEngine:
 
     def _resolve(self, params: StarsParams) -> StarsParams:
         """Check the parameters against the models, and put a number for the target reward."""
+        if not isinstance(params, StarsParams):
+            raise TypeError(f"params must be StarsParams, got {params!r:.80}")
         self._limits.check(params)
         if not params.needs_target or isinstance(params.target_reward, int | float):
             return params
@@ -547,6 +569,8 @@ def _params_of_each(
 ) -> list[StarsParams]:
     if params is None or isinstance(params, StarsParams):
         return [params or StarsParams()] * count
+    if not isinstance(params, Sequence) or not all(isinstance(p, StarsParams) for p in params):
+        raise TypeError(f"params must be StarsParams or a list of these, got {params!r:.80}")
     if len(params) != count:
         raise ValueError(
             f"params must be one for all or one per prompt ({count}), got {len(params)}"

@@ -25,7 +25,7 @@ from stars_fast.engine.clock import PhaseClock
 from stars_fast.engine.generation_defaults import GenerationDefaults
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import PHASES, Loop
-from stars_fast.models.load import load_causal_lm
+from stars_fast.models.load import check_device, check_dtype, load_causal_lm
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.pool import default_num_pages
 from stars_fast.models.selfcheck import check_numbers
@@ -82,6 +82,10 @@ class Engine(BaseEngine):
         Pages of the reward model's pool; None: as `num_pages`, from what is left.
     reward_device
         Device of the reward model; None: that of the language model.
+    reward_timeout
+        Seconds that a call of a reward function or server may take, above 0; the requests that it
+        was to score fail then, and the others go on. None: no limit. With one, the function runs on
+        a thread of its own.
     prefix_caching
         Share full prompt pages between requests with the same prefix.
     max_prefill_tokens
@@ -115,7 +119,8 @@ class Engine(BaseEngine):
 
     Notes
     -----
-    Not thread-safe: use it from one thread at a time.
+    Not thread-safe: a call while another thread is inside one raises `ConcurrentCallError` and does
+    nothing. `AsyncEngine` takes requests from many threads.
     """
 
     def __init__(
@@ -134,6 +139,7 @@ class Engine(BaseEngine):
         reward_tokenizer: PreTrainedTokenizerBase | None = None,
         reward_num_pages: int | None = None,
         reward_device: str | torch.device | None = None,
+        reward_timeout: float | None = None,
         prefix_caching: bool = True,
         max_prefill_tokens: int = 8192,
         backend: Backend = "auto",
@@ -156,6 +162,7 @@ class Engine(BaseEngine):
             reward_template=reward_template,
             reward_num_pages=reward_num_pages,
             reward_device=reward_device,
+            reward_timeout=reward_timeout,
             prefix_caching=prefix_caching,
             max_prefill_tokens=max_prefill_tokens,
             backend=backend,
@@ -168,6 +175,9 @@ class Engine(BaseEngine):
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )
+        check_device("device", device)
+        check_device("reward_device", reward_device)
+        check_dtype(dtype)
         ranks = _connected(config)
         loaded, found_tokenizer = load_causal_lm(
             model,
@@ -315,6 +325,7 @@ def _scorer_for(
         kv_dtype=config.kv_dtype,
         compile_model=config.compile_model,
         parse_special=config.parse_special,
+        timeout=config.reward_timeout,
     )
     if ranks.size == 1:
         return load()

@@ -22,10 +22,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.checks import has_lm_head
+from stars_fast.models.progress import bars_on_terminals_only
 from stars_fast.models.sharded import loading_options, num_shards, why_not_sharded
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+#: Ends of the names of classes that have a head of another kind on a language model's layers.
+_CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "RewardModel")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -85,15 +88,16 @@ def load_causal_lm(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            config=config,
-            dtype=dtype,
-            use_safetensors=None if allow_pickle else True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,  # makes the result a pair
-            **loading_options(num_ranks),
-        )
+        with bars_on_terminals_only():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                use_safetensors=None if allow_pickle else True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,  # makes the result a pair
+                **loading_options(num_ranks),
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelLoadError(f"model {name!r}: {error}") from error
     model: PreTrainedModel = (loaded[0] if num_ranks > 1 else loaded[0].to(device)).eval()
@@ -196,6 +200,12 @@ def _load_config(name: str, trust_remote_code: bool) -> PreTrainedConfig:
             f"{kind} is an encoder-decoder, not a causal language model: only decoders keep one "
             "cache"
         )
+    names = config.architectures or []
+    if names and names[0].endswith(_CLASSIFIERS):
+        raise UnsupportedModelError(
+            f"model {name!r} is a {names[0]}: it scores texts and has no language-model head; pass "
+            "it as the reward model"
+        )
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not own_code:
         raise UnsupportedModelError(f"{kind} has no causal language model in transformers")
@@ -263,6 +273,27 @@ def _take_loaded(
     if not folder or not Path(folder).exists():
         return model, None
     return model, _saved_tokenizer(folder, trust_remote_code)
+
+
+def check_device(name: str, device: str | torch.device | None) -> None:
+    """Raise ValueError if torch knows no such device, or has none here; `name` is the option's."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{name} must be None or a device that is here, such as 'cpu' or 'cuda', got "
+            f"{str(device)!r}: {reason}"
+        ) from None
+
+
+def check_dtype(dtype: str | torch.dtype) -> None:
+    """Raise ValueError if that is no precision of weights."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(
+            f"dtype must be 'auto' or a floating-point dtype such as 'bfloat16', got {dtype!r}"
+        )
 
 
 def same_device(one: torch.device, other: torch.device) -> bool:

@@ -89,7 +89,8 @@ class RemoteEngine(BaseEngine):
         Draw for one half of the requests while the other half is scored on another thread.
     extra_body
         Fields that override the body of every call.
-    reward_template, reward_tokenizer, reward_device, reward_num_pages, dtype, allow_pickle
+    reward_template, reward_tokenizer, reward_device, reward_num_pages, reward_timeout, dtype,
+    allow_pickle
         Options of the reward model, see `Engine`; its device defaults to the GPU if there is one.
     parse_special
         See `Engine`. Prompts that are sent as text are tokenised by the server, which may read
@@ -125,6 +126,7 @@ class RemoteEngine(BaseEngine):
         reward_tokenizer: PreTrainedTokenizerBase | None = None,
         reward_device: str | torch.device | None = None,
         reward_num_pages: int | None = None,
+        reward_timeout: float | None = None,
         dtype: str | torch.dtype = "auto",
         parse_special: bool = False,
         trust_remote_code: bool = False,
@@ -134,6 +136,8 @@ class RemoteEngine(BaseEngine):
             raise ValueError(f"max_rows must be at least 1, got {max_rows}")
         if seed is not None and not 0 <= seed < 2**64:
             raise ValueError(f"seed must be None or in [0, 2**64), got {seed}")
+        if reward_timeout is not None and not reward_timeout > 0:
+            raise ValueError(f"reward_timeout must be above 0 or None, got {reward_timeout}")
         if isinstance(reward_model, Persona):
             raise ValueError("reward_model must not be a Persona: the judging model is not here")
         if isinstance(tokenizer, str | os.PathLike):
@@ -167,6 +171,7 @@ class RemoteEngine(BaseEngine):
                     parse_special=parse_special,
                     trust_remote_code=trust_remote_code,
                     allow_pickle=allow_pickle,
+                    timeout=reward_timeout,
                 )
         except BaseException:
             self._endpoint.close()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import numbers
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
+from itertools import islice
 from typing import Any
 
 from stars_fast.errors import RewardError
 from stars_fast.rewards.base import KnownRewards, Prompt, ScoreJob, Scorer, finite_reward
+from stars_fast.rewards.deadline import HungError, TimedCalls
 
 __all__ = ["CallableScorer", "RewardFunction"]
 
@@ -19,22 +22,28 @@ class CallableScorer(Scorer):
     """Scores whole texts with `function(prompts, responses)`.
 
     The function is called once per round with the jobs of every request, and must return one
-    finite number per pair: a list, a tuple, a numpy array or a tensor. It gets the prompt as the
-    language model reads it (`Prompt.text`) and the response without special tokens, empty for r(x).
-    Each job is one pair of one call; equal pairs of live requests are asked for once.
+    finite number per pair: a list, a tuple, a generator, a numpy array or a tensor, the last two of
+    shape (n,) or (n, 1). It may be async. It gets the prompt as the language model reads it
+    (`Prompt.text`) and the response without special tokens, empty for r(x). Each job is one pair of
+    one call; equal pairs of live requests are asked for once.
 
     A call that raises, or that returns the wrong count, says nothing about which pair is to blame;
     the pairs are then tried again one by one, so that only the bad ones fail. A value that is not a
-    number, or not finite, fails its own job alone.
+    number, or not finite, fails its own job alone. Whatever it raises is an error of its jobs, but
+    for a KeyboardInterrupt on the main thread, which is Ctrl-C. A call that takes longer than
+    `timeout` fails all its pairs; see `TimedCalls`.
 
     Parameters
     ----------
     function : callable
         `f(prompts: list[str], responses: list[str]) -> list[float]`.
+    timeout : float, optional
+        Seconds that a call may take; None: as many as it takes.
     """
 
-    def __init__(self, function: RewardFunction) -> None:
+    def __init__(self, function: RewardFunction, timeout: float | None = None) -> None:
         self._function = function
+        self._timed = TimedCalls(timeout)
         self._name = getattr(function, "__qualname__", type(function).__name__)
         self._prompts: dict[int, str] = {}
         self._known = KnownRewards()
@@ -61,8 +70,8 @@ class CallableScorer(Scorer):
         rewards = self._call(prompts, responses)
         if not isinstance(rewards, RewardError):
             return rewards
-        if len(jobs) == 1:
-            return [rewards]
+        if len(jobs) == 1 or isinstance(rewards.__cause__, HungError):
+            return [rewards] * len(jobs)  # one by one they would hang one by one
         retried: list[float | Exception] = []
         for prompt, response in zip(prompts, responses, strict=True):
             one = self._call([prompt], [response])
@@ -72,25 +81,28 @@ class CallableScorer(Scorer):
     def _call(
         self, prompts: list[str], responses: list[str]
     ) -> list[float | Exception] | RewardError:
-        """Call once; the error of the whole call if it raises or miscounts."""
+        """Call once; the error of the whole call if it raises, miscounts or takes too long."""
         self._calls += 1
         try:
-            # Lists of its own: a function that changes them must not change the retry.
-            returned = self._function(list(prompts), list(responses))
-            values = returned.tolist() if hasattr(returned, "tolist") else list(returned)
-        except Exception as error:  # noqa: BLE001 - user code may raise anything
-            failure = RewardError(
-                f"reward function {self._name} raised {type(error).__name__}: {error}"
+            values = self._timed.run(
+                # Lists of its own: a function that changes them must not change the retry.
+                lambda: self._function(list(prompts), list(responses)),
+                lambda returned: _values(returned, len(prompts)),
             )
-            failure.__cause__ = error
-            return failure
-        if not isinstance(values, list) or len(values) != len(prompts):
-            count = len(values) if isinstance(values, list) else "a single number"
-            return RewardError(
-                f"reward function {self._name} returned {count} for {len(prompts)} responses; "
-                "it must return one reward per response"
-            )
+        except HungError as error:
+            return self._error(str(error), error)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and _gets_signals():
+                raise  # it was Ctrl-C, as far as can be told
+            return self._error(f"raised {type(error).__name__}: {error}", error)
+        if isinstance(values, str):
+            return self._error(f"returned {values}; it must return one reward per response")
         return [self._number(value) for value in values]
+
+    def _error(self, what: str, cause: BaseException | None = None) -> RewardError:
+        error = RewardError(f"reward function {self._name} {what}")
+        error.__cause__ = cause
+        return error
 
     def _number(self, value: object) -> float | Exception:
         if hasattr(value, "item"):  # a numpy scalar or a tensor of one element
@@ -100,11 +112,8 @@ class CallableScorer(Scorer):
             try:
                 return finite_reward(float(value))
             except OverflowError as error:
-                return RewardError(f"reward function {self._name} returned an integer: {error}")
-        return RewardError(
-            f"reward function {self._name} returned a {type(value).__name__} ({value!r:.80}) where "
-            "a number was due"
-        )
+                return self._error(f"returned an integer: {error}", error)
+        return self._error(f"returned {_described(value)} where a number was due")
 
     def finish(self, request: int) -> None:
         """Forget the prompt."""
@@ -114,6 +123,42 @@ class CallableScorer(Scorer):
     def stats(self) -> dict[str, int]:
         """Return the counters of `Scorer.stats`; tokens are not known here."""
         return {"rm_jobs": self._jobs, "rm_calls": self._calls, "rm_tokens": 0}
+
+
+def _values(returned: object, count: int) -> list[Any] | str:
+    """Return the rewards one by one, or what was returned in the place of `count` of them."""
+    # A mapping or a set has no order, and the characters of a text are no rewards.
+    if isinstance(returned, Mapping | Set | str | bytes | None):
+        return _described(returned)
+    if isinstance(returned, numbers.Number):
+        return f"a single number ({returned!r:.80})"
+    if hasattr(returned, "tolist"):  # a numpy array or a tensor
+        shape = tuple(getattr(returned, "shape", ()))
+        returned = returned.tolist()
+        if not isinstance(returned, list):
+            return f"a single number ({returned!r:.80})"
+        if len(shape) == 2 and shape[1] == 1:
+            returned = [row[0] for row in returned]
+    if not isinstance(returned, Iterable):
+        return _described(returned)
+    # No more than needed: a generator may have no end.
+    values = list(islice(returned, count + 1))
+    if len(values) == count:
+        return values
+    found = len(returned) if isinstance(returned, Sized) else len(values)
+    more = "" if isinstance(returned, Sized) or found < count else " or more"
+    return f"{found}{more} for {count} responses"
+
+
+def _described(value: object) -> str:
+    if value is None:
+        return "None"
+    return f"a {type(value).__name__} ({value!r:.80})"
+
+
+def _gets_signals() -> bool:
+    """Whether a Ctrl-C would be raised on this thread."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def _bytes(text: str) -> bytes:

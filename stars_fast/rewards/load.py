@@ -29,6 +29,7 @@ from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.load import check_model_directory, load_tokenizer, same_device
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.pool import default_num_pages
+from stars_fast.models.progress import bars_on_terminals_only
 from stars_fast.models.selfcheck import check_numbers
 from stars_fast.models.sharded import loading_options
 from stars_fast.rewards.base import RewardModel, Scorer
@@ -73,6 +74,7 @@ def load_scorer(
     compile_model: bool = False,
     texts_only: bool = False,
     parse_special: bool = False,
+    timeout: float | None = None,
     ranks: Ranks = ALONE,
 ) -> Scorer:
     """Make the scorer of a reward model.
@@ -114,6 +116,8 @@ def load_scorer(
         Responses come as text although there is no tokenizer.
     parse_special
         Special tokens written in prompts and responses are special, not text.
+    timeout
+        Seconds that a call of a function may take; None: no limit.
     ranks : Ranks
         Ranks over which to split a model, or that jointly hold a loaded one or the language model.
 
@@ -142,7 +146,7 @@ def load_scorer(
         judge = _check_judge(language_model, lm_tokenizer, reward_tokenizer, template, device)
         return _persona_scorer(reward_model, *judge, pool, parse_special)
     if not isinstance(reward_model, str | os.PathLike | PreTrainedModel):
-        return _python_scorer(reward_model, template)
+        return _python_scorer(reward_model, template, timeout)
     if lm_tokenizer is None and not texts_only:
         raise ValueError(
             "a reward model that is not a function needs the language model's tokenizer, and none "
@@ -198,7 +202,7 @@ class _Pool:
         )
 
 
-def _python_scorer(reward_model: object, template: TemplateLike) -> Scorer:
+def _python_scorer(reward_model: object, template: TemplateLike, timeout: float | None) -> Scorer:
     if isinstance(reward_model, torch.nn.Module):
         raise TypeError(
             f"reward_model is a {type(reward_model).__name__}, not a transformers model: "
@@ -216,7 +220,7 @@ def _python_scorer(reward_model: object, template: TemplateLike) -> Scorer:
             "reward_template is for transformers models; a reward function gets prompts and "
             "responses and builds its own text"
         )
-    return CallableScorer(score)
+    return CallableScorer(score, timeout)
 
 
 def _encoder_scorer(
@@ -367,15 +371,16 @@ def _load_model(
     num_ranks: int,
 ) -> PreTrainedModel:
     try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            use_safetensors=None if allow_pickle else True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **loading_options(num_ranks),
-        )
+        with bars_on_terminals_only():
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                use_safetensors=None if allow_pickle else True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **loading_options(num_ranks),
+            )
     except (OSError, ValueError, RuntimeError) as error:
         hint = "" if allow_pickle else " (only safetensors are loaded unless allow_pickle=True)"
         raise ModelLoadError(f"reward model {source!r}: {error}{hint}") from error

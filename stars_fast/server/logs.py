@@ -42,10 +42,10 @@ def log(
 
 
 def configure_logs() -> None:
-    """Have this server and uvicorn write JSON lines to standard error."""
+    """Have this package and uvicorn write JSON lines to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    for name in (LOGGER.name, "uvicorn"):
+    for name in ("stars_fast", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.setLevel(logging.INFO)

@@ -8,6 +8,7 @@ import signal
 import uvicorn
 
 from stars_fast.engine.async_engine import AsyncEngine
+from stars_fast.errors import EngineStoppedError
 from stars_fast.server.app import create_app
 from stars_fast.server.logs import configure_logs
 from stars_fast.server.settings import ServerSettings
@@ -26,6 +27,11 @@ def run_server(engine: AsyncEngine, settings: ServerSettings, host: str, port: i
         Of the server.
     host, port
         To listen at; port 0 is any free one, which the log names.
+
+    Raises
+    ------
+    EngineStoppedError
+        If the engine has stopped by itself, and the server with it.
     """
     configure_logs()
     server = uvicorn.Server(
@@ -40,4 +46,7 @@ def run_server(engine: AsyncEngine, settings: ServerSettings, host: str, port: i
     )
     # Uvicorn raises the signal again when it has drained; that is not to end the process halfway.
     signal.signal(signal.SIGTERM, lambda *_: None)
+    engine.call_when_ended(lambda: setattr(server, "should_exit", True))
     server.run()
+    if engine.failure is not None:
+        raise EngineStoppedError(f"the engine has stopped: {engine.failure!r}")

@@ -7,6 +7,8 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 
 from stars_fast.cli import generate, main
+from stars_fast.cli.continuation import only_writer
 from stars_fast.outputs import Calibration, CompletionOutput, RequestOutput
 from stars_fast.params import StarsParams
 
@@ -49,6 +52,10 @@ class ScriptedEngine:
         self.added.append(text)
         self.running[request_id] = (text, params, 5 if "slow" in text else 1)
         self.most = max(self.most, len(self.running))
+
+    def check_request(self, prompt: object, params: StarsParams) -> None:
+        if "too long" in str(prompt):
+            raise ValueError("prompt of 9 tokens does not fit")
 
     def step(self) -> list[RequestOutput]:
         outputs = []
@@ -352,10 +359,118 @@ def test_calibration_is_the_default_and_is_kept(
     assert run(*flags, "--output", out, "--resume") == 0
     assert engines[2].calibrated == [["a", "b", "c"]]
     assert out.read_bytes() == whole
-    out.write_bytes(whole[: len(whole) // 2])
-    assert run(*flags, "--output", out, "--resume", "--top-p", "0.5") == 2
-    assert "calibrated with top_p 1.0, this run has 0.5" in capfd.readouterr().err
-    assert len(engines) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--top-p", "0.5"), "top_p 1.0, not 0.5"),
+        (("--seed", "1"), "seed 0, not 1"),
+        (("--dtype", "bfloat16"), "dtype 'auto', not 'bfloat16'"),
+        (("--reward-template", "plain"), "reward_template None, not 'plain'"),
+        (("--target-reward", "2"), "target_reward 1.0, not 2.0"),
+        (("--stop", "a", "--max-tokens", "5"), "max_tokens 128, not 5; stop None, not ['a']"),
+    ],
+)
+def test_resume_with_other_settings_is_refused(
+    tmp_path: Path,
+    engines: list[ScriptedEngine],
+    capfd: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+    named: str,
+) -> None:
+    source, out = write(tmp_path / "in", "a", "b"), tmp_path / "out"
+    assert run("--input", source, "--output", out, *TARGET) == 0
+    half = out.read_bytes()[:-10]
+    out.write_bytes(half)
+    resumed = ("--input", source, "--output", out, "--resume")
+    assert run(*resumed, *TARGET, *flags) == 2
+    message = capfd.readouterr().err
+    assert f"--resume: {out} was made with {named}: give the same" in message
+    assert out.read_bytes() == half
+    assert len(engines) == 1
+    # What changes no token may change.
+    assert run(*resumed, *TARGET, "--max-rows", "3", "--device", "cpu") == 0
+    assert len(read(out)) == 2
+
+
+def test_resume_without_settings_says_so(
+    tmp_path: Path, engines: list[ScriptedEngine], capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, out = write(tmp_path / "in", "a"), tmp_path / "out"
+    assert run("--input", source, "--output", out, *TARGET) == 0
+    kept = tmp_path / "out.settings.json"
+    kept.unlink()
+    assert run("--input", source, "--output", out, "--resume", *TARGET) == 0
+    assert "out.settings.json is missing" in capfd.readouterr().err
+    assert kept.exists()
+
+
+def test_two_runs_do_not_write_one_file(
+    tmp_path: Path, engines: list[ScriptedEngine], capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, out = write(tmp_path / "in", "a"), tmp_path / "out"
+    (tmp_path / "link").symlink_to(out)
+    with only_writer(out):
+        for name in ("out", "link"):
+            flags = ("--input", source, "--output", tmp_path / name, *TARGET)
+            assert run(*flags, "--resume") == run(*flags) == 2
+            assert f"{name} is being written by another run" in capfd.readouterr().err
+    assert engines == []
+    assert run("--input", source, "--output", out, "--resume", *TARGET) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("in", "link", "out", "out.settings.json")
+    ]
+
+
+def test_a_directory_as_output_is_named(
+    tmp_path: Path, engines: list[ScriptedEngine], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--prompt", "a", "--output", tmp_path, *TARGET) == 2
+    assert f"--output {tmp_path} is a directory" in capfd.readouterr().err
+
+
+def test_prompts_that_are_too_long_are_found_before_the_first_runs(
+    tmp_path: Path, engines: list[ScriptedEngine], capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "in", "a", "too long")
+    out = tmp_path / "out"
+    assert run("--input", source, "--output", out) == 2
+    assert "input line 2: prompt of 9 tokens does not fit" in capfd.readouterr().err
+    assert engines[0].added == engines[0].calibrated == []
+    assert run("--input", source, "--output", out, "--on-error", "record", *TARGET) == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("to_file", [True, False])
+def test_a_full_disk_is_named_with_what_is_kept(to_file: bool) -> None:
+    code = (
+        "import sys, test_generate as t; t.generate.load_engine = lambda a: t.ScriptedEngine();"
+        "sys.exit(t.main(sys.argv[1:]))"
+    )
+    argv = ["generate", *MODELS, *TARGET, "--prompt", "a"]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", code, *argv, *(["--output", "/dev/full"] if to_file else [])],
+            stdout=full, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent, check=False,
+        )  # fmt: skip
+    name = "/dev/full" if to_file else "standard output"
+    rest = "; 0 results are in /dev/full; --resume continues" if to_file else ""
+    assert ended.stderr == f"stars-fast: error: {name}: No space left on device{rest}\n"
+    assert ended.returncode == 1
+
+
+def test_closed_standard_streams_are_named(
+    engines: list[ScriptedEngine],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert run(*TARGET) == 2
+    assert "standard input is closed: give --input FILE" in capfd.readouterr().err
+    monkeypatch.setattr("sys.stdout", None)
+    assert run("--prompt", "a", *TARGET) == 2
+    assert "standard output is closed: give --output FILE" in capfd.readouterr().err
 
 
 def test_vanilla_needs_neither_target_nor_reward_model(

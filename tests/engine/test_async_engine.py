@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -307,25 +309,71 @@ def test_a_round_that_raises_once_is_run_again(
 
 
 def test_a_thread_that_dies_leaves_nobody_waiting(
-    make: Callable[..., AsyncEngine], monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., AsyncEngine],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)
-
     async def main() -> None:
-        engine = make()
+        engine, told = make(), threading.Event()
+        engine.call_when_ended(told.set)
+        assert engine.failure is None
 
-        def fault(output: object) -> None:
-            raise AssertionError("a fault")
+        def fault(*_: object) -> None:
+            raise SystemExit(3)
 
         monkeypatch.setattr(engine, "_pass_on", fault)
-        with pytest.raises(EngineStoppedError, match="has stopped"):
+        with pytest.raises(EngineStoppedError, match="has stopped: SystemExit: 3"):
             await collect(engine, "ab", PARAMS)
         assert not engine.accepting
         with pytest.raises(EngineStoppedError):
             engine.submit("ab", PARAMS)
         await until(lambda: not engine.healthy)
+        assert told.is_set()
+        assert isinstance(engine.failure, SystemExit)
 
     asyncio.run(main())
+    (record,) = [r for r in caplog.records if r.levelname == "CRITICAL"]
+    assert record.getMessage() == "the engine has stopped: SystemExit: 3"
+    assert record.exc_info
+
+
+def test_a_round_that_is_stuck_is_not_healthy(make: Callable[..., AsyncEngine], gate: Gate) -> None:
+    async def main() -> None:
+        patient, engine = make(stuck_after=None), make(stuck_after=0.05)
+        gate.open.clear()
+        tasks = [asyncio.create_task(collect(e, "ab", PARAMS)) for e in (patient, engine)]
+        await until(lambda: not engine.healthy)
+        assert patient.healthy
+        gate.open.set()
+        await asyncio.gather(*tasks)
+        await until(lambda: engine.healthy)
+
+    asyncio.run(main())
+    with pytest.raises(ValueError, match="stuck_after must be above 0 or None, got 0"):
+        make(stuck_after=0)
+
+
+def test_a_fork_says_that_its_engine_is_dead(make: Callable[..., AsyncEngine]) -> None:
+    async def in_the_fork() -> None:
+        with pytest.raises(EngineStoppedError, match=rf"process {os.getpid()} was forked"):
+            engine.submit("ab", PARAMS)
+        assert not engine.healthy
+        assert not engine.accepting
+        await engine.drain()
+        engine.close()
+
+    engine = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks where there are threads
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            asyncio.run(in_the_fork())
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_drain_finishes_what_is_under_way(make: Callable[..., AsyncEngine], gate: Gate) -> None:

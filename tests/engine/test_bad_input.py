@@ -215,3 +215,48 @@ def test_a_top_p_that_float32_does_not_hold_keeps_one_token(backend: Any) -> Non
     ]
     assert chosen[0].error is None
     assert chosen[0].outputs[0].token_ids == chosen[1].outputs[0].token_ids
+
+
+@pytest.mark.parametrize("prompts", [b"ab", bytearray(b"ab"), memoryview(b"ab"), 3, None])
+def test_prompts_that_are_no_prompts_are_named(prompts: Any) -> None:
+    one = engine()
+    with pytest.raises(TypeError, match=f"prompts must be .*got {type(prompts).__name__}"):
+        one.generate(prompts, PARAMS)
+    with pytest.raises(TypeError, match=f"prompt must be .*got {type(prompts).__name__}"):
+        one.add_request("a", prompts, PARAMS)
+
+
+@pytest.mark.parametrize("params", [{"top_k": 0}, {}, "stars", 3, ["stars"], [{}]])
+def test_parameters_that_are_none_are_named(params: Any) -> None:
+    one = engine()
+    with pytest.raises(TypeError, match="params must be StarsParams"):
+        one.generate(["ab"], params)
+    with pytest.raises(TypeError, match="params must be StarsParams"):
+        one.add_request("a", "ab", params)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("device", "foo"),
+        ("device", "cuda:99"),
+        ("reward_device", "foo"),
+        ("dtype", "foo"),
+        ("dtype", "int8"),
+    ],
+)
+def test_devices_and_dtypes_are_checked_before_anything_is_loaded(option: str, value: str) -> None:
+    options: dict[str, Any] = {option: value}
+    with pytest.raises(ValueError, match=f"{option} must be .*got '{value}'"):
+        Engine("no/such/model", **options)
+
+
+def test_failed_requests_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    one = engine()
+    one.generate("ab", PARAMS, use_tqdm=False)
+    assert caplog.records == []
+    one.generate(["ab", "", "ba"], PARAMS, use_tqdm=False)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "1 of 3 requests failed" in record.getMessage()
+    assert "prompt is empty" in record.getMessage()

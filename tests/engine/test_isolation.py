@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from typing import Any
 
 import pytest
@@ -94,6 +95,30 @@ class TestFailingRewards:
             return count_a(prompts, responses)
 
         self.check(name, reward, "no such judge")
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["one lane", "two lanes"])
+@pytest.mark.parametrize("name", ["stars", "best_of_n", "smc"])
+def test_a_reward_that_hangs_fails_its_round_and_no_other(name: str, overlap: bool) -> None:
+    released = threading.Event()
+
+    def reward(prompts: list[str], responses: list[str]) -> list[float]:
+        if "cc" in prompts and max(map(len, responses)) > 2:
+            released.wait()
+        return count_a(prompts, responses)
+
+    params = dataclasses.replace(METHODS[name], seed=1)
+    options: dict[str, Any] = {"num_pages": 200, "page_size": 4, "overlap_scoring": overlap}
+    want = letter_engine(count_a, **options).generate("ab", params, use_tqdm=False)
+    one = letter_engine(reward, reward_timeout=0.1, **options)
+    try:
+        (hung,) = one.generate("cc", params, use_tqdm=False)
+        assert hung.error is not None
+        assert "did not return within 0.1 s" in hung.error
+        assert all_same(one.generate("ab", params, use_tqdm=False), want)
+        assert nothing_held(one)
+    finally:
+        released.set()
 
 
 def engine(**options: Any) -> Engine:

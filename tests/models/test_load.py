@@ -166,3 +166,20 @@ def test_an_encoder(tmp_path: Path) -> None:
     transformers.DistilBertModel(config).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="'distilbert'.*no causal language model"):
         load_causal_lm(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "LlamaForTokenClassification"])
+def test_a_classifier_is_no_language_model(saved: Path, name: str) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "architectures": [name]}))
+    with pytest.raises(UnsupportedModelError, match=f"is a {name}: .*as the reward model"):
+        load_causal_lm(saved)
+
+
+def test_no_bars_off_a_terminal(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging
+
+    assert logging.is_progress_bar_enabled()
+    load_causal_lm(saved)
+    assert capfd.readouterr().err == ""
+    assert logging.is_progress_bar_enabled()

@@ -21,9 +21,17 @@ def test_every_option_has_the_same_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("page_size", 0), ("max_rows", 0), ("num_pages", 1), ("seed", 2**64)]
+    ("name", "value"),
+    [
+        ("page_size", 0),
+        ("max_rows", 0),
+        ("num_pages", 1),
+        ("seed", 2**64),
+        ("reward_timeout", 0),
+        ("reward_timeout", float("nan")),
+    ],
 )
-def test_ranges_are_checked_before_anything_is_loaded(name: str, value: int) -> None:
+def test_ranges_are_checked_before_anything_is_loaded(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must be .*got {value}"):
         EngineConfig(**{name: value})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"{name} must be .*got {value}"):

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import itertools
 import math
+import re
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +18,13 @@ import torch
 
 from stars_fast.errors import RewardError
 from stars_fast.rewards import Prompt, RewardModel, ScoreJob, Scorer, load_scorer
+from stars_fast.rewards.deadline import MAX_HANGING
 
 
-def scorer_of(function: Callable[[list[str], list[str]], Any]) -> Scorer:
-    scorer = load_scorer(function, lm_tokenizer=None)
+def scorer_of(
+    function: Callable[[list[str], list[str]], Any], timeout: float | None = None
+) -> Scorer:
+    scorer = load_scorer(function, lm_tokenizer=None, timeout=timeout)
     for request, text in enumerate(("Is rice good?", "And tea?")):
         scorer.start(request, Prompt(text, [1], None), 8)
     return scorer
@@ -28,7 +37,14 @@ JOBS = [
 ]
 
 
-@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor, iter])
+def column(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values)[:, None]
+
+
+KINDS = [list, tuple, np.array, torch.tensor, iter, column, lambda values: column(values).numpy()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_call_per_round_in_order(kind: Callable[[list[int]], Any]) -> None:
     calls = []
 
@@ -72,7 +88,20 @@ def test_raising_fails_the_bad_job_alone() -> None:
 
 @pytest.mark.parametrize(
     ("returned", "message"),
-    [([1.0, 2.0], "returned 2 for 1 responses"), ([], "returned 0"), (np.float64(1.0), "single")],
+    [
+        ([1.0, 2.0], "returned 2 for 1 responses; it must return one reward per response"),
+        ([], "returned 0"),
+        (itertools.repeat(1.0), "returned 2 or more for 1 responses"),
+        (np.float64(1.0), "a single number"),
+        (torch.tensor(1.0), r"a single number \(1.0\)"),
+        (1.0, r"a single number \(1.0\)"),
+        (None, "returned None; it must"),
+        ({"no": 1.0}, r"returned a dict \(\{'no': 1.0\}\)"),
+        ({1.0}, "returned a set"),
+        ("1", "returned a str"),
+        (object(), "returned a object"),
+        (np.ones((1, 2)), r"returned a list \(\[1.0, 1.0\]\) where a number was due"),
+    ],
 )
 def test_wrong_count_fails_the_bad_job_alone(returned: Any, message: str) -> None:
     def reward(_: list[str], responses: list[str]) -> Any:
@@ -83,7 +112,7 @@ def test_wrong_count_fails_the_bad_job_alone(returned: Any, message: str) -> Non
     yes, no, empty = scorer_of(reward).score(JOBS)
     assert (yes, empty) == (3.0, 0.0)
     assert isinstance(no, RewardError)
-    assert message in str(no)
+    assert re.search(message, str(no))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +121,7 @@ def test_wrong_count_fails_the_bad_job_alone(returned: Any, message: str) -> Non
         (math.nan, "nan"),
         (-math.inf, "-inf"),
         (10**400, "too large"),
-        (None, "NoneType"),
+        (None, "returned None where a number was due"),
         ("1.5", "str"),
         ([1.0], "list"),
         (1j, "complex"),
@@ -122,6 +151,149 @@ def test_numbers_of_other_types() -> None:
 def test_returned_none_is_an_error_of_each_job() -> None:
     results = scorer_of(lambda prompts, responses: None).score(JOBS)
     assert [type(result) for result in results] == [RewardError] * 3
+
+
+ENDS = [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError()]
+
+
+@pytest.mark.parametrize("end", ENDS, ids=repr)
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_what_would_end_a_process_fails_the_bad_job_alone(
+    end: BaseException, timeout: float | None
+) -> None:
+    def reward(_: list[str], responses: list[str]) -> list[float]:
+        if "no" in responses:
+            raise end
+        return [float(len(response)) for response in responses]
+
+    scorer, results = scorer_of(reward, timeout), []
+    # As the engine of a server: Ctrl-C comes to the main thread alone.
+    thread = threading.Thread(target=lambda: results.extend(scorer.score(JOBS)))
+    thread.start()
+    thread.join()
+    yes, no, empty = results
+    assert (yes, empty) == (3.0, 0.0)
+    assert isinstance(no, RewardError)
+    assert type(end).__name__ in str(no)
+
+
+def test_ctrl_c_on_the_main_thread_is_not_a_reward() -> None:
+    def reward(*_: list[str]) -> list[float]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scorer_of(reward).score(JOBS)
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_async_functions_keep_their_event_loop(timeout: float | None) -> None:
+    loops = set()
+
+    async def reward(_: list[str], responses: list[str]) -> list[float]:
+        loops.add(asyncio.get_running_loop())
+        await asyncio.sleep(0)
+        if "no" in responses:
+            raise ValueError("no")
+        return [float(len(response)) for response in responses]
+
+    scorer = scorer_of(reward, timeout)
+
+    async def in_a_notebook() -> list[float | Exception]:
+        return scorer.score(JOBS)
+
+    yes, no, empty = asyncio.run(in_a_notebook())
+    assert (yes, empty) == (3.0, 0.0)
+    assert isinstance(no, RewardError)
+    assert "raised ValueError: no" in str(no)
+    assert len(loops) == 1
+
+
+class TestDeadlines:
+    def test_a_call_that_hangs_fails_its_jobs_and_no_later_ones(self) -> None:
+        released, threads = threading.Event(), set()
+
+        def reward(_: list[str], responses: list[str]) -> list[float]:
+            threads.add(threading.current_thread())
+            if "no" in responses:
+                released.wait()
+            return [float(len(response)) for response in responses]
+
+        scorer = scorer_of(reward, 0.05)
+        try:
+            assert [str(result) for result in scorer.score(JOBS)] == [
+                f"reward function {reward.__qualname__} did not return within 0.05 s"
+            ] * 3
+            assert scorer.score([JOBS[0], JOBS[2]]) == [3.0, 0.0]
+            assert scorer.score([ScoreJob(0, 4, [7], "perhaps")]) == [7.0]
+            assert len(threads) == 2
+        finally:
+            released.set()
+
+    def test_a_generator_that_hangs_between_two_rewards(self) -> None:
+        released = threading.Event()
+
+        def reward(_: list[str], responses: list[str]) -> Any:
+            for response in responses:
+                yield float(len(response))
+                released.wait()
+
+        try:
+            assert "within 0.05 s" in str(scorer_of(reward, 0.05).score(JOBS)[0])
+        finally:
+            released.set()
+
+    def test_calls_that_hang_do_not_pile_up(self) -> None:
+        released, calls = threading.Event(), 0
+
+        def reward(_: list[str], responses: list[str]) -> list[float]:
+            nonlocal calls
+            calls += 1
+            released.wait()
+            return [1.0] * len(responses)
+
+        scorer = scorer_of(reward, 0.02)
+        try:
+            errors = [str(scorer.score([JOBS[0]])[0]) for _ in range(MAX_HANGING + 3)]
+            assert calls == MAX_HANGING
+            assert all("did not return" in error for error in errors[:MAX_HANGING])
+            assert all("was not called: 4 calls before" in error for error in errors[MAX_HANGING:])
+        finally:
+            released.set()
+        deadline = time.monotonic() + 30
+        while scorer.score([JOBS[0]]) != [1.0]:  # it is asked again once a call has ended
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def test_what_an_async_function_awaits_is_cancelled(self) -> None:
+        cancelled = threading.Event()
+
+        async def reward(_: list[str], responses: list[str]) -> list[float]:
+            try:
+                await asyncio.sleep(600)
+            except asyncio.CancelledError:
+                cancelled.set()
+                raise
+            return []
+
+        assert "did not return within" in str(scorer_of(reward, 0.05).score(JOBS)[0])
+        assert cancelled.wait(30)
+
+
+def test_its_thread_ends_with_the_scorer() -> None:
+    threads = []
+
+    def reward(_: list[str], responses: list[str]) -> list[float]:
+        threads.append(threading.current_thread())
+        return [0.0] * len(responses)
+
+    scorer = scorer_of(reward, 60.0)
+    scorer.score(JOBS)
+    scorer.score([ScoreJob(0, 4, [7], "perhaps")])
+    assert len(set(threads)) == 1
+    del scorer
+    gc.collect()
+    threads[0].join(30)
+    assert not threads[0].is_alive()
 
 
 def test_cache_calls_and_finish_do_nothing_harmful() -> None:

@@ -6,9 +6,12 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,105 @@ for package in ("fastapi", "uvicorn", "prometheus_client", "httpx"):
     pytest.importorskip(package, reason=f"needs {package}, of the extras server and test")
 
 import httpx  # noqa: E402
+
+
+@contextmanager
+def serve(folder: Path, *flags: str, code: str = "") -> Iterator[tuple[Any, Path]]:
+    """``stars-fast serve`` as a process, with its log; `code` is run in it before."""
+    log = folder / "log"
+    command = f"{code}\nfrom stars_fast.cli import main; raise SystemExit(main())"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-c", command, "serve", "--port", "0", "--num-pages", "400", *flags],
+            stderr=stream, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    try:
+        yield process, log
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_ctrl_c_twice_ends_in_the_middle_of_streams(tmp_path: Path) -> None:
+    # Rounds that spend their time in C++, where a thread cannot be ended with the interpreter.
+    code = """
+import pathlib, time, torch
+from stars_fast.engine.loop import Loop
+score, matrix = Loop._score, torch.ones(700, 700)
+def long(loop, done):
+    end = time.monotonic() + 1.5
+    while pathlib.Path("long").exists() and time.monotonic() < end:
+        matrix @ matrix
+    return score(loop, done)
+Loop._score = long
+"""
+    body = {"prompt": "The film", "max_tokens": 400, "seed": 1, "stream": True}
+    body["stars"] = {"target_reward": 3.0, "segment_length": 8}
+    with serve(tmp_path, code=code) as (process, log):
+        url = _address(process, log)
+        (tmp_path / "long").touch()
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+            assert process.poll() is None  # it drains
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
+    assert "interrupted" in log.read_text()
+    assert "terminate called" not in log.read_text()
+
+
+def test_an_engine_that_fails_ends_the_process_and_says_why(tmp_path: Path) -> None:
+    code = """
+from stars_fast.engine.async_engine import AsyncEngine
+def fault(engine, *_):
+    raise SystemExit(0)
+AsyncEngine._pass_on = fault
+"""
+    with serve(tmp_path, code=code) as (process, log):
+        url = _address(process, log)
+        body = {"prompt": "The film", "stars": {"target_reward": 3.0}}
+        assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 503
+        assert process.wait(60) == 1
+    text = log.read_text()
+    assert "stars-fast: error: the engine has stopped: SystemExit(0)" in text
+    events = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    (critical,) = [event for event in events if event["level"] == "critical"]
+    assert critical["event"] == "the engine has stopped: SystemExit: 0"
+    assert "raise SystemExit(0)" in critical["exception"] or "in fault" in critical["exception"]
+
+
+def test_health_is_503_while_a_round_is_stuck(tmp_path: Path) -> None:
+    code = """
+import pathlib, time
+from stars_fast.engine.loop import Loop
+score = Loop._score
+def stuck(loop, done):
+    while pathlib.Path("stuck").exists():
+        time.sleep(0.01)
+    return score(loop, done)
+Loop._score = stuck
+"""
+    with serve(tmp_path, "--stuck-after", "0.5", code=code) as (process, log):
+        url = _address(process, log)
+        assert httpx.get(f"{url}/health").status_code == 200
+        (tmp_path / "stuck").touch()
+        body = {"prompt": "The film", "max_tokens": 8, "stars": {"target_reward": 3.0}}
+        body["stream"] = True
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+            for path in ("health", "ready"):
+                _until(lambda path=path: httpx.get(f"{url}/{path}").status_code == 503)
+            (tmp_path / "stuck").unlink()
+            assert "[DONE]" in response.read().decode()
+        _until(lambda: httpx.get(f"{url}/ready").status_code == 200)
+
+
+def _until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_sigterm_finishes_what_is_under_way_and_exits(tmp_path: Path) -> None:
@@ -110,6 +212,21 @@ def test_wrong_flags_are_named_before_a_model_is_loaded(
     (tmp_path / "empty").write_text("\n")
     assert main(["serve", *[text.replace("{tmp}", str(tmp_path)) for text in argv]]) == 2
     assert message in capfd.readouterr().err
+
+
+def test_a_port_in_use_is_known_before_a_model_is_loaded(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("stars_fast.cli.serve.load_engine", fail)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == 2
+    assert f"--host 127.0.0.1 --port {port}: Address already in use" in capfd.readouterr().err
+    assert main(["serve", "--host", "no.such.host.invalid"]) == 2
+    assert "--host no.such.host.invalid" in capfd.readouterr().err
 
 
 def test_a_missing_package_is_named(

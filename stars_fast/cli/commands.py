@@ -15,14 +15,8 @@ from stars_fast.cli.terminal import say
 from stars_fast.errors import StarsFastError
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``stars-fast``; returns the exit code.
-
-    Parameters
-    ----------
-    argv
-        Arguments after the name of the command; those of the process if None.
-    """
+def run(argv: Sequence[str] | None) -> int:
+    """Run a command, see `stars_fast.cli.main`."""
     parser = argparse.ArgumentParser(
         prog="stars-fast",
         description="Align a language model while it decodes, segment by segment (STARS).",
