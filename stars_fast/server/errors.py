@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
 from stars_fast.errors import DeadlineError, EngineStoppedError, QueueFullError
 from stars_fast.params import StarsParams
+from stars_fast.server.answers import ErrorAnswer, ErrorObject, to_json
 
 _FIELDS = frozenset(item.name for item in fields(StarsParams))
 
@@ -38,14 +38,14 @@ class ApiError(Exception):
     code: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    def body(self) -> dict[str, Any]:
-        """Return the JSON body."""
-        names = ("message", "type", "param", "code")
-        return {"error": {name: getattr(self, name) for name in names}}
+    def answer(self) -> ErrorAnswer:
+        """Return the body."""
+        error = ErrorObject(message=self.message, type=self.type, param=self.param, code=self.code)
+        return ErrorAnswer(error=error)
 
-    def response(self) -> JSONResponse:
+    def response(self) -> Response:
         """Return the HTTP response."""
-        return JSONResponse(self.body(), self.status, dict(self.headers))
+        return Response(to_json(self.answer()), self.status, dict(self.headers), "application/json")
 
 
 def api_error(error: Exception, retry_after: int = 1) -> ApiError:
@@ -78,20 +78,20 @@ def add_handlers(app: FastAPI) -> None:
     """Have the app answer every error in this shape."""
 
     @app.exception_handler(ApiError)
-    async def _known(request: Request, error: ApiError) -> JSONResponse:
+    async def _known(request: Request, error: ApiError) -> Response:
         return error.response()
 
     @app.exception_handler(RequestValidationError)
-    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    async def _invalid(request: Request, error: RequestValidationError) -> Response:
         return _validation_error(error).response()
 
     @app.exception_handler(HTTPException)
-    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+    async def _http(request: Request, error: HTTPException) -> Response:
         answer = ApiError(error.status_code, str(error.detail), headers=error.headers or {})
         return answer.response()
 
     @app.exception_handler(Exception)
-    async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
+    async def _unforeseen(request: Request, error: Exception) -> Response:
         return ApiError(500, "internal error; the log says more", "server_error").response()
 
 
