@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -72,6 +72,9 @@ class Engine(BaseEngine):
         The text that the reward model reads: None (its chat template, else prompt and response
         joined), ``"chat"``, ``"plain"``, text with ``{prompt}`` and ``{response}``, or a callable
         (prompt, response) -> text.
+    chat_template_kwargs
+        Variables of the language model's chat template, such as ``{"enable_thinking": False}``,
+        where a chat has none of its own.
     reward_tokenizer
         The reward model's; None loads it from where the model came from.
     reward_num_pages
@@ -123,6 +126,7 @@ class Engine(BaseEngine):
         max_rows: int = 256,
         seed: int = 0,
         reward_template: TemplateLike = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         reward_tokenizer: PreTrainedTokenizerBase | None = None,
         reward_num_pages: int | None = None,
         reward_device: str | torch.device | None = None,
@@ -145,6 +149,7 @@ class Engine(BaseEngine):
             max_rows=max_rows,
             seed=seed,
             reward_template=reward_template,
+            chat_template_kwargs=chat_template_kwargs,
             reward_num_pages=reward_num_pages,
             reward_device=reward_device,
             prefix_caching=prefix_caching,
@@ -193,7 +198,7 @@ class Engine(BaseEngine):
         )
         self._lm = lm
         super().__init__(
-            PromptReader(tokenizer, lm.vocab_size, lm.max_length),
+            PromptReader(tokenizer, lm.vocab_size, lm.max_length, chat_template_kwargs),
             loop,
             Limits(lm.vocab_size, max_rows, tokenizer is not None, scorer, judges),
             tokenizer=tokenizer,

@@ -5,35 +5,77 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
+from stars_fast.chats import CHAT_OPTIONS, PART_TYPES
 from stars_fast.server.answers import FinishReason, Head, StarsAnswer, StarsDelta, Usage
 from stars_fast.server.logprobs import TokenScore
 from stars_fast.server.openapi import RANGES
-from stars_fast.server.protocol import GenerationRequest, Strict
+from stars_fast.server.protocol import GenerationRequest
 from stars_fast.server.transcript import Delta, Transcript
 from stars_fast.server.writer import ChoiceWriter
 
 
-class TextPart(Strict):
-    """A part of a message."""
+def _has_text(name: str) -> dict[str, Any]:
+    kinds = [kind for kind, field in PART_TYPES.items() if field == name]
+    return {
+        "required": [name],
+        "properties": {"type": {"enum": kinds}, name: {"type": "string"}},
+    }
 
-    type: Literal["text"]
-    text: str
+
+class ContentPart(BaseModel):
+    """A part of a message; further fields, such as `cache_control`, are of no effect."""
+
+    model_config = ConfigDict(
+        extra="ignore",
+        strict=True,
+        json_schema_extra={"anyOf": [_has_text("text"), _has_text("refusal")]},
+    )
+
+    type: str = Field(json_schema_extra={"enum": [*PART_TYPES]})
+    text: str | None = None
+    refusal: str | None = None
 
 
-class ChatMessage(Strict):
-    """A message of a chat."""
+class FunctionCall(BaseModel):
+    """A function that the assistant has called."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    model_config = ConfigDict(extra="allow", strict=True)
 
-    def plain(self) -> dict[str, str]:
-        """Return it as chat templates read it."""
-        content = self.content
-        if not isinstance(content, str):
-            content = "".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+    name: str = Field(min_length=1)
+    arguments: str | dict[str, Any] | None = Field(default=None, description="JSON, or an object.")
+
+
+class ToolCall(BaseModel):
+    """A tool that the assistant has called."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    function: FunctionCall
+
+
+class ChatMessage(BaseModel):
+    """A message of a chat; the chat template reads further fields, such as `name`."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        strict=True,
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"role": {"const": "assistant"}}},
+                {"required": ["content"], "properties": {"content": {"type": ["string", "array"]}}},
+            ]
+        },
+    )
+
+    role: str = Field(
+        min_length=1, description="One that the template writes; `developer` may be `system`."
+    )
+    content: str | list[ContentPart] | None = Field(
+        default=None, description="Null for the assistant's only."
+    )
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatRequest(GenerationRequest):
@@ -45,6 +87,17 @@ class ChatRequest(GenerationRequest):
     )
     logprobs: bool | None = Field(
         default=None, description="With the log-probability of each token."
+    )
+
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None,
+        description='Variables of the chat template, such as `{"enable_thinking": false}`.',
+    )
+    add_generation_prompt: bool | None = Field(
+        default=None, description="Open the assistant's message, as is usual."
+    )
+    continue_final_message: bool | None = Field(
+        default=None, description="Continue the last message, the assistant's."
     )
 
     @property
@@ -61,17 +114,9 @@ class ChatRequest(GenerationRequest):
             values["max_tokens"] = self.max_completion_tokens
         return values
 
-    def prompts(self) -> list[list[dict[str, str]]]:
-        """Return the one prompt.
-
-        Raises
-        ------
-        ValueError
-            If there are no messages.
-        """
-        if not self.messages:
-            raise ValueError("messages must be a list that is not empty")
-        return [[message.plain() for message in self.messages]]
+    def prompts(self) -> list[dict[str, Any]]:
+        """Return the one prompt."""
+        return [self.model_dump(include={"messages", *CHAT_OPTIONS}, exclude_unset=True)]
 
 
 class TokenLogprob(BaseModel):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 from fastapi import FastAPI, Request
@@ -10,11 +11,14 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from stars_fast.chats import CHAT_OPTIONS
 from stars_fast.errors import DeadlineError, EngineStoppedError, QueueFullError
 from stars_fast.params import StarsParams
 from stars_fast.server.answers import ErrorAnswer, ErrorObject, to_json
 
-_FIELDS = frozenset(item.name for item in fields(StarsParams))
+#: What a message of the engine may begin with.
+_PARAMS = frozenset({"prompt", "messages", *CHAT_OPTIONS, *(x.name for x in fields(StarsParams))})
+_NAME = re.compile(r"\w+")
 
 
 @dataclass
@@ -64,8 +68,8 @@ def api_error(error: Exception, retry_after: int = 1) -> ApiError:
         return ApiError(503, str(error), "server_error", code="stopping")
     if isinstance(error, ValueError | TypeError):
         message = str(error)
-        name = message.partition(" ")[0].partition("=")[0]
-        return ApiError(400, message, param=name if name in _FIELDS | {"prompt"} else None)
+        name = _NAME.match(message)
+        return ApiError(400, message, param=name[0] if name and name[0] in _PARAMS else None)
     return ApiError(500, f"{type(error).__name__}: {error}", "server_error")
 
 
@@ -95,6 +99,17 @@ def add_handlers(app: FastAPI) -> None:
         return ApiError(500, "internal error; the log says more", "server_error").response()
 
 
+def _where(loc: Sequence[int | str]) -> str:
+    """Return the place of a value in a body, such as ``messages[0].role``."""
+    place = ""
+    for part in loc[1:]:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif part.isidentifier():  # a union's members have names such as list[int]
+            place += f".{part}" if place else part
+    return place or "the body"
+
+
 def _validation_error(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a body, under the name of its parameter."""
     found = error.errors()
@@ -106,9 +121,10 @@ def _validation_error(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', '')}")
     place = [str(part) for part in first["loc"] if part != "body"]
     name = place[0] if place else None
+    where = _where(first["loc"])
     text = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "value_error":
         return ApiError(400, text, param=name)
     if first["type"] == "missing":
-        return ApiError(400, f"{name or 'the body'} is missing", param=name)
-    return ApiError(400, f"{name or 'the body'}: {text}", param=name)
+        return ApiError(400, f"{where} is missing", param=name)
+    return ApiError(400, f"{where}: {text}", param=name)

@@ -29,6 +29,7 @@ FLOORS = (
     ("records",),
     ("prompts", "params", "errors"),
     ("methods", "outputs", "seeds", "core", "config", "demo"),
+    ("chats",),
     ("_core",),
 )
 FLOOR = {package: number for number, floor in enumerate(FLOORS) for package in floor}

@@ -231,7 +231,7 @@ def test_chat() -> None:
         assert "".join(delta.content or "" for delta in deltas) == expected.outputs[0].text
         assert [delta.role for delta in deltas] == ["assistant", None, None]
         refused = served.post(
-            {"messages": [{"role": "tool", "content": "x"}]}, "/v1/chat/completions"
+            {"messages": [{"role": "tool", "content": None}]}, "/v1/chat/completions"
         )
         assert refused.status_code == 400
 
