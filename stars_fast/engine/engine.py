@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stars_fast import _core
 from stars_fast.config import Backend, EngineConfig, KvDtype, TemplateLike
 from stars_fast.distributed import ALONE, OneRank, Ranks
+from stars_fast.drafting.adjust import KnownTokens, num_tokens
 from stars_fast.drafting.base import Drafter
 from stars_fast.drafting.eager import EagerDrafter
 from stars_fast.drafting.segment_ends import segment_end_levels
@@ -186,9 +187,11 @@ class Engine(BaseEngine):
             fixed_cost_rows=FIXED_COST_ROWS.get(lm.device.type, 16.0),
             lanes=2 if overlap else 1,
         )
+        known = _known_tokens(tokenizer, lm)
+        eos_ids = _eos_token_ids(loaded, tokenizer)
         loop = Loop(
             lm,
-            make_drafter(lm, _segment_ends_of(tokenizer, lm), ranks),
+            make_drafter(lm, _segment_ends_of(tokenizer, lm), ranks, known),
             scheduler,
             scorer,
             tokenizer,
@@ -200,9 +203,17 @@ class Engine(BaseEngine):
         super().__init__(
             PromptReader(tokenizer, lm.vocab_size, lm.max_length, chat_template_kwargs),
             loop,
-            Limits(lm.vocab_size, max_rows, tokenizer is not None, scorer, judges),
+            Limits(
+                lm.vocab_size,
+                max_rows,
+                tokenizer is not None,
+                scorer,
+                judges,
+                num_tokens=num_tokens(lm.vocab_size, known),
+                eos_ids=eos_ids,
+            ),
             tokenizer=tokenizer,
-            eos_ids=_eos_token_ids(loaded, tokenizer),
+            eos_ids=eos_ids,
             seed=seed,
             ranks=ranks,
         )
@@ -311,6 +322,15 @@ def _overlaps(
     return overlap
 
 
+def _known_tokens(
+    tokenizer: PreTrainedTokenizerBase | None, model: PagedModel
+) -> KnownTokens | None:
+    """Return the tokens that the tokenizer has, where the model's vocabulary has others, too."""
+    if tokenizer is None:
+        return None
+    return KnownTokens.of(tokenizer.get_vocab().values(), model.vocab_size, model.device)
+
+
 def _segment_ends_of(
     tokenizer: PreTrainedTokenizerBase | None, model: PagedModel
 ) -> Callable[[], Tensor]:
@@ -326,18 +346,21 @@ def _segment_ends_of(
 
 
 def make_drafter(
-    model: PagedModel, segment_ends: Callable[[], Tensor], ranks: Ranks = ALONE
+    model: PagedModel,
+    segment_ends: Callable[[], Tensor],
+    ranks: Ranks = ALONE,
+    known: KnownTokens | None = None,
 ) -> Drafter:
-    """Return the drafter that suits a model's backend; for `segment_ends` see `EagerDrafter`."""
+    """Return the drafter that suits a model's backend; for the rest see `EagerDrafter`."""
     if ranks.size > 1:
         if model.on_kernels:
             _log.info("decode steps run without a CUDA graph: the model is tensor-parallel")
-        return EagerDrafter(model, segment_ends, ranks.share)
+        return EagerDrafter(model, segment_ends, known, ranks.share)
     if not model.on_kernels:
-        return EagerDrafter(model, segment_ends)
+        return EagerDrafter(model, segment_ends, known)
     from stars_fast.drafting.captured import CapturedDrafter  # Triton is for Linux only
 
-    return CapturedDrafter(model, segment_ends)
+    return CapturedDrafter(model, segment_ends, known)
 
 
 def _eos_token_ids(

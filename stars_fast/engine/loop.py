@@ -243,12 +243,18 @@ class Loop:
             segment_end=_SEGMENT_ENDS[params.segment_end],
             min_length=params.min_segment_length,
             ranks=params.attempts_per_segment if params.kind.ranked else 0,
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            logit_bias=tuple((params.logit_bias or {}).items()),
+            min_tokens=params.min_tokens,
+            top_logprobs=params.top_logprobs,
         )
         responses = [
             Response(
                 handle,
                 params,
-                sampling,
+                replace(sampling, counts=_counts(params, prompt)),
                 CompletionOutput(0),
                 prefixes=prefixes,
                 is_path=params.kind.decides == "paths",
@@ -541,6 +547,13 @@ class Loop:
             if handle in owners:
                 owners[handle].rm_tokens += tokens
         return [errors[i] if i in errors else next(scored) for i in range(len(texts))]
+
+
+def _counts(params: StarsParams, prompt: Prompt) -> dict[int, int] | None:
+    """Return what the penalties have to count before the response begins; see `RowSampling`."""
+    if params.repetition_penalty != 1:
+        return dict.fromkeys(prompt.token_ids, 0)
+    return {} if params.presence_penalty or params.frequency_penalty else None
 
 
 def _threshold(value: float) -> float | None:

@@ -26,6 +26,8 @@ class Candidate:
     ----------
     branch
         Its id at the scorer; -1 if it was not scored.
+    adjusted_logprobs, top_logprobs
+        See `Draft`; the former are `logprobs` where nothing changed them.
     attempt
         Number of the attempt within the segment.
     reward, threshold
@@ -41,6 +43,8 @@ class Candidate:
     attempt: int
     token_ids: list[int]
     logprobs: list[float]
+    adjusted_logprobs: list[float]
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
     reward: float | None = None
     threshold: float | None = None
     stopped: bool = False
@@ -99,6 +103,11 @@ class Response:
         """Append a candidate as the segment that it became."""
         self.output.token_ids.extend(candidate.token_ids)
         self.output.logprobs.extend(candidate.logprobs)
+        self.output.top_logprobs.extend(candidate.top_logprobs)
+        counts = self.sampling.counts
+        if counts is not None:
+            for token in candidate.token_ids:
+                counts[token] = counts.get(token, 0) + 1
         self.output.reward = candidate.reward
         rejected = [a for a in self.rejected if a.number != candidate.attempt]
         self.output.segments.append(replace(segment, rejected=tuple(rejected)))
@@ -116,6 +125,11 @@ class Response:
         )
         mine.token_ids = list(theirs.token_ids)
         mine.logprobs = list(theirs.logprobs)
+        mine.top_logprobs = list(theirs.top_logprobs)
+        if self.sampling.counts is not None:
+            assert source.sampling.counts is not None
+            self.sampling.counts.clear()
+            self.sampling.counts.update(source.sampling.counts)
         mine.segments = list(theirs.segments)
 
 
@@ -178,5 +192,6 @@ def _copy(output: CompletionOutput, index: int) -> CompletionOutput:
         index=index,
         token_ids=list(output.token_ids),
         logprobs=list(output.logprobs),
+        top_logprobs=list(output.top_logprobs),
         segments=list(output.segments),
     )

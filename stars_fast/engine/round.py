@@ -94,12 +94,16 @@ def cut_candidates(
             if found is not None:
                 length, stop_at = found
                 done.lengths[row], done.stopped[row] = length, 1
+        logprobs = draft.logprobs[row, :length].tolist()
+        adjusted = draft.adjusted_logprobs
         done.candidates.append(
             Candidate(
                 branch=next(branches),
                 attempt=attempts[row],
                 token_ids=ids[:length],
-                logprobs=draft.logprobs[row, :length].tolist(),
+                logprobs=logprobs,
+                adjusted_logprobs=logprobs if adjusted is None else adjusted[row, :length].tolist(),
+                top_logprobs=_top_logprobs(draft, row, length, response.params.top_logprobs),
                 stopped=bool(done.stopped[row]),
                 stop_text_at=stop_at,
             )
@@ -112,6 +116,17 @@ def cut_candidates(
     for row in done.errors:
         done.rewards[row] = done.merits[row] = np.nan
     return done
+
+
+def _top_logprobs(draft: Draft, row: int, length: int, count: int) -> list[dict[int, float]]:
+    """The `count` most likely tokens at each position of a row, none if none are asked for."""
+    if not count:
+        return []
+    assert draft.top_tokens is not None
+    assert draft.top_logprobs is not None
+    tokens = draft.top_tokens[row, :length, :count].tolist()
+    logprobs = draft.top_logprobs[row, :length, :count].tolist()
+    return [dict(zip(*pair, strict=True)) for pair in zip(tokens, logprobs, strict=True)]
 
 
 def score_round(

@@ -168,6 +168,7 @@ def test_nothing_is_sent_that_is_not_described(
 
 #: Where the parameter needs other ones beside it.
 BESIDE: dict[str, dict[str, Any]] = {
+    "min_tokens": {"max_tokens": 2**28 - 1},
     "min_segment_length": {"segment_end": "sentence"},
     "entropy_threshold": {"method": "cards"},
     "reward_weight": {"method": "args"},
