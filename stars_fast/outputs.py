@@ -59,7 +59,9 @@ class CompletionOutput:
     index
         0 .. n - 1.
     text
-        The response, without special tokens and without the stop text that ended it.
+        The response, without special tokens and without the stop text that ended it: what its
+        tokens add to the prompt's text. While the request runs it is what further tokens do not
+        change, all but the bytes of a character that lacks others.
     token_ids
         Every committed token, an end-of-sequence or stop token included.
     logprobs

@@ -9,6 +9,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from stars_fast.chats import CHAT_OPTIONS, ChatLike, chat_of, is_chat, render
+from stars_fast.decoders import prompt_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,7 +133,7 @@ class PromptReader:
             return ""
         # Whoever tokenises the text again adds its own leading BOS.
         start = 1 if ids[0] == self._tokenizer.bos_token_id else 0
-        return str(self._tokenizer.decode(ids[start:]))
+        return prompt_text(self._tokenizer, ids[start:])
 
     def _need_tokenizer(self, what: str) -> PreTrainedTokenizerBase:
         if self._tokenizer is None:

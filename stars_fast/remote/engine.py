@@ -14,9 +14,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from stars_fast import _core
 from stars_fast.chats import checked_kwargs
 from stars_fast.config import TemplateLike
+from stars_fast.decoders import Decodes
 from stars_fast.engine.base import BaseEngine, Reader
 from stars_fast.engine.clock import PhaseClock
-from stars_fast.engine.detokenize import Decodes
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import PHASES, Loop
 from stars_fast.engine.requests import Request

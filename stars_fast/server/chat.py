@@ -209,7 +209,7 @@ class ChatWriter(ChoiceWriter):
         message = MessageDelta(content=delta.text)
         if first:
             message.role = "assistant"
-        scores = self.scores(transcript, delta.logprobs)
+        scores = self.scores(transcript, delta.logprobs, delta.begin)
         return ChatDelta(delta=message, logprobs=_objects(scores), **fields)
 
 

@@ -119,7 +119,7 @@ class CompletionWriter(ChoiceWriter):
         self, transcript: Transcript, delta: Delta, fields: dict[str, Any], *, first: bool
     ) -> CompletionDelta:
         """Return the text that a delta adds."""
-        scores = self.scores(transcript, delta.logprobs)
+        scores = self.scores(transcript, delta.logprobs, delta.begin)
         ids = self._token_ids(delta.token_ids)
         return CompletionDelta(text=delta.text, logprobs=_lists(scores), **ids, **fields)
 

@@ -13,6 +13,7 @@ from stars_fast.engine.streams import RequestStream
 from stars_fast.errors import EngineStoppedError
 from stars_fast.outputs import RequestOutput
 from stars_fast.params import StarsParams
+from stars_fast.prompts import Prompt
 from stars_fast.server.answers import Usage
 from stars_fast.server.errors import ApiError, request_failed
 from stars_fast.server.protocol import GenerationRequest, params_of
@@ -78,8 +79,7 @@ class Generation:
         self._latest: dict[int, RequestOutput] = {}
         self._prompt_tokens = 0
         self.transcripts = [
-            Transcript(i, self.params.stop_texts, engine.tokenizer)
-            for i in range(len(self.prompts) * self.params.n)
+            Transcript(i, self.params.stop_texts) for i in range(len(self.prompts) * self.params.n)
         ]
         self.first_token_at: float | None = None
 
@@ -133,6 +133,11 @@ class Generation:
                     yield transcript, delta
         finally:
             self.abort()
+
+    def prompt_of(self, transcript: Transcript) -> Prompt:
+        """Return the prompt of a response that has begun."""
+        read = self._latest[transcript.index // self.params.n]
+        return Prompt(read.prompt or "", read.prompt_token_ids)
 
     def usage(self) -> Usage:
         """Return the tokens so far: prompt and accepted ones, then what they cost beside."""

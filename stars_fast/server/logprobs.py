@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from stars_fast.engine.detokenize import token_offsets
-from stars_fast.server.transcript import token_text
+from stars_fast.engine.detokenize import token_offsets, token_text
+from stars_fast.prompts import Prompt
 
 #: Stands for minus infinity, which JSON does not have.
 LEAST_LOGPROB = -9999.0
@@ -34,12 +34,19 @@ class TokenScore:
 
 
 def response_scores(
-    tokenizer: PreTrainedTokenizerBase | None, token_ids: Sequence[int], logprobs: Sequence[float]
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: Prompt,
+    token_ids: Sequence[int],
+    logprobs: Sequence[float],
+    begin: int = 0,
 ) -> list[TokenScore]:
-    """Return the last tokens of a response, as many as there are log-probabilities."""
+    """Return the last tokens of a response, as many as there are log-probabilities.
+
+    `begin`: where the first of them begins in the response's text.
+    """
     first = len(token_ids) - len(logprobs)
-    offsets = token_offsets(tokenizer, token_ids, first)
+    offsets = token_offsets(tokenizer, prompt, token_ids, first, begin)
     return [
-        TokenScore(token_text([token], tokenizer), max(value, LEAST_LOGPROB), offset)
+        TokenScore(token_text(tokenizer, [token]), max(value, LEAST_LOGPROB), offset)
         for token, value, offset in zip(token_ids[first:], logprobs, offsets, strict=True)
     ]

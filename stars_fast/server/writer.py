@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
+from stars_fast.engine.detokenize import token_text
 from stars_fast.outputs import Segment
 from stars_fast.server.answers import (
     SegmentAnswer,
@@ -23,7 +24,7 @@ from stars_fast.server.errors import ApiError
 from stars_fast.server.generation import Generation
 from stars_fast.server.logprobs import TokenScore, response_scores
 from stars_fast.server.protocol import GenerationRequest
-from stars_fast.server.transcript import Delta, Transcript, token_text
+from stars_fast.server.transcript import Delta, Transcript
 
 #: The last event of a stream.
 DONE = b"data: [DONE]\n\n"
@@ -69,7 +70,7 @@ class Writer(ABC):
 
     def segments(self, segments: Sequence[Segment]) -> list[SegmentAnswer]:
         """Return segments with the texts of their rejected attempts."""
-        text_of = functools.partial(token_text, tokenizer=self.generation.tokenizer)
+        text_of = functools.partial(token_text, self.generation.tokenizer)
         return segment_answers(segments, text_of)
 
 
@@ -151,11 +152,23 @@ class ChoiceWriter(Writer):
         chunk = self.chunk(**self._head, object=self.chunk_object, choices=[], usage=usage)
         return event(chunk) + DONE
 
-    def scores(self, transcript: Transcript, logprobs: Sequence[float]) -> list[TokenScore] | None:
-        """Return the last tokens of a response; None unless they were asked for."""
+    def scores(
+        self, transcript: Transcript, logprobs: Sequence[float], begin: int = 0
+    ) -> list[TokenScore] | None:
+        """Return the last tokens of a response; None unless they were asked for.
+
+        `begin`: where the first of them begins in the text.
+        """
         if not self._body.wants_logprobs:
             return None
-        return response_scores(self.generation.tokenizer, transcript.latest.token_ids, logprobs)
+        generation = self.generation
+        return response_scores(
+            generation.tokenizer,
+            generation.prompt_of(transcript),
+            transcript.latest.token_ids,
+            logprobs,
+            begin,
+        )
 
     def _choice(self, transcript: Transcript) -> BaseModel:
         output = transcript.latest

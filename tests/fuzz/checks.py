@@ -10,7 +10,6 @@ from typing import Any
 
 from fuzz.cases import Ask, Case, turn_of
 from fuzz.runs import Run, Stream
-from fuzz.texts import plain_text
 from fuzz.written_out import WrittenOut
 
 from stars_fast import CompletionOutput, RequestOutput, Segment
@@ -143,7 +142,7 @@ class Checker:
                         yield f"response {index}: {problem}"
         self._covered[f"method {turn_of(ask.params)}"] += 1
         for index, got in enumerate(last.outputs):
-            self._count(ask, got)
+            self._count(number, ask, got)
             stream = run.streams.get((number, index))
             if stream is not None and number not in run.aborted:
                 self._covered["streams"] += stream.pieces > 1
@@ -164,8 +163,12 @@ class Checker:
         compare = differences
         if got.finish_reason in (None, "abort"):
             compare = unfinished_differences
-            text = self._written[number].texts.read(got.token_ids).text
-            if got.text != text:
+            texts = self._written[number].texts
+            text = texts.read(got.token_ids).text
+            right = got.text == text
+            if got.finish_reason is None:
+                right = texts.is_so_far(got.text, got.token_ids)
+            if not right:
                 yield f"text so far is {got.text!r}, not {text!r}"
         if number not in self._wanted:
             self._wanted[number] = self._written[number].responses()
@@ -190,7 +193,7 @@ class Checker:
         others = (written.wobbling(n).response(got.index) for n in range(1, 1 + _WOBBLES))
         return any(_same_beginning(other, got, right + 1) for other in others)
 
-    def _count(self, ask: Ask, got: CompletionOutput) -> None:
+    def _count(self, number: int, ask: Ask, got: CompletionOutput) -> None:
         covered = self._covered
         covered["responses"] += 1
         covered["tokens"] += len(got.token_ids)
@@ -198,7 +201,7 @@ class Checker:
         covered["fallbacks"] += sum(s.accepted == "fallback" for s in got.segments)
         covered[f"finish {got.finish_reason}"] += 1
         if ask.params.stop_texts and got.finish_reason == "stop":
-            whole = plain_text(self._case.world.tokenizer, got.token_ids)
+            whole = self._written[number].texts.whole(got.token_ids)
             covered["stop texts"] += any(stop in whole for stop in ask.params.stop_texts)
 
 

@@ -106,9 +106,7 @@ def _note(case: Case, output: RequestOutput, run: Run) -> None:
     for response in output.outputs:
         key = (number, response.index)
         if key not in run.streams:
-            run.streams[key] = Stream(
-                Transcript(response.index, params.stop_texts, case.world.tokenizer)
-            )
+            run.streams[key] = Stream(Transcript(response.index, params.stop_texts))
         run.streams[key].push(response)
 
 

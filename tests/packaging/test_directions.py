@@ -28,6 +28,7 @@ FLOORS = (
     ("kernels",),
     ("records",),
     ("prompts", "params", "errors"),
+    ("decoders",),
     ("methods", "outputs", "seeds", "core", "config", "demo"),
     ("chats",),
     ("_core",),
