@@ -29,7 +29,7 @@ VANILLA = PARAMS.with_method("vanilla")
 @pytest.fixture(scope="module")
 def letters() -> Iterator[Served]:
     engine = letter_engine(Gate())
-    engine.calibrate("ab", use_tqdm=False)
+    engine.calibrate("ab", params=VANILLA, use_tqdm=False)
     with serving(engine, Gate(), ServerSettings("letters", VANILLA)) as running:
         yield running
 
