@@ -13,13 +13,11 @@ from stars_fast.server.answers import StarsAnswer, StarsDelta, to_json
 from stars_fast.server.chat import ContentPart
 from stars_fast.server.errors import ApiError
 from stars_fast.server.generation import Generation
+from stars_fast.server.grammar import JsonSchema, ResponseFormat, of_response_format
 from stars_fast.server.openapi import RANGES
 from stars_fast.server.protocol import Body
 from stars_fast.server.transcript import Delta, Transcript
 from stars_fast.server.writer import Writer
-
-#: Hints of how long the text should be, without effect.
-_VERBOSITIES = ({}, *({"verbosity": value} for value in ("low", "medium", "high")))
 
 
 class InputItem(BaseModel):
@@ -33,6 +31,28 @@ class InputItem(BaseModel):
     )
     role: str | None = Field(default=None, min_length=1)
     content: str | list[ContentPart] | None = None
+
+
+class TextFormat(BaseModel):
+    """What the text has to be."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    type: str = Field(json_schema_extra={"enum": ["text", "json_object", "json_schema"]})
+    json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
+
+    def grammar(self) -> Mapping[str, Any] | None:
+        """Return it as `StarsParams.guided`; None: any text."""
+        schema = None if self.json_schema is None else JsonSchema(schema=self.json_schema)
+        return of_response_format(ResponseFormat(type=self.type, json_schema=schema))
+
+
+class TextOptions(BaseModel):
+    """How the text is made; `verbosity` is a hint without effect."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    format: TextFormat | None = None
 
 
 class ResponsesRequest(Body):
@@ -49,7 +69,6 @@ class ResponsesRequest(Body):
         "prompt": (),
         "store": (False, True),  # of an answer that nobody can ask for again
         "stream_options": ({}, {"include_obfuscation": False}, {"include_obfuscation": True}),
-        "text": ({}, *({"format": {"type": "text"}, **more} for more in _VERBOSITIES)),
         "top_logprobs": (0,),
         "truncation": ("disabled", "auto"),
     }
@@ -69,6 +88,18 @@ class ResponsesRequest(Body):
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, description="Variables of the chat template."
     )
+
+    text: TextOptions | None = None
+
+    @property
+    def format_type(self) -> Any:  # noqa: ANN401 - one of three words by then
+        """What the text has to be."""
+        return self.text.format.type if self.text and self.text.format else "text"
+
+    def grammars(self) -> list[Mapping[str, Any] | None]:
+        """Return what the response has to keep to, as `StarsParams.guided`."""
+        asked = self.text.format if self.text is not None else None
+        return [*super().grammars(), None if asked is None else asked.grammar()]
 
     def prompts(self) -> list[dict[str, Any]]:
         """Return the one prompt."""
@@ -168,16 +199,16 @@ class ResponseError(BaseModel):
     message: str
 
 
-class TextFormat(BaseModel):
+class AnswerFormat(BaseModel):
     """What the text is."""
 
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
 
 
 class TextConfig(BaseModel):
     """How the text is made."""
 
-    format: TextFormat
+    format: AnswerFormat
 
 
 class ResponsesAnswer(BaseModel):
@@ -356,7 +387,7 @@ class ResponsesWriter(Writer):
             previous_response_id=None,
             store=False,
             temperature=params.temperature,
-            text=TextConfig(format=TextFormat(type="text")),
+            text=TextConfig(format=AnswerFormat(type=self._body.format_type)),
             tool_choice="none",
             tools=[],
             top_p=params.top_p,
