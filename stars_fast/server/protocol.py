@@ -21,6 +21,7 @@ from stars_fast.server.grammar import (
 )
 from stars_fast.server.openapi import RANGES, stars_schema
 from stars_fast.server.transcript import TextOptions
+from stars_fast.surrogates import check_unicode
 
 #: Parameters that cannot be honoured, with the values that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -111,9 +112,15 @@ def refuse_what_is_not_honoured(
 
 
 class Strict(BaseModel):
-    """Base of the bodies: no unknown names, no conversions."""
+    """Base of the bodies: no unknown names, no conversions, no halves of surrogate pairs."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, body: object) -> object:
+        check_unicode(body)
+        return body
 
 
 class StarsFields(RootModel[dict[str, Any]]):

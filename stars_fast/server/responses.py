@@ -138,6 +138,10 @@ def _message(where: str, item: InputItem) -> dict[str, Any]:
             "tool_call_id": given.get("call_id"),
             "content": given.get("output"),
         }
+    if item.type == "item_reference":
+        raise ValueError(
+            f"{where} names an item by its id, and this server stores none: send the item itself"
+        )
     raise ValueError(
         f"{where} has type {item.type!r}; taken are message, function_call, function_call_output"
     )

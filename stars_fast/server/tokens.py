@@ -53,6 +53,25 @@ class DetokenizeAnswer(BaseModel):
     prompt: str
 
 
+class TokenizerInfo(BaseModel):
+    """What a client needs to know of the tokenizer."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    chat_template: str | None
+
+
+def tokenizer_info(engine: AsyncEngine) -> TokenizerInfo:
+    """Return what the tokenizer is; ValueError if there is none."""
+    tokenizer = _tokenizer(engine)
+    names = ("bos_token", "eos_token", "pad_token", "chat_template")
+    found = {name: getattr(tokenizer, name, None) for name in names}
+    texts = {name: None if value is None else str(value) for name, value in found.items()}
+    return TokenizerInfo(tokenizer_class=type(tokenizer).__name__, **texts)
+
+
 async def tokenize(
     engine: AsyncEngine, body: TokenizeRequest, timeout: float | None
 ) -> TokenizeAnswer:

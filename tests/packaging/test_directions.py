@@ -31,6 +31,7 @@ FLOORS = (
     ("decoders",),
     ("methods", "outputs", "seeds", "core", "config", "demo"),
     ("chats",),
+    ("surrogates",),
     ("_core",),
 )
 FLOOR = {package: number for number, floor in enumerate(FLOORS) for package in floor}

@@ -70,6 +70,12 @@ class TestTokens:
         )["usage"]
         assert found["count"] == usage["prompt_tokens"]
 
+    def test_the_tokenizer(self, served: Served) -> None:
+        tokenizer = bpe_tokenizer(chat="chatml")
+        found = httpx.get(f"{served.url}/tokenizer_info").json()
+        assert found["chat_template"] == tokenizer.chat_template
+        assert found["eos_token"] == tokenizer.eos_token
+
     @pytest.mark.parametrize(
         ("path", "body", "message"),
         [

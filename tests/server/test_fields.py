@@ -118,6 +118,26 @@ def test_what_cannot_be_done_is_refused(letters: Served, name: str, value: Any) 
     assert f"{name} is not supported" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        ({"prompt": "ab \ud83d"}, "prompt must be text, got half of a surrogate pair (U+D83D)"),
+        ({"prompt": "ab", "stop": ["x", "\ud800"]}, "stop[1] must be text"),
+        ({"prompt": "ab", "user": "\udfff"}, "user must be text"),
+        ({"prompt": "ab", "metadata": {"a": "\ud800"}}, "metadata.a must be text"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content must be text"),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_by_its_place(
+    letters: Served, body: dict[str, Any], place: str
+) -> None:
+    path = CHAT if "messages" in body else "/v1/completions"
+    headers = {"Content-Type": "application/json"}
+    response = httpx.post(letters.url + path, content=json.dumps(body), headers=headers)
+    assert response.status_code == 400
+    assert place in response.json()["error"]["message"]
+
+
 class TestStopTexts:
     def test_the_text_that_ended_it_can_be_shown(self, letters: Served) -> None:
         free = engine_text(seed=5)
