@@ -93,6 +93,7 @@ def refuse_what_is_not_honoured(
     ValueError
         A field asks for what cannot be done.
     """
+    check_unicode(body)
     kept = {}
     # Tools that the model must not call ask for nothing of it.
     silent = {"tools"} if body.get("tool_choice") == "none" else set()
