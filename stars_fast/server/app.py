@@ -51,10 +51,8 @@ from stars_fast.server.tokens import (
     DetokenizeRequest,
     TokenizeAnswer,
     TokenizeRequest,
-    TokenizerInfo,
     detokenize,
     tokenize,
-    tokenizer_info,
 )
 
 T = TypeVar("T")
@@ -175,14 +173,6 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
         """Return token ids as text."""
         named(body.model)
         return await answered(detokenize(engine, body, timeout))
-
-    @app.get("/tokenizer_info", response_model=TokenizerInfo, responses=errors(400, 401))
-    async def tokenizer_info_() -> TokenizerInfo:
-        """Return the tokenizer's special tokens and its chat template."""
-        try:
-            return tokenizer_info(engine)
-        except ValueError as error:
-            raise api_error(error) from error
 
     scoring = Scoring(engine, settings)
 

@@ -17,9 +17,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 #: Beside ``/v1``, what only those with the key may ask for: it makes the engine work.
-_WORK = frozenset(
-    {"/classify", "/detokenize", "/pooling", "/score", "/tokenize", "/tokenizer_info"}
-)
+_WORK = frozenset({"/classify", "/detokenize", "/pooling", "/score", "/tokenize"})
 
 
 def asks_for_key(path: str) -> bool:

@@ -124,6 +124,23 @@ class Strict(BaseModel):
         return body
 
 
+class Lenient(Strict):
+    """Base of the bodies that generate nothing: what asks for nothing is accepted."""
+
+    _ASKS_FOR_NOTHING: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        "encoding_format": ("float",),
+        "priority": (0,),
+        "truncate_prompt_tokens": (-1,),
+    }
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_what_is_honoured(cls, body: object) -> object:
+        if not isinstance(body, dict):
+            return body
+        return refuse_what_is_not_honoured(body, list(cls.model_fields), cls._ASKS_FOR_NOTHING)
+
+
 class StarsFields(RootModel[dict[str, Any]]):
     """Fields of `StarsParams`; each method has its own, and those of another are an error."""
 

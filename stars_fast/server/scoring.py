@@ -14,11 +14,11 @@ from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.engine.base import BaseEngine
 from stars_fast.server.answers import Head
 from stars_fast.server.chat import ChatMessage
-from stars_fast.server.protocol import Strict
+from stars_fast.server.protocol import Lenient
 from stars_fast.server.settings import ServerSettings
 
 
-class PoolingRequest(Strict):
+class PoolingRequest(Lenient):
     """Body of ``/classify`` and ``/pooling``: texts as the reward model reads them, or a chat."""
 
     model_config = ConfigDict(
@@ -44,7 +44,7 @@ class PoolingRequest(Strict):
     user: str | None = None
 
 
-class ScoreRequest(Strict):
+class ScoreRequest(Lenient):
     """Body of ``/score``: pairs of a prompt and its response."""
 
     model: str | None = None

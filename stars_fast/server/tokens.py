@@ -12,10 +12,10 @@ from stars_fast.chats import CHAT_OPTIONS
 from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.engine.base import BaseEngine
 from stars_fast.server.chat import ChatMessage
-from stars_fast.server.protocol import Strict
+from stars_fast.server.protocol import Lenient
 
 
-class TokenizeRequest(Strict):
+class TokenizeRequest(Lenient):
     """Body of ``/tokenize``: a text, or a chat."""
 
     model: str | None = None
@@ -40,7 +40,7 @@ class TokenizeAnswer(BaseModel):
     token_strs: list[str] | None
 
 
-class DetokenizeRequest(Strict):
+class DetokenizeRequest(Lenient):
     """Body of ``/detokenize``."""
 
     model: str | None = None
@@ -51,25 +51,6 @@ class DetokenizeAnswer(BaseModel):
     """Tokens as text, special ones included."""
 
     prompt: str
-
-
-class TokenizerInfo(BaseModel):
-    """What a client needs to know of the tokenizer."""
-
-    tokenizer_class: str
-    bos_token: str | None
-    eos_token: str | None
-    pad_token: str | None
-    chat_template: str | None
-
-
-def tokenizer_info(engine: AsyncEngine) -> TokenizerInfo:
-    """Return what the tokenizer is; ValueError if there is none."""
-    tokenizer = _tokenizer(engine)
-    names = ("bos_token", "eos_token", "pad_token", "chat_template")
-    found = {name: getattr(tokenizer, name, None) for name in names}
-    texts = {name: None if value is None else str(value) for name, value in found.items()}
-    return TokenizerInfo(tokenizer_class=type(tokenizer).__name__, **texts)
 
 
 async def tokenize(

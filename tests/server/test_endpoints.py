@@ -70,12 +70,6 @@ class TestTokens:
         )["usage"]
         assert found["count"] == usage["prompt_tokens"]
 
-    def test_the_tokenizer(self, served: Served) -> None:
-        tokenizer = bpe_tokenizer(chat="chatml")
-        found = httpx.get(f"{served.url}/tokenizer_info").json()
-        assert found["chat_template"] == tokenizer.chat_template
-        assert found["eos_token"] == tokenizer.eos_token
-
     @pytest.mark.parametrize(
         ("path", "body", "message"),
         [
@@ -158,6 +152,17 @@ class TestRewards:
         response = served.post(body, path)
         assert response.status_code == 400
         assert message in response.json()["error"]["message"]
+
+    def test_what_asks_for_nothing_is_accepted(self, served: Served) -> None:
+        nothing = {"truncate_prompt_tokens": -1, "encoding_format": "float", "priority": 0,
+                   "dimensions": None, "whatever": None}  # fmt: skip
+        for path in ("/classify", "/pooling"):
+            answer(served, path, {"input": "a", **nothing})
+        answer(served, "/score", {"text_1": "a", "text_2": "b", **nothing})
+        answer(served, "/tokenize", {"prompt": "a", **nothing})
+        refused = served.post({"input": "a", "truncate_prompt_tokens": 3}, "/pooling")
+        assert refused.status_code == 400
+        assert "truncate_prompt_tokens is not supported" in refused.json()["error"]["message"]
 
     def test_another_model(self, served: Served) -> None:
         assert served.post({"model": "gpt", "input": "a"}, "/classify").status_code == 404
