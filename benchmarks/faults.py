@@ -61,7 +61,7 @@ BAD: list[tuple[bytes, int]] = [
     (b'{"prompt": "a", "model": "another"}', 404),
     (b'{"prompt": "a", "stars": {"beta": -1}}', 400),
     (b'{"prompt": "a", "stars": {"colour": 1}}', 400),
-    (b'{"prompt": "a", "logit_bias": {"1": 2}}', 400),
+    (b'{"prompt": "a", "suffix": "b"}', 400),
     (json.dumps({"prompt": "good " * (MAX_PROMPT_TOKENS + 1)}).encode(), 400),
     (b'{"prompt": "' + b"a" * MAX_BODY_BYTES + b'"}', 413),
 ]

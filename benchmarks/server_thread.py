@@ -12,6 +12,7 @@ import uvicorn
 
 from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.server import ServerSettings, create_app
+from stars_fast.server.run import http_protocol
 
 _SECONDS = 30.0
 
@@ -27,7 +28,8 @@ def server_thread(engine: AsyncEngine, settings: ServerSettings) -> Iterator[str
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(create_app(engine, settings), log_config=None, access_log=False)
+        app = create_app(engine, settings)
+        config = uvicorn.Config(app, log_config=None, access_log=False, http=http_protocol())
         server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: server.run([listener]))
         thread.start()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from stars_fast.chats import CHAT_OPTIONS, ChatLike, chat_of, is_chat, render
 from stars_fast.decoders import prompt_text
 from stars_fast.surrogates import check_unicode
 from stars_fast.tokenization import SpecialTokens, TextEncoder, TokenBytes, token_bytes
@@ -26,21 +27,25 @@ class Prompt:
         The prompt as the language model reads it, its chat template applied.
     token_ids : list[int]
         The same as token ids of the language model.
-    messages : list[dict[str, str]] or None
+    messages : list[dict[str, Any]] or None
         The chat messages it was made from; None for a prompt given as text or token ids.
     control : tuple[tuple[int, int], ...]
         Begin and end in `text` of the special tokens of a chat template, or of token ids. All
         others were written by a user, and are text.
+    whole : bool
+        Its text is all that a reward model reads: no template is put around it.
     """
 
     text: str
     token_ids: list[int]
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
     control: tuple[tuple[int, int], ...] = ()
+    whole: bool = False
 
 
-#: One prompt: text, token ids, or chat messages ({"role": ..., "content": ...}).
-PromptLike = str | Sequence[int] | Sequence[Mapping[str, str]]
+#: One prompt: text, token ids, chat messages ({"role": ..., "content": ...}), or an object with
+#: ``messages`` and what their template is told (`stars_fast.chats.CHAT_OPTIONS`).
+PromptLike: TypeAlias = "str | Sequence[int] | ChatLike"
 
 
 #: Sequences of integers that are text which nobody has decoded, and no token ids.
@@ -48,14 +53,14 @@ _BYTES = (bytes, bytearray, memoryview)
 
 
 def as_prompt_list(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
-    """Return the prompts as a list: a single text, id list or message list is a list of one.
+    """Return the prompts as a list: a single text, id list or chat is a list of one.
 
     Raises
     ------
     TypeError
         If `prompts` is none of the forms a prompt can have.
     """
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | Mapping):
         return [prompts]
     if not isinstance(prompts, Sequence) or isinstance(prompts, _BYTES):
         raise TypeError(
@@ -63,7 +68,8 @@ def as_prompt_list(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLik
             f"got {type(prompts).__name__}"
         )
     if prompts and isinstance(prompts[0], Mapping | Integral):
-        return [prompts]  # type: ignore[list-item]
+        several = isinstance(prompts[0], Mapping) and "messages" in prompts[0]
+        return list(prompts) if several else [prompts]  # type: ignore[arg-type, list-item]
     return list(prompts)  # type: ignore[arg-type]
 
 
@@ -78,8 +84,10 @@ class PromptReader:
         Of the language model.
     max_length
         Its context, in tokens; None if it has no limit.
+    template_kwargs
+        Variables of the chat template, where a chat does not say otherwise.
     parse_special
-        Special tokens that are written in prompts and messages are such. Off, they are text.
+        Special tokens that are written in prompts and messages are special. Off, they are text.
     """
 
     def __init__(
@@ -87,12 +95,14 @@ class PromptReader:
         tokenizer: PreTrainedTokenizerBase | None,
         vocab_size: int,
         max_length: int | None,
+        template_kwargs: Mapping[str, Any] | None = None,
         *,
         parse_special: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_length = max_length
+        self._template_kwargs = template_kwargs or {}
         self._special = SpecialTokens(tokenizer, parse=parse_special)
         self._token_bytes: TokenBytes | None = None  # once it is asked for
         if tokenizer is not None:
@@ -120,14 +130,14 @@ class PromptReader:
             if not prompt:
                 raise ValueError("prompt is empty: give text, or token ids such as [bos_token_id]")
             return self._parse_text(prompt, max_tokens)
+        if is_chat(prompt):
+            return self._parse_chat(prompt, max_tokens)  # type: ignore[arg-type]
         if not isinstance(prompt, Sequence) or isinstance(prompt, _BYTES):
             raise TypeError(
                 f"prompt must be text, token ids or chat messages, got {type(prompt).__name__}"
             )
         if not prompt:
             raise ValueError("prompt is empty: it needs at least one token")
-        if isinstance(prompt[0], Mapping):
-            return self._parse_chat(prompt, max_tokens)  # type: ignore[arg-type]
         ids = _checked_ids(prompt)
         self._check_range(ids)  # tokenizers fail on ids of more than 32 bits
         text = self._decode(ids)
@@ -146,49 +156,22 @@ class PromptReader:
             ids = ids[: -len(encoder.tail)]  # the text goes on
         return Prompt(text, ids, None, self._special.unmarked(marked)[1])
 
-    def _parse_chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int) -> Prompt:
-        for number, message in enumerate(messages):
-            if (
-                not isinstance(message, Mapping)
-                or not isinstance(message.get("role"), str)
-                or not isinstance(message.get("content"), str)
-            ):
-                raise ValueError(
-                    f'prompt message {number} must be {{"role": text, "content": text}}, '
-                    f"got {message!r}"
-                )
+    def _parse_chat(self, prompt: ChatLike, max_tokens: int) -> Prompt:
+        chat = chat_of(prompt)
         tokenizer = self._need_tokenizer("a chat prompt")
-        if not tokenizer.chat_template:
-            raise ValueError(
-                "prompt is a list of chat messages, but the tokenizer has no chat template"
-            )
-        plain = [dict(message) for message in messages]
-        check_unicode(plain, "messages")
-        marked = self._render(tokenizer, self._special.marked_in(plain))
+        check_unicode(chat.messages, "messages")
+        check_unicode(chat.template_kwargs, "chat_template_kwargs")
+        as_text = replace(
+            chat,
+            messages=self._special.marked_in(chat.messages),
+            template_kwargs=self._special.marked_in(chat.template_kwargs),
+        )
+        marked = render(as_text, tokenizer, self._template_kwargs)
         text, control = self._special.unmarked(marked)
         self._check_bytes(text, max_tokens)
+        # The template writes its own special tokens.
         ids = self._chat_encoder.encode([marked])[0]
-        return Prompt(text, ids, plain, control)
-
-    def _render(self, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
-        """Return what the chat template makes of messages.
-
-        Raises
-        ------
-        ValueError
-            If it raises anything: some templates refuse roles, or their order, and some have bugs.
-        """
-        from jinja2 import TemplateError
-
-        try:
-            return str(
-                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            )
-        except Exception as error:
-            reason = str(error)
-            if not isinstance(error, TemplateError):
-                reason = f"it raised {type(error).__name__}: {error}"
-            raise ValueError(f"prompt is refused by the chat template: {reason}") from error
+        return Prompt(text, ids, chat.plain_messages, control)
 
     def _decode(self, ids: list[int]) -> str:
         if self._tokenizer is None:
@@ -248,7 +231,7 @@ def _checked_ids(prompt: Sequence[Any]) -> list[int]:
 
 # In JSON records
 
-PromptValue: TypeAlias = "str | list[int] | list[dict[str, str]]"
+PromptValue: TypeAlias = "str | list[int] | list[dict[str, Any]] | dict[str, Any]"
 
 #: A record has one of these.
 PROMPT_KEYS = ("prompt", "messages", "prompt_token_ids")
@@ -299,16 +282,26 @@ def json_of(text: str) -> object:
 def prompt_of(record: Mapping[str, object]) -> PromptValue:
     """Read the prompt of a record, which has one of `PROMPT_KEYS`.
 
+    Beside ``messages`` it may have some of `CHAT_OPTIONS`: the prompt is then an object with both.
+
     Raises
     ------
     ValueError
-        It has none or several of them, or the value is of the wrong kind.
+        It has none or several of the keys, or the value is of the wrong kind.
     """
     given = [key for key in PROMPT_KEYS if key in record]
     if len(given) != 1:
         found = " and ".join(given) or "none of them"
         raise ValueError(f"expected one of {', '.join(PROMPT_KEYS)}, got {found}")
-    return _READERS[given[0]](record[given[0]])
+    prompt = _READERS[given[0]](record[given[0]])
+    options = {key: record[key] for key in CHAT_OPTIONS if record.get(key) is not None}
+    if not options:
+        return prompt
+    if given != ["messages"]:
+        raise ValueError(f"{next(iter(options))} needs messages, got {given[0]}")
+    chat = {"messages": prompt, **options}
+    chat_of(chat)
+    return chat
 
 
 def short(value: object) -> str:
@@ -326,16 +319,7 @@ def _text(value: object) -> PromptValue:
 def _messages(value: object) -> PromptValue:
     if not isinstance(value, list) or not value:
         raise ValueError(f"messages must be a list that is not empty, got {short(value)}")
-    for message in value:
-        if (
-            not isinstance(message, dict)
-            or not {"role", "content"} <= message.keys()
-            or not all(isinstance(part, str) for part in message.values())
-        ):
-            raise ValueError(
-                f"each message must be an object with role and content, all text, "
-                f"got {short(message)}"
-            )
+    chat_of(value)
     return value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import TYPE_CHECKING, Any, get_args
 
 from stars_fast.cli.errors import value_errors
@@ -12,6 +13,17 @@ from stars_fast.models.progress import quiet_libraries
 if TYPE_CHECKING:
     from stars_fast.engine import Engine
 
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
+    return value
+
+
 #: Arguments of ``add_argument`` by the type of an option; others are text.
 _KINDS: dict[str, dict[str, Any]] = {
     "bool": {"action": "store_true"},
@@ -19,6 +31,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "int | None": {"type": int},
     "float | None": {"type": float},
     "KvDtype": {"choices": get_args(KvDtype)},
+    "Mapping[str, Any] | None": {"type": _json_object},
 }
 
 

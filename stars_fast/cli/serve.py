@@ -36,10 +36,10 @@ Without models, the demo's pair is served. The parameters are the defaults of re
 --target-reward auto, the target is found at start-up from samples for the prompts of
 --calibration-prompts; without a target, every request must give its own.
 
-Endpoints: /v1/completions, /v1/chat/completions, /v1/models, /health, /ready, /metrics, /docs, and
-a page to try prompts on at /. Logs are JSON lines on standard error. On SIGTERM the server accepts
-no new requests, finishes those under way and exits. The API key can also be set in
-{_KEY_VARIABLE}.
+Endpoints: /v1/completions, /v1/chat/completions, /v1/responses, /v1/models, /health, /ready,
+/metrics, /openapi.json, and a page to try prompts on at /; docs/serving.md lists all. Logs are JSON
+lines on standard error. On SIGTERM the server accepts no new requests, finishes those under way and
+exits. The API key can also be set in {_KEY_VARIABLE}.
 
 exit codes: 0 stopped; 1 could not start, or the engine has failed; 2 wrong flags or files; 130
 interrupted
@@ -67,6 +67,13 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     server.add_argument(
         "--chat-template", metavar="FILE", help="Jinja template (default: the tokenizer's)"
+    )
+    server.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="origin whose pages may call this server (CORS), or *; can be repeated",
     )
     server.add_argument("--log-prompts", action="store_true", help="also log prompts and responses")
     server.add_argument("--seed", type=int, default=0, metavar="INT", help="(default: 0)")
@@ -193,6 +200,8 @@ def _settings(args: argparse.Namespace, base: StarsParams) -> ServerSettings:
         )
     if not 0 <= args.seed < 2**64:
         raise ValueError(f"--seed must be in [0, 2**64), got {args.seed}")
+    if args.api_key == "":
+        raise ValueError("--api-key must not be empty: leave it out to ask for none")
     if not 0 <= args.port < 2**16:
         raise ValueError(f"--port must be in [0, 65536), got {args.port}")
     return ServerSettings(
@@ -204,6 +213,8 @@ def _settings(args: argparse.Namespace, base: StarsParams) -> ServerSettings:
         max_body_bytes=args.max_body_bytes,
         max_choices=args.max_choices,
         log_prompts=args.log_prompts,
+        model_path=args.model,
+        allowed_origins=tuple(args.allow_origin),
     )
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from tqdm import tqdm
@@ -17,6 +17,7 @@ from stars_fast.engine.calibration import calibration_of, prefix_calibration_of
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import Loop
 from stars_fast.engine.one_thread import OneThread, one_thread
+from stars_fast.engine.prompt_scores import TokenScore
 from stars_fast.engine.requests import Request
 from stars_fast.errors import RewardError
 from stars_fast.models.parameters import multiplied_parameters
@@ -190,11 +191,34 @@ class BaseEngine(OneThread):
                 ids = self._response_ids(response)
             pairs.append((self._reader.read(text, 0), ids, response))
         with self._broadcast_call("score", texts, list(responses)):
-            scores = self.loop.score_whole(pairs)
-        for number, score in enumerate(scores):
-            if isinstance(score, Exception):
-                raise RewardError(f"score: response {number}: {score}") from score
-        return [float(score) for score in scores if not isinstance(score, Exception)]
+            return _rewards(self.loop.score_whole(pairs))
+
+    @one_thread
+    def score_texts(self, texts: Sequence[str]) -> list[float]:
+        """Return the reward of each text, read as it is: no template is put around it.
+
+        A reward function gets it as a prompt with an empty response.
+
+        Raises
+        ------
+        ValueError
+            Without a reward model, or if a text is empty or does not fit.
+        RewardError
+            If the reward model fails on one of them.
+        """
+        read = [replace(self._reader.read(text, 0), whole=True) for text in texts]
+        with self._broadcast_call("score_texts", list(texts)):
+            return _rewards(self.loop.score_whole([(prompt, [], "") for prompt in read]))
+
+    def read(self, prompt: PromptLike) -> Prompt:
+        """Return a prompt as text and token ids.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If it is malformed, or does not fit the model's context.
+        """
+        return self._reader.read(prompt, 0)
 
     def _response_ids(self, response: str) -> list[int]:
         """Return the ids of a response's text, which stands behind its prompt."""
@@ -254,7 +278,7 @@ class BaseEngine(OneThread):
         # Its own seeds, so that calibrating does not shift those of the requests that follow.
         texts = as_prompt_list(prompts)
         each = [
-            dataclasses.replace(plain, seed=derive_seed(self._seed ^ _CALIBRATION_SALT, i + 1))
+            replace(plain, seed=derive_seed(self._seed ^ _CALIBRATION_SALT, i + 1))
             for i in range(len(texts))
         ]
         outputs = self.generate(texts, each, use_tqdm=use_tqdm)
@@ -269,6 +293,23 @@ class BaseEngine(OneThread):
         rewards = [sample.reward for sample in samples if sample.reward is not None]
         self.calibration = calibration_of(rewards, quantile, prefix_calibration_of(samples))
         return self.calibration
+
+    def prompt_scores(self, token_ids: Sequence[int], top: int = 0) -> list[TokenScore]:
+        """Return the log-probabilities of a prompt's own tokens.
+
+        Parameters
+        ----------
+        token_ids
+            The prompt.
+        top
+            How many of the most likely tokens to name at each place.
+
+        Raises
+        ------
+        ValueError
+            If the language model is not here.
+        """
+        raise ValueError("logprobs of a prompt need the language model, which is at a server")
 
     # One request at a time, for serving stacks
 
@@ -322,7 +363,9 @@ class BaseEngine(OneThread):
         request.unchosen = params.kind.competes is not None
         self._requests[request.request_id] = request
 
-    def check_request(self, prompt: PromptLike, params: StarsParams | None = None) -> Prompt:
+    def check_request(
+        self, prompt: PromptLike | Prompt, params: StarsParams | None = None
+    ) -> Prompt:
         """Read and check a prompt as `add_request` does, without queueing it.
 
         Raises
@@ -437,6 +480,8 @@ class BaseEngine(OneThread):
                 "abort": self.abort,
                 "step": self.step,
                 "score": self.score,
+                "score_texts": self.score_texts,
+                "prompt_scores": self.prompt_scores,
                 "calibration": functools.partial(setattr, self, "calibration"),
                 "reset_prefix_cache": self.reset_prefix_cache,
             }
@@ -463,6 +508,11 @@ class BaseEngine(OneThread):
     def max_rows(self) -> int:
         """Most candidates drafted in one round, and most requests that run at once."""
         return self._limits.max_rows
+
+    @property
+    def max_length(self) -> int | None:
+        """The language model's context in tokens; None where it has no limit, or is not here."""
+        return None
 
     def has_unfinished(self) -> bool:
         """Whether any request is queued or running."""
@@ -506,7 +556,7 @@ class BaseEngine(OneThread):
                 f"target_reward={params.target_reward!r} needs Engine.calibrate first: "
                 "call it, or give a number"
             )
-        return dataclasses.replace(params, target_reward=self.calibration.target_reward)
+        return replace(params, target_reward=self.calibration.target_reward)
 
     def _prefixes(self, params: StarsParams) -> PrefixCalibration | None:
         """Return what ``calibrate_prefixes`` stands for."""
@@ -576,6 +626,14 @@ def _params_of_each(
             f"params must be one for all or one per prompt ({count}), got {len(params)}"
         )
     return list(params)
+
+
+def _rewards(scores: Sequence[float | Exception]) -> list[float]:
+    """Return the scores; RewardError where there is none."""
+    for number, score in enumerate(scores):
+        if isinstance(score, Exception):
+            raise RewardError(f"score: response {number}: {score}") from score
+    return [float(score) for score in scores if not isinstance(score, Exception)]
 
 
 def _refused(request_id: str, prompt: PromptLike, error: Exception) -> RequestOutput:

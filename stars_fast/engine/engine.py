@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,10 @@ from stars_fast.engine.clock import PhaseClock
 from stars_fast.engine.generation_defaults import GenerationDefaults
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import PHASES, Loop
+from stars_fast.engine.one_thread import one_thread
+from stars_fast.engine.prompt_scores import TokenScore, prompt_scores
 from stars_fast.models.load import check_device, check_dtype, load_causal_lm
+from stars_fast.models.logits import LogitHead
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.pool import default_num_pages
 from stars_fast.models.selfcheck import check_numbers
@@ -76,6 +79,9 @@ class Engine(BaseEngine):
         The text that the reward model reads: None (its chat template, else prompt and response
         joined), ``"chat"``, ``"plain"``, text with ``{prompt}`` and ``{response}``, or a callable
         (prompt, response) -> text.
+    chat_template_kwargs
+        Variables of the language model's chat template, such as ``{"enable_thinking": False}``,
+        where a chat has none of its own.
     reward_tokenizer
         The reward model's; None loads it from the model's own source.
     reward_num_pages
@@ -136,6 +142,7 @@ class Engine(BaseEngine):
         max_rows: int = 256,
         seed: int = 0,
         reward_template: TemplateLike = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         reward_tokenizer: PreTrainedTokenizerBase | None = None,
         reward_num_pages: int | None = None,
         reward_device: str | torch.device | None = None,
@@ -160,6 +167,7 @@ class Engine(BaseEngine):
             max_rows=max_rows,
             seed=seed,
             reward_template=reward_template,
+            chat_template_kwargs=chat_template_kwargs,
             reward_num_pages=reward_num_pages,
             reward_device=reward_device,
             reward_timeout=reward_timeout,
@@ -215,9 +223,17 @@ class Engine(BaseEngine):
             ranks=ranks,
             guides=self._guides,
         )
+        self._lm = lm
+        self._logit_head: LogitHead | None = None
         self._generation_defaults = GenerationDefaults(getattr(loaded, "generation_config", None))
         super().__init__(
-            PromptReader(tokenizer, lm.vocab_size, lm.max_length, parse_special=parse_special),
+            PromptReader(
+                tokenizer,
+                lm.vocab_size,
+                lm.max_length,
+                chat_template_kwargs,
+                parse_special=parse_special,
+            ),
             loop,
             Limits(
                 lm.vocab_size,
@@ -244,6 +260,19 @@ class Engine(BaseEngine):
             self._guides.start(params.guided)
         self._generation_defaults.report(params)
         return resolved
+
+    @one_thread
+    def prompt_scores(self, token_ids: Sequence[int], top: int = 0) -> list[TokenScore]:
+        """Return the log-probabilities of a prompt's own tokens; see `prompt_scores`."""
+        with self._broadcast_call("prompt_scores", list(token_ids), top):
+            if self._logit_head is None:
+                self._logit_head = LogitHead(self._lm.model)
+            return prompt_scores(self._lm.model, self._logit_head, token_ids, top)
+
+    @property
+    def max_length(self) -> int | None:
+        """The language model's context in tokens; None where it has no limit."""
+        return self._lm.max_length
 
     @classmethod
     def demo(cls, **options: Any) -> Engine:

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast import _core
+from stars_fast.chats import checked_kwargs
 from stars_fast.config import TemplateLike
 from stars_fast.decoders import Decodes
 from stars_fast.engine.base import BaseEngine, Reader
@@ -89,6 +90,8 @@ class RemoteEngine(BaseEngine):
         Draw for one half of the requests while the other half is scored on another thread.
     extra_body
         Fields that override the body of every call.
+    chat_template_kwargs
+        Variables of the tokenizer's chat template, see `Engine`.
     reward_template, reward_tokenizer, reward_device, reward_num_pages, reward_timeout, dtype,
     allow_pickle
         Options of the reward model, see `Engine`; its device defaults to the GPU if there is one.
@@ -122,6 +125,7 @@ class RemoteEngine(BaseEngine):
         max_rows: int = 256,
         overlap_scoring: bool = True,
         extra_body: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         reward_template: TemplateLike = None,
         reward_tokenizer: PreTrainedTokenizerBase | None = None,
         reward_device: str | torch.device | None = None,
@@ -138,6 +142,8 @@ class RemoteEngine(BaseEngine):
             raise ValueError(f"seed must be None or in [0, 2**64), got {seed}")
         if reward_timeout is not None and not reward_timeout > 0:
             raise ValueError(f"reward_timeout must be above 0 or None, got {reward_timeout}")
+        if chat_template_kwargs is not None:
+            checked_kwargs(chat_template_kwargs)
         if isinstance(reward_model, Persona):
             raise ValueError("reward_model must not be a Persona: the judging model is not here")
         if isinstance(tokenizer, str | os.PathLike):
@@ -181,13 +187,17 @@ class RemoteEngine(BaseEngine):
             assert tokenizer is not None
             self._history = TokenHistory(tokenizer)
             reader: Reader = PromptReader(
-                tokenizer, len(tokenizer), None, parse_special=parse_special
+                tokenizer,
+                len(tokenizer),
+                None,
+                chat_template_kwargs,
+                parse_special=parse_special,
             )
             texts: Decodes = tokenizer
         else:
             history = TextHistory(counts_end=self._server.counts_end)
             self._history = history
-            reader = TextPromptReader(tokenizer, parse_special=parse_special)
+            reader = TextPromptReader(tokenizer, chat_template_kwargs, parse_special=parse_special)
             texts = history.texts
         self._by_tokens = by_tokens
         completions = Completions(

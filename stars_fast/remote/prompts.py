@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +20,7 @@ class TextPromptReader(PromptReader):
     ----------
     tokenizer
         Writes chat messages and token ids as text; None: prompts must be text.
-    parse_special
+    template_kwargs, parse_special
         See `PromptReader`.
     """
 
@@ -26,10 +28,14 @@ class TextPromptReader(PromptReader):
     NO_IDS = (0,)
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | None, *, parse_special: bool = False
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        parse_special: bool = False,
     ) -> None:
         size = 0 if tokenizer is None else len(tokenizer)
-        super().__init__(tokenizer, size, None, parse_special=parse_special)
+        super().__init__(tokenizer, size, None, template_kwargs, parse_special=parse_special)
         self._chat = None if tokenizer is None else TextEncoder(tokenizer, add_special_tokens=True)
 
     def read(self, prompt: PromptLike | Prompt, max_tokens: int) -> Prompt:

@@ -41,9 +41,9 @@ from stars_fast.tokenization import SpecialTokens, escaped
 
 __all__ = ["CallableTemplate", "ChatTemplate", "FramedPrompt", "Template"]
 __all__ += ["FormatTemplate", "PairTemplate", "PlainTemplate", "RenderedPrompt", "make_template"]
-__all__ += ["bare_text", "conversation", "marked_text"]
+__all__ += ["bare_text", "conversation", "filled", "marked_text"]
 
-Messages: TypeAlias = "list[dict[str, str]]"
+Messages: TypeAlias = "list[dict[str, Any]]"
 _UNMARKED = SpecialTokens(None)
 
 
@@ -347,10 +347,18 @@ def make_template(
     return FormatTemplate(template, special)
 
 
+def filled(template: Template, prompt: Prompt) -> RenderedPrompt:
+    """Return a template with its prompt filled in; a text that is whole has none around it.
+
+    Special tokens in such a text are special: it is what a template has written.
+    """
+    return FramedPrompt(escaped(prompt.text), "") if prompt.whole else template.bind(prompt)
+
+
 def bare_text(prompt: Prompt) -> str:
     """Return the content of a prompt of one message, the text of any other."""
     if prompt.messages is not None and len(prompt.messages) == 1:
-        return prompt.messages[0]["content"]
+        return str(prompt.messages[0]["content"])
     return prompt.text
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast.rewards.base import Prompt, ScoreJob
-from stars_fast.rewards.text import FramedPrompt, PlainTemplate, RenderedPrompt, Template
+from stars_fast.rewards.text import FramedPrompt, PlainTemplate, RenderedPrompt, Template, filled
 from stars_fast.tokenization import MARK, TextEncoder
 
 __all__ = ["Ids", "RetokenizedText", "SharedTokens", "TokenPrompt", "TokenSource"]
@@ -108,11 +108,11 @@ class SharedTokens(TokenSource):
 
     def bind(self, prompt: Prompt) -> TokenPrompt:
         """Return the ids around the response."""
-        if isinstance(self._template, PlainTemplate):
+        if isinstance(self._template, PlainTemplate) and not prompt.whole:
             prefix, suffix = prompt.token_ids, self._tail
             self._check(np.asarray(prefix, dtype=np.int64), "prompt_token_ids")
         else:
-            framed = self._template.bind(prompt)
+            framed = filled(self._template, prompt)
             assert isinstance(framed, FramedPrompt)
             (before,) = self._encoder.encode([self._single_bos(framed.prefix)])
             prefix = [*self._head, *before]
@@ -183,7 +183,7 @@ class RetokenizedText(TokenSource):
 
     def bind(self, prompt: Prompt) -> TokenPrompt:
         """Tokenise the template with an empty and with a short response."""
-        rendered = self._template.bind(prompt)
+        rendered = filled(self._template, prompt)
         texts = [_whole_text(rendered, response) for response in ("", "a")]
         empty, probe = self._encode(texts)
         if not len(empty):

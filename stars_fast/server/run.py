@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib.util
 import math
 import signal
+from typing import Literal
 
 import uvicorn
 
@@ -12,6 +15,15 @@ from stars_fast.errors import EngineStoppedError
 from stars_fast.server.app import create_app
 from stars_fast.server.logs import configure_logs
 from stars_fast.server.settings import ServerSettings
+
+
+def http_protocol() -> type[asyncio.Protocol] | Literal["auto"]:
+    """Return uvicorn's ``http``; without httptools that is h11, whose heads are limited."""
+    if importlib.util.find_spec("httptools") is None:
+        return "auto"
+    from stars_fast.server.head_limit import LimitedHead
+
+    return LimitedHead
 
 
 def run_server(engine: AsyncEngine, settings: ServerSettings, host: str, port: int) -> None:
@@ -41,6 +53,7 @@ def run_server(engine: AsyncEngine, settings: ServerSettings, host: str, port: i
             port=port,
             log_config=None,
             access_log=False,
+            http=http_protocol(),
             timeout_graceful_shutdown=math.ceil(settings.drain_timeout),
         )
     )

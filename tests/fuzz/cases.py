@@ -323,8 +323,8 @@ def _bad_asks(world: World, params: StarsParams) -> Iterator[BadAsk]:
         ([1, True], "must be an integer"),
         (["x"], "must be an integer"),
         (5, "prompt must be text"),
-        ([{"role": "user"}], "prompt message 0 must be"),
-        ([{"role": "user", "content": 5}], "prompt message 0 must be"),
+        ([{"role": "user"}], "messages[0].content must be"),
+        ([{"role": "user", "content": 5}], "messages[0].content must be"),
         ([1] * CONTEXT, "does not fit the model's context"),
     ):
         yield BadAsk(prompt, params, words)

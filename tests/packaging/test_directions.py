@@ -28,8 +28,10 @@ FLOORS = (
     ("kernels",),
     ("records",),
     ("prompts", "params", "errors"),
-    ("decoders", "tokenization", "surrogates"),
+    ("decoders", "tokenization"),
     ("methods", "outputs", "seeds", "core", "config", "demo", "tables"),
+    ("chats",),
+    ("surrogates",),
     ("_core",),
 )
 FLOOR = {package: number for number, floor in enumerate(FLOORS) for package in floor}

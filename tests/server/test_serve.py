@@ -184,6 +184,7 @@ def _address(process: subprocess.Popen[bytes], log: Path) -> str:
         (["--reward-model", "x"], "--reward-model needs --model"),
         (["--port", "99999"], "--port must be"),
         (["--seed", "-1"], "--seed must be"),
+        (["--api-key", ""], "--api-key must not be empty"),
         (["--request-timeout", "0"], "request_timeout must be above 0"),
         (["--max-body-bytes", "0"], "max_body_bytes must be at least 1"),
         (["--calibration-quantile", "2"], "--calibration-quantile must be in"),

@@ -231,7 +231,7 @@ def test_chat() -> None:
         assert "".join(delta.content or "" for delta in deltas) == expected.outputs[0].text
         assert [delta.role for delta in deltas] == ["assistant", None, None]
         refused = served.post(
-            {"messages": [{"role": "tool", "content": "x"}]}, "/v1/chat/completions"
+            {"messages": [{"role": "tool", "content": None}]}, "/v1/chat/completions"
         )
         assert refused.status_code == 400
 
@@ -252,10 +252,10 @@ class TestErrors:
             ({"prompt": "ab", "top_p": 2}, "top_p", "top_p must be in"),
             ({"prompt": "ab", "n": 999}, "n", "128 are allowed"),
             ({"prompt": "ab", "temprature": 1}, None, "unknown parameter 'temprature'; those"),
-            ({"prompt": "ab", "logit_bias": {"1": 5}}, None, "logit_bias is not supported"),
-            ({"prompt": "ab", "echo": True}, None, "echo is not supported"),
+            ({"prompt": "ab", "logit_bias": {"1": 500}}, "logit_bias", "logit_bias[1] must be in"),
+            ({"prompt": "ab", "suffix": "x"}, None, "suffix is not supported"),
             ({"prompt": "ab", "best_of": 3}, None, "best_of is not supported by this server; "),
-            ({"prompt": "ab", "logprobs": 5}, "logprobs", "logprobs"),
+            ({"prompt": "ab", "logprobs": 50}, "top_logprobs", "top_logprobs must be at most 20"),
             ({"prompt": "ab", "stars": {"betta": 1}}, None, "parameters are method, segment_l"),
             ({"prompt": "ab", "stars": {"beta": 0}}, "beta", "beta must be above 0"),
             ({"prompt": "ab", "stars": 3}, "stars", "stars"),
@@ -479,7 +479,6 @@ def test_openapi_and_the_page(shared: Served) -> None:
     schema = httpx.get(f"{shared.url}/openapi.json").json()
     assert {"/v1/completions", "/v1/chat/completions", "/metrics"} <= schema["paths"].keys()
     assert "stars" in schema["components"]["schemas"]["CompletionRequest"]["properties"]
-    assert httpx.get(f"{shared.url}/docs").status_code == 200
     page = httpx.get(shared.url)
     assert page.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["content-security-policy"]
