@@ -174,11 +174,6 @@ class AsyncEngine:
         RuntimeError
             Without a running event loop.
         """
-        if self._forked:
-            raise EngineStoppedError(
-                f"this AsyncEngine belongs to process {self._process}, and process {os.getpid()} "
-                "was forked from that, without the engine's thread: make one here"
-            )
         number = next(self._numbers)
         name = request_id if request_id is not None else f"request-{number}"
         with self._lock:
@@ -320,6 +315,11 @@ class AsyncEngine:
         return os.getpid() != self._process
 
     def _check_room(self) -> None:
+        if self._forked:
+            raise EngineStoppedError(
+                f"this AsyncEngine belongs to process {self._process}, and process {os.getpid()} "
+                "was forked from that, without the engine's thread: make one here"
+            )
         if self._refuses:
             raise EngineStoppedError("the engine is stopping and takes no requests")
         if len(self._open) >= self._max_running + self._max_waiting:

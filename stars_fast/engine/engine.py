@@ -29,6 +29,7 @@ from stars_fast.engine.one_thread import one_thread
 from stars_fast.engine.prompt_scores import TokenScore, prompt_scores
 from stars_fast.models.load import check_device, check_dtype, load_causal_lm
 from stars_fast.models.logits import LogitHead
+from stars_fast.models.machine import bound_kernel_caches
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.pool import default_num_pages
 from stars_fast.models.selfcheck import check_numbers
@@ -183,6 +184,7 @@ class Engine(BaseEngine):
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )
+        bound_kernel_caches()
         check_device("device", device)
         check_device("reward_device", reward_device)
         check_dtype(dtype)

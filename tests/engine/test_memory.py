@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 import weakref
 
+import pytest
 from helpers.tiny_lm import letter_model, letter_tokenizer
 
 from stars_fast import Engine, StarsParams
@@ -38,3 +40,14 @@ def test_an_engine_that_is_dropped_frees_its_pages_at_once() -> None:
         assert pages() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("given", [None, "7"])
+def test_few_compiled_kernels_are_kept(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+        if given is not None:
+            monkeypatch.setenv(name, given)
+    Engine(letter_model(), tokenizer=letter_tokenizer(), num_pages=20)
+    assert [os.environ[name] for name in names] == [given or "128"] * 2
