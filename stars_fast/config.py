@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from stars_fast.reward_head import RewardHead, RewardHeadLike
+
 if TYPE_CHECKING:
     import torch
 
@@ -30,6 +32,8 @@ class EngineConfig:
     ------
     ValueError
         At construction, for a number out of range or options that exclude each other.
+    TypeError
+        At construction, if `reward_head` is neither None, a `RewardHead` nor text.
     """
 
     reward_template: TemplateLike = field(
@@ -38,6 +42,15 @@ class EngineConfig:
             "what the reward model reads: chat, plain, or text with {prompt} and {response} "
             "(default: its chat template if it has one)",
             metavar="TEXT",
+        ),
+    )
+    reward_head: RewardHeadLike = field(
+        default=None,
+        metadata=_flag(
+            "what of the reward model's head is the reward: label=NAME, "
+            "label=NAME,activation=log_odds, label_weights={JSON}, token=TEXT or "
+            'tokens=["YES", "NO"] (default: its one label)',
+            metavar="SPEC",
         ),
     )
     dtype: str | torch.dtype = field(
@@ -90,6 +103,7 @@ class EngineConfig:
     tensor_parallel: bool = False
 
     def __post_init__(self) -> None:
+        RewardHead.of(self.reward_head)
         if self.page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {self.page_size}")
         if self.max_rows < 1:

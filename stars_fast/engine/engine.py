@@ -27,6 +27,7 @@ from stars_fast.models.paged import PagedModel
 from stars_fast.models.pool import default_num_pages
 from stars_fast.models.selfcheck import check_numbers
 from stars_fast.prompts import PromptReader
+from stars_fast.reward_head import RewardHeadLike
 from stars_fast.rewards.base import Scorer
 from stars_fast.rewards.load import RewardModelLike, load_scorer
 from stars_fast.rewards.on_ranks import load_on_ranks
@@ -72,6 +73,9 @@ class Engine(BaseEngine):
         The text that the reward model reads: None (its chat template, else prompt and response
         joined), ``"chat"``, ``"plain"``, text with ``{prompt}`` and ``{response}``, or a callable
         (prompt, response) -> text.
+    reward_head
+        What of the reward model's head is the reward: None, its one label; a `RewardHead`; or such
+        a one as text, ``"label=safe"``.
     reward_tokenizer
         The reward model's; None loads it from where the model came from.
     reward_num_pages
@@ -123,6 +127,7 @@ class Engine(BaseEngine):
         max_rows: int = 256,
         seed: int = 0,
         reward_template: TemplateLike = None,
+        reward_head: RewardHeadLike = None,
         reward_tokenizer: PreTrainedTokenizerBase | None = None,
         reward_num_pages: int | None = None,
         reward_device: str | torch.device | None = None,
@@ -145,6 +150,7 @@ class Engine(BaseEngine):
             max_rows=max_rows,
             seed=seed,
             reward_template=reward_template,
+            reward_head=reward_head,
             reward_num_pages=reward_num_pages,
             reward_device=reward_device,
             prefix_caching=prefix_caching,
@@ -272,6 +278,7 @@ def _scorer_for(
         device=config.reward_device if config.reward_device is not None else lm.device,
         dtype=config.dtype,
         template=config.reward_template,
+        head=config.reward_head,
         num_pages=config.reward_num_pages,
         page_size=config.page_size,
         trust_remote_code=config.trust_remote_code,

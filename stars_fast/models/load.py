@@ -134,7 +134,7 @@ def check_model_directory(source: str | os.PathLike[str], *, allow_pickle: bool 
     config = folder / "config.json"
     if not config.is_file():
         raise ModelLoadError(f"model directory {str(folder)!r} has no config.json")
-    _read_json(config)
+    read_json(config)
     _check_weights(folder, allow_pickle)
 
 
@@ -144,7 +144,7 @@ def _check_weights(folder: Path, allow_pickle: bool) -> None:
         _check_safetensors(whole)
         return
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ModelLoadError(f"{str(index)!r} has no weight_map")
         for shard in sorted(set(weight_map.values())):
@@ -174,7 +174,8 @@ def _check_safetensors(path: Path) -> None:
         raise ModelLoadError(f"{str(path)!r} is damaged or no safetensors file: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of a model; ModelLoadError if it holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:

@@ -30,6 +30,7 @@ from stars_fast.remote.history import History, TextHistory, TokenHistory
 from stars_fast.remote.http import Endpoint, RemoteError
 from stars_fast.remote.prompts import TextPromptReader
 from stars_fast.remote.servers import find_server
+from stars_fast.reward_head import RewardHeadLike
 from stars_fast.rewards.base import Scorer
 from stars_fast.rewards.load import RewardModelLike, load_scorer
 from stars_fast.rewards.persona import Persona
@@ -89,7 +90,8 @@ class RemoteEngine(BaseEngine):
         Draw for one half of the requests while the other half is scored, on a thread of its own.
     extra_body
         Put over the body of every call.
-    reward_template, reward_tokenizer, reward_device, reward_num_pages, dtype, allow_pickle
+    reward_template, reward_head, reward_tokenizer, reward_device, reward_num_pages, dtype,
+    allow_pickle
         Of the reward model, see `Engine`; its device is the GPU if there is one.
     trust_remote_code
         For tokenizers.
@@ -119,6 +121,7 @@ class RemoteEngine(BaseEngine):
         overlap_scoring: bool = True,
         extra_body: Mapping[str, Any] | None = None,
         reward_template: TemplateLike = None,
+        reward_head: RewardHeadLike = None,
         reward_tokenizer: PreTrainedTokenizerBase | None = None,
         reward_device: str | torch.device | None = None,
         reward_num_pages: int | None = None,
@@ -158,6 +161,7 @@ class RemoteEngine(BaseEngine):
                     device=reward_device or ("cuda" if torch.cuda.is_available() else "cpu"),
                     dtype=dtype,
                     template=reward_template,
+                    head=reward_head,
                     num_pages=reward_num_pages,
                     max_rows=max_rows,
                     trust_remote_code=trust_remote_code,

@@ -28,8 +28,9 @@ FLOORS = (
     ("kernels",),
     ("records",),
     ("prompts", "params", "errors"),
-    ("methods", "outputs", "seeds", "core", "config", "demo", "tables"),
-    ("_core",),
+    ("config",),
+    ("methods", "outputs", "seeds", "core", "demo", "tables", "reward_head"),
+    ("_core", "named_values"),
 )
 FLOOR = {package: number for number, floor in enumerate(FLOORS) for package in floor}
 
