@@ -116,6 +116,7 @@ class PagedTexts:
         self._loose: OrderedDict[int, _Branch] = OrderedDict()
         self.busy: frozenset[int] = frozenset()
         self._next_row = 0
+        self._marks = False  # whether any request has had one
         self.calls = 0
         self.num_tokens = 0
         self.evictions = 0
@@ -141,6 +142,7 @@ class PagedTexts:
         marked = next((self._requests[other].marked for other in same_prompt), {})
         same_prompt[request] = None
         self._requests[request] = _Request(prefix, prefix, same_prompt, mark, marked)
+        self._marks |= mark is not None
 
     def marked(self, row: Row) -> torch.Tensor:
         """Return the hidden state [hidden] at the mark of a row, which has run at some time."""
@@ -391,6 +393,8 @@ class PagedTexts:
 
     def _keep_marked(self, rows: list[Row], hidden: torch.Tensor) -> None:
         """Keep the hidden states at marks that have run; `hidden` is [T, hidden]."""
+        if not self._marks:
+            return
         at = 0
         for row in rows:
             state = self._requests[row.request]
