@@ -89,12 +89,15 @@ class Loading:
 def _no_report() -> Iterator[None]:
     """Keep transformers from printing which weights it does not know: callers check them."""
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+
+    def other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(other)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(other)
 
 
 _PICKLE_HINT = " (only safetensors are loaded unless allow_pickle=True)"

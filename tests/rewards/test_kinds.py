@@ -149,6 +149,14 @@ def test_rewards(tmp_path: Path, name: str, tokenizer: str) -> None:
     assert scorer.stats()["rm_pages_used"] == 0
 
 
+def test_nothing_is_said_of_weights_that_are_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    MODELS["trl"][0](tmp_path, bpe_tokenizer(400, chat="llama3"))
+    load(tmp_path)
+    assert not caplog.records
+
+
 def test_every_kind_is_tried() -> None:
     assert {kind for _, kind, _ in MODELS.values()} | {"sequence classifier"} == {
         kind.name for kind in KINDS
