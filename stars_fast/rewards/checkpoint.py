@@ -18,13 +18,13 @@ from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.load import check_model_directory, read_json
 from stars_fast.models.sharded import loading_options
 
-__all__ = ["CALLABLE_ADVICE", "Checkpoint", "Loading"]
+__all__ = ["CALLABLE_ADVICE", "HEAD_FILES", "Checkpoint", "Loading"]
 
 CALLABLE_ADVICE = (
     "pass as reward_model a function f(prompts, responses) -> list[float] that loads and calls it"
 )
 #: LLaMA-Factory keeps the head in a file of its own.
-_HEAD_FILES = ("value_head.safetensors", "v_head.safetensors")
+HEAD_FILES = ("value_head.safetensors", "v_head.safetensors")
 #: Weights that no reward depends on: a language model's head, statistics of training.
 _UNUSED = ("lm_head.", "normalizer.")
 
@@ -239,7 +239,7 @@ def _weight_files(source: str) -> tuple[Path, ...]:
         names = sorted(set(read_json(index)["weight_map"].values()))
     if not names:
         return ()
-    paths = (_file(source, name) for name in (*names, *_HEAD_FILES))
+    paths = (_file(source, name) for name in (*names, *HEAD_FILES))
     return tuple(path for path in paths if path is not None)
 
 

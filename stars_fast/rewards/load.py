@@ -22,6 +22,7 @@ from stars_fast.models.paged import PagedModel
 from stars_fast.models.pool import default_num_pages
 from stars_fast.models.selfcheck import check_numbers
 from stars_fast.reward_head import RewardHead, RewardHeadLike
+from stars_fast.rewards.adapter import Adapter
 from stars_fast.rewards.base import RewardModel, Scorer
 from stars_fast.rewards.callable import CallableScorer, RewardFunction
 from stars_fast.rewards.causal import CausalScorer
@@ -146,9 +147,16 @@ def load_scorer(
         )
     if isinstance(reward_model, str | os.PathLike):
         source = os.fspath(reward_model)
-        checkpoint = Checkpoint.open(source, allow_pickle=allow_pickle)
-        tokenizer = reward_tokenizer or _load_tokenizer(source, trust_remote_code)
-        loaded = load_kind(checkpoint, wanted, Loading(device, dtype, allow_pickle, ranks.size))
+        how = Loading(device, dtype, allow_pickle, ranks.size)
+        adapter = Adapter.find(source)
+        if adapter is not None:
+            source = adapter.tokenizer_source
+            tokenizer = reward_tokenizer or _load_tokenizer(source, trust_remote_code)
+            loaded = adapter.load(wanted, how)
+        else:
+            checkpoint = Checkpoint.open(source, allow_pickle=allow_pickle)
+            tokenizer = reward_tokenizer or _load_tokenizer(source, trust_remote_code)
+            loaded = load_kind(checkpoint, wanted, how)
     else:
         reward_model.train(False)
         tokenizer = reward_tokenizer or _tokenizer_of(reward_model, trust_remote_code)

@@ -8,7 +8,10 @@ not excepted: those texts have no padding behind them here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
@@ -19,10 +22,10 @@ from stars_fast.reward_head import RewardHead
 from stars_fast.rewards.checkpoint import CALLABLE_ADVICE, Checkpoint, Loading
 from stars_fast.rewards.kinds.base import Kind, Loaded
 from stars_fast.rewards.kinds.classifier import is_encoder, labelled
-from stars_fast.rewards.labels import label_readout
+from stars_fast.rewards.labels import Readout, label_readout
 from stars_fast.rewards.reading import LastToken
 
-__all__ = ["VALUE_HEAD"]
+__all__ = ["VALUE_HEAD", "of_values"]
 
 _PREFIXES = (
     "v_head.summary.",
@@ -77,10 +80,24 @@ def _load(checkpoint: Checkpoint, head: RewardHead, how: Loading) -> Loaded:
     labels = checkpoint.shapes[prefix + "weight"][0]
     readout = label_readout(head, checkpoint.config, labels, checkpoint.name)
     model = checkpoint.backbone(how, (prefix,))
-    weights = checkpoint.tensors(prefix, model.device)
+    return of_values(model, checkpoint.tensors(prefix, model.device), readout)
+
+
+def of_values(model: PreTrainedModel, layer: Mapping[str, Tensor], readout: Readout) -> Loaded:
+    """Return how a linear layer at the last token is read.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The backbone.
+    layer : mapping of str to Tensor
+        ``weight`` [L, hidden] and perhaps ``bias`` [L], float32.
+    readout : Readout
+        From its outputs to rewards.
+    """
 
     def values(hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden.float(), weights["weight"], weights.get("bias"))
+        return nn.functional.linear(hidden.float(), layer["weight"], layer.get("bias"))
 
     reading = LastToken(labelled(values, readout), None)
     return Loaded(model, reading=lambda _: reading)
