@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -43,7 +44,8 @@ def load_causal_lm(
     Parameters
     ----------
     source : str, path or PreTrainedModel
-        A local directory, a hub id, or a loaded model, which keeps its device and dtype.
+        A local directory, a hub id, or a loaded model, which keeps its device and dtype; peft's
+        `PeftModel` is the model that it wraps, its adapter included.
     dtype : torch.dtype or str
         Of the weights; "auto" is the one they were saved in. Only "auto" goes with a loaded model.
     device : torch.device or str, optional
@@ -73,6 +75,7 @@ def load_causal_lm(
     ValueError
         If `dtype`, `device` or `num_ranks` contradicts a loaded model.
     """
+    source = adapted_model(source)
     if isinstance(source, PreTrainedModel):
         _check_shards(source, num_ranks)
         return _take_loaded(source, dtype, device, trust_remote_code)
@@ -105,6 +108,12 @@ def load_causal_lm(
             "would make them up at random"
         )
     return model, tokenizer
+
+
+def adapted_model(model: Any) -> Any:  # noqa: ANN401 - whatever the user gave
+    """Return the model inside of peft's `PeftModel`, with the adapter in it; others as they are."""
+    inside: Any = getattr(model, "get_base_model", None)
+    return inside() if isinstance(model, nn.Module) and inside is not None else model
 
 
 def check_model_directory(source: str | os.PathLike[str], *, allow_pickle: bool = True) -> None:

@@ -17,7 +17,7 @@ from stars_fast.config import Backend, KvDtype, TemplateLike
 from stars_fast.distributed import ALONE, Ranks
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.checks import has_lm_head
-from stars_fast.models.load import load_tokenizer, same_device
+from stars_fast.models.load import adapted_model, load_tokenizer, same_device
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.pool import default_num_pages
 from stars_fast.models.selfcheck import check_numbers
@@ -124,6 +124,7 @@ def load_scorer(
         If `reward_model` or `template` is of none of these kinds.
     """
     wanted = RewardHead.of(head)
+    reward_model = adapted_model(reward_model)
     pool = _Pool(
         num_pages=num_pages,
         page_size=page_size,

@@ -13,11 +13,12 @@ from helpers.reward_walk import QUESTIONS, Round, Walk, text_prompt
 from helpers.tiny_rewards import reward_model
 from helpers.tiny_tokenizers import bpe_tokenizer
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stars_fast import RewardHead
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
+from stars_fast.models.load import load_causal_lm
 from stars_fast.rewards import Scorer, load_scorer
 
 LM = bpe_tokenizer(400)
@@ -135,3 +136,43 @@ def test_what_is_refused(tmp_path: Path) -> None:
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelLoadError, match=r"adapter_model\.safetensors cannot be read"):
         load(folder)
+
+
+class Wrapped(nn.Module):
+    """What peft's `PeftModel` is to us: a module around the model in which the adapter is."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.base_model = model
+
+    def get_base_model(self) -> nn.Module:
+        return self.base_model
+
+
+class Lora(nn.Module):
+    """A linear layer with an adapter that is not merged, as peft puts it in place."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.down = nn.Linear(layer.in_features, RANK, bias=False)
+        self.up = nn.Linear(RANK, layer.out_features, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.base_layer(hidden) + self.up(self.down(hidden))
+
+
+def test_a_model_that_peft_wraps() -> None:
+    model = reward_model("llama", LM)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = Lora(layer.self_attn.q_proj)
+    wrapped = load_scorer(
+        Wrapped(model.eval()), lm_tokenizer=LM, reward_tokenizer=LM, num_pages=200, page_size=4
+    )
+    check(wrapped, lambda ids: model(input_ids=ids).logits[0, 0])
+
+
+def test_a_language_model_that_peft_wraps() -> None:
+    config = reward_model("llama", LM).config
+    lm = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    assert load_causal_lm(Wrapped(lm))[0] is lm
