@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from stars_fast.outputs import Calibration, CompletionOutput, RequestOutput, Segment
     from stars_fast.params import StarsParams
     from stars_fast.remote import RemoteEngine, RemoteReward
+    from stars_fast.reward_head import RewardHead
     from stars_fast.rewards.persona import Persona
 
 # A checkout that is the current folder hides the installed package, which has the compiled core.
@@ -29,6 +30,7 @@ _HOMES = {
     "RemoteEngine": "stars_fast.remote",
     "RemoteReward": "stars_fast.remote",
     "RequestOutput": "stars_fast.outputs",
+    "RewardHead": "stars_fast.reward_head",
     "Segment": "stars_fast.outputs",
     "StarsParams": "stars_fast.params",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "RemoteEngine",
     "RemoteReward",
     "RequestOutput",
+    "RewardHead",
     "Segment",
     "StarsParams",
 ]

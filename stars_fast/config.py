@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from stars_fast.chats import checked_kwargs
+from stars_fast.reward_head import RewardHead, RewardHeadLike
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,8 @@ class EngineConfig:
     ------
     ValueError
         At construction, for a number out of range or options that exclude each other.
+    TypeError
+        At construction, if `reward_head` is neither None, a `RewardHead` nor text.
     """
 
     reward_template: TemplateLike = field(
@@ -46,6 +49,15 @@ class EngineConfig:
         default=None,
         metadata=_flag(
             'variables of the chat template, such as {"enable_thinking": false}', metavar="JSON"
+        ),
+    )
+    reward_head: RewardHeadLike = field(
+        default=None,
+        metadata=_flag(
+            "what of the reward model's head is the reward: label=NAME, "
+            "label=NAME,activation=log_odds, label_weights={JSON}, token=TEXT or "
+            'tokens=["YES", "NO"] (default: its one label)',
+            metavar="SPEC",
         ),
     )
     dtype: str | torch.dtype = field(
@@ -115,6 +127,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.chat_template_kwargs is not None:
             checked_kwargs(self.chat_template_kwargs)
+        RewardHead.of(self.reward_head)
         if self.page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {self.page_size}")
         if self.max_rows < 1:

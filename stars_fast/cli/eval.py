@@ -26,11 +26,11 @@ from stars_fast.eval.specs import (
     Spec,
     spec_of_text,
     specs_of_json,
-    values_of,
     with_reference,
 )
 from stars_fast.eval.store import RESPONSES, RUNS, DamagedError, Store
 from stars_fast.models.progress import quiet_libraries
+from stars_fast.named_values import values_of
 from stars_fast.prompts import text_of
 
 if TYPE_CHECKING:

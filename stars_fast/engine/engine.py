@@ -35,6 +35,7 @@ from stars_fast.models.pool import default_num_pages
 from stars_fast.models.selfcheck import check_numbers
 from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptReader
+from stars_fast.reward_head import RewardHeadLike
 from stars_fast.rewards.base import Scorer
 from stars_fast.rewards.load import RewardModelLike, load_scorer
 from stars_fast.rewards.on_ranks import load_on_ranks
@@ -83,6 +84,9 @@ class Engine(BaseEngine):
     chat_template_kwargs
         Variables of the language model's chat template, such as ``{"enable_thinking": False}``,
         where a chat has none of its own.
+    reward_head
+        What part of the reward model's head is the reward: None, its one label; a `RewardHead`; or
+        one as text, ``"label=safe"``.
     reward_tokenizer
         The reward model's; None loads it from the model's own source.
     reward_num_pages
@@ -144,6 +148,7 @@ class Engine(BaseEngine):
         seed: int = 0,
         reward_template: TemplateLike = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        reward_head: RewardHeadLike = None,
         reward_tokenizer: PreTrainedTokenizerBase | None = None,
         reward_num_pages: int | None = None,
         reward_device: str | torch.device | None = None,
@@ -169,6 +174,7 @@ class Engine(BaseEngine):
             seed=seed,
             reward_template=reward_template,
             chat_template_kwargs=chat_template_kwargs,
+            reward_head=reward_head,
             reward_num_pages=reward_num_pages,
             reward_device=reward_device,
             reward_timeout=reward_timeout,
@@ -347,6 +353,7 @@ def _scorer_for(
         device=config.reward_device if config.reward_device is not None else lm.device,
         dtype=config.dtype,
         template=config.reward_template,
+        head=config.reward_head,
         num_pages=config.reward_num_pages,
         page_size=config.page_size,
         trust_remote_code=config.trust_remote_code,

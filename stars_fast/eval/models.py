@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from stars_fast.eval.gold import RewardFunction, TextScorer
+from stars_fast.reward_head import RewardHeadLike
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 Reward: TypeAlias = "str | RewardFunction | Persona"
 
 #: Options of `Engine` that a result depends on, beside the models.
-_MATTER = ("dtype", "kv_dtype", "reward_template", "compile_model")
+_MATTER = ("dtype", "kv_dtype", "reward_template", "reward_head", "compile_model")
 
 #: Options of `Engine` that the scorer of whole responses also takes.
 _OF_SCORER = ("dtype", "trust_remote_code", "allow_pickle", "max_rows", "page_size")
@@ -59,11 +60,13 @@ class Models:
 
         if rm is None:
             return Engine(self._lm(lm), reward_model=self.reward_model, **self.options)
-        # The template is that of the eval's own reward model.
-        options = {**self.options, "reward_template": None}
+        # Template and head are those of the eval's own reward model.
+        options = {**self.options, "reward_template": None, "reward_head": None}
         return Engine(self._lm(lm), reward_model=self.rms[rm], **options)
 
-    def scorer(self, source: Reward, template: str | None = None) -> TextScorer:
+    def scorer(
+        self, source: Reward, template: str | None = None, head: RewardHeadLike = None
+    ) -> TextScorer:
         """Load what scores whole responses.
 
         Raises
@@ -83,6 +86,7 @@ class Models:
             lm_tokenizer=tokenizer,
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             template=template,
+            head=head,
             **options,
         )
         return TextScorer(scorer, tokenizer)

@@ -29,6 +29,7 @@ from stars_fast.eval.models import Models, Reward, identity_of
 from stars_fast.eval.run import Engines, Failure, Plan, digest, missing, run_missing
 from stars_fast.eval.specs import Spec, described
 from stars_fast.eval.store import Record, Store, read_json, write_json
+from stars_fast.reward_head import RewardHeadLike
 
 if TYPE_CHECKING:
     from stars_fast.engine import Engine
@@ -113,9 +114,9 @@ class Session:
     @property
     def _by(self) -> dict[str, str]:
         """What each column of the responses is measured by."""
-        template = self.models.options.get("reward_template")
+        read_by = [self.models.options.get(name) for name in ("reward_template", "reward_head")]
         by = {
-            "reward": digest([identity_of(self.models.reward_model), template]),
+            "reward": digest([identity_of(self.models.reward_model), *read_by]),
             "gold": digest([identity_of(self.gold), self.gold_template]),
             "base_logprob": digest(identity_of(self.models.model)),
         }
@@ -204,13 +205,20 @@ class Session:
 
     def _rewards(self, saver: Saver) -> None:
         if self.models.reward_model is not None:
-            template = self.models.options.get("reward_template")
-            self._scored("reward", self.models.reward_model, template, saver)
+            template, head = map(self.models.options.get, ("reward_template", "reward_head"))
+            self._scored("reward", self.models.reward_model, template, saver, head)
 
     def _golds(self, saver: Saver) -> None:
         self._scored("gold", self.gold, self.gold_template, saver)
 
-    def _scored(self, column: str, source: Reward, template: str | None, saver: Saver) -> None:
+    def _scored(
+        self,
+        column: str,
+        source: Reward,
+        template: str | None,
+        saver: Saver,
+        head: RewardHeadLike = None,
+    ) -> None:
         by = self._by[column]
         lacking = [
             (plan, runs)
@@ -221,7 +229,7 @@ class Session:
         if not lacking and not pairs:
             return
         self.say(f"scoring responses: {column}")
-        scores = self.models.scorer(source, template)
+        scores = self.models.scorer(source, template, head)
         for plan, runs in lacking:
             what = column if plan.attack is None else f"{column} under {plan.attack}"
             bar = tqdm(runs, unit="run", disable=not self._bars, desc=what)

@@ -8,12 +8,11 @@ JSON, or else plain text.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
+from stars_fast.named_values import values_of
 from stars_fast.params import Method, StarsParams
 from stars_fast.prompts import json_of, short
 
@@ -71,29 +70,6 @@ def names(method: Method | None = None) -> list[str]:
     if method is not None:
         own = list(StarsParams(method=method).own_parameters())
     return [name for name in own if name not in _NOT_HERE] + list(_MODELS)
-
-
-def values_of(text: str) -> dict[str, Any]:
-    """Read ``name=value,...``.
-
-    Raises
-    ------
-    ValueError
-        A part is not of this form, or comes twice.
-    """
-    found: dict[str, Any] = {}
-    # A comma within a value is not followed by another name.
-    for part in re.split(r",(?=\s*\w+\s*=)", text) if text.strip() else []:
-        name, equals, value = (word.strip() for word in part.partition("="))
-        if not equals or not name.isidentifier():
-            raise ValueError(f"expected name=value, got {part!r}")
-        if name in found:
-            raise ValueError(f"{name} is given twice")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found
 
 
 def spec_of_text(text: str, common: Mapping[str, Any], models: ModelNames) -> Spec:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -46,7 +47,8 @@ def load_causal_lm(
     Parameters
     ----------
     source : str, path or PreTrainedModel
-        A local directory, a hub id, or a loaded model, which keeps its device and dtype.
+        A local directory, a hub id, or a loaded model, which keeps its device and dtype; peft's
+        `PeftModel` is the model that it wraps, its adapter included.
     dtype : torch.dtype or str
         The dtype of the weights; "auto" is the saved one. A loaded model allows only "auto".
     device : torch.device or str, optional
@@ -76,6 +78,7 @@ def load_causal_lm(
     ValueError
         If `dtype`, `device` or `num_ranks` contradicts a loaded model.
     """
+    source = adapted_model(source)
     if isinstance(source, PreTrainedModel):
         _check_shards(source, num_ranks)
         return _take_loaded(source, dtype, device, trust_remote_code)
@@ -111,6 +114,12 @@ def load_causal_lm(
     return model, tokenizer
 
 
+def adapted_model(model: Any) -> Any:  # noqa: ANN401 - whatever the user gave
+    """Return the model inside of peft's `PeftModel`, with the adapter in it; others as they are."""
+    inside: Any = getattr(model, "get_base_model", None)
+    return inside() if isinstance(model, nn.Module) and inside is not None else model
+
+
 def check_model_directory(source: str | os.PathLike[str], *, allow_pickle: bool = True) -> None:
     """Check that a local model directory is there and complete; a hub id passes unchecked.
 
@@ -138,7 +147,7 @@ def check_model_directory(source: str | os.PathLike[str], *, allow_pickle: bool 
     config = folder / "config.json"
     if not config.is_file():
         raise ModelLoadError(f"model directory {str(folder)!r} has no config.json")
-    _read_json(config)
+    read_json(config)
     _check_weights(folder, allow_pickle)
 
 
@@ -148,7 +157,7 @@ def _check_weights(folder: Path, allow_pickle: bool) -> None:
         _check_safetensors(whole)
         return
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ModelLoadError(f"{str(index)!r} has no weight_map")
         for shard in sorted(set(weight_map.values())):
@@ -178,7 +187,8 @@ def _check_safetensors(path: Path) -> None:
         raise ModelLoadError(f"{str(path)!r} is damaged or no safetensors file: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of a model; ModelLoadError if it holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:

@@ -31,6 +31,7 @@ from stars_fast.remote.history import History, TextHistory, TokenHistory
 from stars_fast.remote.http import Endpoint, RemoteError
 from stars_fast.remote.prompts import TextPromptReader
 from stars_fast.remote.servers import find_server
+from stars_fast.reward_head import RewardHeadLike
 from stars_fast.rewards.base import Scorer
 from stars_fast.rewards.load import RewardModelLike, load_scorer
 from stars_fast.rewards.persona import Persona
@@ -92,8 +93,8 @@ class RemoteEngine(BaseEngine):
         Fields that override the body of every call.
     chat_template_kwargs
         Variables of the tokenizer's chat template, see `Engine`.
-    reward_template, reward_tokenizer, reward_device, reward_num_pages, reward_timeout, dtype,
-    allow_pickle
+    reward_template, reward_head, reward_tokenizer, reward_device, reward_num_pages, reward_timeout,
+    dtype, allow_pickle
         Options of the reward model, see `Engine`; its device defaults to the GPU if there is one.
     parse_special
         See `Engine`. Prompts that are sent as text are tokenised by the server, which may read
@@ -127,6 +128,7 @@ class RemoteEngine(BaseEngine):
         extra_body: Mapping[str, Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         reward_template: TemplateLike = None,
+        reward_head: RewardHeadLike = None,
         reward_tokenizer: PreTrainedTokenizerBase | None = None,
         reward_device: str | torch.device | None = None,
         reward_num_pages: int | None = None,
@@ -172,6 +174,7 @@ class RemoteEngine(BaseEngine):
                     device=reward_device or ("cuda" if torch.cuda.is_available() else "cpu"),
                     dtype=dtype,
                     template=reward_template,
+                    head=reward_head,
                     num_pages=reward_num_pages,
                     max_rows=max_rows,
                     parse_special=parse_special,

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from stars_fast._core import OutOfPagesError
 from stars_fast.errors import RewardError
@@ -103,7 +104,7 @@ class CausalScorer(Scorer):
             f"{max_response_tokens} follow",
         )
         prefix = bound.empty_ids[: self._reading.prefix(bound)]
-        self._texts.open(request, prefix)
+        self._texts.open(request, prefix, self._reading.mark(bound.empty_ids))
         self._known.start(request, prefix.tobytes())
         self._prompts[request] = bound
 
@@ -257,15 +258,19 @@ class CausalScorer(Scorer):
     def _read(self, rows: list[Row], hidden: torch.Tensor) -> list[float] | RewardError:
         """Return the rewards of rows that have run, from the hidden states [T, hidden]."""
         ends = np.cumsum([row.new for row in rows])
-        places = np.concatenate(
-            [
-                np.arange(end - (len(row.ids) - row.cut.first), end)
-                for row, end in zip(rows, ends, strict=True)
-            ]
-        )
+        marks: list[torch.Tensor] = []
+        places: list[NDArray[np.int64]] = []
+        for row, end in zip(rows, ends, strict=True):
+            if row.cut.mark is not None:
+                places.append(np.array([len(hidden) + len(marks)]))
+                marks.append(self._texts.marked(row))
+            places.append(np.arange(end - (len(row.ids) - row.cut.first), end))
         try:
             with torch.inference_mode():
-                read = hidden.index_select(0, torch.from_numpy(places).to(hidden.device))
+                if marks:
+                    hidden = torch.cat((hidden, torch.stack(marks)))
+                chosen = torch.from_numpy(np.concatenate(places)).to(hidden.device)
+                read = hidden.index_select(0, chosen)
                 return self._reading.values(read, [row.cut for row in rows])
         except Exception as error:  # noqa: BLE001 - one bad pass must not end other requests
             return self._texts.failed(rows, error)

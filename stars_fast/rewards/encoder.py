@@ -23,6 +23,7 @@ from stars_fast.rewards.base import (
     Scorer,
     finite_reward,
 )
+from stars_fast.rewards.labels import Readout
 from stars_fast.rewards.text import RenderedPrompt, Template, filled
 from stars_fast.tokenization import Marked, TextEncoder
 
@@ -49,13 +50,15 @@ class EncoderScorer(Scorer):
     Parameters
     ----------
     model : PreTrainedModel
-        The classifier, one label, in eval mode.
+        The classifier, in eval mode.
     tokenizer : transformers tokenizer
         Its own, with a padding token.
     template : Template
         How prompts and responses become texts or pairs.
     context : int or None
         Most tokens of one text.
+    readout : Readout
+        From its logits to rewards.
     max_batch_tokens : int
         Most tokens of one forward pass, padding counted; a longer text is run alone.
     """
@@ -67,6 +70,7 @@ class EncoderScorer(Scorer):
         template: Template,
         *,
         context: int | None,
+        readout: Readout,
         max_batch_tokens: int = 16384,
     ) -> None:
         self._model = model
@@ -76,6 +80,7 @@ class EncoderScorer(Scorer):
         self._template = template
         self._encoder = TextEncoder(tokenizer, template.add_special_tokens)
         self._context = context
+        self._readout = readout
         self._max_batch_tokens = max_batch_tokens
         self._prompts: dict[int, RenderedPrompt] = {}
         self._prompt_rewards = PromptRewards()
@@ -202,7 +207,8 @@ class EncoderScorer(Scorer):
         try:
             with torch.inference_mode():
                 logits = self._model(**{k: v.to(self._model.device) for k, v in inputs.items()})[0]
-            return [finite_reward(value) for value in logits.float()[:, 0].tolist()]
+                rewards = self._readout(logits).tolist()
+            return [finite_reward(value) for value in rewards]
         except Exception as error:  # noqa: BLE001 - one bad pass must not end other requests
             failure = RewardError(f"the reward model failed: {type(error).__name__}: {error}")
             failure.__cause__ = error

@@ -11,34 +11,29 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_fast.config import Backend, KvDtype, TemplateLike
 from stars_fast.distributed import ALONE, Ranks
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
-from stars_fast.models.load import check_model_directory, load_tokenizer, same_device
+from stars_fast.models.checks import has_lm_head
+from stars_fast.models.load import adapted_model, load_tokenizer, same_device
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.pool import default_num_pages
-from stars_fast.models.progress import bars_on_terminals_only
 from stars_fast.models.selfcheck import check_numbers
-from stars_fast.models.sharded import loading_options
+from stars_fast.reward_head import RewardHead, RewardHeadLike
+from stars_fast.rewards.adapter import Adapter
 from stars_fast.rewards.base import RewardModel, Scorer
 from stars_fast.rewards.callable import CallableScorer, RewardFunction
 from stars_fast.rewards.causal import CausalScorer
+from stars_fast.rewards.checkpoint import CALLABLE_ADVICE, Checkpoint, Loading
 from stars_fast.rewards.encoder import EncoderScorer, encoder_context
-from stars_fast.rewards.head import check_labels, linear_head
+from stars_fast.rewards.head import HEAD_NAMES
+from stars_fast.rewards.kinds import Loaded, load_kind
+from stars_fast.rewards.kinds.classifier import of_classifier
+from stars_fast.rewards.kinds.language_model import of_language_model
+from stars_fast.rewards.labels import Readout
 from stars_fast.rewards.persona import Persona, PersonaScorer, PersonaTokens
-from stars_fast.rewards.reading import LastToken
 from stars_fast.rewards.text import CallableTemplate, make_template
 from stars_fast.rewards.tokens import RetokenizedText, SharedTokens, TokenSource
 from stars_fast.rewards.vocabulary import check_vocabulary, embedding_rows, same_tokens
@@ -50,9 +45,6 @@ RewardModelLike: TypeAlias = (
 )
 # Of the free memory on a GPU, once the language model's pool is there.
 RM_POOL_SHARE = 0.6
-_CALLABLE_ADVICE = (
-    "pass as reward_model a function f(prompts, responses) -> list[float] that loads and calls it"
-)
 
 
 def load_scorer(
@@ -64,6 +56,7 @@ def load_scorer(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str = "auto",
     template: TemplateLike = None,
+    head: RewardHeadLike = None,
     num_pages: int | None = None,
     page_size: int = 16,
     trust_remote_code: bool = False,
@@ -82,8 +75,9 @@ def load_scorer(
     Parameters
     ----------
     reward_model : str, path, PreTrainedModel, Persona, callable or RewardModel
-        A local directory or hub id of a transformers sequence classifier with one label; such a
-        model, loaded (it stays on its device and in its dtype, and is put in eval mode); a
+        A local directory or hub id of a reward model of a known kind (docs/rewards.md); a
+        classifier or language model, loaded (it stays on its device and in its dtype, and is put in
+        eval mode); a
         `Persona`, under which the language model judges itself; a function
         `f(prompts, responses) -> list[float]`; or an object with such a method `score`.
     lm_tokenizer : transformers tokenizer or None
@@ -100,6 +94,8 @@ def load_scorer(
         Its dtype; "auto" is the one it was saved in.
     template : None, str or callable
         The text that the reward model reads, see `stars_fast.rewards.text`.
+    head : RewardHead, str or None
+        What of the model's head is the reward; None: its one label.
     num_pages : int, optional
         Pages of a causal reward model's or a judge's cache; by default see `default_num_pages`.
     page_size : int
@@ -133,6 +129,8 @@ def load_scorer(
     TypeError
         If `reward_model` or `template` is of none of these kinds.
     """
+    wanted = RewardHead.of(head)
+    reward_model = adapted_model(reward_model)
     pool = _Pool(
         num_pages=num_pages,
         page_size=page_size,
@@ -144,8 +142,10 @@ def load_scorer(
     )
     if isinstance(reward_model, Persona):
         judge = _check_judge(language_model, lm_tokenizer, reward_tokenizer, template, device)
+        _check_no_head(wanted, "a Persona")
         return _persona_scorer(reward_model, *judge, pool, parse_special)
     if not isinstance(reward_model, str | os.PathLike | PreTrainedModel):
+        _check_no_head(wanted, "a reward function")
         return _python_scorer(reward_model, template, timeout)
     if lm_tokenizer is None and not texts_only:
         raise ValueError(
@@ -154,17 +154,23 @@ def load_scorer(
         )
     if isinstance(reward_model, str | os.PathLike):
         source = os.fspath(reward_model)
-        config = _load_config(source, allow_pickle)
-        tokenizer = reward_tokenizer or _load_tokenizer(source, trust_remote_code)
-        model = _load_model(source, config, device, dtype, allow_pickle, ranks.size)
+        how = Loading(device, dtype, allow_pickle, ranks.size)
+        adapter = Adapter.find(source)
+        if adapter is not None:
+            source = adapter.tokenizer_source
+            tokenizer = reward_tokenizer or _load_tokenizer(source, trust_remote_code)
+            loaded = adapter.load(wanted, how)
+        else:
+            checkpoint = Checkpoint.open(source, allow_pickle=allow_pickle)
+            tokenizer = reward_tokenizer or _load_tokenizer(source, trust_remote_code)
+            loaded = load_kind(checkpoint, wanted, how)
     else:
-        model = reward_model
-        model.train(False)
-        check_labels(type(model).__name__, model.config.num_labels)
-        tokenizer = reward_tokenizer or _tokenizer_of(model, trust_remote_code)
-    if _is_encoder(model):
-        return _encoder_scorer(model, tokenizer, template, parse_special)
-    return _causal_scorer(model, tokenizer, lm_tokenizer, template, pool, parse_special)
+        reward_model.train(False)
+        tokenizer = reward_tokenizer or _tokenizer_of(reward_model, trust_remote_code)
+        loaded = _read_loaded(reward_model, wanted)
+    if loaded.readout is not None:
+        return _encoder_scorer(loaded.model, tokenizer, template, loaded.readout, parse_special)
+    return _causal_scorer(loaded, tokenizer, lm_tokenizer, template, pool, parse_special)
 
 
 @dataclass(frozen=True)
@@ -206,7 +212,7 @@ def _python_scorer(reward_model: object, template: TemplateLike, timeout: float 
     if isinstance(reward_model, torch.nn.Module):
         raise TypeError(
             f"reward_model is a {type(reward_model).__name__}, not a transformers model: "
-            + _CALLABLE_ADVICE
+            + CALLABLE_ADVICE
         )
     score = getattr(reward_model, "score", reward_model)
     if not callable(score):
@@ -223,10 +229,25 @@ def _python_scorer(reward_model: object, template: TemplateLike, timeout: float 
     return CallableScorer(score, timeout)
 
 
+def _read_loaded(model: PreTrainedModel, head: RewardHead) -> Loaded:
+    """Return how the reward of a model is read that the user has loaded."""
+    name = type(model).__name__
+    has_head = any(isinstance(getattr(model, label, None), torch.nn.Module) for label in HEAD_NAMES)
+    if has_lm_head(model) and (head.of_tokens or not has_head):
+        return of_language_model(model, head, name)
+    return of_classifier(model, head, name)
+
+
+def _check_no_head(head: RewardHead, what: str) -> None:
+    if head != RewardHead():
+        raise ValueError(f"reward_head is for reward models with a head, not for {what}")
+
+
 def _encoder_scorer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     template: TemplateLike,
+    readout: Readout,
     parse_special: bool,
 ) -> Scorer:
     if tokenizer.pad_token_id is None:
@@ -240,25 +261,28 @@ def _encoder_scorer(
         tokenizer,
         make_template(template, tokenizer, pairs=True, parse_special=parse_special),
         context=encoder_context(model, tokenizer),
+        readout=readout,
     )
 
 
 def _causal_scorer(
-    model: PreTrainedModel,
+    loaded: Loaded,
     tokenizer: PreTrainedTokenizerBase,
     lm_tokenizer: PreTrainedTokenizerBase | None,
     template: TemplateLike,
     pool: _Pool,
     parse_special: bool,
 ) -> Scorer:
+    model = loaded.model
     rows = embedding_rows(model)
     check_vocabulary(tokenizer, rows, pads=False)
     chosen = make_template(template, tokenizer, pairs=False, parse_special=parse_special)
-    head = linear_head(model)
+    assert loaded.reading is not None
+    reading = loaded.reading(tokenizer)
     try:
         check_numbers(model, backend=pool.backend)
     except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{error} As a reward model: {_CALLABLE_ADVICE}") from error
+        raise UnsupportedModelError(f"{error} As a reward model: {CALLABLE_ADVICE}") from error
     paged = pool.paged(model)
     source: TokenSource
     if (
@@ -271,7 +295,7 @@ def _causal_scorer(
         source = RetokenizedText(tokenizer, chosen)
     return CausalScorer(
         paged,
-        LastToken(head, model.config.get_text_config().pad_token_id),
+        reading,
         source,
         num_pages=paged.num_pages,
         page_size=paged.page_size,
@@ -325,83 +349,6 @@ def _persona_scorer(
         page_size=paged.page_size,
         max_rows=pool.max_rows,
     )
-
-
-def _is_encoder(model: PreTrainedModel) -> bool:
-    """Whether the model is of a masked-LM family, and so bidirectional."""
-    config = model.config
-    decoder = getattr(config, "is_decoder", False) or config.is_encoder_decoder
-    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder
-
-
-def _load_config(source: str, allow_pickle: bool) -> PretrainedConfig:
-    """Load the configuration and refuse what it says cannot be used."""
-    check_model_directory(source, allow_pickle=allow_pickle)
-    try:
-        fields, _ = PretrainedConfig.get_config_dict(source)
-    except OSError as error:
-        raise ModelLoadError(f"reward model {source!r}: {error}") from error
-    names = fields.get("architectures") or ["a model without a class name"]
-    native = set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
-    if fields.get("auto_map") and names[0] not in native:
-        raise UnsupportedModelError(
-            f"reward model {source!r} is {names[0]}, which needs its own remote code: "
-            + _CALLABLE_ADVICE
-        )
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"reward model {source!r}: {error}") from error
-    if config.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
-        raise UnsupportedModelError(
-            f"reward model {source!r} is {names[0]}, and transformers has no sequence classifier "
-            f"of that family: {_CALLABLE_ADVICE}"
-        )
-    if names[0] in native:  # of anything else the head is missing, which is the better message
-        check_labels(f"reward model {source!r}", config.num_labels)
-    return config
-
-
-def _load_model(
-    source: str,
-    config: PretrainedConfig,
-    device: torch.device | str | None,
-    dtype: torch.dtype | str,
-    allow_pickle: bool,
-    num_ranks: int,
-) -> PreTrainedModel:
-    try:
-        with bars_on_terminals_only():
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                source,
-                config=config,
-                dtype=dtype,
-                use_safetensors=None if allow_pickle else True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **loading_options(num_ranks),
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        hint = "" if allow_pickle else " (only safetensors are loaded unless allow_pickle=True)"
-        raise ModelLoadError(f"reward model {source!r}: {error}{hint}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ModelLoadError(
-            f"reward model {source!r} has no weights for {', '.join(missing[:4])}"
-            f"{' and others' if len(missing) > 4 else ''} of {type(model).__name__}; transformers "
-            "would make them up at random. Its config.json names "
-            f"{', '.join(config.architectures or ['no architecture'])}: is it a language model, or "
-            f"one with a head of its own? If the latter, {_CALLABLE_ADVICE}"
-        )
-    heads = ("score.", "classifier.")
-    unread = sorted(key for key in report["unexpected_keys"] if key.startswith(heads))
-    if unread:
-        raise ModelLoadError(
-            f"reward model {source!r} has head weights that {type(model).__name__} does not read "
-            f"({', '.join(unread)}): {_CALLABLE_ADVICE}"
-        )
-    loaded: PreTrainedModel = (model if num_ranks > 1 else model.to(device or "cpu")).eval()
-    return loaded
 
 
 def _tokenizer_of(model: PreTrainedModel, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -38,7 +38,9 @@ class _Branch:
 class _Request:
     prefix: Ids  # what its prompt has in common with others'
     committed: Ids  # what the cached sequence should hold; it may hold less
-    same_prompt: dict[int, None]  # the requests that began with the same prompt, itself among them
+    same_prompt: dict[int, None]  # the requests that began with the same prompt, and itself
+    mark: int | None  # of the ids of its prompt, whose hidden state is kept
+    marked: dict[bytes, torch.Tensor]  # their hidden states [hidden], by ids up to the mark; shared
     padding: int | None = None  # ids that the cached sequence has before its padding
     kept: int | None = None
     branches: dict[int, _Branch] = field(default_factory=dict)
@@ -114,6 +116,7 @@ class PagedTexts:
         self._loose: OrderedDict[int, _Branch] = OrderedDict()
         self.busy: frozenset[int] = frozenset()
         self._next_row = 0
+        self._marks = False  # whether any request has had one
         self.calls = 0
         self.num_tokens = 0
         self.evictions = 0
@@ -129,12 +132,22 @@ class PagedTexts:
         """Pages of the pool that are free."""
         return self._cache.pages_free
 
-    def open(self, request: int, prefix: Ids) -> None:
-        """Admit a request, whose committed text begins as `prefix`."""
+    def open(self, request: int, prefix: Ids, mark: int | None = None) -> None:
+        """Admit a request, whose committed text begins as `prefix`.
+
+        The hidden state of id `mark` is kept when it runs, see `marked`.
+        """
         self._cache.open(request)
         same_prompt = self._same_prompt.setdefault(prefix.tobytes(), {})
+        marked = next((self._requests[other].marked for other in same_prompt), {})
         same_prompt[request] = None
-        self._requests[request] = _Request(prefix, prefix, same_prompt)
+        self._requests[request] = _Request(prefix, prefix, same_prompt, mark, marked)
+        self._marks |= mark is not None
+
+    def marked(self, row: Row) -> torch.Tensor:
+        """Return the hidden state [hidden] at the mark of a row, which has run at some time."""
+        assert row.cut.mark is not None
+        return self._requests[row.request].marked[row.ids[: row.cut.mark + 1].tobytes()]
 
     def committed(self, request: int) -> Ids:
         """Return the committed text."""
@@ -372,9 +385,25 @@ class PagedTexts:
             self.tokens[row.request] += row.new
         try:
             ids = torch.from_numpy(token_ids).to(self._model.device)
-            return self._model.extend_all(batch, ids)
+            hidden = self._model.extend_all(batch, ids)
         except Exception as error:  # noqa: BLE001 - one bad pass must not end other requests
             return self.failed(rows, error)
+        self._keep_marked(rows, hidden)
+        return hidden
+
+    def _keep_marked(self, rows: list[Row], hidden: torch.Tensor) -> None:
+        """Keep the hidden states at marks that have run; `hidden` is [T, hidden]."""
+        if not self._marks:
+            return
+        at = 0
+        for row in rows:
+            state = self._requests[row.request]
+            mark = state.mark if row.cut.mark is None else row.cut.mark
+            if mark is not None and row.start <= mark < len(row.ids):
+                key = row.ids[: mark + 1].tobytes()
+                if key not in state.marked:
+                    state.marked[key] = hidden[at + mark - row.start].clone()
+            at += row.new
 
     def failed(self, rows: list[Row], error: Exception) -> RewardError:
         """Drop the rows of a pass that raised; the error to put in their place."""

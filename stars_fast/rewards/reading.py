@@ -12,14 +12,14 @@ import torch
 
 from stars_fast.rewards.tokens import Ids, TokenPrompt, common_length
 
-__all__ = ["Cut", "Head", "LastToken", "NextTokens", "Reading"]
+__all__ = ["LOGIT_BYTES", "Cut", "Head", "LastToken", "NextTokens", "Reading"]
 
-# Most bytes of one block of float32 logits.
-_LOGIT_BYTES = 64 << 20
+#: Most bytes of one block of float32 logits.
+LOGIT_BYTES = 64 << 20
 
 
 class Head(Protocol):
-    """A map from hidden states [N, hidden]: to rewards [N, 1], or to logits [N, vocab]."""
+    """A map from hidden states [N, hidden]: to rewards [N], or to logits [N, vocab]."""
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the map."""
@@ -40,12 +40,15 @@ class Cut:
         Index of the first one whose hidden state is read.
     following : int64 [N - first]
         The id after each of those, if the reading needs them.
+    mark : int, optional
+        An id before `first` whose hidden state is read too, though it may have run long ago.
     """
 
     ids: Ids
     keep: int
     first: int
     following: Ids
+    mark: int | None = None
 
     @property
     def read(self) -> bytes:
@@ -64,6 +67,10 @@ class Reading(ABC):
     @abstractmethod
     def prefix(self, prompt: TokenPrompt) -> int:
         """Return how many of the ids of r(x) are cached before there is any response."""
+
+    def mark(self, ids: Ids) -> int | None:
+        """Return which of the ids is a job's `Cut.mark`; ValueError if there has to be one."""
+        return None
 
     @abstractmethod
     def cut(self, ids: Ids, prompt: TokenPrompt, committed: Ids) -> Cut | float | Exception:
@@ -87,21 +94,21 @@ class Reading(ABC):
         Parameters
         ----------
         hidden : Tensor [sum of len(ids) - first, hidden]
-            The hidden states that are read, one job's after another's.
+            The hidden states that are read, one job's after another's; a job's mark before them.
         cuts : sequence of Cut
             The jobs, in that order.
         """
 
 
 class LastToken(Reading):
-    """A classifier's reward, read where transformers reads it: at the last token but padding.
+    """A reward read at the last token, where transformers' classifiers read it.
 
     Parameters
     ----------
     head : Head
-        The classifier's own head.
+        From hidden states to rewards [N].
     pad_token_id : int or None
-        The padding token that the classifier looks for.
+        A padding token, which the last token is not; None: the last token is any.
     """
 
     whose = "the reward model"
@@ -116,7 +123,7 @@ class LastToken(Reading):
         """Return the ids before the response."""
         return prompt.stem
 
-    def cut(self, ids: Ids, prompt: TokenPrompt, committed: Ids) -> Cut:
+    def cut(self, ids: Ids, prompt: TokenPrompt, committed: Ids) -> Cut | Exception:
         """Return the ids up to the last that is not padding."""
         end = len(ids)
         if self._pad is not None:
@@ -126,7 +133,7 @@ class LastToken(Reading):
 
     def values(self, hidden: torch.Tensor, cuts: Sequence[Cut]) -> list[float]:
         """Apply the head."""
-        rewards: list[float] = self._head(hidden).float()[:, 0].tolist()
+        rewards: list[float] = self._head(hidden).tolist()
         return rewards
 
 
@@ -152,7 +159,7 @@ class NextTokens(Reading):
 
     def __init__(self, head: Head, vocab_size: int) -> None:
         self._head = head
-        self._block = max(1, _LOGIT_BYTES // (4 * vocab_size))
+        self._block = max(1, LOGIT_BYTES // (4 * vocab_size))
 
     def prefix(self, prompt: TokenPrompt) -> int:
         """Return all ids but the last."""

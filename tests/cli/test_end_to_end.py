@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from stars_fast import Engine, StarsParams, demo
 from stars_fast.cli import generate, main
@@ -141,6 +144,8 @@ def test_bad_requests_are_recorded_and_harm_no_other(tmp_path: Path) -> None:
         (["--model", MODELS[1], "--reward-model", "{tmp}/none"], "{tmp}/none"),
         ([*MODELS, "--page-size", "0"], "page_size must be at least 1, got 0"),
         ([*MODELS, "--dtype", "float7"], "dtype"),
+        ([*MODELS, "--reward-head", "lable=0"], "reward_head must be name=value"),
+        ([*MODELS, "--reward-head", "label=good"], "reward_head names label 'good'; the labels"),
         ([*MODELS, "--device", "cpu", "--kv-dtype", "fp8"], "kv_dtype='fp8' needs the Triton"),
     ],
 )
@@ -154,6 +159,26 @@ def test_models_that_cannot_be_loaded_are_named(
     assert message.replace("{tmp}", str(tmp_path)) in err
     assert "Traceback" not in err
     assert out == ""
+
+
+def test_one_of_two_labels(tmp_path: Path) -> None:
+    """A classifier of two labels, of which the second is the demo's reward, gives its results."""
+    folder = tmp_path / "two"
+    shutil.copytree(MODELS[3], folder)
+    weights = load_file(folder / "model.safetensors")
+    score = weights["score.weight"]
+    weights["score.weight"] = torch.cat((3 - score, score))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    names = {"id2label": {"0": "dull", "1": "good"}, "label2id": {"dull": 0, "good": 1}}
+    (folder / "config.json").write_text(json.dumps({**config, **names}))
+    flags = [*SHORT, "--prompt", demo.prompts(1)[0], *TARGET, "--seed", "3"]
+    two = ["--model", MODELS[1], "--reward-model", str(folder), "--reward-head", "label=good"]
+    assert main(["generate", *two, *flags, "--output", str(tmp_path / "a")]) == 0
+    assert main(["generate", *MODELS, *flags, "--output", str(tmp_path / "b")]) == 0
+    ours, demos = (read(tmp_path / name)[1]["outputs"][0] for name in "ab")
+    assert ours["token_ids"] == demos["token_ids"]
+    assert ours["reward"] == pytest.approx(demos["reward"], abs=1e-5)
 
 
 def test_the_flags_have_the_defaults_of_the_engine() -> None:

@@ -14,9 +14,9 @@ from stars_fast.eval.specs import (
     names,
     spec_of_text,
     specs_of_json,
-    values_of,
     with_reference,
 )
+from stars_fast.named_values import values_of
 from stars_fast.params import StarsParams
 
 NAMES = ModelNames(("sft", "dpo"), ("value",))

@@ -28,11 +28,11 @@ FLOORS = (
     ("kernels",),
     ("records",),
     ("prompts", "params", "errors"),
-    ("decoders", "tokenization"),
-    ("methods", "outputs", "seeds", "core", "config", "demo", "tables"),
+    ("decoders", "tokenization", "config"),
+    ("methods", "outputs", "seeds", "core", "demo", "tables", "reward_head"),
     ("chats",),
     ("surrogates",),
-    ("_core",),
+    ("_core", "named_values"),
 )
 FLOOR = {package: number for number, floor in enumerate(FLOORS) for package in floor}
 

@@ -15,7 +15,6 @@ from stars_fast.errors import RewardError
 from stars_fast.models.paged import PagedModel
 from stars_fast.rewards import Prompt, ScoreJob, load_scorer
 from stars_fast.rewards.causal import CausalScorer
-from stars_fast.rewards.head import linear_head
 from stars_fast.rewards.reading import LastToken
 from stars_fast.rewards.text import make_template
 from stars_fast.rewards.tokens import SharedTokens
@@ -28,7 +27,7 @@ def plain_scorer(model: PreTrainedModel, num_pages: int, **options: Any) -> Caus
     """A scorer of prompt + response ids, its cache within reach of the test."""
     return CausalScorer(
         PagedModel(model, num_pages=num_pages, page_size=PAGE),
-        LastToken(linear_head(model), LM.pad_token_id),
+        LastToken(lambda hidden: model.score(hidden)[:, 0], LM.pad_token_id),
         SharedTokens(LM, make_template("plain", LM, pairs=False), len(LM)),
         num_pages=num_pages,
         page_size=PAGE,

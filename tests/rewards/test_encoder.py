@@ -62,6 +62,7 @@ def test_batches_are_cut_by_length_and_padding_is_not_counted() -> None:
         tokenizer,
         make_template("plain", tokenizer, pairs=True),
         context=128,
+        readout=lambda logits: logits[:, 0],
         max_batch_tokens=40,
     )
     scorer.start(0, Prompt("rice", [1], None), 10)
