@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.server_process import server_process
 
 from stars_fast.cli import main
 
@@ -28,17 +25,10 @@ def test_sigterm_finishes_what_is_under_way_and_exits(tmp_path: Path) -> None:
     prompts.write_text('{"prompt": "The film"}\n{"prompt": "This kettle"}\n')
     log = tmp_path / "log"
     flags = [
-        "--port", "0", "--target-reward", "auto", "--calibration-prompts", str(prompts),
+        "--target-reward", "auto", "--calibration-prompts", str(prompts),
         "--segment-length", "8", "--max-tokens", "24", "--num-pages", "400",
     ]  # fmt: skip
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from stars_fast.cli import main; raise SystemExit(main())",
-             "serve", *flags],
-            stderr=stream, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-    try:
-        url = _address(process, log)
+    with server_process(flags, log) as (url, process):
         assert httpx.get(f"{url}/ready").json() == {"status": "ok"}
         body = {"prompt": "The film", "n": 2, "max_tokens": 100, "seed": 1, "stream": True}
         ended: list[Any] = []
@@ -51,9 +41,6 @@ def test_sigterm_finishes_what_is_under_way_and_exits(tmp_path: Path) -> None:
         assert sum(reason is not None for reason in reasons) == 2
         assert "abort" not in reasons
         assert process.wait(60) == 0
-    finally:
-        process.kill()
-        process.wait()
     text = log.read_text()
     assert "quantile of 8 unaligned responses to 2 prompts" in text
     events = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
@@ -63,15 +50,6 @@ def test_sigterm_finishes_what_is_under_way_and_exits(tmp_path: Path) -> None:
     assert request["rm_tokens"] > 0
     assert "The film" not in text
     assert [e["event"] for e in events if e["logger"] == "stars_fast.server"][-1] == "stopped"
-
-
-def _address(process: subprocess.Popen[bytes], log: Path) -> str:
-    deadline = time.monotonic() + 120
-    while (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())) is None:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return found.group()
 
 
 @pytest.mark.parametrize(
