@@ -6,16 +6,20 @@ tensors, and never wait for it: any of them may be captured in a CUDA graph. Wit
 ``TRITON_INTERPRET=1`` in the environment they run on the CPU.
 """
 
+from stars_fast.kernels.adjust import adjust_named
 from stars_fast.kernels.attention import attention, paged_attention
 from stars_fast.kernels.attention_plan import AttentionPlan, PlanCapacity
 from stars_fast.kernels.pages import PoolTable, copy_pages, kv_append, pool_table
 from stars_fast.kernels.philox import philox4x32
 from stars_fast.kernels.sample import sample
+from stars_fast.kernels.token_logprobs import token_logprobs
+from stars_fast.kernels.top_tokens import top_tokens
 
 __all__ = [
     "AttentionPlan",
     "PlanCapacity",
     "PoolTable",
+    "adjust_named",
     "attention",
     "copy_pages",
     "kv_append",
@@ -23,4 +27,6 @@ __all__ = [
     "philox4x32",
     "pool_table",
     "sample",
+    "token_logprobs",
+    "top_tokens",
 ]

@@ -13,7 +13,7 @@ from stars_fast.kernels.aot import Variant
 from stars_fast.kernels.sample_finish import CAPACITY, MAX_SPLITS, sample_finish_kernel
 from stars_fast.kernels.sample_reduce import MINI, MINIS, PARTIALS, sample_reduce_kernel
 
-_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _FLOAT = (torch.float32,)
 _INT32 = (torch.int32,)
 _INT64 = (torch.int64,)
@@ -87,7 +87,7 @@ def sample(
     are accepted or rejected as a whole: arXiv 2511.03827; segments ended by entropy: arXiv
     2406.16306.
     """
-    rows, vocab_size = _check_logits(logits)
+    rows, vocab_size = check_logits(logits)
     device = logits.device
     for name, tensor, dtypes in (
         ("temperature", temperature, _FLOAT),
@@ -162,7 +162,7 @@ def variants() -> list[Variant]:
     }
     sizes = {"vocab_size": "i32", "splits": "i32"}
     found = []
-    for dtype in _DTYPES.values():
+    for dtype in DTYPES.values():
         inputs = _inputs_signature(dtype)
         for name, kernel, signature, warps in (
             ("reduce", sample_reduce_kernel, inputs | sizes, _REDUCE_WARPS),
@@ -181,6 +181,47 @@ def variants() -> list[Variant]:
                 )
             )
     return found
+
+
+def reduce_raw(logits: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Launch the first kernel on logits of which nothing is drawn.
+
+    Returns
+    -------
+    logits : Tensor
+        With contiguous rows, copied if they were not.
+    partial : Tensor
+        float32 ``[R, PARTIALS, splits]``.
+    splits : int
+        Chunks of a row.
+    """
+    rows, vocab_size = check_logits(logits)
+    device = logits.device
+    splits = triton.cdiv(vocab_size, _CHUNK)
+    bound = torch.empty((rows, splits * MINIS.value), device=device)
+    partial = torch.empty((rows, PARTIALS.value, splits), device=device)
+    if logits.stride(1) != 1 and vocab_size > 1:
+        logits = logits.contiguous()
+    if rows:
+        # Temperature 0: the bounds are plain maxima, without noise.
+        zeros = torch.zeros(rows, dtype=torch.int64, device=device)
+        number = zeros.view(torch.float32)[:rows]
+        sample_reduce_kernel[(rows * splits,)](
+            logits,
+            logits.stride(0),
+            number,
+            zeros.view(torch.int32)[:rows],
+            *(number, number),
+            *(zeros, zeros, zeros, zeros),
+            zeros.view(torch.bool)[:rows],
+            0,
+            bound,
+            partial,
+            vocab_size,
+            splits,
+            num_warps=_REDUCE_WARPS,
+        )
+    return logits, partial, splits
 
 
 def _inputs_signature(dtype: str) -> dict[str, str]:
@@ -202,8 +243,9 @@ def _inputs_signature(dtype: str) -> dict[str, str]:
     }
 
 
-def _check_logits(logits: Tensor) -> tuple[int, int]:
-    if logits.ndim != 2 or logits.dtype not in _DTYPES or not 1 <= logits.shape[1] <= _MAX_VOCAB:
+def check_logits(logits: Tensor) -> tuple[int, int]:
+    """Return R and V. Raises ValueError for logits that no kernel here takes."""
+    if logits.ndim != 2 or logits.dtype not in DTYPES or not 1 <= logits.shape[1] <= _MAX_VOCAB:
         raise ValueError(
             f"logits must be float32, bfloat16 or float16 [R, V] with 1 <= V <= {_MAX_VOCAB}, "
             f"got {logits.dtype} of shape {tuple(logits.shape)}"

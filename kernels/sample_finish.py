@@ -8,7 +8,7 @@ largest bounds. One program per row
 3. cuts the list by top-k, then by top-p;
 4. adds the noise to what is left, less what min-p removes, and takes the arg max.
 
-Floats are compared as integers of the same order (`_order_of`), an entry as its value followed by
+Floats are compared as integers of the same order (`order_of`), an entry as its value followed by
 its index (`_entry_of`), so that bisection is over integers: it ends after as many steps as they
 have bits, and it is exact. Probabilities are summed as integers too, in units of 2**-44 of the
 most probable entry's, so that no sum depends on an order.
@@ -29,7 +29,7 @@ _WIDE = tl.constexpr(512)  # the same where there are more of them
 _INDEX_BITS = tl.constexpr(18)
 _HIGHEST_INDEX = tl.constexpr((1 << 18) - 1)
 _UNIT = tl.constexpr(2.0**44)  # V * _UNIT <= 2**62
-_LOWEST = tl.constexpr(-2139095040)  # `_order_of` the lowest finite float32; -inf is one less
+_LOWEST = tl.constexpr(-2139095040)  # `order_of` the lowest finite float32; -inf is one less
 _NO_ENTRY = tl.constexpr((-2139095040 << 18) - 1)  # below every finite entry, its value is -inf
 _SCORE_EXCESS = tl.constexpr(4.2)  # > log2(16.64) + 0.0861, see `sample_reduce`
 _FIRST_GUESS = tl.constexpr(64)  # mini-chunks that most often hold what top-p keeps
@@ -75,10 +75,8 @@ def sample_finish_kernel(  # type: ignore[no-untyped-def]
     inside = split < splits
     partial = partial_ptr + row.to(tl.int64) * PARTIALS * splits
     peaks = tl.load(partial + split, mask=inside, other=-float("inf"))
-    masses = tl.load(partial + splits + split, mask=inside, other=0)
-    is_nan = masses != masses  # noqa: PLR0124 - Triton has no isnan
-    peak = tl.max(tl.where(is_nan, -float("inf"), peaks), axis=0)
-    if (tl.max(is_nan.to(tl.int32), axis=0) != 0) | (peak == -float("inf")):
+    peak, mass, entropy, ok = summed(peaks, partial, splits)
+    if ok == 0:
         tl.store(token_ptr + row, 0)
         tl.store(logprob_ptr + row, float("nan"))
         tl.store(truncated_logprob_ptr + row, float("nan"))
@@ -86,13 +84,8 @@ def sample_finish_kernel(  # type: ignore[no-untyped-def]
         tl.store(ok_ptr + row, False)
         return
 
-    moments = tl.load(partial + 2 * splits + split, mask=inside, other=0).to(tl.float64)
-    below = peaks.to(tl.float64) - peak  # log of a chunk's share, so that 0 * -inf must be 0
-    share = tl.exp(below)
-    mass = tl.sum(share * masses, axis=0)
-    shifted = moments + tl.where(below > -float("inf"), below, 0.0) * masses
     log_mass = tl.log(mass)
-    tl.store(entropy_ptr + row, log_mass - tl.sum(share * shifted, axis=0) / mass)
+    tl.store(entropy_ptr + row, entropy)
     tl.store(ok_ptr + row, True)
 
     row_ptr = logits_ptr + row.to(tl.int64) * logits_stride
@@ -101,6 +94,7 @@ def sample_finish_kernel(  # type: ignore[no-untyped-def]
     scaled_peak = tl.div_rn(peak, tl.where(temperature == 0, 1.0, temperature))
     if (temperature != 0) & (tl.abs(scaled_peak) < float("inf")):
         scaled_masses = tl.load(partial + 3 * splits + split, mask=inside, other=0)
+        below = peaks.to(tl.float64) - peak
         scaled_mass = tl.sum(tl.exp(below / temperature) * scaled_masses, axis=0)
         token, log_kept = _draw(
             row_ptr,
@@ -133,6 +127,28 @@ def sample_finish_kernel(  # type: ignore[no-untyped-def]
     tl.store(token_ptr + row, token)
     tl.store(truncated_logprob_ptr + row, truncated)
     tl.store(logprob_ptr + row, (value.to(tl.float64) - peak) - log_mass)
+
+
+@triton.jit
+def summed(peaks, partial, splits):  # type: ignore[no-untyped-def]
+    """A row's peak, its float64 mass relative to that, its entropy, and 1 if it is a distribution.
+
+    `peaks` are the first of the row's partial numbers, ``[MAX_SPLITS]``.
+    """
+    split = tl.arange(0, MAX_SPLITS)
+    inside = split < splits
+    masses = tl.load(partial + splits + split, mask=inside, other=0)
+    is_nan = masses != masses  # noqa: PLR0124 - Triton has no isnan
+    peak = tl.max(tl.where(is_nan, -float("inf"), peaks), axis=0)
+    bad = (tl.max(is_nan.to(tl.int32), axis=0) != 0) | (peak == -float("inf"))
+    peak = tl.where(bad, 0.0, peak)
+    moments = tl.load(partial + 2 * splits + split, mask=inside, other=0).to(tl.float64)
+    below = peaks.to(tl.float64) - peak  # log of a chunk's share, so that 0 * -inf must be 0
+    share = tl.exp(below)
+    mass = tl.where(bad, 1.0, tl.sum(share * masses, axis=0))
+    shifted = moments + tl.where(below > -float("inf"), below, 0.0) * masses
+    entropy = tl.log(mass) - tl.sum(share * shifted, axis=0) / mass
+    return peak, mass, entropy, tl.where(bad, 0, 1)
 
 
 @triton.jit
@@ -174,7 +190,7 @@ def _draw(  # type: ignore[no-untyped-def]
             bound += (chunk_peak - peak) * log2_scale(temperature)
         else:
             bound = tl.div_rn(bound, temperature)
-        order = _order_of(bound)
+        order = order_of(bound)
         least = tl.minimum(least, tl.where(order < _LOWEST, 0x7FFFFFFF, order))  # no -inf
         most = tl.maximum(most, order)
         tl.store(orders_ptr + at, order, mask=inside)
@@ -182,9 +198,9 @@ def _draw(  # type: ignore[no-untyped-def]
     lowest = tl.min(least, axis=0)
     highest = tl.max(most, axis=0)
     if full:
-        floor = _order_of(_float_of(highest) - _SCORE_EXCESS - slack * LOG2_E)
+        floor = order_of(_float_of(highest) - _SCORE_EXCESS - slack * LOG2_E)
     else:
-        floor = _order_of((scaled_peak + log_min_p - slack).to(tl.float32))
+        floor = order_of((scaled_peak + log_min_p - slack).to(tl.float32))
     floor = tl.maximum(floor, _LOWEST)
 
     minis = tl.full((), 0, tl.int32)
@@ -212,7 +228,7 @@ def _draw(  # type: ignore[no-untyped-def]
     row = (row_ptr, minis_ptr, list_ptr, vocab_size, temperature, floor)
     entries = (row, listed, tl.where(listed, found, minis * MINI))
     cut = floor.to(tl.int64) << _INDEX_BITS
-    end = (_order_of(scaled_peak).to(tl.int64) << _INDEX_BITS) | _HIGHEST_INDEX
+    end = (order_of(scaled_peak).to(tl.int64) << _INDEX_BITS) | _HIGHEST_INDEX
     if by_top_k & (found > top_k):
         cut = _cut(entries, top_k.to(tl.int64), cut, end, scaled_peak, True)
     if by_top_p:
@@ -225,7 +241,7 @@ def _draw(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _order_of(x):  # type: ignore[no-untyped-def]
+def order_of(x):  # type: ignore[no-untyped-def]
     """Float32 as int32 of the same order; 0.0 and -0.0 are one."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -239,7 +255,7 @@ def _float_of(order):  # type: ignore[no-untyped-def]
 @triton.jit
 def _entry_of(x, index):  # type: ignore[no-untyped-def]
     """A value and its index in one int64: by value, and of equal values by index."""
-    return (_order_of(x).to(tl.int64) << _INDEX_BITS) | index
+    return (order_of(x).to(tl.int64) << _INDEX_BITS) | index
 
 
 @triton.jit

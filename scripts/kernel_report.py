@@ -21,7 +21,9 @@ from tqdm import tqdm
 
 from stars_fast.kernels.aot import ARCHITECTURES, SHARED_LIMIT, Resources, Variant, resources
 
-MODULES = ("philox", "pages", "sample", "attention")
+MODULES = (
+    "philox", "pages", "sample", "adjust", "token_logprobs", "top_tokens", "attention",
+)  # fmt: skip
 VARIANTS: list[Variant] = [
     form
     for module in MODULES

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from stars_fast.chats import checked_kwargs
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +40,12 @@ class EngineConfig:
             "what the reward model reads: chat, plain, or text with {prompt} and {response} "
             "(default: its chat template if it has one)",
             metavar="TEXT",
+        ),
+    )
+    chat_template_kwargs: Mapping[str, Any] | None = field(
+        default=None,
+        metadata=_flag(
+            'variables of the chat template, such as {"enable_thinking": false}', metavar="JSON"
         ),
     )
     dtype: str | torch.dtype = field(
@@ -90,6 +98,8 @@ class EngineConfig:
     tensor_parallel: bool = False
 
     def __post_init__(self) -> None:
+        if self.chat_template_kwargs is not None:
+            checked_kwargs(self.chat_template_kwargs)
         if self.page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {self.page_size}")
         if self.max_rows < 1:

@@ -59,18 +59,23 @@ class CompletionOutput:
     index
         0 .. n - 1.
     text
-        The response, without special tokens and without the stop text that ended it.
+        The response, without special tokens and without the stop text that ended it: what its
+        tokens add to the prompt's text. While the request runs it is what further tokens do not
+        change, all but the bytes of a character that lacks others.
     token_ids
         Every committed token, an end-of-sequence or stop token included.
     logprobs
-        Natural log-probability of each token under the model's raw distribution (before
-        temperature and filters).
+        Natural log-probability of each token under the model's raw distribution (before penalties,
+        biases, temperature and filters).
     reward
         Reward of the response so far; None if nothing scored it.
     finish_reason
         None while the request runs.
     segments
         The committed segments, in order.
+    top_logprobs
+        With ``StarsParams(top_logprobs=...)``: at each position the most likely tokens with their
+        log-probabilities under the same distribution, the most likely first; else empty.
     """
 
     index: int
@@ -80,6 +85,7 @@ class CompletionOutput:
     reward: float | None = None
     finish_reason: FinishReason | None = None
     segments: list[Segment] = field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
 
 
 @dataclass

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from inspect import cleandoc
 from numbers import Integral, Real
+from textwrap import indent
 from typing import Any, Literal, get_args
 
 from stars_fast.methods import COMMON, GIBBS, METHODS, Method, MethodKind, has_gibbs, kind_of
 
 __all__ = ["Acceptance", "CardsRules", "Method", "SegmentEnd", "StarsParams"]
-__all__ += ["RANGES", "Range", "field_texts", "with_fields"]
+__all__ += ["RANGES", "TEXTS", "Range", "plain_text", "with_fields"]
 
 Acceptance = Literal["soft", "hard", "gibbs"]
 CardsRules = Literal["paper", "public"]
@@ -54,6 +54,8 @@ class Range:
             right = f"{self.below})" if self.below is not None else f"{self.high}]"
             over = self.above is None or number > self.above
             under = self.below is None or number < self.below
+            if math.isinf(self.low) and math.isinf(self.high) and self.below is None and not over:
+                raise ValueError(f"{name} must be above {self.above}{also}, got {value!r}")
             if not (over and under and self.low <= number <= self.high):
                 raise ValueError(f"{name} must be in {left}, {right}, got {value!r}")
         if not self.low <= number <= self.high:
@@ -84,24 +86,32 @@ def _finite(name: str, value: object, also: str) -> float:
     return number
 
 
-def _in(default: Any, allowed: Range) -> Any:  # noqa: ANN401 - a field of any type
-    """A field whose values have a range."""
-    return field(default=default, metadata={"range": allowed})
+def _about(text: str, allowed: Range | None = None) -> dict[str, Any]:
+    """Metadata of a field: what it is and, where its values have one, their range."""
+    return {"text": cleandoc(text), "range": allowed}
 
 
 _COUNT = Range(1, _MOST, whole=True)
 _PART = Range(0, 1)
 _TOKEN_ID = Range(0, 2**31 - 1, whole=True)
 _SEED = Range(0, 2**64 - 1, whole=True)
+_BIAS = Range(-100, 100)
 
 
 @dataclass(frozen=True)
 class StarsParams:
     """What one request asks for. Frozen; unknown names are a ``TypeError``.
 
-    Parameters
-    ----------
-    method
+    Raises
+    ------
+    ValueError, TypeError
+        At construction, naming the parameter, its value and the allowed range. Counts and token
+        ids are below 2**28.
+    """
+
+    method: Method = field(
+        default="stars",
+        metadata=_about("""
         ``"stars"`` (arXiv 2511.03827): segments, tested in turn.
         ``"vanilla"``: plain sampling.
         ``"best_of_n"``: `candidates` whole responses, the best-scored one is returned.
@@ -123,25 +133,67 @@ class StarsParams:
         ``"persona_judge"`` (arXiv 2504.12663): single tokens, each accepted with probability
         min(1, p_judge / p_draft) by the same model under another prompt (`rewards.Persona`).
         A parameter that is not one of the method's own is an error.
-    segment_length
-        K: tokens of a segment, at least 1; with ``"cards"`` its longest.
-    target_reward
-        r*: the reward the threshold schedule rises to. A number; ``"auto"``: the 0.9 quantile of
-        the rewards of unaligned samples (`Engine.calibrate`); None: what the engine was last
-        calibrated to.
-    beta
-        Softness of the accept test or choice, in units of reward, above 0. Not the sampling
-        temperature.
-    alpha
-        Where the schedule starts, in [0, 1]: 0 at the prompt's own reward, 1 at `target_reward`.
-    max_attempts
-        R: attempts of a segment before the best-scored of them is kept, at least 1.
-    candidates
-        N: attempts drawn side by side in one round, at least 1, or ``"auto"``: as many as pay off.
-        Changes the speed, never the tokens. With ``"best_of_n"``, ``"speculative_rejection"``,
-        ``"smc"``, ``"args"`` and ``acceptance="gibbs"`` it is part of the method: the number of
-        responses, paths, tokens or segments there are to choose from (``"auto"``: 8, of tokens 10).
-    acceptance
+        """),
+    )
+    segment_length: int = field(
+        default=32,
+        metadata=_about(
+            'K: tokens of a segment, at least 1; with ``"cards"`` its longest.', _COUNT
+        ),
+    )
+    target_reward: float | Literal["auto"] | None = field(
+        default=None,
+        metadata=_about(
+            """
+            r*: the reward the threshold schedule rises to. A number; ``"auto"``: the 0.9 quantile
+            of the rewards of unaligned samples (`Engine.calibrate`); None: what the engine was last
+            calibrated to.
+            """,
+            Range(),
+        ),
+    )
+    beta: float = field(
+        default=0.7,
+        metadata=_about(
+            """
+            Softness of the accept test or choice, in units of reward, above 0. Not the sampling
+            temperature.
+            """,
+            Range(),
+        ),
+    )
+    alpha: float = field(
+        default=0.5,
+        metadata=_about(
+            """
+            Where the schedule starts, in [0, 1]: 0 at the prompt's own reward, 1 at
+            `target_reward`.
+            """,
+            _PART,
+        ),
+    )
+    max_attempts: int = field(
+        default=20,
+        metadata=_about(
+            "R: attempts of a segment before the best-scored of them is kept, at least 1.", _COUNT
+        ),
+    )
+    candidates: int | Literal["auto"] = field(
+        default="auto",
+        metadata=_about(
+            """
+            N: attempts drawn side by side in one round, at least 1, or ``"auto"``: as many as pay
+            off. Changes the speed, never the tokens. With ``"best_of_n"``,
+            ``"speculative_rejection"``, ``"smc"``, ``"args"`` and ``acceptance="gibbs"`` it is part
+            of the method: the number of responses, paths, tokens or segments there are to choose
+            from (``"auto"``: 8, of tokens 10).
+            """,
+            _COUNT,
+        ),
+    )
+    acceptance: Acceptance = field(
+        default="soft",
+        metadata=_about("""
         ``"soft"``: accept with probability min(1, exp((r - tau) / beta)). ``"hard"``: iff r >= tau.
         ``"gibbs"``, with ``"stars"`` only: choose among the N candidates of a segment with
         probability proportional to exp(r / beta). It needs no target. Each choice is
@@ -150,86 +202,209 @@ class StarsParams:
         follows the rewards of prefixes, as every method that decides segment by segment.
         With ``"mara"``, r is the log-probability of "accept": ``"soft"`` accepts with that
         probability, ``"hard"`` from one half on.
-    temperature, top_k, top_p, min_p
-        Sampling, applied in this order with the tie rules of transformers' warpers.
-        ``temperature=0`` is greedy; every attempt would then be the same, so only one is made.
-        ``top_k=0`` and ``top_p=1.0`` and ``min_p=0.0`` switch the filter off.
-    max_tokens
-        M: the budget of response tokens, at least 1.
-    seed
-        64-bit key of every draw of the request, in [0, 2**64). None: derived from the engine's seed
-        and the number of requests before this one.
-    stop
-        Text, or texts, that end the response; the text found is not part of the output text.
-    stop_token_ids
-        Tokens that end the response, beside the model's end-of-sequence tokens.
-    ignore_eos
-        Do not end at the model's end-of-sequence tokens.
-    n
-        Responses to return, at least 1. Each has its own draws.
-    trace
-        Keep the rejected attempts of each segment in `Segment.rejected`.
-    rules
+        """),
+    )
+    temperature: float = field(
+        default=0.8,
+        metadata=_about(
+            """
+            Sampling temperature, at least 0, applied before `top_k`, `top_p` and `min_p`. 0 is
+            greedy; every attempt would then be the same, so only one is made.
+            """,
+            Range(0),
+        ),
+    )
+    top_k: int = field(
+        default=40,
+        metadata=_about(
+            """
+            Draw from this many most likely tokens and those that tie with the last; 0 is off. The
+            filters apply in the order `top_k`, `top_p`, `min_p`, with the tie rules of
+            transformers' warpers.
+            """,
+            Range(0, _MOST, whole=True),
+        ),
+    )
+    top_p: float = field(
+        default=1.0,
+        metadata=_about(
+            """
+            Draw from the most likely tokens whose probabilities sum up to this, in (0, 1]; 1 is
+            off.
+            """,
+            Range(above=0, high=1),
+        ),
+    )
+    min_p: float = field(
+        default=0.0,
+        metadata=_about(
+            """
+            Draw from the tokens with at least this part of the largest probability, in [0, 1]; 0 is
+            off.
+            """,
+            _PART,
+        ),
+    )
+    repetition_penalty: float = field(
+        default=1.0,
+        metadata=_about(
+            """
+            Divides the positive logits, and multiplies the negative ones, of every token that the
+            prompt or the response has, above 0; 1 is off (arXiv 1909.05858).
+            """,
+            Range(above=0),
+        ),
+    )
+    presence_penalty: float = field(
+        default=0.0,
+        metadata=_about(
+            "Taken from the logit of every token that the response has, in [-2, 2]; 0 is off.",
+            Range(-2, 2),
+        ),
+    )
+    frequency_penalty: float = field(
+        default=0.0,
+        metadata=_about(
+            """
+            Taken from the logit of every token of the response, as many times as it is there, in
+            [-2, 2]; 0 is off.
+            """,
+            Range(-2, 2),
+        ),
+    )
+    logit_bias: Mapping[int, float] | None = field(
+        default=None,
+        hash=False,
+        metadata=_about(
+            "Added to the logits of tokens, by token id, in [-100, 100]; before any penalty."
+        ),
+    )
+    min_tokens: int = field(
+        default=0,
+        metadata=_about(
+            """
+            Tokens of the response before a token can end it: until then end-of-sequence tokens and
+            `stop_token_ids` are not drawn. At most `max_tokens`. Texts of `stop` end it earlier.
+            """,
+            Range(0, _MOST, whole=True),
+        ),
+    )
+    top_logprobs: int = field(
+        default=0,
+        metadata=_about(
+            """
+            Keep so many most likely tokens of each position with their log-probabilities in
+            `CompletionOutput.top_logprobs`, in [0, 20]; of the model's raw distribution, before
+            penalties, biases, temperature and filters.
+            """,
+            Range(0, 20, whole=True),
+        ),
+    )
+    max_tokens: int = field(
+        default=128, metadata=_about("M: the budget of response tokens, at least 1.", _COUNT)
+    )
+    seed: int | None = field(
+        default=None,
+        metadata=_about(
+            """
+            64-bit key of every draw of the request, in [0, 2**64). None: derived from the engine's
+            seed and the number of requests before this one.
+            """,
+            _SEED,
+        ),
+    )
+    stop: str | Sequence[str] | None = field(
+        default=None,
+        metadata=_about(
+            "Text, or texts, that end the response; the text found is not part of the output text."
+        ),
+    )
+    stop_token_ids: Sequence[int] | None = field(
+        default=None,
+        metadata=_about("Tokens that end the response, beside the model's end-of-sequence tokens."),
+    )
+    ignore_eos: bool = field(
+        default=False, metadata=_about("Do not end at the model's end-of-sequence tokens.")
+    )
+    n: int = field(
+        default=1,
+        metadata=_about("Responses to return, at least 1. Each has its own draws.", _COUNT),
+    )
+    trace: bool = field(
+        default=False,
+        metadata=_about("Keep the rejected attempts of each segment in `Segment.rejected`."),
+    )
+    entropy_threshold: float = field(
+        default=3.0,
+        metadata=_about(
+            """
+            With ``"cards"``: a segment ends before the token whose distribution, the model's raw
+            one, has at least this entropy, in nats, at least 0.
+            """,
+            Range(0),
+        ),
+    )
+    min_segment_length: int = field(
+        default=4,
+        metadata=_about(
+            """
+            With ``"cards"`` and `segment_end`: tokens before the entropy, or a border, ends a
+            segment, at least 1.
+            """,
+            _COUNT,
+        ),
+    )
+    rules: CardsRules = field(
+        default="paper",
+        metadata=_about("""
         With ``"cards"``: ``"paper"``, or ``"public"`` to follow the published code where that
         differs: end-of-sequence tokens end nothing, a segment may end past `max_tokens`, and after
         `max_attempts` rejections one attempt more is made, without a test, before the best is kept.
-    entropy_threshold
-        With ``"cards"``: a segment ends before the token whose distribution, the model's raw
-        one, has at least this entropy, in nats, at least 0.
-    min_segment_length
-        With ``"cards"`` and `segment_end`: tokens before the entropy, or a border, ends a segment,
-        at least 1.
-    segment_end
+        """),
+    )
+    reward_weight: float = field(
+        default=1.5,
+        metadata=_about(
+            'With ``"args"``: weight of the reward beside the log-probability, at least 0.',
+            Range(0),
+        ),
+    )
+    rejection_rate: float = field(
+        default=0.5,
+        metadata=_about(
+            """
+            With ``"speculative_rejection"``: part of the responses that ends at each boundary, in
+            [0, 1).
+            """,
+            Range(0, below=1),
+        ),
+    )
+    ess_threshold: float = field(
+        default=0.5,
+        metadata=_about(
+            """
+            With ``"smc"``: paths are resampled when their effective number, (sum w)^2 / sum w^2,
+            falls below this part of them, in [0, 1].
+            """,
+            _PART,
+        ),
+    )
+    calibrate_prefixes: bool = field(
+        default=False,
+        metadata=_about("""
+        Replace the reward of an unfinished response by what `Engine.calibrate` found it to predict
+        of the finished one, see `PrefixCalibration`.
+        """),
+    )
+    segment_end: SegmentEnd = field(
+        default="length",
+        metadata=_about("""
         ``"length"``: segments have `segment_length` tokens. ``"sentence"``: they end after a token
         that ends a sentence (.!? or a line break), ``"clause"``: or a clause (,;:), and have
         `segment_length` tokens at most. Reward models judge a finished thought better than half a
         one.
-    reward_weight
-        With ``"args"``: weight of the reward beside the log-probability, at least 0.
-    rejection_rate
-        With ``"speculative_rejection"``: part of the responses that ends at each boundary, in
-        [0, 1).
-    ess_threshold
-        With ``"smc"``: paths are resampled when their effective number, (sum w)^2 / sum w^2, falls
-        below this part of them, in [0, 1].
-    calibrate_prefixes
-        Replace the reward of an unfinished response by what `Engine.calibrate` found it to predict
-        of the finished one, see `PrefixCalibration`.
-
-    Raises
-    ------
-    ValueError, TypeError
-        At construction, naming the parameter, its value and the allowed range. Counts and token
-        ids are below 2**28.
-    """
-
-    method: Method = "stars"
-    segment_length: int = _in(32, _COUNT)
-    target_reward: float | Literal["auto"] | None = _in(None, Range())
-    beta: float = _in(0.7, Range())
-    alpha: float = _in(0.5, _PART)
-    max_attempts: int = _in(20, _COUNT)
-    candidates: int | Literal["auto"] = _in("auto", _COUNT)
-    acceptance: Acceptance = "soft"
-    temperature: float = _in(0.8, Range(0))
-    top_k: int = _in(40, Range(0, _MOST, whole=True))
-    top_p: float = _in(1.0, Range(above=0, high=1))
-    min_p: float = _in(0.0, _PART)
-    max_tokens: int = _in(128, _COUNT)
-    seed: int | None = _in(None, _SEED)
-    stop: str | Sequence[str] | None = None
-    stop_token_ids: Sequence[int] | None = None
-    ignore_eos: bool = False
-    n: int = _in(1, _COUNT)
-    trace: bool = False
-    entropy_threshold: float = _in(3.0, Range(0))
-    min_segment_length: int = _in(4, _COUNT)
-    rules: CardsRules = "paper"
-    reward_weight: float = _in(1.5, Range(0))
-    rejection_rate: float = _in(0.5, Range(0, below=1))
-    ess_threshold: float = _in(0.5, _PART)
-    calibrate_prefixes: bool = False
-    segment_end: SegmentEnd = "length"
+        """),
+    )
 
     def __post_init__(self) -> None:
         _choice("method", self.method, get_args(Method))
@@ -248,9 +423,14 @@ class StarsParams:
         for flag in ("ignore_eos", "trace", "calibrate_prefixes"):
             if not isinstance(getattr(self, flag), bool):
                 raise TypeError(f"{flag} must be a bool, got {getattr(self, flag)!r}")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens must be at most max_tokens, {self.max_tokens}, got {self.min_tokens}"
+            )
         # Sequences become tuples, so that a frozen object cannot change under its owner.
         object.__setattr__(self, "stop", _stop_texts(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
 
     def _check_own_parameters(self) -> None:
         if self.acceptance == "gibbs" and not has_gibbs(self.method):
@@ -339,8 +519,16 @@ class StarsParams:
 
 #: Of the fields that have one, by name.
 RANGES: dict[str, Range] = {
-    one.name: one.metadata["range"] for one in fields(StarsParams) if "range" in one.metadata
+    one.name: one.metadata["range"] for one in fields(StarsParams) if one.metadata["range"]
 }
+
+#: What each field is, in numpy style.
+TEXTS: dict[str, str] = {one.name: one.metadata["text"] for one in fields(StarsParams)}
+
+# What `help` shows.
+_SUMMARY, _, _RAISES = cleandoc(StarsParams.__doc__ or "").partition("\n\n")
+_PARAMETERS = "".join(f"{name}\n{indent(text, '    ')}\n" for name, text in TEXTS.items())
+StarsParams.__doc__ = f"{_SUMMARY}\n\nParameters\n----------\n{_PARAMETERS}\n{_RAISES}"
 
 #: Values beside the range, and how an error names them.
 _ALSO: dict[str, dict[object, str]] = {
@@ -368,24 +556,9 @@ def with_fields(params: StarsParams, values: Mapping[str, object]) -> StarsParam
     return replace(params, **changes)
 
 
-def field_texts(docstring: str) -> dict[str, str]:
-    """Field descriptions of the ``Parameters`` section of a numpy-style docstring.
-
-    Of fields that share one description the first carries it and the others point to it.
-    """
-    section = re.search(
-        r"^Parameters\n-+\n(.*?)(?=^\S[^\n]*\n-+\n|\Z)",
-        cleandoc(docstring),
-        re.MULTILINE | re.DOTALL,
-    )
-    texts: dict[str, str] = {}
-    for entry in re.split(r"^(?=\S)", section[1] if section else "", flags=re.MULTILINE):
-        heading, _, body = entry.partition("\n")
-        first, *others = re.split(r"\s*,\s*", heading.partition(" : ")[0].strip())
-        if first:
-            texts[first] = " ".join(body.replace("`", "").split())
-            texts |= {name: f"See --{first.replace('_', '-')}." for name in others}
-    return texts
+def plain_text(name: str) -> str:
+    """Return what a field is as one line without markup, for help texts and descriptions."""
+    return " ".join(TEXTS[name].replace("`", "").split())
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -413,3 +586,20 @@ def _stop_ids(value: Sequence[int] | None) -> tuple[int, ...] | None:
     for token in value:
         _TOKEN_ID.check("stop_token_ids", token)
     return tuple(int(token) for token in value) or None
+
+
+def _biases(value: Mapping[Any, float] | None) -> dict[int, float] | None:
+    """Return a copy by token id; JSON has ids as texts."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise TypeError(f"logit_bias must be a mapping of token ids to numbers, got {value!r}")
+    found: dict[int, float] = {}
+    for key, bias in value.items():
+        token = int(key) if isinstance(key, str) and key.isdecimal() else key
+        _TOKEN_ID.check("logit_bias: a token id", token)
+        if int(token) in found:
+            raise ValueError(f"logit_bias has token id {token} twice")
+        _BIAS.check(f"logit_bias[{token}]", bias)
+        found[int(token)] = float(bias)
+    return found or None

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from stars_fast.chats import CHAT_OPTIONS, ChatLike, chat_of, is_chat, render
+from stars_fast.decoders import prompt_text
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -22,28 +25,29 @@ class Prompt:
         The prompt as the language model reads it, its chat template applied.
     token_ids : list[int]
         The same as token ids of the language model.
-    messages : list[dict[str, str]] or None
+    messages : list[dict[str, Any]] or None
         The chat messages it was made from; None for a prompt given as text or token ids.
     """
 
     text: str
     token_ids: list[int]
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
 
 
-#: One prompt: text, token ids, or chat messages ({"role": ..., "content": ...}).
-PromptLike = str | Sequence[int] | Sequence[Mapping[str, str]]
+#: One prompt: text, token ids, chat messages ({"role": ..., "content": ...}), or an object with
+#: ``messages`` and what their template is told (`stars_fast.chats.CHAT_OPTIONS`).
+PromptLike: TypeAlias = "str | Sequence[int] | ChatLike"
 
 
 def as_prompt_list(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
-    """Return the prompts as a list: a single text, id list or message list is a list of one.
+    """Return the prompts as a list: a single text, id list or chat is a list of one.
 
     Raises
     ------
     TypeError
         If `prompts` is none of the forms a prompt can have.
     """
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | Mapping):
         return [prompts]
     if not isinstance(prompts, Sequence):
         raise TypeError(
@@ -51,7 +55,8 @@ def as_prompt_list(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLik
             f"got {type(prompts).__name__}"
         )
     if prompts and isinstance(prompts[0], Mapping | Integral):
-        return [prompts]  # type: ignore[list-item]
+        several = isinstance(prompts[0], Mapping) and "messages" in prompts[0]
+        return list(prompts) if several else [prompts]  # type: ignore[arg-type, list-item]
     return list(prompts)  # type: ignore[arg-type]
 
 
@@ -66,14 +71,21 @@ class PromptReader:
         Of the language model.
     max_length
         Its context, in tokens; None if it has no limit.
+    template_kwargs
+        Variables of the chat template, where a chat does not say otherwise.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, max_length: int | None
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        vocab_size: int,
+        max_length: int | None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_length = max_length
+        self._template_kwargs = template_kwargs or {}
 
     def read(self, prompt: PromptLike | Prompt, max_tokens: int) -> Prompt:
         """Return the prompt with its ids, ready to be continued by `max_tokens` tokens.
@@ -96,51 +108,32 @@ class PromptReader:
                 raise ValueError("prompt is empty: give text, or token ids such as [bos_token_id]")
             ids = self._need_tokenizer("a text prompt")(prompt)["input_ids"]
             return Prompt(prompt, list(ids), None)
+        if is_chat(prompt):
+            return self._parse_chat(prompt)  # type: ignore[arg-type]
         if not isinstance(prompt, Sequence):
             raise TypeError(
                 f"prompt must be text, token ids or chat messages, got {type(prompt).__name__}"
             )
         if not prompt:
             raise ValueError("prompt is empty: it needs at least one token")
-        if isinstance(prompt[0], Mapping):
-            return self._parse_chat(prompt)  # type: ignore[arg-type]
         ids = _checked_ids(prompt)
         self._check_range(ids)  # tokenizers fail on ids of more than 32 bits
         return Prompt(self._decode(ids), ids, None)
 
-    def _parse_chat(self, messages: Sequence[Mapping[str, str]]) -> Prompt:
-        for number, message in enumerate(messages):
-            if (
-                not isinstance(message, Mapping)
-                or not isinstance(message.get("role"), str)
-                or not isinstance(message.get("content"), str)
-            ):
-                raise ValueError(
-                    f'prompt message {number} must be {{"role": text, "content": text}}, '
-                    f"got {message!r}"
-                )
+    def _parse_chat(self, prompt: ChatLike) -> Prompt:
+        chat = chat_of(prompt)
         tokenizer = self._need_tokenizer("a chat prompt")
-        if not tokenizer.chat_template:
-            raise ValueError(
-                "prompt is a list of chat messages, but the tokenizer has no chat template"
-            )
-        from jinja2 import TemplateError
-
-        plain = [dict(message) for message in messages]
-        try:
-            text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:  # some templates refuse roles, or their order
-            raise ValueError(f"prompt is refused by the chat template: {error}") from error
+        text = render(chat, tokenizer, self._template_kwargs)
         # The template writes its own special tokens.
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return Prompt(str(text), list(ids), plain)
+        return Prompt(text, list(ids), chat.plain_messages)
 
     def _decode(self, ids: list[int]) -> str:
         if self._tokenizer is None:
             return ""
         # Whoever tokenises the text again adds its own leading BOS.
         start = 1 if ids[0] == self._tokenizer.bos_token_id else 0
-        return str(self._tokenizer.decode(ids[start:]))
+        return prompt_text(self._tokenizer, ids[start:])
 
     def _need_tokenizer(self, what: str) -> PreTrainedTokenizerBase:
         if self._tokenizer is None:
@@ -178,7 +171,7 @@ def _checked_ids(prompt: Sequence[Any]) -> list[int]:
 
 # In JSON records
 
-PromptValue: TypeAlias = "str | list[int] | list[dict[str, str]]"
+PromptValue: TypeAlias = "str | list[int] | list[dict[str, Any]] | dict[str, Any]"
 
 #: A record has one of these.
 PROMPT_KEYS = ("prompt", "messages", "prompt_token_ids")
@@ -229,16 +222,26 @@ def json_of(text: str) -> object:
 def prompt_of(record: Mapping[str, object]) -> PromptValue:
     """Read the prompt of a record, which has one of `PROMPT_KEYS`.
 
+    Beside ``messages`` it may have some of `CHAT_OPTIONS`: the prompt is then an object with both.
+
     Raises
     ------
     ValueError
-        It has none or several of them, or the value is of the wrong kind.
+        It has none or several of the keys, or the value is of the wrong kind.
     """
     given = [key for key in PROMPT_KEYS if key in record]
     if len(given) != 1:
         found = " and ".join(given) or "none of them"
         raise ValueError(f"expected one of {', '.join(PROMPT_KEYS)}, got {found}")
-    return _READERS[given[0]](record[given[0]])
+    prompt = _READERS[given[0]](record[given[0]])
+    options = {key: record[key] for key in CHAT_OPTIONS if record.get(key) is not None}
+    if not options:
+        return prompt
+    if given != ["messages"]:
+        raise ValueError(f"{next(iter(options))} needs messages, got {given[0]}")
+    chat = {"messages": prompt, **options}
+    chat_of(chat)
+    return chat
 
 
 def short(value: object) -> str:
@@ -256,16 +259,7 @@ def _text(value: object) -> PromptValue:
 def _messages(value: object) -> PromptValue:
     if not isinstance(value, list) or not value:
         raise ValueError(f"messages must be a list that is not empty, got {short(value)}")
-    for message in value:
-        if (
-            not isinstance(message, dict)
-            or not {"role", "content"} <= message.keys()
-            or not all(isinstance(part, str) for part in message.values())
-        ):
-            raise ValueError(
-                f"each message must be an object with role and content, all text, "
-                f"got {short(message)}"
-            )
+    chat_of(value)
     return value
 
 

@@ -1,9 +1,10 @@
 """Lines of the input file, lines of the output file, and what is done already in the latter.
 
 An input line is a JSON object with one of ``prompt`` (text), ``messages`` (chat) and
-``prompt_token_ids``; ``id`` (text or integer) and ``params`` (fields of `StarsParams`) are
-optional. Empty lines are skipped. An output line is the object that `result_record` or
-`error_record` makes; output lines come in the order in which requests finish.
+``prompt_token_ids``; ``id`` (text or integer), ``params`` (fields of `StarsParams`) and, beside
+``messages``, those of `CHAT_OPTIONS` are optional. Empty lines are skipped. An output line is the
+object that `result_record` or `error_record` makes; output lines come in the order in which
+requests finish.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from stars_fast.chats import CHAT_OPTIONS
 from stars_fast.outputs import CompletionOutput, RequestOutput, Segment
 from stars_fast.params import StarsParams, with_fields
 from stars_fast.prompts import PROMPT_KEYS, PromptValue, json_of, prompt_of, short, text_of
 
-_KEYS = (*PROMPT_KEYS, "id", "params")
+_KEYS = (*PROMPT_KEYS, *CHAT_OPTIONS, "id", "params")
 _OUTPUT_KEYS = {"id", "line", "prompt", "outputs", "error"}
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from stars_fast.methods import COMMON, METHODS, kind_of
-from stars_fast.params import StarsParams, field_texts, with_fields
+from stars_fast.params import StarsParams, plain_text, with_fields
 
 #: Fields that the commands set themselves: each request's seed follows from the run's ``--seed``.
 RUN_FIELDS = frozenset({"seed"})
@@ -35,7 +36,6 @@ def add_params_flags(
         Fields that get no flag.
     """
     hints = get_type_hints(StarsParams)
-    texts = field_texts(StarsParams.__doc__ or "")
     group = parser.add_argument_group("parameters of a request")
     for field in fields(StarsParams):
         if field.name in skip:
@@ -43,7 +43,7 @@ def add_params_flags(
         assert field.default is not MISSING
         default = defaults.get(field.name, field.default)
         shown = "none" if default is None else str(default)
-        text = " ".join(filter(None, (texts.get(field.name), f"(default: {shown})")))
+        text = f"{plain_text(field.name)} (default: {shown})"
         group.add_argument(
             "--" + field.name.replace("_", "-"),
             dest=_PREFIX + field.name,
@@ -79,6 +79,8 @@ def _flag_kind(hint: object) -> dict[str, Any]:
     members = _union_members(hint)
     if members == [bool]:
         return {"action": argparse.BooleanOptionalAction}
+    if any(get_origin(member) is Mapping for member in members):
+        return {"type": _json_object, "metavar": "JSON"}
     words = [word for m in members if get_origin(m) is Literal for word in get_args(m)]
     elements = [get_args(m)[0] for m in members if get_args(m) and get_origin(m) is not Literal]
     kinds = [kind for kind in _SCALARS if kind in members or kind in elements]
@@ -87,6 +89,16 @@ def _flag_kind(hint: object) -> dict[str, Any]:
     metavar = "|".join([*(kind.__name__.upper() for kind in kinds), *words])
     flag: dict[str, Any] = {"type": _reader(kinds, words, metavar), "metavar": metavar}
     return flag | {"action": "append"} if elements else flag
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    return value
 
 
 def _union_members(hint: object) -> list[object]:

@@ -185,7 +185,14 @@ def _done_before(output: Path | None, *, resume: bool) -> Done:
 
 def _settings(args: argparse.Namespace, base: StarsParams) -> dict[str, Any]:
     """What a calibrated target depends on."""
-    models = ("model", "reward_model", "reward_template", "dtype", "kv_dtype")
+    models = (
+        "model",
+        "reward_model",
+        "reward_template",
+        "chat_template_kwargs",
+        "dtype",
+        "kv_dtype",
+    )
     flags = (*models, "seed", "calibration_prompts", "calibration_quantile")
     sampling = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "ignore_eos")
     return {

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any, get_args
 
 from stars_fast.config import FLAGS, KvDtype
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
+    return value
+
 
 #: Arguments of ``add_argument`` by the type of an option; others are text.
 _KINDS: dict[str, dict[str, Any]] = {
@@ -13,6 +25,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "int": {"type": int},
     "int | None": {"type": int},
     "KvDtype": {"choices": get_args(KvDtype)},
+    "Mapping[str, Any] | None": {"type": _json_object},
 }
 
 

@@ -36,9 +36,10 @@ Without models the demo's pair is served. The parameters are those of a request 
 otherwise. With --target-reward auto the target is found at start-up, from samples for the prompts
 of --calibration-prompts; without a target every request must bring its own.
 
-Endpoints: /v1/completions, /v1/chat/completions, /v1/models, /health, /ready, /metrics, /docs, and
-at / a page to try a prompt. Logs are JSON lines on standard error. SIGTERM: no new requests, those
-under way are finished, exit. The API key can also be given in {_KEY_VARIABLE}.
+Endpoints: /v1/completions, /v1/chat/completions, /v1/models, /health, /ready, /metrics,
+/openapi.json, and at / a page to try a prompt; docs/serving.md has them all. Logs are JSON lines on
+standard error. SIGTERM: no new requests, those under way are finished, exit. The API key can also
+be given in {_KEY_VARIABLE}.
 
 exit codes: 0 stopped; 1 could not start; 2 wrong flags or files; 130 interrupted
 """

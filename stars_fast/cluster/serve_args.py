@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, create_model, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from stars_fast.config import FLAGS, KvDtype
 from stars_fast.params import StarsParams, with_fields
@@ -17,10 +17,16 @@ from stars_fast.server.settings import ServerSettings
 _SHUTDOWN_SECONDS = 15.0
 
 
+def _from_json(value: object) -> object:
+    return json.loads(value) if isinstance(value, str) else value
+
+
 def _type_of(option: dataclasses.Field[Any]) -> Any:  # noqa: ANN401 - of a field
     """Return what an option is read as: devices and dtypes are text here."""
     if option.name == "max_rows":
         return Annotated[int, Field(ge=1)]
+    if option.name == "chat_template_kwargs":
+        return Annotated[dict[str, Any] | None, BeforeValidator(_from_json)]
     kinds = {"bool": bool, "int": int, "int | None": int | None, "KvDtype": KvDtype}
     return kinds.get(str(option.type), str | None if option.default is None else str)
 
@@ -45,7 +51,7 @@ class ServeArgs(EngineArgs):
     reward_model: str | Callable[..., Any] | None = None
     reward_num_pages: int | None = None
 
-    params: dict[str, Any] = Field(
+    params: Annotated[dict[str, Any], BeforeValidator(_from_json)] = Field(
         default_factory=dict, description="Fields of `StarsParams`; may be JSON text."
     )
     seed: int = Field(0, ge=0, lt=2**64)
@@ -73,11 +79,6 @@ class ServeArgs(EngineArgs):
     downscale_delay_s: float = Field(600.0, ge=0)
     num_cpus: float = Field(1, ge=0, description="CPUs of each replica.")
     num_gpus: float = Field(0, ge=0, description="GPUs of each replica; at 0 Ray hides them.")
-
-    @field_validator("params", mode="before")
-    @classmethod
-    def _from_json(cls, value: object) -> object:
-        return json.loads(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _fit_together(self) -> ServeArgs:

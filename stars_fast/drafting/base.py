@@ -15,7 +15,11 @@ from stars_fast import _core
 
 @dataclass(frozen=True)
 class RowSampling:
-    """How a row is sampled; one object a request, shared by its rows."""
+    """How a row is sampled; one object a response, shared by its rows.
+
+    `counts`: the tokens of prompt and response so far, with their number in the response; its
+    owner keeps it up. None: no penalty asks for it.
+    """
 
     temperature: float
     top_k: int
@@ -26,11 +30,22 @@ class RowSampling:
     segment_end: int = 0  # level of `segment_ends` that ends a segment, 0: none does
     min_length: int = 1  # tokens before either
     ranks: int = 0  # attempt i is the i-th most likely token, of so many; 0: attempts are draws
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    top_logprobs: int = 0
+    counts: dict[int, int] | None = None
 
     @property
     def ragged(self) -> bool:
         """Whether a segment may end early without ending the response."""
         return not math.isinf(self.entropy_limit)
+
+    def adjusts(self, position: int) -> bool:
+        """Whether logits are changed behind so many tokens of the response."""
+        return bool(self.logit_bias) or self.counts is not None or position < self.min_tokens
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,12 @@ class Draft:
         bool ``[R]``: the row's last token is one of its stop tokens.
     logprobs
         float32 ``[R, L]`` under the raw distribution.
+    adjusted_logprobs
+        float32 ``[R, L]`` under the distribution that ranks are taken from, with the penalties and
+        biases of its row; None where nothing is ranked, or nothing changes it.
+    top_tokens, top_logprobs
+        int64 and float32 ``[R, L, T]``: the most likely tokens under the raw distribution; None
+        where no row asks for them.
     nan_step
         int64 ``[R]``: the first step whose logits were NaN, +inf or all -inf; -1 if none.
     steps
@@ -62,6 +83,9 @@ class Draft:
     nan_step: npt.NDArray[np.int64]
     steps: int = 0
     errors: dict[int, str] = field(default_factory=dict)
+    adjusted_logprobs: npt.NDArray[np.float32] | None = None
+    top_tokens: npt.NDArray[np.int64] | None = None
+    top_logprobs: npt.NDArray[np.float32] | None = None
 
     @classmethod
     def of_no_rows(cls) -> Draft:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from stars_fast import _core
+from stars_fast.drafting.adjust import KnownTokens, Widths, num_tokens
 from stars_fast.drafting.base import Draft, RowSampling
 from stars_fast.drafting.graph import StepGraph
-from stars_fast.drafting.rows import Progress, RowParameters, most_ranks, most_stop_ids
+from stars_fast.drafting.rows import Progress, RowParameters, StepNeeds, most_stop_ids
 from stars_fast.kernels.attention import Tiles
 from stars_fast.models.kernel_attention import DecodeCapacity, KernelDecode
 from stars_fast.models.paged import PagedModel
@@ -25,35 +26,10 @@ from stars_fast.models.paged import PagedModel
 _NEW_TOKENS = 64
 _PREFIX_TOKENS = 2048
 _STOP_IDS = 4
+_SEEN = 256
 
 # Rows, tiles by query heads per KV head, and what the steps look at.
-_Key = tuple[int, tuple[tuple[int, Tiles], ...], "_Steps"]
-
-
-@dataclass(frozen=True)
-class _Steps:
-    """What the steps of a round look at beside the draws.
-
-    Attributes
-    ----------
-    ragged, ranks
-        See `Progress`.
-    ends_early
-        Segments may end at clauses or sentences.
-    """
-
-    ragged: bool
-    ranks: int
-    ends_early: bool
-
-    @classmethod
-    def of(cls, sampling: Sequence[RowSampling], vocab_size: int) -> _Steps:
-        """What these rows need."""
-        return cls(
-            ragged=any(s.ragged for s in sampling),
-            ranks=most_ranks(sampling, vocab_size),
-            ends_early=any(s.segment_end for s in sampling),
-        )
+_Key = tuple[int, tuple[tuple[int, Tiles], ...], StepNeeds]
 
 
 class CapturedDrafter:
@@ -63,13 +39,19 @@ class CapturedDrafter:
     ----------
     model
         The language model, on the Triton backend.
-    segment_ends
+    segment_ends, known
         See `EagerDrafter`.
     """
 
-    def __init__(self, model: PagedModel, segment_ends: Callable[[], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        model: PagedModel,
+        segment_ends: Callable[[], torch.Tensor],
+        known: KnownTokens | None = None,
+    ) -> None:
         self._model = model
         self._segment_ends = segment_ends
+        self._known = known
         self._buckets: dict[_Key, _Bucket] = {}
         self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
 
@@ -81,19 +63,20 @@ class CapturedDrafter:
     def draft(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Draft:
         """Draw the segments of a round; see `Drafter.draft`."""
         with self._model.on_backend():
-            steps = _Steps.of(sampling, self._model.vocab_size)
-            bucket = self._bucket(plan, most_stop_ids(sampling), steps)
+            needs = StepNeeds.of(plan, sampling, num_tokens(self._model.vocab_size, self._known))
+            columns = _Columns(most_stop_ids(sampling), Widths.of(sampling))
+            bucket = self._bucket(plan, columns, needs)
             bucket.write(plan, sampling)
             bucket.graph.run(plan.draft.max_new)
             return bucket.progress.read(plan.draft.num_rows, plan.draft.max_new)
 
-    def _bucket(self, plan: _core.Plan, stop_ids: int, steps: _Steps) -> _Bucket:
+    def _bucket(self, plan: _core.Plan, columns: _Columns, needs: StepNeeds) -> _Bucket:
         batch = plan.draft
         needed = replace(DecodeCapacity.of(batch), rows=bucket_rows(batch.num_rows))
         tiles = self._model.decode_tiles(-(-batch.num_rows // batch.num_groups))
-        key = needed.rows, tuple(tiles.items()), steps
+        key = needed.rows, tuple(tiles.items()), needs
         bucket = self._buckets.get(key)
-        if bucket is None or not bucket.holds(needed, stop_ids):
+        if bucket is None or not bucket.holds(needed, columns):
             width = max(_NEW_TOKENS, needed.new_tokens)
             prefix = max(_PREFIX_TOKENS, needed.prefix_tokens)
             pages = -(-prefix // self._model.page_size) + 2  # a hole, and one begun
@@ -103,14 +86,39 @@ class CapturedDrafter:
                 new_tokens=_power_of_two(width),
                 prefix_tokens=_power_of_two(prefix),
             )
-            stops = _power_of_two(max(_STOP_IDS, stop_ids))
             # The old graph first: the new one takes its memory.
             self._buckets.pop(key, None)
             del bucket
-            segment_ends = self._segment_ends() if steps.ends_early else None
-            bucket = _Bucket.make(self._model, roomy, tiles, stops, self._pool, steps, segment_ends)
+            bucket = _Bucket.make(
+                self._model,
+                roomy,
+                tiles,
+                columns.rounded_up(adjusts=needs.adjusts),
+                self._pool,
+                needs,
+                self._segment_ends() if needs.ends_early else None,
+                self._known,
+            )
             self._buckets[key] = bucket
         return bucket
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Columns that the rows' own lists of tokens take."""
+
+    stop_ids: int
+    widths: Widths
+
+    def rounded_up(self, *, adjusts: bool) -> _Columns:
+        """With some to spare, so that few rounds outgrow them."""
+        widths = Widths(0, 0)
+        if adjusts:
+            widths = Widths(
+                biases=_power_of_two(self.widths.biases) if self.widths.biases else 0,
+                seen=_power_of_two(max(_SEEN, self.widths.seen)),
+            )
+        return _Columns(_power_of_two(max(_STOP_IDS, self.stop_ids)), widths)
 
 
 @dataclass(frozen=True)
@@ -131,21 +139,23 @@ class _Bucket:
         model: PagedModel,
         capacity: DecodeCapacity,
         tiles: Mapping[int, Tiles],
-        stop_ids: int,
+        columns: _Columns,
         pool: Any,  # noqa: ANN401 - see StepGraph
-        steps: _Steps,
+        needs: StepNeeds,
         segment_ends: torch.Tensor | None,
+        known: KnownTokens | None,
     ) -> _Bucket:
         """Allocate and capture; the spare rows of the null page do for the first steps."""
         rows, device = capacity.rows, model.device
         decode = model.new_decode(capacity, tiles)
-        parameters = RowParameters.empty(rows, stop_ids, device)
+        parameters = RowParameters.empty(rows, columns.stop_ids, device)
         progress = Progress(
             parameters,
             capacity.new_tokens,
-            ragged=steps.ragged,
-            ranks=steps.ranks,
+            needs,
             segment_ends=segment_ends,
+            widths=columns.widths,
+            known=known,
         )
         ids = torch.zeros(rows, dtype=torch.int64, device=device)
         first_position = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -164,9 +174,14 @@ class _Bucket:
         graph = StepGraph(step, device, pool)
         return cls(capacity, decode, parameters, progress, ids, first_position, graph)
 
-    def holds(self, needed: DecodeCapacity, stop_ids: int) -> bool:
+    def holds(self, needed: DecodeCapacity, columns: _Columns) -> bool:
         """Whether a round fits."""
-        return self.capacity.holds(needed) and self.parameters.stop_ids.shape[1] >= stop_ids
+        own = self.progress.adjustments
+        return (
+            self.capacity.holds(needed)
+            and self.parameters.stop_ids.shape[1] >= columns.stop_ids
+            and (own is None or own.widths.hold(columns.widths))
+        )
 
     def write(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> None:
         """Put a round in place."""
@@ -174,6 +189,8 @@ class _Bucket:
         self.decode.write(plan.draft)
         self.parameters.write(plan, sampling)
         self.progress.begin()
+        if self.progress.adjustments is not None:
+            self.progress.adjustments.write(sampling)
         self.ids[:rows].copy_(torch.from_numpy(plan.first_token))
         self.first_position[:rows].copy_(torch.from_numpy(plan.draft.row_start))
         self.ids[rows:].zero_()

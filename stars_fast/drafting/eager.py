@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from stars_fast import _core
+from stars_fast.drafting.adjust import KnownTokens, Widths, num_tokens
 from stars_fast.drafting.base import Draft, RowSampling
-from stars_fast.drafting.rows import Progress, RowParameters, most_ranks, most_stop_ids
+from stars_fast.drafting.rows import Progress, RowParameters, StepNeeds, most_stop_ids
 from stars_fast.models.paged import PagedModel
 
 
@@ -22,7 +23,7 @@ class EagerDrafter:
         The language model.
     segment_ends
         Gives the level of every token, int64 ``[vocab]``; asked for once a row ends early.
-    share
+    known, share
         See `Progress`.
     """
 
@@ -30,10 +31,12 @@ class EagerDrafter:
         self,
         model: PagedModel,
         segment_ends: Callable[[], Tensor],
+        known: KnownTokens | None = None,
         share: Callable[[Tensor], None] | None = None,
     ) -> None:
         self._model = model
         self._segment_ends = segment_ends
+        self._known = known
         self._share = share
 
     def draft(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Draft:
@@ -47,14 +50,18 @@ class EagerDrafter:
         device = self._model.device
         parameters = RowParameters.empty(rows, most_stop_ids(sampling), device)
         parameters.write(plan, sampling)
+        needs = StepNeeds.of(plan, sampling, num_tokens(self._model.vocab_size, self._known))
         progress = Progress(
             parameters,
             steps,
-            ragged=any(s.ragged for s in sampling),
-            ranks=most_ranks(sampling, self._model.vocab_size),
-            segment_ends=self._segment_ends() if any(s.segment_end for s in sampling) else None,
+            needs,
+            segment_ends=self._segment_ends() if needs.ends_early else None,
+            widths=Widths.of(sampling),
+            known=self._known,
             share=self._share,
         )
+        if progress.adjustments is not None:
+            progress.adjustments.write(sampling)
         ids = torch.from_numpy(plan.first_token).to(device)
         step = torch.zeros(rows, dtype=torch.int64, device=device)
         state = self._model.begin_decode(batch)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stars_fast import _core, ops
+from stars_fast.drafting.adjust import Adjustments, KnownTokens, Widths
 from stars_fast.drafting.base import Draft, RowSampling
 
 
@@ -124,6 +125,48 @@ def _bits(values: list[float]) -> npt.NDArray[np.int64]:
     return np.array(values, np.float64).view(np.int64)
 
 
+@dataclass(frozen=True)
+class StepNeeds:
+    """What the steps of a round look at beside the draws.
+
+    Attributes
+    ----------
+    ragged
+        Rows may have an entropy limit.
+    ranks
+        Most likely tokens that rows may ask for, 0 if none does.
+    ends_early
+        Segments may end at clauses or sentences.
+    adjusts
+        Rows may change their logits.
+    top
+        Most likely tokens that are kept of each position.
+    """
+
+    ragged: bool = False
+    ranks: int = 0
+    ends_early: bool = False
+    adjusts: bool = False
+    top: int = 0
+
+    @classmethod
+    def of(cls, plan: _core.Plan, sampling: Sequence[RowSampling], vocab_size: int) -> StepNeeds:
+        """What these rows need."""
+        positions = plan.position.tolist()
+        top = max(s.top_logprobs for s in sampling)
+        return cls(
+            ragged=any(s.ragged for s in sampling),
+            ranks=most_ranks(sampling, vocab_size),
+            ends_early=any(s.segment_end for s in sampling),
+            adjusts=any(s.adjusts(at) for s, at in zip(sampling, positions, strict=True)),
+            top=min(vocab_size, next(most for most in _TOPS if top <= most)),
+        )
+
+
+#: Numbers of most likely tokens, so that few graphs are captured: OpenAI's limits.
+_TOPS = (0, 5, 20)
+
+
 class Progress:
     """What the rows of a round have drawn so far, on the device.
 
@@ -133,12 +176,14 @@ class Progress:
         Of the rows.
     max_new
         L, columns of the results.
-    ragged
-        Whether rows may have an entropy limit.
-    ranks
-        Most likely tokens that rows may ask for, 0 if none does.
+    needs
+        What steps look at.
     segment_ends
         int64 ``[vocab]``, level of each token; None if no row ends early.
+    widths
+        Columns of the rows' adjustments, if they have any.
+    known
+        Tokens that can be drawn; None: all.
     share
         Overwrites a tensor with rank 0's, where several ranks draw the same.
     """
@@ -147,20 +192,34 @@ class Progress:
         self,
         parameters: RowParameters,
         max_new: int,
+        needs: StepNeeds,
         *,
-        ragged: bool,
-        ranks: int = 0,
         segment_ends: Tensor | None = None,
+        widths: Widths | None = None,
+        known: KnownTokens | None = None,
         share: Callable[[Tensor], None] | None = None,
     ) -> None:
         rows, device = parameters.lengths.shape[0], parameters.lengths.device
         self._parameters = parameters
-        self._ragged = ragged
-        self._ranks = ranks
+        self._needs = needs
         self._segment_ends = segment_ends
+        self._known = known
         self._share = share
-        self._tokens = torch.zeros((rows, max_new), dtype=torch.int64, device=device)
-        self._logprobs = torch.zeros((rows, max_new), dtype=torch.float32, device=device)
+        self.adjustments: Adjustments | None = None
+        if needs.adjusts:
+            assert widths is not None
+            self.adjustments = Adjustments(rows, widths, max_new, device)
+
+        def table(dtype: torch.dtype, *depth: int) -> Tensor:
+            return torch.zeros((rows, max_new, *depth), dtype=dtype, device=device)
+
+        self._tokens = table(torch.int64)
+        self._logprobs = table(torch.float32)
+        # Of ranked tokens, where adjustments make them others than the raw ones.
+        adjusted = needs.ranks > 0 and (needs.adjusts or known is not None)
+        self._adjusted_logprobs = table(torch.float32) if adjusted else None
+        self._top_tokens = table(torch.int64, needs.top)
+        self._top_logprobs = table(torch.float32, needs.top)
         self._ended_at = torch.zeros(rows, dtype=torch.int64, device=device)
         self._stopped = torch.zeros(rows, dtype=torch.bool, device=device)
         self._nan_step = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -190,6 +249,8 @@ class Progress:
             int64 ``[R]``, the tokens; 0 where a row has ended.
         """
         p = self._parameters
+        needs = self._needs
+        raw, logits = logits, self._to_draw_from(logits, step)
         token: Tensor
         token, logprob, _, entropy, ok = ops.sample(
             logits,
@@ -202,26 +263,41 @@ class Progress:
             p.attempt,
             p.stream,
             self.live,
-            with_entropy=self._ragged,
+            with_entropy=needs.ragged and logits is raw,
         )
-        if self._ranks:
-            likely, its_logprob = likely_tokens(logits, p.attempt, self._ranks)
+        if needs.ranks:
+            likely, its_logprob = likely_tokens(logits, p.attempt, needs.ranks)
             by_rank = (p.ranked > 0) & self.live & ok
             token = torch.where(by_rank, likely, token)
             logprob = torch.where(by_rank, its_logprob, logprob)
+        adjusted = logprob
+        if needs.top or logits is not raw:
+            named = token.unsqueeze(1)
+            if needs.top:
+                named = torch.cat((named, ops.top_tokens(raw, needs.top)), dim=1)
+            named_logprobs, raw_entropy, raw_ok = ops.token_logprobs(raw, named, needs.ragged)
+            if logits is not raw:
+                logprob, entropy, ok = named_logprobs[:, 0], raw_entropy, ok & raw_ok
+            at = step.view(-1, 1, 1).expand(-1, 1, needs.top)
+            self._top_tokens.scatter_(1, at, named[:, 1:].unsqueeze(1))
+            self._top_logprobs.scatter_(1, at, named_logprobs[:, 1:].unsqueeze(1))
         if self._share is not None:
-            drawn = torch.stack((token, _float_bits(logprob), _float_bits(entropy), ok.long()))
+            drawn = torch.stack((token, *map(_float_bits, (logprob, entropy, adjusted)), ok.long()))
             self._share(drawn)
-            token, ok = drawn[0], drawn[3].bool()
-            logprob, entropy = (x.int().view(torch.float32) for x in (drawn[1], drawn[2]))
-        if self._ragged:
+            token, ok = drawn[0], drawn[4].bool()
+            logprob, entropy, adjusted = (x.int().view(torch.float32) for x in drawn[1:4])
+        if needs.ragged:
             # The token just drawn is the next segment's, which draws it again.
             ends = self.live & (step >= p.min_length) & (entropy >= p.entropy_limit)
             self._ended_at.copy_(torch.where(ends, step, self._ended_at))
             self.live &= ~ends
+        if self.adjustments is not None:
+            self.adjustments.record(token, step)
         column = step.unsqueeze(1)
         self._tokens.scatter_(1, column, token.unsqueeze(1))
         self._logprobs.scatter_(1, column, logprob.unsqueeze(1))
+        if self._adjusted_logprobs is not None:
+            self._adjusted_logprobs.scatter_(1, column, adjusted.unsqueeze(1))
         bad = ~ok & (self._nan_step < 0)
         self._nan_step.copy_(torch.where(bad, step, self._nan_step))
         stops = self.live & (token.unsqueeze(1) == p.stop_ids).any(dim=1)
@@ -233,26 +309,55 @@ class Progress:
         torch.gt(self._ended_at, step + 1, out=self.live)
         return token
 
+    def _to_draw_from(self, logits: Tensor, step: Tensor) -> Tensor:
+        """Return the logits as rows draw from them; themselves, if they are the raw ones."""
+        mask = None
+        if self._known is not None:
+            logits, mask = logits[:, : self._known.count], self._known.mask
+        if self.adjustments is not None:
+            p = self._parameters
+            return self.adjustments.apply(logits, p.position + step, p.stop_ids, mask)
+        return logits if mask is None else logits.masked_fill(~mask, -torch.inf)
+
     def read(self, rows: int, steps: int, ran: int | None = None) -> Draft:
         """Return the first `rows` rows and `steps` columns, in one transfer; `ran`: steps run."""
-        packed = torch.cat(
-            (
-                self._tokens[:rows, :steps].to(torch.int32),  # ids are below 2**31
-                self._logprobs[:rows, :steps].view(torch.int32),
-                self._ended_at[:rows, None].to(torch.int32),
-                self._stopped[:rows, None].to(torch.int32),
-                self._nan_step[:rows, None].to(torch.int32),
-            ),
-            dim=1,
-        )
-        host = _to_host(packed).numpy()
+        top = self._needs.top
+
+        def floats(table: Tensor) -> Tensor:
+            return table[:rows, :steps].reshape(rows, -1).view(torch.int32)
+
+        parts = [
+            self._tokens[:rows, :steps].to(torch.int32),  # ids are below 2**31
+            floats(self._logprobs),
+            self._ended_at[:rows, None].to(torch.int32),
+            self._stopped[:rows, None].to(torch.int32),
+            self._nan_step[:rows, None].to(torch.int32),
+        ]
+        if top:
+            parts += [
+                self._top_tokens[:rows, :steps].reshape(rows, -1).to(torch.int32),
+                floats(self._top_logprobs),
+            ]
+        if self._adjusted_logprobs is not None:
+            parts.append(floats(self._adjusted_logprobs))
+        host = _to_host(torch.cat(parts, dim=1)).numpy()
+        ends = np.cumsum([part.shape[1] for part in parts])[:-1]
+        tokens, logprobs, lengths, stopped, nan_step, *more = np.split(host, ends, axis=1)
+
+        def as_floats(values: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+            return np.ascontiguousarray(values).view(np.float32)
+
+        adjusted = None if self._adjusted_logprobs is None else as_floats(more[-1])
         return Draft(
-            tokens=host[:, :steps].astype(np.int64),
-            lengths=np.ascontiguousarray(host[:, 2 * steps]),
-            stopped=host[:, 2 * steps + 1].astype(np.bool_),
-            logprobs=np.ascontiguousarray(host[:, steps : 2 * steps]).view(np.float32),
-            nan_step=host[:, 2 * steps + 2].astype(np.int64),
+            tokens=tokens.astype(np.int64),
+            lengths=np.ascontiguousarray(lengths[:, 0]),
+            stopped=stopped[:, 0].astype(np.bool_),
+            logprobs=as_floats(logprobs),
+            nan_step=nan_step[:, 0].astype(np.int64),
             steps=steps if ran is None else ran,
+            adjusted_logprobs=adjusted,
+            top_tokens=more[0].astype(np.int64).reshape(rows, steps, top) if top else None,
+            top_logprobs=as_floats(more[1]).reshape(rows, steps, top) if top else None,
         )
 
 

@@ -1,77 +1,132 @@
-"""The text of a response: the same for its tokens, wherever its segments end."""
+"""The text of a response as it grows: what its tokens add to the text of the prompt.
+
+Prompt and response together are the decoded whole. Decoders treat the first token of a text apart
+(Llama 2's and Mistral's drop its space), and bytes of one character may lie in several tokens, so
+tokens are decoded behind those before them. A few of these decide, which is what vLLM's
+incremental detokenizer rests on, too: the cost of a segment does not grow with the response.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass, replace
 
-from transformers import PreTrainedTokenizerBase
-
-#: What bytes that are no character, or not yet one, are decoded to.
-HALF_CHARACTER = "\ufffd"
-_CONTEXT = 16  # tokens that decide how the next one is decoded, by far
-
-
-class Decodes(Protocol):
-    """What is asked of a tokenizer whose texts are read and not written."""
-
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> object:
-        """Return the text of the ids."""
-        ...
+from stars_fast.decoders import (
+    CONTEXT,
+    HALF_CHARACTER,
+    NOTHING_HELD,
+    Decoder,
+    Decodes,
+    cleaned,
+    decoder_of,
+    halves,
+)
+from stars_fast.prompts import Prompt
 
 
-def decode(tokenizer: Decodes | None, token_ids: Sequence[int]) -> str:
-    """Return the text of a response, special tokens left out; empty without a tokenizer.
+@dataclass(frozen=True)
+class ResponseText:
+    """The text of a response so far.
 
-    Bytes that are not UTF-8 become U+FFFD as everywhere, one for each character that is cut short.
-    Decoders with byte fallback (Llama 2, Mistral, Gemma) would make a whole run of byte tokens
-    U+FFFD while its last character lacks a byte: text that has been read would change.
+    It does not change: a candidate's text goes on from that of the committed response, which stays
+    as it is.
+
+    Attributes
+    ----------
+    text
+        What no later token changes.
     """
-    if tokenizer is None:
-        return ""
-    ids = list(token_ids)
-    if isinstance(tokenizer, PreTrainedTokenizerBase):
-        ids = _valid_utf8(ids, _byte_tokens(tokenizer))
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    text: str
+    _decoder: Decoder
+    _window: tuple[int, ...]  # tokens that the next ones are decoded behind
+    _taken: int  # characters of the window's text that are in `text`, the prompt's included
+    _rest: str = ""  # those behind, at most one
+    _held: tuple[str, ...] = NOTHING_HELD  # by each step of cleaning
+
+    @property
+    def decided(self) -> str:
+        """The text without the bytes of an unfinished character.
+
+        Unlike `text` it has the end that waits for its spaces to be cleaned up.
+        """
+        return self.text + cleaned("", self._held, flush=True)[0]
+
+    @property
+    def whole(self) -> str:
+        """The text if nothing follows; an unfinished character is one U+FFFD."""
+        return self.text + cleaned(self._rest, self._held, flush=True)[0]
+
+    def extended(self, token_ids: Sequence[int]) -> ResponseText:
+        """Return the text with further tokens; special ones and unknown ones add nothing."""
+        new = tuple(token for token in token_ids if self._decoder.speaks(token))
+        if not new:
+            return self
+        window = self._window + new
+        decoded = self._decoder.decode(window)
+        end = max(self._taken, len(decoded.removesuffix(HALF_CHARACTER)))
+        text, held = decoded[self._taken : end], self._held
+        if self._decoder.cleans_up:
+            text, held = cleaned(text, held)
+        window, taken = self._decoder.trimmed(window, decoded, end)
+        return replace(
+            self,
+            text=self.text + text,
+            _window=window,
+            _taken=taken,
+            _rest=decoded[end:],
+            _held=held,
+        )
 
 
-def settled(text: str) -> str:
-    """Return the part of a decoded text that more tokens do not change.
-
-    A character that lacks bytes, three at most, is one U+FFFD at the end. Where the tokenizer
-    `rewrites_spaces`, the last word may change, too.
-    """
-    return text.removesuffix(HALF_CHARACTER)
-
-
-def rewrites_spaces(tokenizer: Decodes | None) -> bool:
-    """Whether white space depends on what follows it (``clean_up_tokenization_spaces``)."""
-    return bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+def response_text(tokenizer: Decodes | None, prompt: Prompt) -> ResponseText:
+    """Return the text of a response that is still empty; it stays so without a tokenizer."""
+    decoder = decoder_of(tokenizer)
+    window = decoder.last_of(prompt.token_ids)
+    decoded = decoder.decode(window)
+    taken = len(decoded)
+    if halves(decoded) > halves(prompt.text):  # it ends within a character, which is the response's
+        taken -= 1
+    return ResponseText("", decoder, window, taken)
 
 
-def token_offsets(tokenizer: Decodes | None, token_ids: Sequence[int], first: int = 0) -> list[int]:
+def token_text(tokenizer: Decodes | None, token_ids: Sequence[int]) -> str:
+    """Return tokens as a piece of text, special ones included, without those before them."""
+    return decoder_of(tokenizer).piece(token_ids)
+
+
+def token_offsets(
+    tokenizer: Decodes | None,
+    prompt: Prompt,
+    token_ids: Sequence[int],
+    first: int = 0,
+    begin: int = 0,
+) -> list[int]:
     """Return where in a response's text each of its tokens begins, from number `first` on.
 
     A token that continues a character begins where the character does.
+
+    Parameters
+    ----------
+    begin
+        Length of the text of the tokens before `first`, as `ResponseText.text` has it.
     """
-
-    def length(begin: int, end: int) -> int:
-        return len(settled(decode(tokenizer, token_ids[begin:end])))
-
-    offsets = [length(0, first)]
-    for end in range(first + 1, len(token_ids)):
-        begin = max(0, end - _CONTEXT)
-        offsets.append(offsets[-1] + length(begin, end) - length(begin, end - 1))
-    return offsets[: len(token_ids) - first]
+    # Tokens far before the first one change nothing; those near it may hold back spaces.
+    near = max(0, first - CONTEXT)
+    before = prompt
+    if near:
+        before = replace(prompt, text="", token_ids=[*prompt.token_ids, *token_ids[:near]])
+    text = response_text(tokenizer, before).extended(token_ids[near:first])
+    begin -= len(text.text)
+    offsets = []
+    for token in token_ids[first:]:
+        offsets.append(begin + len(text.text))
+        text = text.extended((token,))
+    return offsets
 
 
 def find_stop(
-    tokenizer: Decodes,
-    committed: list[int],
-    segment: list[int],
-    stops: Sequence[str],
+    committed: ResponseText, segment: Sequence[int], stops: Sequence[str]
 ) -> tuple[int, int] | None:
     """Return where a stop text ends the response, if the segment completes one.
 
@@ -81,89 +136,19 @@ def find_stop(
         The fewest tokens of the segment that complete a stop text, and where that text begins in
         the response's text.
     """
+    # No stop text lies in what was committed.
+    start = max(0, len(committed.text) - max(map(len, stops)) + 1)
 
-    def begin(kept: int) -> int | None:
-        text = settled(decode(tokenizer, committed + segment[:kept]))
-        return min((at for at in map(text.find, stops) if at >= 0), default=None)
+    def begin(text: ResponseText) -> int | None:
+        decided = text.decided
+        return min((at for stop in stops if (at := decided.find(stop, start)) >= 0), default=None)
 
-    if not rewrites_spaces(tokenizer) and begin(len(segment)) is None:
+    if not committed._decoder.cleans_up and begin(committed.extended(segment)) is None:
         return None
-    for kept in range(1, len(segment) + 1):
-        found = begin(kept)
+    text = committed
+    for kept, token in enumerate(segment, 1):
+        text = text.extended((token,))
+        found = begin(text)
         if found is not None:
             return kept, found
     return None
-
-
-@dataclass(frozen=True)
-class _ByteTokens:
-    """The tokens of single bytes, and those that stand for no text.
-
-    Attributes
-    ----------
-    byte_of
-        Value by token.
-    token_of
-        Token by value.
-    silent
-        Special tokens, which are left out of texts.
-    size
-        Tokens known; ids from here on are left out, too.
-    """
-
-    byte_of: dict[int, int]
-    token_of: list[int]
-    silent: frozenset[int]
-    size: int
-
-
-#: None where bytes have no tokens.
-_BYTE_TOKENS: WeakKeyDictionary[PreTrainedTokenizerBase, _ByteTokens | None] = WeakKeyDictionary()
-
-
-def _byte_tokens(tokenizer: PreTrainedTokenizerBase) -> _ByteTokens | None:
-    if tokenizer not in _BYTE_TOKENS:
-        _BYTE_TOKENS[tokenizer] = _find_byte_tokens(tokenizer)
-    return _BYTE_TOKENS[tokenizer]
-
-
-def _find_byte_tokens(tokenizer: PreTrainedTokenizerBase) -> _ByteTokens | None:
-    vocabulary = tokenizer.get_vocab()
-    names = [f"<0x{byte:02X}>" for byte in range(256)]
-    # Names alone say nothing: the decoder has to take them for bytes.
-    if not vocabulary.keys() >= set(names) or "<0x41>" in tokenizer.decode([vocabulary["<0x41>"]]):
-        return None
-    tokens = [vocabulary[name] for name in names]
-    silent = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return _ByteTokens(
-        {token: byte for byte, token in enumerate(tokens)},
-        tokens,
-        frozenset({*silent, *tokenizer.all_special_ids}),
-        len(tokenizer),
-    )
-
-
-def _valid_utf8(ids: list[int], bytes_: _ByteTokens | None) -> list[int]:
-    """Return the ids, with the bytes of U+FFFD in the place of those that are no character.
-
-    What stands for no text ends no character, and is left out.
-    """
-    if bytes_ is None or bytes_.byte_of.keys().isdisjoint(ids):
-        return ids
-    valid: list[int] = []
-    run = bytearray()
-
-    def end_run() -> None:
-        text = run.decode(errors="replace")
-        valid.extend(bytes_.token_of[byte] for byte in text.encode())
-        run.clear()
-
-    for token in ids:
-        byte = bytes_.byte_of.get(token)
-        if byte is not None:
-            run.append(byte)
-        elif token not in bytes_.silent and token < bytes_.size:
-            end_run()
-            valid.append(token)
-    end_run()
-    return valid

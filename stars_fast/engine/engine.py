@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stars_fast import _core
 from stars_fast.config import Backend, EngineConfig, KvDtype, TemplateLike
 from stars_fast.distributed import ALONE, OneRank, Ranks
+from stars_fast.drafting.adjust import KnownTokens, num_tokens
 from stars_fast.drafting.base import Drafter
 from stars_fast.drafting.eager import EagerDrafter
 from stars_fast.drafting.segment_ends import segment_end_levels
@@ -72,6 +73,9 @@ class Engine(BaseEngine):
         The text that the reward model reads: None (its chat template, else prompt and response
         joined), ``"chat"``, ``"plain"``, text with ``{prompt}`` and ``{response}``, or a callable
         (prompt, response) -> text.
+    chat_template_kwargs
+        Variables of the language model's chat template, such as ``{"enable_thinking": False}``,
+        where a chat has none of its own.
     reward_tokenizer
         The reward model's; None loads it from where the model came from.
     reward_num_pages
@@ -123,6 +127,7 @@ class Engine(BaseEngine):
         max_rows: int = 256,
         seed: int = 0,
         reward_template: TemplateLike = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         reward_tokenizer: PreTrainedTokenizerBase | None = None,
         reward_num_pages: int | None = None,
         reward_device: str | torch.device | None = None,
@@ -145,6 +150,7 @@ class Engine(BaseEngine):
             max_rows=max_rows,
             seed=seed,
             reward_template=reward_template,
+            chat_template_kwargs=chat_template_kwargs,
             reward_num_pages=reward_num_pages,
             reward_device=reward_device,
             prefix_caching=prefix_caching,
@@ -181,9 +187,11 @@ class Engine(BaseEngine):
             fixed_cost_rows=FIXED_COST_ROWS.get(lm.device.type, 16.0),
             lanes=2 if overlap else 1,
         )
+        known = _known_tokens(tokenizer, lm)
+        eos_ids = _eos_token_ids(loaded, tokenizer)
         loop = Loop(
             lm,
-            make_drafter(lm, _segment_ends_of(tokenizer, lm), ranks),
+            make_drafter(lm, _segment_ends_of(tokenizer, lm), ranks, known),
             scheduler,
             scorer,
             tokenizer,
@@ -193,11 +201,19 @@ class Engine(BaseEngine):
         )
         self._lm = lm
         super().__init__(
-            PromptReader(tokenizer, lm.vocab_size, lm.max_length),
+            PromptReader(tokenizer, lm.vocab_size, lm.max_length, chat_template_kwargs),
             loop,
-            Limits(lm.vocab_size, max_rows, tokenizer is not None, scorer, judges),
+            Limits(
+                lm.vocab_size,
+                max_rows,
+                tokenizer is not None,
+                scorer,
+                judges,
+                num_tokens=num_tokens(lm.vocab_size, known),
+                eos_ids=eos_ids,
+            ),
             tokenizer=tokenizer,
-            eos_ids=_eos_token_ids(loaded, tokenizer),
+            eos_ids=eos_ids,
             seed=seed,
             ranks=ranks,
         )
@@ -306,6 +322,15 @@ def _overlaps(
     return overlap
 
 
+def _known_tokens(
+    tokenizer: PreTrainedTokenizerBase | None, model: PagedModel
+) -> KnownTokens | None:
+    """Return the tokens that the tokenizer has, where the model's vocabulary has others, too."""
+    if tokenizer is None:
+        return None
+    return KnownTokens.of(tokenizer.get_vocab().values(), model.vocab_size, model.device)
+
+
 def _segment_ends_of(
     tokenizer: PreTrainedTokenizerBase | None, model: PagedModel
 ) -> Callable[[], Tensor]:
@@ -321,18 +346,21 @@ def _segment_ends_of(
 
 
 def make_drafter(
-    model: PagedModel, segment_ends: Callable[[], Tensor], ranks: Ranks = ALONE
+    model: PagedModel,
+    segment_ends: Callable[[], Tensor],
+    ranks: Ranks = ALONE,
+    known: KnownTokens | None = None,
 ) -> Drafter:
-    """Return the drafter that suits a model's backend; for `segment_ends` see `EagerDrafter`."""
+    """Return the drafter that suits a model's backend; for the rest see `EagerDrafter`."""
     if ranks.size > 1:
         if model.on_kernels:
             _log.info("decode steps run without a CUDA graph: the model is tensor-parallel")
-        return EagerDrafter(model, segment_ends, ranks.share)
+        return EagerDrafter(model, segment_ends, known, ranks.share)
     if not model.on_kernels:
-        return EagerDrafter(model, segment_ends)
+        return EagerDrafter(model, segment_ends, known)
     from stars_fast.drafting.captured import CapturedDrafter  # Triton is for Linux only
 
-    return CapturedDrafter(model, segment_ends)
+    return CapturedDrafter(model, segment_ends, known)
 
 
 def _eos_token_ids(

@@ -24,6 +24,10 @@ class Limits:
         The reward model; None if there is none.
     judges
         The language model is its own reward model, under another prompt.
+    num_tokens
+        Tokens that can be drawn; None: `vocab_size`.
+    eos_ids
+        Tokens that end a response.
     """
 
     vocab_size: int
@@ -31,6 +35,8 @@ class Limits:
     has_tokenizer: bool
     scorer: Scorer | None
     judges: bool = False
+    num_tokens: int | None = None
+    eos_ids: tuple[int, ...] = ()
 
     def check(self, params: StarsParams) -> None:
         """Raise ValueError, naming the parameter, for what the models cannot do."""
@@ -40,6 +46,9 @@ class Limits:
         for token in params.stop_token_ids or ():
             if token >= vocab_size:
                 raise ValueError(f"stop_token_ids must be in [0, {vocab_size}), got {token}")
+        for token in params.logit_bias or ():
+            if token >= vocab_size:
+                raise ValueError(f"logit_bias must be of tokens in [0, {vocab_size}), got {token}")
         if params.stop_texts and not self.has_tokenizer:
             raise ValueError("stop needs a tokenizer: pass Engine(..., tokenizer=...)")
         if params.segment_end != "length" and not self.has_tokenizer:
@@ -47,11 +56,11 @@ class Limits:
                 f"segment_end={params.segment_end!r} needs a tokenizer: pass Engine(..., "
                 "tokenizer=...)"
             )
-        if params.kind.ranked and params.attempts_per_segment > vocab_size:
+        if params.kind.ranked and params.attempts_per_segment > self._can_come(params):
             name = "max_attempts" if params.kind.decides == "test" else "candidates"
             raise ValueError(
-                f"{name} must be at most the vocabulary, {vocab_size}, with method="
-                f"{params.method!r}, got {params.attempts_per_segment}"
+                f"{name} must be at most the tokens that can be drawn, {self._can_come(params)}, "
+                f"with method={params.method!r}, got {params.attempts_per_segment}"
             )
         if not params.kind.needs_reward:
             return
@@ -70,3 +79,11 @@ class Limits:
                 f"candidates must be at most max_rows, {self.max_rows}, with method="
                 f"{params.method!r}, got {paths}"
             )
+
+    def _can_come(self, params: StarsParams) -> int:
+        """Return how many tokens can come next at least."""
+        number = self.vocab_size if self.num_tokens is None else self.num_tokens
+        if not params.min_tokens:
+            return number
+        ends = () if params.ignore_eos else self.eos_ids
+        return number - len({*ends, *(params.stop_token_ids or ())})

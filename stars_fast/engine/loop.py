@@ -18,12 +18,13 @@ import torch
 from transformers import PreTrainedModel
 
 from stars_fast import _core
+from stars_fast.decoders import Decodes
 from stars_fast.distributed import ALONE, Ranks
 from stars_fast.drafting import segment_ends
 from stars_fast.drafting.base import Draft, Drafter, RowSampling
 from stars_fast.engine.clock import PhaseClock
-from stars_fast.engine.detokenize import Decodes, decode
-from stars_fast.engine.requests import Candidate, Response
+from stars_fast.engine.detokenize import response_text
+from stars_fast.engine.requests import Response
 from stars_fast.engine.round import Round, cut_candidates, score_round
 from stars_fast.methods.decisions import scheduler_options
 from stars_fast.outputs import (
@@ -243,13 +244,20 @@ class Loop:
             segment_end=_SEGMENT_ENDS[params.segment_end],
             min_length=params.min_segment_length,
             ranks=params.attempts_per_segment if params.kind.ranked else 0,
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            logit_bias=tuple((params.logit_bias or {}).items()),
+            min_tokens=params.min_tokens,
+            top_logprobs=params.top_logprobs,
         )
         responses = [
             Response(
                 handle,
                 params,
-                sampling,
+                replace(sampling, counts=_counts(params, prompt)),
                 CompletionOutput(0),
+                response_text(self._tokenizer, prompt),
                 prefixes=prefixes,
                 is_path=params.kind.decides == "paths",
             )
@@ -331,7 +339,7 @@ class Loop:
                 drafted = self._drafter.draft(plan, [r.sampling for r in responses])
                 self.lm_calls += drafted.steps
         seconds = time.perf_counter() - begun
-        done = cut_candidates(plan, drafted, responses, self._branches, self._tokenizer)
+        done = cut_candidates(plan, drafted, responses, self._branches)
         done.seconds["draft"] = seconds
         return done
 
@@ -340,7 +348,7 @@ class Loop:
         if self._scorer is not None:
             # Ends with the rewards on the host, so the host's clock is right on any device.
             with torch.inference_mode(), self._clock.phase("score", on_host=True):
-                score_round(done, self._scorer, self._branches, self._tokenizer)
+                score_round(done, self._scorer, self._branches)
         return done
 
     def _finish_scoring(self) -> list[Response]:
@@ -439,10 +447,9 @@ class Loop:
                 attempts=attempts,
                 accepted=_ACCEPTED[kind],
             )
-            response.commit(candidate, segment)
+            response.commit(candidate, segment, _FINISH[finish])
             if response.scored:
                 self.scorer.accept(handle, candidate.branch)
-            self._write_text(response, candidate, _FINISH[finish])
             if finish != _core.FINISH_NONE and response.is_path:
                 response.output.finish_reason = _FINISH[finish]  # and others may yet beat it
             elif finish != _core.FINISH_NONE:
@@ -484,14 +491,6 @@ class Loop:
                 )
                 self.scorer.keep(response.handle, candidate.branch)
 
-    def _write_text(
-        self, response: Response, candidate: Candidate, finish: FinishReason | None
-    ) -> None:
-        ids = response.output.token_ids
-        if finish == "stop" and candidate.stop_text_at is None:
-            ids = ids[:-1]  # the stop token is no part of the text
-        response.output.text = decode(self._tokenizer, ids)[: candidate.stop_text_at]
-
     def _prune(self, plan: _core.Plan) -> None:
         for handle in dict.fromkeys(plan.request.tolist()):
             response = self._responses.get(handle)
@@ -499,6 +498,8 @@ class Loop:
                 self.scorer.prune(handle)
 
     def _end(self, response: Response, reason: FinishReason | None) -> None:
+        if reason in ("abort", "error") and response.output.finish_reason is None:
+            response.output.text = response.text.whole
         response.output.finish_reason = reason
         response.kept = None
         self._responses.pop(response.handle, None)
@@ -541,6 +542,13 @@ class Loop:
             if handle in owners:
                 owners[handle].rm_tokens += tokens
         return [errors[i] if i in errors else next(scored) for i in range(len(texts))]
+
+
+def _counts(params: StarsParams, prompt: Prompt) -> dict[int, int] | None:
+    """Return what the penalties have to count before the response begins; see `RowSampling`."""
+    if params.repetition_penalty != 1:
+        return dict.fromkeys(prompt.token_ids, 0)
+    return {} if params.presence_penalty or params.frequency_penalty else None
 
 
 def _threshold(value: float) -> float | None:

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from stars_fast.drafting.base import RowSampling
+from stars_fast.engine.detokenize import ResponseText
 from stars_fast.outputs import (
     Attempt,
     CompletionOutput,
+    FinishReason,
     PrefixCalibration,
     RequestOutput,
     Segment,
@@ -26,6 +28,8 @@ class Candidate:
     ----------
     branch
         Its id at the scorer; -1 if it was not scored.
+    adjusted_logprobs, top_logprobs
+        See `Draft`; the former are `logprobs` where nothing changed them.
     attempt
         Number of the attempt within the segment.
     reward, threshold
@@ -41,6 +45,8 @@ class Candidate:
     attempt: int
     token_ids: list[int]
     logprobs: list[float]
+    adjusted_logprobs: list[float]
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
     reward: float | None = None
     threshold: float | None = None
     stopped: bool = False
@@ -53,6 +59,8 @@ class Response:
 
     Attributes
     ----------
+    text
+        Of its committed tokens, a stop text and what follows it included.
     kept
         The best of the rejected candidates of the segment at hand, if any.
     rejected
@@ -75,6 +83,7 @@ class Response:
     params: StarsParams
     sampling: RowSampling
     output: CompletionOutput
+    text: ResponseText
     kept: Candidate | None = None
     rejected: list[Attempt] = field(default_factory=list)
     known: dict[tuple[int, ...], tuple[float, float]] = field(default_factory=dict)
@@ -95,11 +104,23 @@ class Response:
         """Whether nothing will be added."""
         return self.output.finish_reason is not None
 
-    def commit(self, candidate: Candidate, segment: Segment) -> None:
-        """Append a candidate as the segment that it became."""
+    def commit(self, candidate: Candidate, segment: Segment, finish: FinishReason | None) -> None:
+        """Append a candidate as the segment that it became, and its text.
+
+        `finish`: why it ends the response, None if it does not.
+        """
         self.output.token_ids.extend(candidate.token_ids)
         self.output.logprobs.extend(candidate.logprobs)
+        self.output.top_logprobs.extend(candidate.top_logprobs)
+        counts = self.sampling.counts
+        if counts is not None:
+            for token in candidate.token_ids:
+                counts[token] = counts.get(token, 0) + 1
         self.output.reward = candidate.reward
+        self.text = candidate_text(self, candidate)
+        self.output.text = self.text.text
+        if finish is not None:
+            self.output.text = self.text.whole[: candidate.stop_text_at]
         rejected = [a for a in self.rejected if a.number != candidate.attempt]
         self.output.segments.append(replace(segment, rejected=tuple(rejected)))
         self.kept = None
@@ -109,6 +130,7 @@ class Response:
     def copy_path(self, source: Response) -> None:
         """Go on as a copy of another path."""
         mine, theirs = self.output, source.output
+        self.text = source.text
         mine.text, mine.reward, mine.finish_reason = (
             theirs.text,
             theirs.reward,
@@ -116,7 +138,19 @@ class Response:
         )
         mine.token_ids = list(theirs.token_ids)
         mine.logprobs = list(theirs.logprobs)
+        mine.top_logprobs = list(theirs.top_logprobs)
+        if self.sampling.counts is not None:
+            assert source.sampling.counts is not None
+            self.sampling.counts.clear()
+            self.sampling.counts.update(source.sampling.counts)
         mine.segments = list(theirs.segments)
+
+
+def candidate_text(response: Response, candidate: Candidate) -> ResponseText:
+    """Return the text of the response with the candidate behind it, its stop token left out."""
+    ends = candidate.stopped and candidate.stop_text_at is None
+    ids = candidate.token_ids
+    return response.text.extended(ids[:-1] if ends else ids)
 
 
 @dataclass
@@ -178,5 +212,6 @@ def _copy(output: CompletionOutput, index: int) -> CompletionOutput:
         index=index,
         token_ids=list(output.token_ids),
         logprobs=list(output.logprobs),
+        top_logprobs=list(output.top_logprobs),
         segments=list(output.segments),
     )

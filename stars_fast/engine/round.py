@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from stars_fast import _core
 from stars_fast.drafting.base import Draft
-from stars_fast.engine.detokenize import Decodes, decode, find_stop
-from stars_fast.engine.requests import Candidate, Response
+from stars_fast.engine.detokenize import find_stop
+from stars_fast.engine.requests import Candidate, Response, candidate_text
 from stars_fast.methods.decisions import effective_reward, merit
 from stars_fast.rewards.base import ScoreJob, Scorer
 
@@ -65,7 +65,6 @@ def cut_candidates(
     draft: Draft,
     responses: list[Response],
     branches: Iterator[int],
-    tokenizer: Decodes | None,
 ) -> Round:
     """Return the round with its candidates: cut at stop texts, bad logits noted as errors.
 
@@ -88,18 +87,21 @@ def cut_candidates(
         length = int(done.lengths[row])
         ids = draft.tokens[row, :length].tolist()
         stop_at = None
-        if response.params.stop_texts and tokenizer is not None:
-            committed = response.output.token_ids
-            found = find_stop(tokenizer, committed, ids, response.params.stop_texts)
+        if response.params.stop_texts:
+            found = find_stop(response.text, ids, response.params.stop_texts)
             if found is not None:
                 length, stop_at = found
                 done.lengths[row], done.stopped[row] = length, 1
+        logprobs = draft.logprobs[row, :length].tolist()
+        adjusted = draft.adjusted_logprobs
         done.candidates.append(
             Candidate(
                 branch=next(branches),
                 attempt=attempts[row],
                 token_ids=ids[:length],
-                logprobs=draft.logprobs[row, :length].tolist(),
+                logprobs=logprobs,
+                adjusted_logprobs=logprobs if adjusted is None else adjusted[row, :length].tolist(),
+                top_logprobs=_top_logprobs(draft, row, length, response.params.top_logprobs),
                 stopped=bool(done.stopped[row]),
                 stop_text_at=stop_at,
             )
@@ -114,11 +116,21 @@ def cut_candidates(
     return done
 
 
+def _top_logprobs(draft: Draft, row: int, length: int, count: int) -> list[dict[int, float]]:
+    """The `count` most likely tokens at each position of a row, none if none are asked for."""
+    if not count:
+        return []
+    assert draft.top_tokens is not None
+    assert draft.top_logprobs is not None
+    tokens = draft.top_tokens[row, :length, :count].tolist()
+    logprobs = draft.top_logprobs[row, :length, :count].tolist()
+    return [dict(zip(*pair, strict=True)) for pair in zip(tokens, logprobs, strict=True)]
+
+
 def score_round(
     done: Round,
     scorer: Scorer,
     branches: Iterator[int],
-    tokenizer: Decodes | None,
 ) -> None:
     """Fill in the rewards: r(x) of new requests, then the candidates of scored responses.
 
@@ -143,7 +155,7 @@ def score_round(
     if not rows:
         return
     begun = time.perf_counter()
-    jobs = [_job(done.responses[row], done.candidates[row], scorer, tokenizer) for row in rows]
+    jobs = [_job(done.responses[row], done.candidates[row], scorer) for row in rows]
     for row, reward in zip(rows, scorer.score(jobs), strict=True):
         if isinstance(reward, Exception):
             done.errors[row] = f"reward: {reward}"
@@ -163,11 +175,9 @@ def _job(
     response: Response,
     candidate: Candidate,
     scorer: Scorer,
-    tokenizer: Decodes | None,
 ) -> ScoreJob:
-    ids: Sequence[int] = response.output.token_ids + candidate.token_ids
+    ids = response.output.token_ids + candidate.token_ids
     text = ""
     if scorer.needs_text:
-        ends = candidate.stopped and candidate.stop_text_at is None
-        text = decode(tokenizer, list(ids[:-1] if ends else ids))[: candidate.stop_text_at]
-    return ScoreJob(response.handle, candidate.branch, list(ids), text)
+        text = candidate_text(response, candidate).whole[: candidate.stop_text_at]
+    return ScoreJob(response.handle, candidate.branch, ids, text)

@@ -34,8 +34,8 @@ def _args_schedule(params: StarsParams) -> Schedule:
 
 
 def _args_merit(params: StarsParams, reward: float, candidate: Drawn) -> float:
-    """Log p(token) + w r (arXiv 2402.01694, eq. 3), p being the raw distribution."""
-    return candidate.logprobs[0] + params.reward_weight * reward
+    """Log p(token) + w r (arXiv 2402.01694, eq. 3); p is raw but for penalties and biases."""
+    return candidate.adjusted_logprobs[0] + params.reward_weight * reward
 
 
 def _mara_schedule(params: StarsParams) -> Schedule:

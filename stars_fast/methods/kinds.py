@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 #: Parameters of every method.
 COMMON = (
-    "method", "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop",
-    "stop_token_ids", "ignore_eos", "n",
+    "method", "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+    "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens", "top_logprobs", "seed",
+    "stop", "stop_token_ids", "ignore_eos", "n",
 )  # fmt: skip
 
 
@@ -27,6 +28,11 @@ class Drawn(Protocol):
     @property
     def logprobs(self) -> Sequence[float]:
         """Log-probability of each token under the raw distribution."""
+        ...
+
+    @property
+    def adjusted_logprobs(self) -> Sequence[float]:
+        """The same with the request's penalties and biases, where tokens are ranked."""
         ...
 
     @property

@@ -177,7 +177,7 @@ def _sample_block(
     # log_softmax reduces each row on its own, in an order that the number of rows cannot change.
     log_p = logits.log_softmax(dim=-1)
     logprob = log_p.gather(1, token.unsqueeze(1)).squeeze(1)
-    entropy = _entropy(log_p) if with_entropy else torch.zeros_like(logprob)
+    entropy = entropy_of(log_p) if with_entropy else torch.zeros_like(logprob)
     if not every_ok:
         token = torch.where(ok, token, 0)
         logprob = torch.where(ok, logprob, torch.nan)
@@ -186,7 +186,7 @@ def _sample_block(
     return token, logprob, truncated_logprob, entropy, ok
 
 
-def _entropy(log_p: Tensor) -> Tensor:
+def entropy_of(log_p: Tensor) -> Tensor:
     """Entropy ``[R]`` of distributions ``[R, V]`` given by their logarithms, which it overwrites.
 
     In two steps, because PyTorch splits a long sum over threads if it is the only one.

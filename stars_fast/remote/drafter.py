@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from stars_fast import _core
+from stars_fast.decoders import HALF_CHARACTER
 from stars_fast.drafting.base import Draft, RowSampling
-from stars_fast.engine.detokenize import HALF_CHARACTER
 from stars_fast.engine.requests import Request
 from stars_fast.params import StarsParams
 from stars_fast.remote.completions import Choice, Completions

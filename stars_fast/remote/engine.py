@@ -12,10 +12,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stars_fast import _core
+from stars_fast.chats import checked_kwargs
 from stars_fast.config import TemplateLike
+from stars_fast.decoders import Decodes
 from stars_fast.engine.base import BaseEngine, Reader
 from stars_fast.engine.clock import PhaseClock
-from stars_fast.engine.detokenize import Decodes
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import PHASES, Loop
 from stars_fast.engine.requests import Request
@@ -89,6 +90,8 @@ class RemoteEngine(BaseEngine):
         Draw for one half of the requests while the other half is scored, on a thread of its own.
     extra_body
         Put over the body of every call.
+    chat_template_kwargs
+        Variables of the tokenizer's chat template, see `Engine`.
     reward_template, reward_tokenizer, reward_device, reward_num_pages, dtype, allow_pickle
         Of the reward model, see `Engine`; its device is the GPU if there is one.
     trust_remote_code
@@ -118,6 +121,7 @@ class RemoteEngine(BaseEngine):
         max_rows: int = 256,
         overlap_scoring: bool = True,
         extra_body: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         reward_template: TemplateLike = None,
         reward_tokenizer: PreTrainedTokenizerBase | None = None,
         reward_device: str | torch.device | None = None,
@@ -130,6 +134,8 @@ class RemoteEngine(BaseEngine):
             raise ValueError(f"max_rows must be at least 1, got {max_rows}")
         if seed is not None and not 0 <= seed < 2**64:
             raise ValueError(f"seed must be None or in [0, 2**64), got {seed}")
+        if chat_template_kwargs is not None:
+            checked_kwargs(chat_template_kwargs)
         if isinstance(reward_model, Persona):
             raise ValueError("reward_model must not be a Persona: the judging model is not here")
         if isinstance(tokenizer, str | os.PathLike):
@@ -170,12 +176,12 @@ class RemoteEngine(BaseEngine):
         if by_tokens:
             assert tokenizer is not None
             self._history = TokenHistory(tokenizer)
-            reader: Reader = PromptReader(tokenizer, len(tokenizer), None)
+            reader: Reader = PromptReader(tokenizer, len(tokenizer), None, chat_template_kwargs)
             texts: Decodes = tokenizer
         else:
             history = TextHistory(counts_end=self._server.counts_end)
             self._history = history
-            reader = TextPromptReader(tokenizer)
+            reader = TextPromptReader(tokenizer, chat_template_kwargs)
             texts = history.texts
         self._by_tokens = by_tokens
         completions = Completions(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,13 +20,20 @@ class TextPromptReader(PromptReader):
     ----------
     tokenizer
         Writes chat messages and token ids as text; None: prompts must be text.
+    template_kwargs
+        Variables of its chat template.
     """
 
     #: The rounds want a token to begin with.
     NO_IDS = (0,)
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        super().__init__(tokenizer, 0 if tokenizer is None else len(tokenizer), None)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        size = 0 if tokenizer is None else len(tokenizer)
+        super().__init__(tokenizer, size, None, template_kwargs)
         self._chat = None if tokenizer is None else TextEncoder(tokenizer, add_special_tokens=True)
 
     def read(self, prompt: PromptLike | Prompt, max_tokens: int) -> Prompt:

@@ -42,7 +42,7 @@ __all__ = ["CallableTemplate", "ChatTemplate", "FramedPrompt", "Template"]
 __all__ += ["FormatTemplate", "PairTemplate", "PlainTemplate", "RenderedPrompt", "make_template"]
 __all__ += ["bare_text", "conversation"]
 
-Messages: TypeAlias = "list[dict[str, str]]"
+Messages: TypeAlias = "list[dict[str, Any]]"
 
 
 class RenderedPrompt(Protocol):
@@ -319,7 +319,7 @@ def make_template(
 def bare_text(prompt: Prompt) -> str:
     """Return the content of a prompt of one message, the text of any other."""
     if prompt.messages is not None and len(prompt.messages) == 1:
-        return prompt.messages[0]["content"]
+        return str(prompt.messages[0]["content"])
     return prompt.text
 
 

@@ -1,15 +1,21 @@
-"""Bodies of responses, for the description of the API: what is sent is written by `generation`.
-
-The tests hold what is sent against these.
-"""
+"""Parts of answers that several endpoints have, as they are sent and described."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from stars_fast.outputs import Segment
+from stars_fast.records import segment_record
+
 FinishReason = Literal["stop", "length"]
+
+
+def to_json(answer: BaseModel) -> bytes:
+    """Return an answer as JSON; fields that were not set are left out."""
+    return answer.__pydantic_serializer__.to_json(answer, exclude_unset=True)
 
 
 class ErrorObject(BaseModel):
@@ -47,7 +53,16 @@ class SegmentAnswer(BaseModel):
     accepted: Literal["test", "fallback", "choice"] = Field(
         description="It passed, or was the best of attempts that all failed, or was chosen."
     )
-    rejected: list[RejectedAttempt] = Field([], description="With `trace`, where there are any.")
+    rejected: list[RejectedAttempt] = Field(
+        default=[], description="With `trace`, where there are any."
+    )
+
+
+def segment_answers(
+    segments: Sequence[Segment], text_of: Callable[[Sequence[int]], str]
+) -> list[SegmentAnswer]:
+    """Return segments as they are sent; `text_of` writes the tokens of rejected attempts."""
+    return [SegmentAnswer(**segment_record(segment, text_of)) for segment in segments]
 
 
 class StarsAnswer(BaseModel):
@@ -61,7 +76,7 @@ class StarsDelta(BaseModel):
     """What STARS adds to a chunk."""
 
     reward: float | None = Field(
-        None, description="Reward of the whole response; with its last chunk."
+        default=None, description="Reward of the whole response; with its last chunk."
     )
     segments: list[SegmentAnswer] = Field(description="Those new with this chunk.")
 
@@ -76,124 +91,12 @@ class Usage(BaseModel):
     rm_tokens: int = Field(ge=0, description="Run through the reward model.")
 
 
-class CompletionLogprobs(BaseModel):
-    """One list for each property of the tokens."""
+class Head(BaseModel):
+    """What every answer begins with."""
 
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: None
-    text_offset: list[int]
-
-
-class CompletionChoice(BaseModel):
-    """A response to a prompt."""
-
-    index: int = Field(ge=0)
-    text: str
-    logprobs: CompletionLogprobs | None
-    token_ids: list[int] = Field([], description="With `return_token_ids`.")
-    finish_reason: FinishReason
-    stars: StarsAnswer
-
-
-class CompletionDelta(BaseModel):
-    """What a chunk adds to a response."""
-
-    index: int = Field(ge=0)
-    text: str
-    logprobs: CompletionLogprobs | None
-    token_ids: list[int] = Field([], description="With `return_token_ids`.")
-    finish_reason: FinishReason | None
-    stars: StarsDelta
-
-
-class _Head(BaseModel):
     id: str
     created: int = Field(description="Seconds since 1970.")
     model: str
-
-
-class CompletionAnswer(_Head):
-    """Responses to prompts, those to the first prompt first."""
-
-    object: Literal["text_completion"]
-    choices: list[CompletionChoice]
-    usage: Usage
-
-
-class CompletionChunk(_Head):
-    """An event of a streamed completion."""
-
-    object: Literal["text_completion"]
-    choices: list[CompletionDelta]
-    usage: Usage | None = None
-
-
-class TokenLogprob(BaseModel):
-    """A token and its log-probability."""
-
-    token: str
-    logprob: float
-    bytes: list[int] | None
-    top_logprobs: list[None]
-
-
-class ChatLogprobs(BaseModel):
-    """One object for each token."""
-
-    content: list[TokenLogprob]
-    refusal: None
-
-
-class AssistantMessage(BaseModel):
-    """The model's answer."""
-
-    role: Literal["assistant"]
-    content: str
-    refusal: None
-
-
-class MessageDelta(BaseModel):
-    """What a chunk adds to the model's answer."""
-
-    role: Literal["assistant"] | None = Field(None, description="With the first chunk only.")
-    content: str
-
-
-class ChatChoice(BaseModel):
-    """An answer to a chat."""
-
-    index: int = Field(ge=0)
-    message: AssistantMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
-    stars: StarsAnswer
-
-
-class ChatDelta(BaseModel):
-    """What a chunk adds to an answer."""
-
-    index: int = Field(ge=0)
-    delta: MessageDelta
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
-    stars: StarsDelta
-
-
-class ChatAnswer(_Head):
-    """Answers to a chat."""
-
-    object: Literal["chat.completion"]
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class ChatChunk(_Head):
-    """An event of a streamed chat completion."""
-
-    object: Literal["chat.completion.chunk"]
-    choices: list[ChatDelta]
-    usage: Usage | None = None
 
 
 class ModelObject(BaseModel):

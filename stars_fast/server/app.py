@@ -15,25 +15,21 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from stars_fast.engine.async_engine import AsyncEngine
-from stars_fast.server.answers import (
-    ChatAnswer,
-    ChatChunk,
+from stars_fast.server.answers import ModelList, ModelObject, State
+from stars_fast.server.chat import ChatAnswer, ChatChunk, ChatRequest, ChatWriter
+from stars_fast.server.completions import (
     CompletionAnswer,
     CompletionChunk,
-    ModelList,
-    ModelObject,
-    State,
+    CompletionRequest,
+    CompletionWriter,
 )
 from stars_fast.server.errors import ApiError, add_handlers
 from stars_fast.server.guard import Guard
 from stars_fast.server.logs import log
 from stars_fast.server.metrics import Metrics
 from stars_fast.server.openapi import describe, errors, generated
-from stars_fast.server.protocol import ChatRequest, CompletionRequest
-from stars_fast.server.reference import reference
 from stars_fast.server.serving import Serving
 from stars_fast.server.settings import ServerSettings
-from stars_fast.server.shapes import ChatShape, CompletionShape
 
 _DESCRIPTION = """\
 Responses of a language model, aligned to a reward model while they are decoded (STARS). In the
@@ -99,14 +95,14 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt or several."""
-        return await serving.answer(request, body, CompletionShape())
+        return await serving.answer(request, body, CompletionWriter)
 
     @app.post(
         "/v1/chat/completions", response_model=None, responses=generated(ChatAnswer, ChatChunk)
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a chat; the model's tokenizer needs a chat template."""
-        return await serving.answer(request, body, ChatShape())
+        return await serving.answer(request, body, ChatWriter)
 
     @app.get("/v1/models", response_model=ModelList, responses=errors(401))
     async def models() -> dict[str, Any]:
@@ -134,10 +130,6 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
     async def prometheus() -> Response:
         """Return the metrics as Prometheus reads them."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        return HTMLResponse(reference(app.openapi()), headers=_POLICY)
 
     @app.get("/", include_in_schema=False)
     async def root() -> HTMLResponse:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
+from stars_fast.chats import CHAT_OPTIONS
 from stars_fast.errors import DeadlineError, EngineStoppedError, QueueFullError
 from stars_fast.params import StarsParams
+from stars_fast.server.answers import ErrorAnswer, ErrorObject, to_json
 
-_FIELDS = frozenset(item.name for item in fields(StarsParams))
+#: What a message of the engine may begin with.
+_PARAMS = frozenset({"prompt", "messages", *CHAT_OPTIONS, *(x.name for x in fields(StarsParams))})
+_NAME = re.compile(r"\w+")
 
 
 @dataclass
@@ -38,14 +42,14 @@ class ApiError(Exception):
     code: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    def body(self) -> dict[str, Any]:
-        """Return the JSON body."""
-        names = ("message", "type", "param", "code")
-        return {"error": {name: getattr(self, name) for name in names}}
+    def answer(self) -> ErrorAnswer:
+        """Return the body."""
+        error = ErrorObject(message=self.message, type=self.type, param=self.param, code=self.code)
+        return ErrorAnswer(error=error)
 
-    def response(self) -> JSONResponse:
+    def response(self) -> Response:
         """Return the HTTP response."""
-        return JSONResponse(self.body(), self.status, dict(self.headers))
+        return Response(to_json(self.answer()), self.status, dict(self.headers), "application/json")
 
 
 def api_error(error: Exception, retry_after: int = 1) -> ApiError:
@@ -64,8 +68,8 @@ def api_error(error: Exception, retry_after: int = 1) -> ApiError:
         return ApiError(503, str(error), "server_error", code="stopping")
     if isinstance(error, ValueError | TypeError):
         message = str(error)
-        name = message.partition(" ")[0].partition("=")[0]
-        return ApiError(400, message, param=name if name in _FIELDS | {"prompt"} else None)
+        name = _NAME.match(message)
+        return ApiError(400, message, param=name[0] if name and name[0] in _PARAMS else None)
     return ApiError(500, f"{type(error).__name__}: {error}", "server_error")
 
 
@@ -78,21 +82,32 @@ def add_handlers(app: FastAPI) -> None:
     """Have the app answer every error in this shape."""
 
     @app.exception_handler(ApiError)
-    async def _known(request: Request, error: ApiError) -> JSONResponse:
+    async def _known(request: Request, error: ApiError) -> Response:
         return error.response()
 
     @app.exception_handler(RequestValidationError)
-    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    async def _invalid(request: Request, error: RequestValidationError) -> Response:
         return _validation_error(error).response()
 
     @app.exception_handler(HTTPException)
-    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+    async def _http(request: Request, error: HTTPException) -> Response:
         answer = ApiError(error.status_code, str(error.detail), headers=error.headers or {})
         return answer.response()
 
     @app.exception_handler(Exception)
-    async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
+    async def _unforeseen(request: Request, error: Exception) -> Response:
         return ApiError(500, "internal error; the log says more", "server_error").response()
+
+
+def _where(loc: Sequence[int | str]) -> str:
+    """Return the place of a value in a body, such as ``messages[0].role``."""
+    place = ""
+    for part in loc[1:]:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif part.isidentifier():  # a union's members have names such as list[int]
+            place += f".{part}" if place else part
+    return place or "the body"
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:
@@ -106,9 +121,10 @@ def _validation_error(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', '')}")
     place = [str(part) for part in first["loc"] if part != "body"]
     name = place[0] if place else None
+    where = _where(first["loc"])
     text = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "value_error":
         return ApiError(400, text, param=name)
     if first["type"] == "missing":
-        return ApiError(400, f"{name or 'the body'} is missing", param=name)
-    return ApiError(400, f"{name or 'the body'}: {text}", param=name)
+        return ApiError(400, f"{where} is missing", param=name)
+    return ApiError(400, f"{where}: {text}", param=name)

@@ -1,31 +1,28 @@
-"""One HTTP request on its way: its prompts in the engine, and what goes back."""
+"""One HTTP request on its way: its prompts in the engine, and the responses as they grow."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from stars_fast.engine.async_engine import AsyncEngine
-from stars_fast.engine.detokenize import token_offsets
 from stars_fast.engine.requests import samples_per_response
 from stars_fast.engine.streams import RequestStream
 from stars_fast.errors import EngineStoppedError
-from stars_fast.outputs import RequestOutput, Segment
+from stars_fast.outputs import RequestOutput
 from stars_fast.params import StarsParams
-from stars_fast.records import segment_record
+from stars_fast.prompts import Prompt
+from stars_fast.server.answers import Usage
 from stars_fast.server.errors import ApiError, request_failed
-from stars_fast.server.protocol import ChatRequest, CompletionRequest, params_of
+from stars_fast.server.protocol import GenerationRequest, params_of
 from stars_fast.server.settings import ServerSettings
-from stars_fast.server.shapes import Shape
-from stars_fast.server.transcript import Delta, Transcript, token_text
+from stars_fast.server.transcript import Delta, Transcript
 
 
 class Generation:
-    """Runs the prompts of one body and writes the response, whole or in chunks.
+    """Runs the prompts of one body.
 
     Parameters
     ----------
@@ -33,15 +30,17 @@ class Generation:
         Runs them.
     body
         The request.
-    shape
-        Of the response.
     settings
         Of the server.
 
     Attributes
     ----------
+    model
+        The name that the response gives.
     prompts
         As they were given.
+    transcripts
+        The responses, `n` for each prompt.
     first_token_at
         When the first accepted segment came, by `time.monotonic`; None before that.
 
@@ -54,8 +53,7 @@ class Generation:
     def __init__(
         self,
         engine: AsyncEngine,
-        body: CompletionRequest | ChatRequest,
-        shape: Shape,
+        body: GenerationRequest,
         settings: ServerSettings,
     ) -> None:
         if body.model not in (None, settings.model_name):
@@ -66,9 +64,9 @@ class Generation:
                 code="model_not_found",
             )
         self._engine = engine
-        self._body = body
-        self._shape = shape
         self._settings = settings
+        self.model = settings.model_name
+        self.tokenizer = engine.tokenizer
         self.params: StarsParams = params_of(body, settings.params)
         self.prompts: Sequence[Any] = body.prompts()
         drawn = len(self.prompts) * self.params.n * samples_per_response(self.params)
@@ -77,16 +75,12 @@ class Generation:
                 f"n asks for {drawn} responses in one request, prompts and candidates counted; "
                 f"{settings.max_choices} are allowed"
             )
-        self._id = f"{shape.prefix}-{uuid.uuid4().hex}"
-        self._created = int(time.time())
         self._streams: list[RequestStream] = []
         self._latest: dict[int, RequestOutput] = {}
         self._prompt_tokens = 0
         self.transcripts = [
-            Transcript(i, self.params.stop_texts, engine.tokenizer)
-            for i in range(len(self.prompts) * self.params.n)
+            Transcript(i, self.params.stop_texts) for i in range(len(self.prompts) * self.params.n)
         ]
-        self._sent: set[int] = set()
         self.first_token_at: float | None = None
 
     async def start(self) -> None:
@@ -140,97 +134,22 @@ class Generation:
         finally:
             self.abort()
 
-    def response(self) -> dict[str, Any]:
-        """Return the whole response; every delta has been read."""
-        return {
-            **self._head(self._shape.whole),
-            "choices": [self._choice(transcript) for transcript in self.transcripts],
-            "usage": self.usage(),
-        }
+    def prompt_of(self, transcript: Transcript) -> Prompt:
+        """Return the prompt of a response that has begun."""
+        read = self._latest[transcript.index // self.params.n]
+        return Prompt(read.prompt or "", read.prompt_token_ids)
 
-    def chunk(self, transcript: Transcript, delta: Delta) -> dict[str, Any]:
-        """Return the chunk of a stream for a delta."""
-        first = transcript.index not in self._sent
-        self._sent.add(transcript.index)
-        stars: dict[str, Any] = {"segments": self._segments(delta.segments)}
-        if delta.finish_reason is not None:
-            stars["reward"] = delta.reward
-        choice = {
-            "index": transcript.index,
-            **self._shape.delta(delta.text, first=first),
-            "logprobs": self._logprobs(transcript.latest.token_ids, delta.logprobs),
-            **self._token_ids(delta.token_ids),
-            "finish_reason": delta.finish_reason,
-            "stars": stars,
-        }
-        return {**self._head(self._shape.chunk), "choices": [choice], **self._no_usage()}
-
-    def usage_chunk(self) -> dict[str, Any] | None:
-        """Return the chunk with the usage, None if it was not asked for."""
-        if not self._with_usage:
-            return None
-        return {**self._head(self._shape.chunk), "choices": [], "usage": self.usage()}
-
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> Usage:
         """Return the tokens so far: prompt and accepted ones, then what they cost beside."""
         accepted = sum(len(transcript.latest.token_ids) for transcript in self.transcripts)
         drafted = sum(output.drafted_tokens for output in self._latest.values())
-        return {
-            "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": accepted,
-            "total_tokens": self._prompt_tokens + accepted,
-            "discarded_tokens": drafted - accepted,
-            "rm_tokens": sum(output.rm_tokens for output in self._latest.values()),
-        }
-
-    @property
-    def _with_usage(self) -> bool:
-        options = self._body.stream_options
-        return options is not None and bool(options.include_usage)
-
-    def _no_usage(self) -> dict[str, None]:
-        return {"usage": None} if self._with_usage else {}
-
-    def _head(self, name: str) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": name,
-            "created": self._created,
-            "model": self._settings.model_name,
-        }
-
-    def _choice(self, transcript: Transcript) -> dict[str, Any]:
-        output = transcript.latest
-        return {
-            "index": transcript.index,
-            **self._shape.choice(output.text),
-            "logprobs": self._logprobs(output.token_ids, output.logprobs),
-            **self._token_ids(output.token_ids),
-            "finish_reason": output.finish_reason,
-            "stars": {
-                "reward": output.reward,
-                "segments": self._segments(output.segments),
-            },
-        }
-
-    def _segments(self, segments: Sequence[Segment]) -> list[dict[str, Any]]:
-        text_of = functools.partial(token_text, tokenizer=self._engine.tokenizer)
-        return [segment_record(segment, text_of) for segment in segments]
-
-    def _token_ids(self, token_ids: Sequence[int]) -> dict[str, list[int]]:
-        return {"token_ids": list(token_ids)} if self._body.wants_token_ids else {}
-
-    def _logprobs(
-        self, token_ids: Sequence[int], logprobs: Sequence[float]
-    ) -> dict[str, Any] | None:
-        """Return those of the last tokens, as many as there are log-probabilities."""
-        if not self._body.wants_logprobs:
-            return None
-        tokenizer = self._engine.tokenizer
-        first = len(token_ids) - len(logprobs)
-        texts = [token_text([token], tokenizer) for token in token_ids[first:]]
-        offsets = token_offsets(tokenizer, token_ids, first)
-        return self._shape.logprobs(list(zip(texts, logprobs, strict=True)), offsets)
+        return Usage(
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=accepted,
+            total_tokens=self._prompt_tokens + accepted,
+            discarded_tokens=drafted - accepted,
+            rm_tokens=sum(output.rm_tokens for output in self._latest.values()),
+        )
 
 
 async def merged(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import fields
 from http import HTTPStatus
@@ -15,7 +14,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from stars_fast import params
-from stars_fast.params import Range, StarsParams, field_texts
+from stars_fast.params import Range, StarsParams, plain_text
 from stars_fast.server.answers import ErrorAnswer
 
 
@@ -55,19 +54,15 @@ _ERRORS = {
 _KEY = "api_key"
 _REF = "#/components/schemas/{model}"
 
-#: Of `field_texts`: fields that share a description.
-_REFERENCE = re.compile(r"^See --(\w+)\.$")
-
 
 def stars_schema() -> dict[str, Any]:
     """Return the JSON Schema of the ``stars`` object: each field of `StarsParams`."""
     hints = get_type_hints(StarsParams)
-    texts = field_texts(StarsParams.__doc__ or "")
     properties = {
         field.name: {
             **TypeAdapter(hints[field.name]).json_schema(),
             **RANGES.get(field.name, {}),
-            "description": _REFERENCE.sub(r"See `\1`.", texts.get(field.name, "")),
+            "description": plain_text(field.name),
         }
         for field in fields(StarsParams)
     }

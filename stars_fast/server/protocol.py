@@ -6,11 +6,13 @@ nothing; one that nobody knows is an error, too.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, model_validator
 
 from stars_fast.params import StarsParams, with_fields
+from stars_fast.prompts import PromptLike
 from stars_fast.server.openapi import RANGES, stars_schema
 
 #: Parameters of OpenAI's that cannot be honoured, with the values that ask for nothing.
@@ -115,9 +117,13 @@ class GenerationRequest(Strict):
         return self
 
     @property
-    def wants_token_ids(self) -> bool:
-        """Whether each choice has its token ids."""
+    def wants_logprobs(self) -> bool:
+        """Whether each token's log-probability is asked for."""
         return False
+
+    def prompts(self) -> Sequence[PromptLike]:
+        """Return the prompts, each to be answered `n` times."""
+        raise NotImplementedError
 
     def openai_values(self) -> dict[str, Any]:
         """Return the fields of `StarsParams` that OpenAI's parameters stand for."""
@@ -130,103 +136,6 @@ class GenerationRequest(Strict):
             "stop": self.stop,
         }
         return {name: value for name, value in values.items() if value is not None}
-
-
-class CompletionRequest(GenerationRequest):
-    """Body of ``/v1/completions``."""
-
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(
-        description="Text, token ids, or a list of either."
-    )
-    logprobs: Annotated[int, Field(ge=0, le=0)] | None = Field(
-        None, description="0: with the log-probability of each token. More are not kept."
-    )
-    return_token_ids: bool | None = Field(
-        None, description="With `token_ids` in each choice, as vLLM has them."
-    )
-
-    @property
-    def wants_logprobs(self) -> bool:
-        """Whether each token's log-probability is asked for."""
-        return self.logprobs is not None
-
-    @property
-    def wants_token_ids(self) -> bool:
-        """Whether each choice has its token ids."""
-        return bool(self.return_token_ids)
-
-    def prompts(self) -> list[str | list[int]]:
-        """Return the prompts, each to be answered `n` times.
-
-        Raises
-        ------
-        ValueError
-            If there is none.
-        """
-        if not self.prompt:
-            raise ValueError("prompt is empty")
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [list(self.prompt)]
-        return list(self.prompt)
-
-
-class TextPart(Strict):
-    """A part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(Strict):
-    """A message of a chat."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-
-    def plain(self) -> dict[str, str]:
-        """Return it as chat templates read it."""
-        content = self.content
-        if not isinstance(content, str):
-            content = "".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
-
-
-class ChatRequest(GenerationRequest):
-    """Body of ``/v1/chat/completions``."""
-
-    messages: list[ChatMessage]
-    max_completion_tokens: int | None = Field(
-        None, description="As `max_tokens`.", json_schema_extra=RANGES["max_tokens"]
-    )
-    logprobs: bool | None = Field(None, description="With the log-probability of each token.")
-
-    @property
-    def wants_logprobs(self) -> bool:
-        """Whether each token's log-probability is asked for."""
-        return bool(self.logprobs)
-
-    def openai_values(self) -> dict[str, Any]:
-        """Return the fields of `StarsParams` that OpenAI's parameters stand for."""
-        values = super().openai_values()
-        if self.max_completion_tokens is not None:
-            if self.max_tokens not in (None, self.max_completion_tokens):
-                raise ValueError("max_tokens and max_completion_tokens must not differ")
-            values["max_tokens"] = self.max_completion_tokens
-        return values
-
-    def prompts(self) -> list[list[dict[str, str]]]:
-        """Return the one prompt.
-
-        Raises
-        ------
-        ValueError
-            If there are no messages.
-        """
-        if not self.messages:
-            raise ValueError("messages must be a list that is not empty")
-        return [[message.plain() for message in self.messages]]
 
 
 def params_of(body: GenerationRequest, base: StarsParams) -> StarsParams:

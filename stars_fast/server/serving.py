@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from stars_fast.engine.async_engine import AsyncEngine
+from stars_fast.server.answers import to_json
 from stars_fast.server.errors import ApiError, api_error
 from stars_fast.server.generation import Generation
 from stars_fast.server.logs import log
 from stars_fast.server.metrics import Metrics
-from stars_fast.server.protocol import ChatRequest, CompletionRequest
+from stars_fast.server.protocol import GenerationRequest
 from stars_fast.server.settings import ServerSettings
-from stars_fast.server.shapes import Shape
 from stars_fast.server.transcript import Delta
+from stars_fast.server.writer import Writer
 
 T = TypeVar("T")
+B = TypeVar("B", bound=GenerationRequest)
 
 #: Status that the metrics and the log have where the client has left (nginx's).
 CLIENT_LEFT = 499
 
 
 class Serving:
-    """Answers the two completions endpoints.
+    """Answers the endpoints that generate.
 
     Parameters
     ----------
@@ -44,7 +45,7 @@ class Serving:
         self._metrics = metrics
 
     async def answer(
-        self, request: Request, body: CompletionRequest | ChatRequest, shape: Shape
+        self, request: Request, body: B, writer_of: Callable[[Generation, B], Writer]
     ) -> Response:
         """Return the response to a request; if the client leaves, the request is aborted.
 
@@ -55,13 +56,14 @@ class Serving:
         """
         call = Call(request, body, self._settings, self._metrics)
         try:
-            generation = Generation(self._engine, body, shape, self._settings)
+            generation = Generation(self._engine, body, self._settings)
             call.generation = generation
+            writer = writer_of(generation, body)
             if body.stream:
                 await unless_left(request.receive, generation.start())
-                return EventStream(generation, call)
+                return EventStream(writer, call)
             await unless_left(request.receive, _whole(generation, call))
-            content = generation.response()
+            content = to_json(writer.whole())
         except ClientLeftError:
             call.ended(CLIENT_LEFT)
             return Response(status_code=CLIENT_LEFT)
@@ -71,7 +73,7 @@ class Serving:
             call.ended(CLIENT_LEFT)  # cancelled, when the server stops
             raise
         call.ended(200)
-        return JSONResponse(content)
+        return Response(content, media_type="application/json")
 
 
 class Call:
@@ -86,7 +88,7 @@ class Call:
     def __init__(
         self,
         request: Request,
-        body: CompletionRequest | ChatRequest,
+        body: GenerationRequest,
         settings: ServerSettings,
         metrics: Metrics,
     ) -> None:
@@ -125,7 +127,7 @@ class Call:
         if message is not None:
             fields["message"] = message
         generation = self.generation
-        usage = {} if generation is None else generation.usage()
+        usage = {} if generation is None else generation.usage().model_dump()
         self._metrics.ended(status, seconds, usage.get("prompt_tokens", 0))
         if generation is not None:
             fields["method"] = generation.params.method
@@ -147,18 +149,18 @@ class EventStream(Response):
 
     Parameters
     ----------
-    generation
-        Started.
+    writer
+        Writes it; its generation has started.
     call
         Is told how it ends.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, call: Call) -> None:
+    def __init__(self, writer: Writer, call: Call) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._generation = generation
+        self._writer = writer
         self._call = call
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -171,25 +173,24 @@ class EventStream(Response):
             self._call.ended(CLIENT_LEFT)
             raise
         finally:
-            self._generation.abort()
+            self._writer.generation.abort()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        generation = self._generation
+        writer, generation = self._writer, self._writer.generation
         try:
+            await _send_part(send, writer.begin())
             async for transcript, delta in generation.deltas():
                 self._call.saw(generation, delta)
-                await _event(send, generation.chunk(transcript, delta))
-            usage = generation.usage_chunk()
-            if usage is not None:
-                await _event(send, usage)
+                await _send_part(send, writer.delta(transcript, delta))
+            last = writer.end()
         except ClientLeftError:
             raise
         except Exception as error:  # noqa: BLE001 - the client is told
-            await _event(send, self._call.failed(error).body())
+            last = writer.failed(self._call.failed(error))
         else:
             self._call.ended(200)
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+        await send({"type": "http.response.body", "body": last})
 
 
 async def _whole(generation: Generation, call: Call) -> None:
@@ -198,11 +199,11 @@ async def _whole(generation: Generation, call: Call) -> None:
         call.saw(generation, delta)
 
 
-async def _event(send: Send, content: dict[str, Any]) -> None:
-    data = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    event = b"data: " + data.encode() + b"\n\n"
+async def _send_part(send: Send, events: bytes) -> None:
+    if not events:
+        return
     try:
-        await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": events, "more_body": True})
     except OSError:
         raise ClientLeftError from None
 

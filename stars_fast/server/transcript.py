@@ -8,17 +8,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
-
-from stars_fast.engine.detokenize import rewrites_spaces, settled
+from stars_fast.decoders import overlap
 from stars_fast.outputs import CompletionOutput, FinishReason, Segment
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What a newly accepted segment, or several, added to a response."""
+    """What a newly accepted segment, or several, added to a response.
+
+    Attributes
+    ----------
+    text
+        What can be sent.
+    begin
+        Where the new tokens begin in the response's text, some of which may not have been sent.
+    """
 
     text: str
+    begin: int
     token_ids: Sequence[int]
     logprobs: Sequence[float]
     segments: Sequence[Segment]
@@ -29,21 +36,17 @@ class Delta:
 class TextDeltas:
     """Cuts one growing response into pieces that together are its final text.
 
-    Held back until it is decided: the first bytes of a character whose others are in the next
-    segment, and the beginning of what may become a stop text, which is no part of the response.
+    Held back until it is decided: the beginning of what may become a stop text, which is no part
+    of the response.
 
     Parameters
     ----------
     stops
         The stop texts.
-    rewrites_spaces
-        The tokenizer changes white space before what follows it
-        (``clean_up_tokenization_spaces``): the last word is held back, too.
     """
 
-    def __init__(self, stops: Sequence[str] = (), *, rewrites_spaces: bool = False) -> None:
+    def __init__(self, stops: Sequence[str] = ()) -> None:
         self._stops = tuple(stops)
-        self._rewrites_spaces = rewrites_spaces
         self._sent = 0
 
     def push(self, text: str, *, finished: bool) -> str:
@@ -62,19 +65,7 @@ class TextDeltas:
         return delta
 
     def _sendable(self, text: str) -> int:
-        whole = settled(text)
-        if self._rewrites_spaces:
-            words = whole.rstrip()
-            whole = words[: max(words.rfind(" "), 0)]
-        return len(whole) - max((overlap(whole, stop) for stop in self._stops), default=0)
-
-
-def overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that `stop` begins with and goes beyond."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+        return len(text) - max((overlap(text, stop) for stop in self._stops), default=0)
 
 
 class Transcript:
@@ -86,16 +77,12 @@ class Transcript:
         Of the choice that it is.
     stops
         The request's stop texts.
-    tokenizer
-        The language model's.
     """
 
-    def __init__(
-        self, index: int, stops: Sequence[str], tokenizer: PreTrainedTokenizerBase | None
-    ) -> None:
+    def __init__(self, index: int, stops: Sequence[str]) -> None:
         self.index = index
         self.latest = CompletionOutput(index)
-        self._deltas = TextDeltas(stops, rewrites_spaces=rewrites_spaces(tokenizer))
+        self._deltas = TextDeltas(stops)
 
     def advance(self, output: CompletionOutput) -> Delta | None:
         """Return what `output`, a later state of the response, adds; None if nothing."""
@@ -107,16 +94,10 @@ class Transcript:
         start = len(before.token_ids)
         return Delta(
             text=self._deltas.push(output.text, finished=ended),
+            begin=len(before.text),
             token_ids=output.token_ids[start:],
             logprobs=output.logprobs[start:],
             segments=new,
             finish_reason=output.finish_reason,
             reward=output.reward,
         )
-
-
-def token_text(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Return tokens as text, special ones included."""
-    if tokenizer is None:
-        return ""
-    return str(tokenizer.decode(list(token_ids)))

@@ -12,7 +12,7 @@ from stars_fast.cli.flags import (
     add_params_flags,
     params_from,
 )
-from stars_fast.params import Method, StarsParams, field_texts, with_fields
+from stars_fast.params import Method, StarsParams, plain_text, with_fields
 
 # For every field with a flag: what is typed, and what it means.
 EXAMPLES = {
@@ -28,6 +28,12 @@ EXAMPLES = {
     "top_k": (["--top-k", "0"], 0),
     "top_p": (["--top-p", "0.9"], 0.9),
     "min_p": (["--min-p", "0.05"], 0.05),
+    "repetition_penalty": (["--repetition-penalty", "1.1"], 1.1),
+    "presence_penalty": (["--presence-penalty", "-0.5"], -0.5),
+    "frequency_penalty": (["--frequency-penalty", "2"], 2.0),
+    "logit_bias": (["--logit-bias", '{"5": -100, "6": 1.5}'], {5: -100.0, 6: 1.5}),
+    "min_tokens": (["--min-tokens", "3"], 3),
+    "top_logprobs": (["--top-logprobs", "5"], 5),
     "max_tokens": (["--max-tokens", "7"], 7),
     "stop": (["--stop", "END", "--stop", "12"], ("END", "12")),
     "stop_token_ids": (["--stop-token-ids", "5", "--stop-token-ids", "6"], (5, 6)),
@@ -95,6 +101,8 @@ def test_auto_is_a_word(name: str) -> None:
         (["--candidates", "some"], r"--candidates.*expected INT\|auto"),
         (["--target-reward", "high"], r"--target-reward.*expected FLOAT\|auto"),
         (["--method", "dpo"], "--method.*dpo"),
+        (["--logit-bias", "5=1"], "--logit-bias.*expected a JSON object, got '5=1'"),
+        (["--logit-bias", "[5]"], r"--logit-bias.*expected a JSON object, got '\[5\]'"),
     ],
 )
 def test_what_cannot_be_read_names_the_flag(argv: list[str], message: str) -> None:
@@ -125,32 +133,25 @@ def test_help_describes_every_field_and_shows_the_default() -> None:
     add_params_flags(parser, {"target_reward": "auto"})
     text = " ".join(parser.format_help().split())
     assert 'at least 1; with "cards" its longest. (default: 32)' in text
-    assert "See --temperature. (default: 40)" in text
+    assert "transformers' warpers. (default: 40)" in text
     assert "2511.03827" in text
-    assert "calibrated to" in text
-    described = field_texts(StarsParams.__doc__ or "")
-    assert described.keys() == {field.name for field in fields(StarsParams)}
-    assert all(described.values())
+    assert "`" not in text
+    for field in fields(StarsParams):
+        assert plain_text(field.name)[:40] in text or field.name in RUN_FIELDS
 
 
-def test_field_texts_stop_at_the_next_section() -> None:
-    text = """Title.
-
-    Parameters
-    ----------
-    a : int
-        First, ``50 %``.
-    b, c
-        Both
-        lines.
-
-    Raises
-    ------
-    ValueError
-        Never.
-    """
-    assert field_texts(text) == {"a": "First, 50 %.", "b": "Both lines.", "c": "See --b."}
-    assert field_texts("") == {}
+def test_the_docstring_has_the_text_of_every_field() -> None:
+    docstring = StarsParams.__doc__ or ""
+    head, parameters = docstring.split("\nParameters\n----------\n")
+    parameters, raises = parameters.split("\nRaises\n------\n")
+    assert head.startswith("What one request asks for.")
+    assert raises.startswith("ValueError, TypeError\n    At construction")
+    lines = parameters.splitlines()
+    assert [line for line in lines if line[:1] not in ("", " ")] == [
+        field.name for field in fields(StarsParams)
+    ]
+    assert "    Softness of the accept test or choice, in units of reward, above 0." in parameters
+    assert max(map(len, lines)) <= 100
 
 
 def test_unknown_names_are_refused() -> None:

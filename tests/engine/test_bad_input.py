@@ -83,7 +83,7 @@ def test_beta_is_free_with_hard_acceptance() -> None:
         ([0, 1.5], PARAMS, "position 1 must be an integer"),
         ([0] * 600, PARAMS, "600 tokens .* context of 512"),
         ([{"role": "user", "content": "a"}], PARAMS, "chat template"),
-        ([{"role": "user"}], PARAMS, "message 0"),
+        ([{"role": "user"}], PARAMS, r"messages\[0\].content must"),
         ("ab", dataclasses.replace(PARAMS, top_k=5), "top_k must be at most the vocabulary, 4"),
         ("ab", dataclasses.replace(PARAMS, stop_token_ids=[7]), r"stop_token_ids .* \[0, 4\)"),
         ("ab", dataclasses.replace(PARAMS, target_reward=None), "calibrate"),

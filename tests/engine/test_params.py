@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import fields
 from typing import Any, get_args
 
@@ -24,6 +25,12 @@ OTHER: dict[str, Any] = {
     "top_k": 9,
     "top_p": 0.8,
     "min_p": 0.1,
+    "repetition_penalty": 1.3,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.5,
+    "logit_bias": {5: 1.5},
+    "min_tokens": 6,
+    "top_logprobs": 4,
     "max_tokens": 77,
     "seed": 4,
     "stop": ("x",),
@@ -132,11 +139,37 @@ def test_unknown_methods_are_told_the_methods(name: Any) -> None:
         ("cards", "rules", "private", ValueError),
         ("stars", "calibrate_prefixes", 1, TypeError),
         ("mara", "acceptance", "gibbs", ValueError),
+        ("stars", "repetition_penalty", 0.0, ValueError),
+        ("stars", "repetition_penalty", math.inf, ValueError),
+        ("smc", "presence_penalty", 2.1, ValueError),
+        ("args", "frequency_penalty", -2.1, ValueError),
+        ("stars", "frequency_penalty", None, TypeError),
+        ("stars", "logit_bias", [5, 1.0], TypeError),
+        ("stars", "logit_bias", {"five": 1.0}, TypeError),
+        ("stars", "logit_bias", {-1: 1.0}, ValueError),
+        ("stars", "logit_bias", {5: 101.0}, ValueError),
+        ("stars", "logit_bias", {5: math.nan}, ValueError),
+        ("stars", "logit_bias", {5: 1.0, "5": 1.0}, ValueError),
+        ("stars", "min_tokens", -1, ValueError),
+        ("stars", "min_tokens", 129, ValueError),
+        ("stars", "min_tokens", 1.0, TypeError),
+        ("stars", "top_logprobs", 21, ValueError),
+        ("stars", "top_logprobs", -1, ValueError),
     ],
 )
 def test_values_are_checked(method: Any, field: str, value: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=field):
         StarsParams(method=method, **{field: value})
+
+
+def test_biases_are_a_copy_by_token_id() -> None:
+    given = {"7": -100, 5: 2.5}
+    params = StarsParams(logit_bias=given)  # type: ignore[arg-type]
+    given["7"] = 100
+    assert params.logit_bias == {7: -100.0, 5: 2.5}
+    assert dataclasses.replace(params, n=2).logit_bias == params.logit_bias
+    assert hash(params) == hash(dataclasses.replace(params))
+    assert StarsParams(logit_bias={}) == StarsParams()
 
 
 def test_auto_candidates_stand_for_a_number_where_it_matters() -> None:

@@ -161,8 +161,13 @@ def test_mara_accepts_from_one_half_on(logit: float, attempts: int) -> None:
 def test_more_than_the_vocabulary_is_refused() -> None:
     for params, name in ((ARGS, "candidates"), (MARA, "max_attempts")):
         changed = dataclasses.replace(params, **{name: 401})
-        with pytest.raises(ValueError, match=rf"{name} must be at most the vocabulary, 400.*401"):
+        match = rf"{name} must be at most the tokens that can be drawn, 400, .*401"
+        with pytest.raises(ValueError, match=match):
             bpe_engine(reward).add_request("a", PROMPTS[0], changed)
+        # The end of the sequence is none of them before there are so many tokens.
+        held = dataclasses.replace(params, min_tokens=2, ignore_eos=False, **{name: 400})
+        with pytest.raises(ValueError, match=rf"{name} must .*, 399, .*400"):
+            bpe_engine(reward).add_request("a", PROMPTS[0], held)
 
 
 def test_seed_does_not_matter_where_nothing_is_drawn() -> None:

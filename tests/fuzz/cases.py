@@ -211,6 +211,11 @@ def _draw_params(
         "top_k": min(vocab_size, rng.choice([0, 0, 1, 5, 40, 300])),
         "top_p": rng.choice([1.0, 1.0, 0.9, 0.5]),
         "min_p": rng.choice([0.0, 0.0, 0.05, 0.3]),
+        "repetition_penalty": rng.choice([1.0, 1.0, 1.0, 0.8, 1.2, 3.0]),
+        "presence_penalty": rng.choice([0.0, 0.0, 0.0, -1.0, 0.5, 2.0]),
+        "frequency_penalty": rng.choice([0.0, 0.0, 0.0, -0.3, 0.5, 2.0]),
+        "logit_bias": _draw_biases(rng, vocab_size),
+        "top_logprobs": rng.choice([0, 0, 0, 1, 7, 20]),
         "seed": rng.choice([0, 1, 2**63 + 5, 2**64 - 1, rng.randrange(2**64)]),
         "ignore_eos": rng.random() < 0.3,
         "n": rng.choice([1, 1, 1, 2, 3]),
@@ -232,6 +237,9 @@ def _draw_params(
         "rejection_rate": rng.choice([0.0, 0.3, 0.5, 0.8]),
         "ess_threshold": rng.choice([0.0, 0.5, 1.0]),
     }
+    drawn["min_tokens"] = rng.choice(
+        [0, 0, drawn["max_tokens"], rng.randint(0, drawn["max_tokens"])]
+    )
     if rng.random() < 0.4:
         drawn["stop_token_ids"] = rng.sample(range(vocab_size), rng.choice([1, 5, 20]))
     if kind.decides == "paths":
@@ -240,6 +248,13 @@ def _draw_params(
         drawn["candidates"] = rng.randint(1, 5)
     mine = {name: value for name, value in drawn.items() if name in own}
     return StarsParams(**{**mine, **turn})
+
+
+def _draw_biases(rng: random.Random, vocab_size: int) -> dict[int, float] | None:
+    if rng.random() < 0.7:
+        return None
+    tokens = rng.sample(range(vocab_size), rng.choice([1, 3, 30]))
+    return {token: rng.choice([-100.0, -2.0, 1.5, 4.0, 100.0]) for token in tokens}
 
 
 def _draw_stop(rng: random.Random, world: World) -> Any:
@@ -308,8 +323,8 @@ def _bad_asks(world: World, params: StarsParams) -> Iterator[BadAsk]:
         ([1, True], "must be an integer"),
         (["x"], "must be an integer"),
         (5, "prompt must be text"),
-        ([{"role": "user"}], "prompt message 0 must be"),
-        ([{"role": "user", "content": 5}], "prompt message 0 must be"),
+        ([{"role": "user"}], "messages[0].content must be"),
+        ([{"role": "user", "content": 5}], "messages[0].content must be"),
         ([1] * CONTEXT, "does not fit the model's context"),
     ):
         yield BadAsk(prompt, params, words)

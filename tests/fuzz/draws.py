@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from stars_fast import StarsParams
 from stars_fast.ops.philox import token_noise_all
@@ -74,6 +80,40 @@ class PlainLogits:
     def entropy(self, before: Sequence[int]) -> float:
         """Entropy of the raw distribution of the next token, in nats."""
         return float(torch.distributions.Categorical(logits=self.after(before)).entropy())
+
+
+def adjusted(
+    logits: Tensor,
+    params: StarsParams,
+    prompt_ids: Sequence[int],
+    response: Sequence[int],
+    *,
+    ends: Iterable[int],
+    known: int,
+) -> Tensor:
+    """The logits that tokens are drawn from: biases, then penalties; some tokens are not drawn.
+
+    Parameters
+    ----------
+    ends
+        Tokens that end the response.
+    known
+        Tokens of the tokenizer, which the model may have more than.
+    """
+    scores = logits[:known].clone().unsqueeze(0)
+    context = torch.tensor([[*prompt_ids, *response]])
+    biases = {(token,): bias for token, bias in (params.logit_bias or {}).items() if token < known}
+    if biases:
+        scores = SequenceBiasLogitsProcessor(biases)(context, scores)
+    if len(response) < params.min_tokens:
+        scores[0, [token for token in ends if token < known]] = -torch.inf
+    if params.repetition_penalty != 1:
+        names = context[context < known].unsqueeze(0)
+        scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(names, scores)
+    for token in {*response}:
+        taken = params.frequency_penalty * response.count(token) + params.presence_penalty
+        scores[0, token] -= taken
+    return scores[0]
 
 
 def drawn_token(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fuzz.texts import cleans_up, plain_text
+
 Messages = list[dict[str, str]]
 
 
@@ -44,7 +46,10 @@ def read_prompt(tokenizer: Any, prompt: Any) -> ReadPrompt:
         )
         return ReadPrompt(text, list(encoded["input_ids"]), prompt)
     shown = prompt[1:] if prompt[0] == tokenizer.bos_token_id else prompt
-    return ReadPrompt(tokenizer.decode(shown), list(prompt), None)
+    text = plain_text(tokenizer, shown, with_special=True)
+    if cleans_up(tokenizer):
+        text = tokenizer.clean_up_tokenization(text)
+    return ReadPrompt(text.removesuffix("\ufffd"), list(prompt), None)
 
 
 def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fuzz.cases import Ask, BadAsk, Case
-from fuzz.worlds import World
 
 from stars_fast import CompletionOutput, Engine, RequestOutput
 from stars_fast.server.transcript import Transcript
@@ -107,9 +106,7 @@ def _note(case: Case, output: RequestOutput, run: Run) -> None:
     for response in output.outputs:
         key = (number, response.index)
         if key not in run.streams:
-            run.streams[key] = Stream(
-                Transcript(response.index, params.stop_texts, case.world.tokenizer)
-            )
+            run.streams[key] = Stream(Transcript(response.index, params.stop_texts))
         run.streams[key].push(response)
 
 
@@ -129,8 +126,3 @@ def run_at_once(engine: Engine, asks: Mapping[int, Ask]) -> Run:
     )
     stages = {number: [output] for number, output in zip(asks, outputs, strict=True)}
     return Run(stages, problems=what_is_held(engine))
-
-
-def is_beyond_tokenizer(world: World, error: str) -> bool:
-    """Whether a request failed for a token that only the language model knows (a known limit)."""
-    return bool(world.wider) and world.rewards.shared and "must lie in" in error

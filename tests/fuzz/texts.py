@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fuzz.prompts import ReadPrompt
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _CLOSING = "[\\s\"')\\]}”’»]*"  # noqa: RUF001
@@ -13,21 +16,29 @@ _SENTENCE = re.compile(f"[.!?。！？…]{_CLOSING}$")  # noqa: RUF001
 _CLAUSE = re.compile(f"[,;:，；：、]{_CLOSING}$")  # noqa: RUF001
 
 
-def plain_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    """The text of ids, special tokens left out.
+def plain_text(tokenizer: Any, token_ids: Sequence[int], *, with_special: bool = False) -> str:
+    """The text of ids, special tokens left out or not, spaces not cleaned up.
 
     A run of byte tokens is UTF-8 in which what is invalid becomes U+FFFD, as in Python. (Decoders
     of byte tokens give up a whole run instead for one byte that is.)
     """
     decoder = tokenizer.backend_tokenizer.decoder
     if decoder is None or "ByteFallback" not in str(decoder):
-        return str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return str(
+            tokenizer.decode(
+                list(token_ids),
+                skip_special_tokens=not with_special,
+                clean_up_tokenization_spaces=False,
+            )
+        )
     pieces: list[str] = []
     run = b""
     special = special_ids(tokenizer)
     for token in token_ids:
         piece = tokenizer.convert_ids_to_tokens(token)
-        if token in special or piece is None:  # beyond the tokenizer's vocabulary
+        if (
+            token in special and not with_special
+        ) or piece is None:  # beyond the tokenizer's vocabulary
             continue
         byte = _BYTE.fullmatch(piece)
         if byte:
@@ -40,6 +51,34 @@ def plain_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
     if run:
         pieces.append(run.decode("utf-8", errors="replace"))
     return str(decoder.decode(pieces))
+
+
+def response_text(
+    tokenizer: Any, prompt: str, prompt_ids: Sequence[int], token_ids: Sequence[int]
+) -> str:
+    """What a response adds to its prompt: the decoded whole without the decoded prompt.
+
+    Of a character that the prompt ends within the prompt has nothing.
+    """
+    silent = special_ids(tokenizer)
+    if all(i in silent or tokenizer.convert_ids_to_tokens(i) is None for i in token_ids):
+        return ""
+    before = plain_text(tokenizer, prompt_ids)
+    whole = plain_text(tokenizer, [*prompt_ids, *token_ids])
+    torn = _halves(before) > _halves(prompt)
+    text = whole[len(before) - torn :]
+    return str(tokenizer.clean_up_tokenization(text)) if cleans_up(tokenizer) else text
+
+
+def cleans_up(tokenizer: Any) -> bool:
+    """Whether a tokenizer takes spaces out of what it has decoded; those of BPE never do."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    bpe = backend is not None and type(backend.model).__name__ == "BPE"
+    return bool(tokenizer.clean_up_tokenization_spaces) and not bpe
+
+
+def _halves(text: str) -> int:
+    return len(text) - len(text.rstrip("\ufffd"))
 
 
 def special_ids(tokenizer: Any) -> set[int]:
@@ -68,6 +107,7 @@ class Texts:
     """Reads the responses of one request."""
 
     tokenizer: Any
+    prompt: ReadPrompt
     stop_texts: tuple[str, ...]
     stop_ids: frozenset[int]
 
@@ -75,13 +115,26 @@ class Texts:
         """Nothing before the last token must end the response."""
         if self.stop_texts:
             # What bytes at the end are is not known before the next token.
-            text = plain_text(self.tokenizer, token_ids).removesuffix("\ufffd")
+            text = self.whole(token_ids).removesuffix("\ufffd")
             found = [text.find(stop) for stop in self.stop_texts if stop in text]
             if found:
                 return Ending(text[: min(found)], True)
         if token_ids and token_ids[-1] in self.stop_ids:
-            return Ending(plain_text(self.tokenizer, token_ids[:-1]), True)
-        return Ending(plain_text(self.tokenizer, token_ids), False)
+            return Ending(self.whole(token_ids[:-1]), True)
+        return Ending(self.whole(token_ids), False)
+
+    def is_so_far(self, text: str, token_ids: Sequence[int]) -> bool:
+        """Whether a text is what is shown of a response that goes on.
+
+        The end may wait for its spaces to be cleaned up.
+        """
+        known = self.whole(token_ids).removesuffix("\ufffd")
+        waits = 8 if cleans_up(self.tokenizer) else 0
+        return known.startswith(text) and len(known) - len(text) <= waits
+
+    def whole(self, token_ids: Sequence[int]) -> str:
+        """The text, a stop text that ends it included."""
+        return response_text(self.tokenizer, self.prompt.text, self.prompt.token_ids, token_ids)
 
     def stops(self, token_ids: Sequence[int]) -> bool:
         """Whether the last token ends the response."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from helpers.tiny_tokenizers import CHAT_TEMPLATES, SPECIAL, TEXTS, bpe_tokenizer
@@ -18,6 +18,8 @@ FAMILIES = (
     "llama2",  # the "▁" by a normalizer, and no pre-tokenizer
     "word_level",
     "word_piece",
+    "sentencepiece_never",  # no "▁" but those of the text
+    "unigram",
 )
 
 LINES = (
@@ -45,7 +47,7 @@ CHATS = {**CHAT_TEMPLATES, "words": _WORDS, "tags": _TAGS}
 
 _SPECIAL = (*SPECIAL, "<unk>")
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
-_BYTE_FALLBACK = frozenset(FAMILIES[1:4])
+_BYTE_FALLBACK = frozenset({*FAMILIES[1:4], *FAMILIES[6:]})
 _MORE_WITH_BYTES = 100  # tokens, beside the bytes few would be left
 
 
@@ -135,13 +137,15 @@ def _train(backend: Tokenizer, cuts: Any, trainer: Any) -> Tokenizer:
 
 
 def _sentencepiece(family: str, size: int) -> str:
-    scheme = "first" if family == "sentencepiece_first" else "always"
+    scheme = family.rpartition("_")[2] if family.startswith("sentencepiece") else "always"
+    model: Any = models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    kind: Any = trainers.BpeTrainer
+    if family == "unigram":
+        model, kind = models.Unigram(), partial(trainers.UnigramTrainer, unk_token="<unk>")
     backend = _train(
-        Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)),
+        Tokenizer(model),
         pre_tokenizers.Metaspace(prepend_scheme=scheme),
-        trainers.BpeTrainer(
-            vocab_size=size, special_tokens=[*_SPECIAL, *_BYTES], show_progress=False
-        ),
+        kind(vocab_size=size, special_tokens=[*_SPECIAL, *_BYTES], show_progress=False),
     )
     backend.decoder = decoders.Sequence(
         [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=scheme)]
@@ -149,6 +153,8 @@ def _sentencepiece(family: str, size: int) -> str:
     fields = json.loads(backend.to_str())
     # The trainer takes the bytes for special tokens, which they are not.
     fields["added_tokens"] = [t for t in fields["added_tokens"] if t["content"] in _SPECIAL]
+    if family == "unigram":
+        fields["model"]["byte_fallback"] = True
     if family == "llama2":
         fields["pre_tokenizer"] = None
         fields["normalizer"] = {

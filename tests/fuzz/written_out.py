@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from fuzz.draws import ROUNDING, PlainLogits, drawn_token, likely_token
+from fuzz.draws import ROUNDING, PlainLogits, adjusted, drawn_token, likely_token
 from fuzz.prompts import read_prompt
 from fuzz.rewards import JudgeReward, Reward, judge_ids
 from fuzz.texts import Texts, border_level
 from fuzz.worlds import CALIBRATION, World
 from helpers.scheduler_draws import PURPOSE_CHOOSE, PURPOSE_RESAMPLE, purpose_uniform
+from torch import Tensor
 
 from stars_fast import CompletionOutput, Segment, StarsParams, _core
 from stars_fast.outputs import Attempt
@@ -66,7 +67,9 @@ class WrittenOut:
         self.prompt = read_prompt(world.tokenizer, prompt)
         ends = not params.ignore_eos and params.rules != "public"
         stop_ids = {*(params.stop_token_ids or ()), *(world.eos_ids if ends else ())}
-        self.texts = Texts(world.tokenizer, tuple(params.stop or ()), frozenset(stop_ids))
+        self.stop_ids = stop_ids
+        stops = tuple(params.stop or ())
+        self.texts = Texts(world.tokenizer, self.prompt, stops, frozenset(stop_ids))
         self.logits = PlainLogits(world.model, self.prompt.token_ids)
         self.judge: PlainLogits | None = None
         if world.rewards.name == "persona":
@@ -160,6 +163,17 @@ class WrittenOut:
 
     # Segments
 
+    def to_draw_from(self, response: list[int]) -> Tensor:
+        """The logits behind a response, with what the request changes in them."""
+        return adjusted(
+            self.logits.after(response),
+            self.params,
+            self.prompt.token_ids,
+            response,
+            ends=self.stop_ids,
+            known=len(self.world.tokenizer),
+        )
+
     def draft(self, before: list[int], seed: int, attempt: int, stream: int) -> list[int]:
         """A segment that is drawn."""
         (drafted,) = self._drafts([(before, seed, stream)], attempt)
@@ -176,7 +190,7 @@ class WrittenOut:
                 if self._ends_before_next(before, drafts[i]):
                     growing.remove(i)
                     continue
-                logits = self.logits.after(before + drafts[i])
+                logits = self.to_draw_from(before + drafts[i])
                 position = len(before) + len(drafts[i])
                 drafts[i].append(drawn_token(logits, self.params, seed, position, attempt, stream))
                 if self._ends_behind(before, drafts[i]):
@@ -243,7 +257,7 @@ class WrittenOut:
 
     def _attempt(self, path: Path, attempt: int) -> list[int]:
         if self.params.kind.ranked:
-            return [likely_token(self.logits.after(path.token_ids), attempt)]
+            return [likely_token(self.to_draw_from(path.token_ids), attempt)]
         return self.draft(path.token_ids, path.seed, attempt, self._stream(path))
 
     def _tested(self, path: Path, number: int) -> Tried:
@@ -268,7 +282,7 @@ class WrittenOut:
         reward = self.shown(path.token_ids + drafted)
         merit, beta = reward, params.beta
         if params.method == "args":
-            logprob = self.logits.logprob(path.token_ids, drafted[0])
+            logprob = float(self.to_draw_from(path.token_ids).log_softmax(-1)[drafted[0]])
             merit, beta = logprob + params.reward_weight * reward, params.temperature
         if params.method == "args" and params.temperature == 0:
             return Tried(drafted, reward, None, False, merit)
@@ -371,4 +385,10 @@ class WrittenOut:
             path.reward,
             "stop" if ending.stopped else "length",
             path.segments,
+            [self._top_logprobs(ids[:i]) for i in range(len(ids) * (self.params.top_logprobs > 0))],
         )
+
+    def _top_logprobs(self, before: list[int]) -> dict[int, float]:
+        """The most likely tokens of the raw distribution with their log-probabilities."""
+        logprobs, tokens = self.logits.after(before).log_softmax(-1).topk(self.params.top_logprobs)
+        return dict(zip(tokens.tolist(), logprobs.tolist(), strict=True))

@@ -28,7 +28,9 @@ FLOORS = (
     ("kernels",),
     ("records",),
     ("prompts", "params", "errors"),
+    ("decoders",),
     ("methods", "outputs", "seeds", "core", "config", "demo"),
+    ("chats",),
     ("_core",),
 )
 FLOOR = {package: number for number, floor in enumerate(FLOORS) for package in floor}

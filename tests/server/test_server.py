@@ -231,7 +231,7 @@ def test_chat() -> None:
         assert "".join(delta.content or "" for delta in deltas) == expected.outputs[0].text
         assert [delta.role for delta in deltas] == ["assistant", None, None]
         refused = served.post(
-            {"messages": [{"role": "tool", "content": "x"}]}, "/v1/chat/completions"
+            {"messages": [{"role": "tool", "content": None}]}, "/v1/chat/completions"
         )
         assert refused.status_code == 400
 
@@ -479,7 +479,6 @@ def test_openapi_and_the_page(shared: Served) -> None:
     schema = httpx.get(f"{shared.url}/openapi.json").json()
     assert {"/v1/completions", "/v1/chat/completions", "/metrics"} <= schema["paths"].keys()
     assert "stars" in schema["components"]["schemas"]["CompletionRequest"]["properties"]
-    assert httpx.get(f"{shared.url}/docs").status_code == 200
     page = httpx.get(shared.url)
     assert page.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["content-security-policy"]
