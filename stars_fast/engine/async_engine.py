@@ -12,16 +12,19 @@ from concurrent import futures
 from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
+from typing import TypeVar
 
 from stars_fast.engine import Engine
 from stars_fast.engine.streams import Outbox, RequestStream
-from stars_fast.errors import EngineStoppedError, QueueFullError
+from stars_fast.errors import DeadlineError, EngineStoppedError, QueueFullError
 from stars_fast.outputs import CompletionOutput, RequestOutput
 from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptLike
 from stars_fast.rewards.base import Prompt
 
 __all__ = ["AsyncEngine"]
+
+T = TypeVar("T")
 
 #: How old the counters of `stats` may be while rounds run.
 _STATS_SECONDS = 0.5
@@ -69,6 +72,8 @@ class AsyncEngine:
             if value < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
         self.tokenizer = engine.tokenizer
+        #: The language model's context in tokens; None where it has no limit, or is not here.
+        self.max_length = engine.max_length
         self._engine = engine
         self._max_running = max_running
         self._max_waiting = max_waiting
@@ -93,7 +98,7 @@ class AsyncEngine:
 
     async def generate(
         self,
-        prompt: PromptLike,
+        prompt: PromptLike | Prompt,
         params: StarsParams | None = None,
         *,
         request_id: str | None = None,
@@ -114,7 +119,7 @@ class AsyncEngine:
 
     def submit(
         self,
-        prompt: PromptLike,
+        prompt: PromptLike | Prompt,
         params: StarsParams | None = None,
         *,
         request_id: str | None = None,
@@ -147,15 +152,9 @@ class AsyncEngine:
         number = next(self._numbers)
         name = request_id if request_id is not None else f"request-{number}"
         with self._lock:
-            if self._refuses:
-                raise EngineStoppedError("the engine is stopping and takes no requests")
             if name in self._open:
                 raise ValueError(f"request_id {name!r} is in use")
-            if len(self._open) >= self._max_running + self._max_waiting:
-                raise QueueFullError(
-                    f"queue full: {self._max_running} requests run and {self._max_waiting} wait; "
-                    "try again later"
-                )
+            self._check_room()
             stream = RequestStream(
                 name,
                 prompt,
@@ -167,6 +166,47 @@ class AsyncEngine:
             # Inside, so that none comes behind those that a stopping thread still answers.
             self._commands.put(partial(self._take, stream))
         return stream
+
+    async def call(self, work: Callable[[Engine], T], timeout: float | None = None) -> T:
+        """Do something with the engine between two rounds, and return what that gives.
+
+        Parameters
+        ----------
+        work
+            Called on the engine's thread, where it holds up the rounds; what it raises is raised.
+        timeout
+            Seconds from now; None: as many as it takes.
+
+        Raises
+        ------
+        QueueFullError, EngineStoppedError
+            As `submit`.
+        DeadlineError
+            If it was not done in time; if it had not begun, it is not.
+        """
+        name = f"call-{next(self._numbers)}"
+        done: futures.Future[T] = futures.Future()
+
+        def run() -> None:
+            with self._lock:
+                self._open.discard(name)
+            if not done.set_running_or_notify_cancel():
+                return
+            try:
+                if self._ended.done():
+                    raise EngineStoppedError("the engine has stopped")  # noqa: TRY301 - as it fails
+                done.set_result(work(self._engine))
+            except Exception as error:  # noqa: BLE001 - it is the caller's
+                done.set_exception(error)
+
+        with self._lock:
+            self._check_room()
+            self._open.add(name)
+            self._commands.put(run)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(done), timeout)
+        except asyncio.TimeoutError:
+            raise DeadlineError(f"the request was not finished within {timeout:g} s") from None
 
     def abort(self, request_id: str) -> None:
         """Stop a request; its stream ends with what it had, finish reason ``"abort"``.
@@ -223,6 +263,15 @@ class AsyncEngine:
         """Return the counters of `Engine.stats`, at most about a round and half a second old."""
         return dict(self._stats)
 
+    def _check_room(self) -> None:
+        if self._refuses:
+            raise EngineStoppedError("the engine is stopping and takes no requests")
+        if len(self._open) >= self._max_running + self._max_waiting:
+            raise QueueFullError(
+                f"queue full: {self._max_running} requests run and {self._max_waiting} wait; "
+                "try again later"
+            )
+
     def _refuse(self) -> None:
         with self._lock:
             self._refuses = True
@@ -260,17 +309,23 @@ class AsyncEngine:
         while not self._commands.empty():
             self._commands.get()()
 
+    def check_request(self, prompt: PromptLike | Prompt, params: StarsParams) -> Prompt:
+        """Return a prompt that may be run, as `Engine.check_request`; for `call`."""
+        read = self._engine.check_request(prompt, params)
+        tokens = len(read.token_ids)
+        if self._max_prompt_tokens is not None and tokens > self._max_prompt_tokens:
+            raise ValueError(
+                f"prompt has {tokens} tokens, more than the {self._max_prompt_tokens} allowed"
+            )
+        return read
+
     def _take(self, stream: RequestStream) -> None:
         """Look at a request and put it into the queue."""
         try:
             if self._ended.done():
                 raise EngineStoppedError("the engine has stopped")  # noqa: TRY301 - as it fails
-            prompt = self._engine.check_request(stream.prompt, stream.params)
+            prompt = self.check_request(stream.prompt, stream.params)
             tokens = len(prompt.token_ids)
-            if self._max_prompt_tokens is not None and tokens > self._max_prompt_tokens:
-                raise ValueError(  # noqa: TRY301
-                    f"prompt has {tokens} tokens, more than the {self._max_prompt_tokens} allowed"
-                )
         except Exception as error:  # noqa: BLE001 - it is the caller's
             self._fail(stream, error)
             return

@@ -15,6 +15,7 @@ from stars_fast.distributed import ALONE, Ranks
 from stars_fast.engine.calibration import calibration_of, prefix_calibration_of
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import Loop
+from stars_fast.engine.prompt_scores import TokenScore
 from stars_fast.engine.requests import Request
 from stars_fast.errors import RewardError
 from stars_fast.models.parameters import multiplied_parameters
@@ -248,6 +249,23 @@ class BaseEngine:
         self.calibration = calibration_of(rewards, quantile, prefix_calibration_of(samples))
         return self.calibration
 
+    def prompt_scores(self, token_ids: Sequence[int], top: int = 0) -> list[TokenScore]:
+        """Return the log-probabilities of a prompt's own tokens.
+
+        Parameters
+        ----------
+        token_ids
+            The prompt.
+        top
+            How many of the most likely tokens to name at each place.
+
+        Raises
+        ------
+        ValueError
+            If the language model is not here.
+        """
+        raise ValueError("logprobs of a prompt need the language model, which is at a server")
+
     # One request at a time, for serving stacks
 
     def add_request(
@@ -299,7 +317,9 @@ class BaseEngine:
         request.unchosen = params.kind.competes is not None
         self._requests[request.request_id] = request
 
-    def check_request(self, prompt: PromptLike, params: StarsParams | None = None) -> Prompt:
+    def check_request(
+        self, prompt: PromptLike | Prompt, params: StarsParams | None = None
+    ) -> Prompt:
         """Return a prompt that can be run with `params` as `add_request` reads it; queue nothing.
 
         Raises
@@ -411,6 +431,7 @@ class BaseEngine:
                 "abort": self.abort,
                 "step": self.step,
                 "score": self.score,
+                "prompt_scores": self.prompt_scores,
                 "calibration": functools.partial(setattr, self, "calibration"),
                 "reset_prefix_cache": self.reset_prefix_cache,
             }
@@ -436,6 +457,11 @@ class BaseEngine:
     def max_rows(self) -> int:
         """Candidates drafted in one round at most, and requests that run at once."""
         return self._limits.max_rows
+
+    @property
+    def max_length(self) -> int | None:
+        """The language model's context in tokens; None where it has no limit, or is not here."""
+        return None
 
     def has_unfinished(self) -> bool:
         """Whether any request is queued or running."""

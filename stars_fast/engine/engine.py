@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ from stars_fast.engine.base import BaseEngine
 from stars_fast.engine.clock import PhaseClock
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import PHASES, Loop
+from stars_fast.engine.prompt_scores import TokenScore, prompt_scores
 from stars_fast.models.load import load_causal_lm
+from stars_fast.models.logits import LogitHead
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.pool import default_num_pages
 from stars_fast.models.selfcheck import check_numbers
@@ -200,6 +202,7 @@ class Engine(BaseEngine):
             ranks=ranks,
         )
         self._lm = lm
+        self._logit_head: LogitHead | None = None
         super().__init__(
             PromptReader(tokenizer, lm.vocab_size, lm.max_length, chat_template_kwargs),
             loop,
@@ -217,6 +220,18 @@ class Engine(BaseEngine):
             seed=seed,
             ranks=ranks,
         )
+
+    def prompt_scores(self, token_ids: Sequence[int], top: int = 0) -> list[TokenScore]:
+        """Return the log-probabilities of a prompt's own tokens; see `prompt_scores`."""
+        with self._broadcast_call("prompt_scores", list(token_ids), top):
+            if self._logit_head is None:
+                self._logit_head = LogitHead(self._lm.model)
+            return prompt_scores(self._lm.model, self._logit_head, token_ids, top)
+
+    @property
+    def max_length(self) -> int | None:
+        """The language model's context in tokens; None where it has no limit."""
+        return self._lm.max_length
 
     @classmethod
     def demo(cls, **options: Any) -> Engine:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from stars_fast.errors import DeadlineError
 from stars_fast.outputs import RequestOutput
 from stars_fast.params import StarsParams
-from stars_fast.prompts import PromptLike
+from stars_fast.prompts import Prompt, PromptLike
 
 #: Outputs that wait for a reader at most. An output holds all that those before it do, so a reader
 #: that falls further behind misses none of the text.
@@ -47,7 +47,7 @@ class RequestStream:
     def __init__(
         self,
         request_id: str,
-        prompt: PromptLike,
+        prompt: PromptLike | Prompt,
         params: StarsParams,
         abort: _Call,
         timeout: float | None,

@@ -106,6 +106,9 @@ class ModelObject(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
+    root: str = Field(description="Where it was loaded from.")
+    parent: None
+    max_model_len: int | None = Field(description="Its context in tokens.")
 
 
 class ModelList(BaseModel):

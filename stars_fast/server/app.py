@@ -26,6 +26,7 @@ from stars_fast.server.completions import (
 from stars_fast.server.errors import ApiError, add_handlers
 from stars_fast.server.guard import Guard
 from stars_fast.server.logs import log
+from stars_fast.server.method_name import values_in_name
 from stars_fast.server.metrics import Metrics
 from stars_fast.server.openapi import describe, errors, generated
 from stars_fast.server.serving import Serving
@@ -84,9 +85,16 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
         for status, text in ((200, "The server takes requests."), (503, "It does not."))
     }
 
-    def model_object() -> dict[str, Any]:
-        name = settings.model_name
-        return {"id": name, "object": "model", "created": created, "owned_by": "stars_fast"}
+    def model_object(name: str) -> ModelObject:
+        return ModelObject(
+            id=name,
+            object="model",
+            created=created,
+            owned_by="stars_fast",
+            root=settings.model_path or settings.model_name,
+            parent=None,
+            max_model_len=engine.max_length,
+        )
 
     @app.post(
         "/v1/completions",
@@ -105,16 +113,16 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
         return await serving.answer(request, body, ChatWriter)
 
     @app.get("/v1/models", response_model=ModelList, responses=errors(401))
-    async def models() -> dict[str, Any]:
+    async def models() -> ModelList:
         """Return the one model."""
-        return {"object": "list", "data": [model_object()]}
+        return ModelList(object="list", data=[model_object(settings.model_name)])
 
     @app.get("/v1/models/{name:path}", response_model=ModelObject, responses=errors(401, 404))
-    async def model(name: str) -> dict[str, Any]:
+    async def model(name: str) -> ModelObject:
         """Return a model by its name."""
-        if name != settings.model_name:
+        if values_in_name(name, settings.model_name) is None:
             raise ApiError(404, f"the model {name!r} does not exist", code="model_not_found")
-        return model_object()
+        return model_object(name)
 
     @app.get("/health", response_model=None, responses=states)
     async def health() -> JSONResponse:

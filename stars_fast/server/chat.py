@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -81,12 +81,25 @@ class ChatMessage(BaseModel):
 class ChatRequest(GenerationRequest):
     """Body of ``/v1/chat/completions``."""
 
+    asks_for_nothing: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        **GenerationRequest.asks_for_nothing,
+        "add_special_tokens": (False,),
+    }
+
     messages: list[ChatMessage]
     max_completion_tokens: int | None = Field(
         default=None, description="As `max_tokens`.", json_schema_extra=RANGES["max_tokens"]
     )
     logprobs: bool | None = Field(
         default=None, description="With the log-probability of each token."
+    )
+    top_logprobs: int | None = Field(
+        default=None,
+        description="With so many of the likeliest tokens at each place; needs `logprobs`.",
+        json_schema_extra=RANGES["top_logprobs"],
+    )
+    reasoning_effort: str | None = Field(
+        default=None, description="A variable of the chat template, too."
     )
 
     chat_template_kwargs: dict[str, Any] | None = Field(
@@ -105,18 +118,34 @@ class ChatRequest(GenerationRequest):
         """Whether each token's log-probability is asked for."""
         return bool(self.logprobs)
 
-    def openai_values(self) -> dict[str, Any]:
-        """Return the fields of `StarsParams` that OpenAI's parameters stand for."""
-        values = super().openai_values()
+    def stars_values(self) -> dict[str, Any]:
+        """Return the fields of `StarsParams` that the body's own stand for."""
+        values = super().stars_values()
         if self.max_completion_tokens is not None:
             if self.max_tokens not in (None, self.max_completion_tokens):
                 raise ValueError("max_tokens and max_completion_tokens must not differ")
             values["max_tokens"] = self.max_completion_tokens
+        if self.top_logprobs:
+            if not self.logprobs:
+                raise ValueError(f"top_logprobs needs logprobs: true, got {self.logprobs}")
+            values["top_logprobs"] = self.top_logprobs
         return values
 
     def prompts(self) -> list[dict[str, Any]]:
         """Return the one prompt."""
-        return [self.model_dump(include={"messages", *CHAT_OPTIONS}, exclude_unset=True)]
+        chat = self.model_dump(include={"messages", *CHAT_OPTIONS}, exclude_unset=True)
+        if self.reasoning_effort is not None:
+            variables = {"reasoning_effort": self.reasoning_effort}
+            chat["chat_template_kwargs"] = variables | (self.chat_template_kwargs or {})
+        return [chat]
+
+
+class LikelyToken(BaseModel):
+    """One of the likeliest tokens at a place."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
 
 
 class TokenLogprob(BaseModel):
@@ -125,7 +154,7 @@ class TokenLogprob(BaseModel):
     token: str
     logprob: float
     bytes: list[int] | None
-    top_logprobs: list[None]
+    top_logprobs: list[LikelyToken]
 
 
 class ChatLogprobs(BaseModel):
@@ -199,7 +228,7 @@ class ChatWriter(ChoiceWriter):
         """Return a whole answer."""
         output = transcript.latest
         message = AssistantMessage(role="assistant", content=output.text, refusal=None)
-        scores = self.scores(transcript, output.logprobs)
+        scores = self.scores(transcript, None)
         return ChatChoice(message=message, logprobs=_objects(scores), **fields)
 
     def piece(
@@ -209,7 +238,7 @@ class ChatWriter(ChoiceWriter):
         message = MessageDelta(content=delta.text)
         if first:
             message.role = "assistant"
-        scores = self.scores(transcript, delta.logprobs, delta.begin)
+        scores = self.scores(transcript, delta)
         return ChatDelta(delta=message, logprobs=_objects(scores), **fields)
 
 
@@ -224,7 +253,13 @@ def _object(score: TokenScore) -> TokenLogprob:
     return TokenLogprob(
         token=score.text,
         logprob=score.logprob,
-        # Of half a character the bytes are not known here.
-        bytes=None if "\ufffd" in score.text else list(score.text.encode()),
-        top_logprobs=[],
+        bytes=_bytes(score.text),
+        top_logprobs=[
+            LikelyToken(token=text, logprob=value, bytes=_bytes(text)) for text, value in score.top
+        ],
     )
+
+
+def _bytes(text: str) -> list[int] | None:
+    """Return a token's bytes; of half a character they are not known here."""
+    return None if "\ufffd" in text else list(text.encode())

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from stars_fast.engine.async_engine import AsyncEngine
+from stars_fast.engine.base import BaseEngine
+from stars_fast.engine.prompt_scores import TokenScore
 from stars_fast.engine.requests import samples_per_response
 from stars_fast.engine.streams import RequestStream
 from stars_fast.errors import EngineStoppedError
-from stars_fast.outputs import RequestOutput
+from stars_fast.outputs import CompletionOutput, RequestOutput
 from stars_fast.params import StarsParams
-from stars_fast.prompts import Prompt
+from stars_fast.prompts import Prompt, PromptLike
 from stars_fast.server.answers import Usage
 from stars_fast.server.errors import ApiError, request_failed
-from stars_fast.server.protocol import GenerationRequest, params_of
+from stars_fast.server.method_name import method_values, values_in_name
+from stars_fast.server.protocol import Body, params_of
 from stars_fast.server.settings import ServerSettings
 from stars_fast.server.transcript import Delta, Transcript
 
@@ -32,6 +36,8 @@ class Generation:
         The request.
     settings
         Of the server.
+    method
+        A method and its budget from outside of the body, see `method_name`.
 
     Attributes
     ----------
@@ -53,21 +59,24 @@ class Generation:
     def __init__(
         self,
         engine: AsyncEngine,
-        body: GenerationRequest,
+        body: Body,
         settings: ServerSettings,
+        method: str | None = None,
     ) -> None:
-        if body.model not in (None, settings.model_name):
+        named = values_in_name(body.model, settings.model_name)
+        if named is None:
             raise ApiError(
                 404,
                 f"the model {body.model!r} does not exist; this server has {settings.model_name!r}",
                 param="model",
                 code="model_not_found",
             )
+        asked = {} if method is None else method_values(method)
         self._engine = engine
         self._settings = settings
-        self.model = settings.model_name
+        self.model = body.model or settings.model_name
         self.tokenizer = engine.tokenizer
-        self.params: StarsParams = params_of(body, settings.params)
+        self.params: StarsParams = params_of(body, settings.params, named, asked)
         self.prompts: Sequence[Any] = body.prompts()
         drawn = len(self.prompts) * self.params.n * samples_per_response(self.params)
         if drawn > settings.max_choices:
@@ -79,8 +88,12 @@ class Generation:
         self._latest: dict[int, RequestOutput] = {}
         self._prompt_tokens = 0
         self.transcripts = [
-            Transcript(i, self.params.stop_texts) for i in range(len(self.prompts) * self.params.n)
+            Transcript(i, self.params.stop_texts, body.text_options, engine.tokenizer)
+            for i in range(len(self.prompts) * self.params.n)
         ]
+        self._body = body
+        self._read: list[Prompt] = []
+        self._prompt_scores: list[list[TokenScore]] = []
         self.first_token_at: float | None = None
 
     async def start(self) -> None:
@@ -91,8 +104,12 @@ class Generation:
         QueueFullError, EngineStoppedError, DeadlineError, ValueError, TypeError
             Those of `AsyncEngine.submit` and `RequestStream.admitted`.
         """
+        if self._body.only_prompts or self._body.prompt_logprobs is not None:
+            await self._read_prompts()
+        if self._body.only_prompts:
+            return
         try:
-            for prompt in self.prompts:
+            for prompt in self._read or self.prompts:
                 stream = self._engine.submit(
                     prompt, self.params, timeout=self._settings.request_timeout
                 )
@@ -102,6 +119,21 @@ class Generation:
             self.abort()
             raise
         self._prompt_tokens = sum(counts)
+
+    async def _read_prompts(self) -> None:
+        top, timeout = self._body.prompt_logprobs, self._settings.request_timeout
+        for prompt in self.prompts:
+            work = functools.partial(self._read_prompt, prompt=prompt, top=top)
+            read, scores = await self._engine.call(work, timeout)
+            self._read.append(read)
+            self._prompt_scores.append(scores)
+        self._prompt_tokens = sum(len(read.token_ids) for read in self._read)
+
+    def _read_prompt(
+        self, engine: BaseEngine, prompt: PromptLike, top: int | None
+    ) -> tuple[Prompt, list[TokenScore]]:
+        read = self._engine.check_request(prompt, self.params)
+        return read, [] if top is None else engine.prompt_scores(read.token_ids, top)
 
     def abort(self) -> None:
         """Stop what is unfinished."""
@@ -116,6 +148,12 @@ class Generation:
         ApiError, DeadlineError, EngineStoppedError
             If one of the prompts fails; the others are aborted.
         """
+        if self._body.only_prompts:
+            for transcript in self.transcripts:
+                nothing = CompletionOutput(transcript.index, finish_reason="length")
+                delta = transcript.advance(nothing)
+                assert delta is not None
+                yield transcript, delta
         try:
             async for number, output in merged(self._streams):
                 self._latest[number] = output
@@ -123,7 +161,7 @@ class Generation:
                     raise request_failed(output.error)
                 for completion in output.outputs:
                     transcript = self.transcripts[number * self.params.n + completion.index]
-                    delta = transcript.advance(completion)
+                    delta = transcript.advance(completion, output.prompt_token_ids)
                     if delta is None:
                         continue
                     if delta.finish_reason == "abort":
@@ -136,8 +174,15 @@ class Generation:
 
     def prompt_of(self, transcript: Transcript) -> Prompt:
         """Return the prompt of a response that has begun."""
-        read = self._latest[transcript.index // self.params.n]
+        number = transcript.index // self.params.n
+        if self._read:
+            return self._read[number]
+        read = self._latest[number]
         return Prompt(read.prompt or "", read.prompt_token_ids)
+
+    def prompt_scores_of(self, transcript: Transcript) -> list[TokenScore]:
+        """Return the scores of the prompt's own tokens, which were asked for."""
+        return self._prompt_scores[transcript.index // self.params.n]
 
     def usage(self) -> Usage:
         """Return the tokens so far: prompt and accepted ones, then what they cost beside."""

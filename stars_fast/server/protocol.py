@@ -1,63 +1,115 @@
-"""Bodies of requests, in OpenAI's shapes.
+"""What bodies of requests have in common, in OpenAI's and vLLM's shapes.
 
 A parameter that this server cannot honour is an error unless it has the value that asks for
-nothing; one that nobody knows is an error, too.
+nothing; one that nobody knows is an error, too. Null asks for nothing, whatever the name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, model_validator
 
 from stars_fast.params import StarsParams, with_fields
 from stars_fast.prompts import PromptLike
 from stars_fast.server.openapi import RANGES, stars_schema
+from stars_fast.server.transcript import TextOptions
 
-#: Parameters of OpenAI's that cannot be honoured, with the values that ask for nothing.
+#: Parameters that cannot be honoured, with the values that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "allowed_token_ids": ([],),
     "audio": (),
+    "bad_words": ([],),
     "best_of": (1,),
+    "chat_template": (),
+    "detokenize": (True,),
+    "documents": ([],),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
+    "length_penalty": (1,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prediction": (),
-    "presence_penalty": (0,),
-    "reasoning_effort": (),
+    "priority": (0,),
+    "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
     "store": (False,),
+    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
-    "verbosity": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
     "web_search_options": (),
 }
 
-#: Accepted and without effect, for they change no response.
-_WITHOUT_EFFECT = ("metadata", "prompt_cache_key", "safety_identifier", "service_tier")
+#: Accepted and without effect: they change no response, or are hints to other models.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "cache_salt",
+        "include_reasoning",
+        "metadata",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        # Only slow tokenizers would put any between special tokens.
+        "spaces_between_special_tokens",
+        "verbosity",
+    }
+)
 
 _INSTEAD = {
     "best_of": '"stars": {"method": "best_of_n", "candidates": N} has its function',
 }
 
 
+def refuse_what_is_not_honoured(
+    body: Mapping[str, Any], known: Sequence[str], nothing: Mapping[str, tuple[object, ...]]
+) -> dict[str, Any]:
+    """Return the fields of a body that are honoured, those that ask for nothing left out.
+
+    Parameters
+    ----------
+    body
+        As it was sent.
+    known
+        Names that are honoured.
+    nothing
+        Other names, with the values that ask for nothing.
+
+    Raises
+    ------
+    ValueError
+        A field asks for what cannot be done.
+    """
+    kept = {}
+    # Tools that the model must not call ask for nothing of it.
+    silent = {"tools"} if body.get("tool_choice") == "none" else set()
+    for name, value in body.items():
+        if name in known:
+            kept[name] = value
+        elif value is None or name in _WITHOUT_EFFECT or name in silent:
+            continue
+        elif name not in nothing:
+            raise ValueError(f"unknown parameter {name!r}; those known are {', '.join(known)}")
+        elif not any(
+            (value == one and type(value) is not bool) or value is one for one in nothing[name]
+        ):
+            instead = f"; {_INSTEAD[name]}" if name in _INSTEAD else ""
+            raise ValueError(f"{name} is not supported by this server{instead}")
+    return kept
+
+
 class Strict(BaseModel):
     """Base of the bodies: no unknown names, no conversions."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class StreamOptions(Strict):
-    """Options of a streamed response."""
-
-    include_usage: bool | None = Field(None, description="Send a last chunk with `usage`.")
-    include_obfuscation: Literal[False] | None = None
 
 
 class StarsFields(RootModel[dict[str, Any]]):
@@ -68,27 +120,69 @@ class StarsFields(RootModel[dict[str, Any]]):
     )
 
 
-class GenerationRequest(Strict):
-    """What completions and chat completions have in common."""
+class Body(Strict):
+    """What all bodies that generate have in common.
 
-    model: str | None = Field(None, description="The model's name; may be left out.")
-    max_tokens: int | None = Field(
-        None, description="Tokens of a response at most.", json_schema_extra=RANGES["max_tokens"]
+    Attributes
+    ----------
+    asks_for_nothing
+        Names that are not honoured, with the values that are accepted.
+    """
+
+    asks_for_nothing: ClassVar[Mapping[str, tuple[object, ...]]] = _UNSUPPORTED
+
+    model: str | None = Field(
+        default=None,
+        description="The model's name; may be left out. `NAME:METHOD` and `NAME:METHOD:BUDGET` "
+        "choose a method, too, for clients that cannot send `stars`.",
     )
-    temperature: float | None = Field(None, json_schema_extra=RANGES["temperature"])
-    top_p: float | None = Field(None, json_schema_extra=RANGES["top_p"])
-    n: int | None = Field(
-        None, description="Responses to each prompt.", json_schema_extra=RANGES["n"]
+    temperature: float | None = Field(default=None, json_schema_extra=RANGES["temperature"])
+    top_p: float | None = Field(default=None, json_schema_extra=RANGES["top_p"])
+    top_k: int | None = Field(
+        default=None,
+        description="0 and -1 are off.",
+        json_schema_extra={**RANGES["top_k"], "minimum": -1},
+    )
+    min_p: float | None = Field(default=None, json_schema_extra=RANGES["min_p"])
+    repetition_penalty: float | None = Field(
+        default=None, json_schema_extra=RANGES["repetition_penalty"]
+    )
+    presence_penalty: float | None = Field(
+        default=None, json_schema_extra=RANGES["presence_penalty"]
+    )
+    frequency_penalty: float | None = Field(
+        default=None, json_schema_extra=RANGES["frequency_penalty"]
+    )
+    logit_bias: dict[str, float] | None = Field(
+        default=None, description="Added to logits, by token id, in [-100, 100]."
+    )
+    min_tokens: int | None = Field(
+        default=None,
+        description="Tokens of a response before a token can end it.",
+        json_schema_extra=RANGES["min_tokens"],
     )
     seed: int | None = Field(
-        None, description="Fixes every draw; a negative number is taken modulo 2**64."
+        default=None, description="Fixes every draw; a negative number is taken modulo 2**64."
     )
     stop: str | list[str] | None = Field(
-        None, description="Texts that end the response.", json_schema_extra=RANGES["stop"]
+        default=None,
+        description="Texts that end the response.",
+        json_schema_extra=RANGES["stop"],
+    )
+    stop_token_ids: list[int] | None = Field(
+        default=None, description="Tokens that end the response."
+    )
+    ignore_eos: bool | None = Field(
+        default=None, description="Do not end at end-of-sequence tokens."
+    )
+    skip_special_tokens: bool | None = Field(
+        default=None, description="False: special tokens are part of the text."
+    )
+    include_stop_str_in_output: bool | None = Field(
+        default=None, description="What ended the response is part of the text."
     )
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="Logged.")
+    user: str | None = Field(default=None, description="Logged.")
     stars: StarsFields | None = None
 
     @model_validator(mode="before")
@@ -96,19 +190,67 @@ class GenerationRequest(Strict):
     def _only_what_is_honoured(cls, body: object) -> object:
         if not isinstance(body, dict):
             return body
-        known = cls.model_fields
-        kept = {}
-        for name, value in body.items():
-            if name in known:
-                kept[name] = value
-            elif name in _WITHOUT_EFFECT:
-                continue
-            elif name not in _UNSUPPORTED:
-                raise ValueError(f"unknown parameter {name!r}; those known are {', '.join(known)}")
-            elif value is not None and value not in _UNSUPPORTED[name]:
-                instead = f"; {_INSTEAD[name]}" if name in _INSTEAD else ""
-                raise ValueError(f"{name} is not supported by this server{instead}")
-        return kept
+        return refuse_what_is_not_honoured(body, list(cls.model_fields), cls.asks_for_nothing)
+
+    @property
+    def text_options(self) -> TextOptions:
+        """What belongs to the text of a response."""
+        return TextOptions(
+            special=self.skip_special_tokens is False,
+            with_stop=bool(self.include_stop_str_in_output),
+        )
+
+    @property
+    def only_prompts(self) -> bool:
+        """Whether nothing is to be generated."""
+        return False
+
+    @property
+    def prompt_logprobs(self) -> int | None:
+        """How many of the likeliest tokens of the prompt are asked for; None: no scores of it."""
+        return None
+
+    def prompts(self) -> Sequence[PromptLike]:
+        """Return the prompts, each to be answered `n` times."""
+        raise NotImplementedError
+
+    def stars_values(self) -> dict[str, Any]:
+        """Return the fields of `StarsParams` that the body's own stand for."""
+        names = (
+            "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+            "frequency_penalty", "logit_bias", "min_tokens", "seed", "stop", "stop_token_ids",
+            "ignore_eos",
+        )  # fmt: skip
+        values = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.seed is not None:
+            values["seed"] = self.seed % 2**64
+        if self.top_k == -1:
+            values["top_k"] = 0
+        return values
+
+
+class StreamOptions(Strict):
+    """Options of a streamed response."""
+
+    include_usage: bool | None = Field(default=None, description="Send a last chunk with `usage`.")
+    continuous_usage_stats: bool | None = Field(
+        default=None, description="Every chunk has the `usage` so far, and there is a last one."
+    )
+    include_obfuscation: Literal[False] | None = None
+
+
+class GenerationRequest(Body):
+    """What completions and chat completions have in common."""
+
+    max_tokens: int | None = Field(
+        default=None,
+        description="Tokens of a response at most.",
+        json_schema_extra=RANGES["max_tokens"],
+    )
+    n: int | None = Field(
+        default=None, description="Responses to each prompt.", json_schema_extra=RANGES["n"]
+    )
+    stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
     def _stream_options_with_a_stream(self) -> GenerationRequest:
@@ -121,33 +263,34 @@ class GenerationRequest(Strict):
         """Whether each token's log-probability is asked for."""
         return False
 
-    def prompts(self) -> Sequence[PromptLike]:
-        """Return the prompts, each to be answered `n` times."""
-        raise NotImplementedError
-
-    def openai_values(self) -> dict[str, Any]:
-        """Return the fields of `StarsParams` that OpenAI's parameters stand for."""
-        values: dict[str, Any] = {
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "n": self.n,
-            "seed": None if self.seed is None else self.seed % 2**64,
-            "stop": self.stop,
-        }
-        return {name: value for name, value in values.items() if value is not None}
+    def stars_values(self) -> dict[str, Any]:
+        """Return the fields of `StarsParams` that the body's own stand for."""
+        values = super().stars_values()
+        values |= {} if self.max_tokens is None else {"max_tokens": self.max_tokens}
+        return values | ({} if self.n is None else {"n": self.n})
 
 
-def params_of(body: GenerationRequest, base: StarsParams) -> StarsParams:
-    """Return a request's parameters: `base`, then OpenAI's names, then the ``stars`` object.
+def params_of(body: Body, base: StarsParams, *beside: Mapping[str, Any]) -> StarsParams:
+    """Return a request's parameters: `base`, then what the body says, in whatever place.
+
+    Parameters
+    ----------
+    body
+        Its own fields, and its ``stars`` object.
+    base
+        Where the request does not say otherwise.
+    beside
+        What the request says elsewhere.
 
     Raises
     ------
     ValueError, TypeError
         A name that is no parameter, one that is given twice, or what `StarsParams` refuses.
     """
-    values = body.openai_values()
+    values: dict[str, Any] = {}
     stars = body.stars.root if body.stars is not None else {}
-    for name in values.keys() & stars.keys():
-        raise ValueError(f"{name} is given twice, in the body and in its stars object")
-    return with_fields(base, {**values, **stars})
+    for place in (body.stars_values(), stars, *beside):
+        for name in values.keys() & place.keys():
+            raise ValueError(f"{name} is given twice, such as in the body and in its stars object")
+        values |= place
+    return with_fields(base, values)

@@ -17,14 +17,15 @@ from stars_fast.server.answers import to_json
 from stars_fast.server.errors import ApiError, api_error
 from stars_fast.server.generation import Generation
 from stars_fast.server.logs import log
+from stars_fast.server.method_name import HEADER
 from stars_fast.server.metrics import Metrics
-from stars_fast.server.protocol import GenerationRequest
+from stars_fast.server.protocol import Body
 from stars_fast.server.settings import ServerSettings
 from stars_fast.server.transcript import Delta
 from stars_fast.server.writer import Writer
 
 T = TypeVar("T")
-B = TypeVar("B", bound=GenerationRequest)
+B = TypeVar("B", bound=Body)
 
 #: Status that the metrics and the log have where the client has left (nginx's).
 CLIENT_LEFT = 499
@@ -56,7 +57,7 @@ class Serving:
         """
         call = Call(request, body, self._settings, self._metrics)
         try:
-            generation = Generation(self._engine, body, self._settings)
+            generation = Generation(self._engine, body, self._settings, request.headers.get(HEADER))
             call.generation = generation
             writer = writer_of(generation, body)
             if body.stream:
@@ -88,7 +89,7 @@ class Call:
     def __init__(
         self,
         request: Request,
-        body: GenerationRequest,
+        body: Body,
         settings: ServerSettings,
         metrics: Metrics,
     ) -> None:

@@ -30,6 +30,10 @@ class ServerSettings:
         a method chooses among whole responses.
     log_prompts
         Log prompts and responses, too.
+    model_path
+        Where the model came from, which ``/v1/models`` tells; None: `model_name`.
+    allowed_origins
+        Origins whose pages may read answers (CORS); ``"*"``: all.
     """
 
     model_name: str
@@ -40,6 +44,8 @@ class ServerSettings:
     max_body_bytes: int = 1 << 20
     max_choices: int = 128
     log_prompts: bool = False
+    model_path: str | None = None
+    allowed_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.api_key == "":

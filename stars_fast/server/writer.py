@@ -17,12 +17,13 @@ from stars_fast.server.answers import (
     SegmentAnswer,
     StarsAnswer,
     StarsDelta,
+    Usage,
     segment_answers,
     to_json,
 )
 from stars_fast.server.errors import ApiError
 from stars_fast.server.generation import Generation
-from stars_fast.server.logprobs import TokenScore, response_scores
+from stars_fast.server.logprobs import Scores, TokenScore
 from stars_fast.server.protocol import GenerationRequest
 from stars_fast.server.transcript import Delta, Transcript
 
@@ -104,7 +105,9 @@ class ChoiceWriter(Writer):
         super().__init__(generation)
         options = body.stream_options
         self._body = body
+        self._continuous = options is not None and bool(options.continuous_usage_stats)
         self._with_usage = options is not None and bool(options.include_usage)
+        self._scores = Scores(generation.tokenizer)
         self._head: dict[str, Any] = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": self.created,
@@ -141,33 +144,31 @@ class ChoiceWriter(Writer):
             "stars": stars,
         }
         choice = self.piece(transcript, delta, fields, first=first)
-        usage = {"usage": None} if self._with_usage else {}
+        usage: dict[str, Usage | None] = {"usage": None} if self._with_usage else {}
+        if self._continuous:
+            usage = {"usage": self.generation.usage()}
         return event(self.chunk(**self._head, object=self.chunk_object, choices=[choice], **usage))
 
     def end(self) -> bytes:
         """Return the usage, if it was asked for, and the last event."""
-        if not self._with_usage:
+        if not (self._with_usage or self._continuous):
             return DONE
         usage = self.generation.usage()
         chunk = self.chunk(**self._head, object=self.chunk_object, choices=[], usage=usage)
         return event(chunk) + DONE
 
-    def scores(
-        self, transcript: Transcript, logprobs: Sequence[float], begin: int = 0
-    ) -> list[TokenScore] | None:
-        """Return the last tokens of a response; None unless they were asked for.
-
-        `begin`: where the first of them begins in the text.
-        """
+    def scores(self, transcript: Transcript, delta: Delta | None) -> list[TokenScore] | None:
+        """Return the tokens of a response, or those of a delta; None unless asked for."""
         if not self._body.wants_logprobs:
             return None
-        generation = self.generation
-        return response_scores(
-            generation.tokenizer,
-            generation.prompt_of(transcript),
-            transcript.latest.token_ids,
-            logprobs,
-            begin,
+        output = transcript.latest
+        part = output if delta is None else delta
+        return self._scores.of_response(
+            self.generation.prompt_of(transcript),
+            output.token_ids,
+            part.logprobs,
+            part.top_logprobs,
+            0 if delta is None else delta.begin,
         )
 
     def _choice(self, transcript: Transcript) -> BaseModel:
