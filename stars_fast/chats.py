@@ -83,8 +83,8 @@ def is_chat(value: object) -> bool:
     )
 
 
-def chat_of(value: ChatLike) -> Chat:
-    """Read a chat.
+def chat_of(value: ChatLike, name: str = "messages") -> Chat:
+    """Read a chat; in errors its messages have this name.
 
     Message fields that are null or empty ask for nothing; parts of a content are joined; the
     arguments of tool calls, JSON text with OpenAI, become the objects that templates read.
@@ -99,15 +99,15 @@ def chat_of(value: ChatLike) -> Chat:
     if isinstance(value, Mapping):
         options = {name: given for name, given in value.items() if given is not None}
         messages = options.get("messages")
-        for name in options:
-            if name not in ("messages", *CHAT_OPTIONS):
+        for key in options:
+            if key not in ("messages", *CHAT_OPTIONS):
                 raise ValueError(
-                    f"unknown key {name!r} of a chat; the keys are messages, "
+                    f"unknown key {key!r} of a chat; the keys are messages, "
                     f"{', '.join(CHAT_OPTIONS)}"
                 )
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError(f"messages must be a list that is not empty, got {_short(messages)}")
-    plain = [_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
+        raise ValueError(f"{name} must be a list that is not empty, got {_short(messages)}")
+    plain = [_message(f"{name}[{i}]", message) for i, message in enumerate(messages)]
     continues = _flag(options, "continue_final_message", default=False)
     opens = _flag(options, "add_generation_prompt", default=not continues)
     if continues and opens:

@@ -13,9 +13,13 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -35,14 +39,26 @@ __all__ = ["StarsGenerateOutput", "generate"]
 
 #: Where a model keeps the engine that was made for it.
 _KEPT = "_stars_fast_engine"
-#: In the order in which the engine applies them, with the attribute that holds the value.
-_WARPERS: tuple[tuple[type, str, str], ...] = (
+#: In the order in which transformers and the engine apply them, with the attribute of the value.
+_PROCESSORS: tuple[tuple[type, str, str], ...] = (
+    (SequenceBiasLogitsProcessor, "logit_bias", "sequence_bias"),
+    (RepetitionPenaltyLogitsProcessor, "repetition_penalty", "penalty"),
+    (MinLengthLogitsProcessor, "min_length", "min_length"),
+    (MinNewTokensLengthLogitsProcessor, "min_tokens", "min_new_tokens"),
     (TemperatureLogitsWarper, "temperature", "temperature"),
     (TopKLogitsWarper, "top_k", "top_k"),
     (TopPLogitsWarper, "top_p", "top_p"),
     (MinPLogitsWarper, "min_p", "min_p"),
 )
-_OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+_OFF = {
+    "logit_bias": None,
+    "repetition_penalty": 1.0,
+    "min_tokens": 0,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+}
 #: Fields of `StarsParams` that `model.generate` has arguments for.
 _GIVEN_BY_TRANSFORMERS = (
     *_OFF,
@@ -90,7 +106,8 @@ def generate(
 
     ``model.generate(**inputs, custom_generate=stars_fast.hf.generate, reward_model=...,
     do_sample=True, max_new_tokens=128)``. From `model.generate` come the batch and its padding,
-    `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`, `max_new_tokens` or `max_length`,
+    `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `sequence_bias` of
+    single tokens, `min_new_tokens` or `min_length`, `max_new_tokens` or `max_length`,
     `eos_token_id`, `num_return_sequences` and `return_dict_in_generate`. A penalty, a constraint or
     a stopping criterion of another kind is refused, as is what scores, attentions or hidden states
     would need. transformers hands no `streamer` and no `tokenizer` to a function (5.23).
@@ -138,6 +155,8 @@ def generate(
         ignore_eos=True,  # they are in the line above
     )
     values = _sampling(logits_processor, generation_config)
+    least = values.pop("min_length", 0) - input_ids.shape[1]
+    values["min_tokens"] = max(values["min_tokens"], least)
     values["top_k"] = min(values["top_k"], model.config.get_text_config().vocab_size)
     params = replace(params, **{k: v for k, v in values.items() if k in params.own_parameters()})
     engine = _engine(model, reward_model, lm_tokenizer, dict(engine_options or {}))
@@ -210,25 +229,34 @@ def _stop_token_ids(criteria: StoppingCriteriaList) -> list[int]:
 
 
 def _sampling(processors: LogitsProcessorList, config: GenerationConfig) -> dict[str, Any]:
-    """Temperature and filters, read from what transformers made of its arguments."""
+    """Biases, penalties, temperature and filters, from what transformers made of its arguments."""
     if not config.do_sample:
         raise ValueError(
             "do_sample must be True: greedy decoding has one candidate for each segment"
         )
     values: dict[str, Any] = dict(_OFF)
-    rest = iter(_WARPERS)
+    rest = iter(_PROCESSORS)
     for processor in processors:
         for kind, name, attribute in rest:
             if type(processor) is kind:
                 values[name] = getattr(processor, attribute)
                 break
         else:
-            order = ", ".join(kind.__name__ for kind, _, _ in _WARPERS)
+            order = ", ".join(kind.__name__ for kind, _, _ in _PROCESSORS)
             raise ValueError(
                 f"logits_processor must hold none but {order}, in this order, got a "
                 f"{type(processor).__name__}"
             )
+    if values["logit_bias"]:
+        values["logit_bias"] = _single_tokens(values["logit_bias"])
     return values
+
+
+def _single_tokens(biases: Mapping[tuple[int, ...], float]) -> dict[int, float]:
+    for tokens in biases:
+        if len(tokens) != 1:
+            raise ValueError(f"sequence_bias must be of single tokens, got {list(tokens)}")
+    return {tokens[0]: bias for tokens, bias in biases.items()}
 
 
 class _Kept:

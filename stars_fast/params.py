@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -300,6 +301,16 @@ class StarsParams:
             Range(0, 20, whole=True),
         ),
     )
+    guided: Mapping[str, Any] | None = field(
+        default=None,
+        hash=False,
+        metadata=_about("""
+        Keep the response to a grammar: ``{"json_schema": {...}}`` or ``{"regex": "..."}``, by
+        llguidance, which has to be installed. A response that ends with ``"stop"`` by itself is
+        whole; one that ends with ``"length"`` is the beginning of one. Not with `min_tokens`;
+        ``"args"`` and ``"mara"``, which draw no tokens, do not have it.
+        """),
+    )
     max_tokens: int = field(
         default=128, metadata=_about("M: the budget of response tokens, at least 1.", _COUNT)
     )
@@ -431,6 +442,12 @@ class StarsParams:
         object.__setattr__(self, "stop", _stop_texts(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+        object.__setattr__(self, "guided", _grammar(self.guided))
+        if self.guided is not None:
+            if self.min_tokens:
+                raise ValueError(f"min_tokens must be 0 with guided, got {self.min_tokens}")
+            if self.rules == "public":
+                raise ValueError("rules must be 'paper' with guided, got 'public'")
 
     def _check_own_parameters(self) -> None:
         if self.acceptance == "gibbs" and not has_gibbs(self.method):
@@ -603,3 +620,23 @@ def _biases(value: Mapping[Any, float] | None) -> dict[int, float] | None:
         _BIAS.check(f"logit_bias[{token}]", bias)
         found[int(token)] = float(bias)
     return found or None
+
+
+def _grammar(value: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return a copy of a JSON schema, or of a regular expression."""
+    if value is None:
+        return None
+    named = isinstance(value, Mapping) and len(value) == 1
+    if not named or next(iter(value)) not in ("json_schema", "regex"):
+        raise ValueError(
+            f'guided must be {{"json_schema": {{...}}}} or {{"regex": "..."}}, got {value!r}'
+        )
+    ((kind, grammar),) = value.items()
+    if kind == "regex" and not (isinstance(grammar, str) and grammar):
+        raise ValueError(f"regex of guided must be text that is not empty, got {grammar!r}")
+    if kind == "json_schema" and not isinstance(grammar, Mapping):
+        raise ValueError(f"json_schema of guided must be an object, got {grammar!r}")
+    try:
+        return {kind: json.loads(json.dumps(grammar))}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"json_schema of guided must be JSON: {error}") from None

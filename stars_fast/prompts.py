@@ -27,11 +27,14 @@ class Prompt:
         The same as token ids of the language model.
     messages : list[dict[str, Any]] or None
         The chat messages it was made from; None for a prompt given as text or token ids.
+    whole : bool
+        Its text is all that a reward model reads: no template is put around it.
     """
 
     text: str
     token_ids: list[int]
     messages: list[dict[str, Any]] | None = None
+    whole: bool = False
 
 
 #: One prompt: text, token ids, chat messages ({"role": ..., "content": ...}), or an object with

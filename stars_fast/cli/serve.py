@@ -67,6 +67,13 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     server.add_argument(
         "--chat-template", metavar="FILE", help="Jinja template (default: the tokenizer's)"
     )
+    server.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="origin whose pages may call this server (CORS), or *; can be given again",
+    )
     server.add_argument("--log-prompts", action="store_true", help="log prompts and responses, too")
     server.add_argument("--seed", type=int, default=0, metavar="INT", help="(default: 0)")
     limits = parser.add_argument_group("limits")
@@ -184,6 +191,8 @@ def _settings(args: argparse.Namespace, base: StarsParams) -> ServerSettings:
         )
     if not 0 <= args.seed < 2**64:
         raise ValueError(f"--seed must be in [0, 2**64), got {args.seed}")
+    if args.api_key == "":
+        raise ValueError("--api-key must not be empty: leave it out to ask for none")
     if not 0 <= args.port < 2**16:
         raise ValueError(f"--port must be in [0, 65536), got {args.port}")
     return ServerSettings(
@@ -195,6 +204,8 @@ def _settings(args: argparse.Namespace, base: StarsParams) -> ServerSettings:
         max_body_bytes=args.max_body_bytes,
         max_choices=args.max_choices,
         log_prompts=args.log_prompts,
+        model_path=args.model,
+        allowed_origins=tuple(args.allow_origin),
     )
 
 

@@ -62,6 +62,7 @@ class ServeArgs(EngineArgs):
     api_key: str | None = None
     chat_template: str | None = Field(None, description="File, read where this is built.")
     log_prompts: bool = False
+    allowed_origins: tuple[str, ...] = ()
     max_running: int | None = Field(None, ge=1)
     max_waiting: int = Field(256, ge=0)
     max_prompt_tokens: int | None = Field(None, ge=1)
@@ -112,6 +113,8 @@ class ServeArgs(EngineArgs):
             max_body_bytes=self.max_body_bytes,
             max_choices=self.max_choices,
             log_prompts=self.log_prompts,
+            model_path=self.model,
+            allowed_origins=self.allowed_origins,
         )
 
     def engine_options(self) -> dict[str, Any]:

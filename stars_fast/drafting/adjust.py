@@ -90,17 +90,23 @@ class Adjustments:
         Columns, of all rounds.
     max_new
         Tokens of a row in a round at most: each has a column, too.
+    mask_words
+        Words of `allowed`, 32 tokens each; 0: no row has a grammar.
     device
         Where it is.
     """
 
-    def __init__(self, rows: int, widths: Widths, max_new: int, device: torch.device) -> None:
+    def __init__(
+        self, rows: int, widths: Widths, max_new: int, mask_words: int, device: torch.device
+    ) -> None:
         self.widths = widths
         seen = widths.seen + max_new
 
         def table(columns: int, dtype: torch.dtype, value: float) -> Tensor:
             return torch.full((rows, columns), value, dtype=dtype, device=device)
 
+        #: int32 ``[R, mask_words]``, tokens that each row may draw; None: all.
+        self.allowed = table(mask_words, torch.int32, -1) if mask_words else None
         self._bias_ids = table(widths.biases, torch.int64, -1)
         self._bias = table(widths.biases, torch.float32, 0)
         self._seen = table(seen, torch.int64, -1)
@@ -181,6 +187,7 @@ class Adjustments:
             self._presence,
             self._frequency,
             known,
+            self.allowed,
         )
 
     def record(self, token: Tensor, step: Tensor) -> None:

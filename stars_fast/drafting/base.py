@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stars_fast import _core
+from stars_fast.drafting.guide import Guide
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class RowSampling:
     min_tokens: int = 0
     top_logprobs: int = 0
     counts: dict[int, int] | None = None
+    guide: Guide | None = None  # where the response stands in its grammar
 
     @property
     def ragged(self) -> bool:
@@ -45,7 +47,8 @@ class RowSampling:
 
     def adjusts(self, position: int) -> bool:
         """Whether logits are changed behind so many tokens of the response."""
-        return bool(self.logit_bias) or self.counts is not None or position < self.min_tokens
+        changes = self.logit_bias or self.counts is not None or self.guide is not None
+        return bool(changes) or position < self.min_tokens
 
 
 @dataclass(frozen=True)

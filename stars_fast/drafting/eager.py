@@ -55,6 +55,7 @@ class EagerDrafter:
             parameters,
             steps,
             needs,
+            self._model.vocab_size,
             segment_ends=self._segment_ends() if needs.ends_early else None,
             widths=Widths.of(sampling),
             known=self._known,
@@ -65,9 +66,14 @@ class EagerDrafter:
         ids = torch.from_numpy(plan.first_token).to(device)
         step = torch.zeros(rows, dtype=torch.int64, device=device)
         state = self._model.begin_decode(batch)
+        guided = progress.guided_rows(sampling)
         for number in range(steps):
+            if guided is not None:
+                guided.allow()
             ids = progress.draw(self._model.decode_step(state, number, ids), step)
             step += 1
+            if guided is not None:
+                guided.advance(ids, progress.live)
             # On the CPU a look at the rows is free, on a GPU it would be a host sync.
             if device.type == "cpu" and not bool(progress.live.any()):
                 break

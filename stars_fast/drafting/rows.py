@@ -14,6 +14,7 @@ from torch import Tensor
 from stars_fast import _core, ops
 from stars_fast.drafting.adjust import Adjustments, KnownTokens, Widths
 from stars_fast.drafting.base import Draft, RowSampling
+from stars_fast.drafting.guide import GuidedRows
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,8 @@ class StepNeeds:
         Rows may change their logits.
     top
         Most likely tokens that are kept of each position.
+    guided
+        Rows may have a grammar.
     """
 
     ragged: bool = False
@@ -148,6 +151,7 @@ class StepNeeds:
     ends_early: bool = False
     adjusts: bool = False
     top: int = 0
+    guided: bool = False
 
     @classmethod
     def of(cls, plan: _core.Plan, sampling: Sequence[RowSampling], vocab_size: int) -> StepNeeds:
@@ -159,6 +163,7 @@ class StepNeeds:
             ranks=most_ranks(sampling, vocab_size),
             ends_early=any(s.segment_end for s in sampling),
             adjusts=any(s.adjusts(at) for s, at in zip(sampling, positions, strict=True)),
+            guided=any(s.guide is not None for s in sampling),
             top=min(vocab_size, next(most for most in _TOPS if top <= most)),
         )
 
@@ -184,6 +189,8 @@ class Progress:
         Columns of the rows' adjustments, if they have any.
     known
         Tokens that can be drawn; None: all.
+    vocab_size
+        Logits of the model.
     share
         Overwrites a tensor with rank 0's, where several ranks draw the same.
     """
@@ -193,6 +200,7 @@ class Progress:
         parameters: RowParameters,
         max_new: int,
         needs: StepNeeds,
+        vocab_size: int,
         *,
         segment_ends: Tensor | None = None,
         widths: Widths | None = None,
@@ -208,7 +216,10 @@ class Progress:
         self.adjustments: Adjustments | None = None
         if needs.adjusts:
             assert widths is not None
-            self.adjustments = Adjustments(rows, widths, max_new, device)
+            words = -(-(vocab_size if known is None else known.count) // 32)
+            self.adjustments = Adjustments(
+                rows, widths, max_new, words if needs.guided else 0, device
+            )
 
         def table(dtype: torch.dtype, *depth: int) -> Tensor:
             return torch.zeros((rows, max_new, *depth), dtype=dtype, device=device)
@@ -232,6 +243,12 @@ class Progress:
         self._stopped.fill_(False)
         self._nan_step.fill_(-1)
         torch.gt(self._parameters.lengths, 0, out=self.live)
+
+    def guided_rows(self, sampling: Sequence[RowSampling]) -> GuidedRows | None:
+        """Return the grammars of a round's rows, if it has any."""
+        if self.adjustments is None or self.adjustments.allowed is None:
+            return None
+        return GuidedRows([s.guide for s in sampling], self.adjustments.allowed)
 
     def draw(self, logits: Tensor, step: Tensor) -> Tensor:
         """Draw the next token of every row that has not ended.

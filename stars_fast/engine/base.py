@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from tqdm import tqdm
@@ -176,11 +176,33 @@ class BaseEngine:
                 ids = list(self.tokenizer(response, add_special_tokens=False)["input_ids"])
             pairs.append((self._reader.read(text, 0), ids, response))
         with self._broadcast_call("score", texts, list(responses)):
-            scores = self._loop.score_whole(pairs)
-        for number, score in enumerate(scores):
-            if isinstance(score, Exception):
-                raise RewardError(f"score: response {number}: {score}") from score
-        return [float(score) for score in scores if not isinstance(score, Exception)]
+            return _rewards(self._loop.score_whole(pairs))
+
+    def score_texts(self, texts: Sequence[str]) -> list[float]:
+        """Return the reward of each text, read as it is: no template is put around it.
+
+        A reward function gets it as a prompt with an empty response.
+
+        Raises
+        ------
+        ValueError
+            Without a reward model, or if a text is empty or does not fit.
+        RewardError
+            If the reward model fails on one of them.
+        """
+        read = [replace(self._reader.read(text, 0), whole=True) for text in texts]
+        with self._broadcast_call("score_texts", list(texts)):
+            return _rewards(self._loop.score_whole([(prompt, [], "") for prompt in read]))
+
+    def read(self, prompt: PromptLike) -> Prompt:
+        """Return a prompt as text and token ids.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If it is malformed, or does not fit the model's context.
+        """
+        return self._reader.read(prompt, 0)
 
     def calibrate(
         self,
@@ -233,7 +255,7 @@ class BaseEngine:
         # Its own seeds, so that calibrating does not shift those of the requests that follow.
         texts = as_prompt_list(prompts)
         each = [
-            dataclasses.replace(plain, seed=derive_seed(self._seed ^ _CALIBRATION_SALT, i + 1))
+            replace(plain, seed=derive_seed(self._seed ^ _CALIBRATION_SALT, i + 1))
             for i in range(len(texts))
         ]
         outputs = self.generate(texts, each, use_tqdm=use_tqdm)
@@ -431,6 +453,7 @@ class BaseEngine:
                 "abort": self.abort,
                 "step": self.step,
                 "score": self.score,
+                "score_texts": self.score_texts,
                 "prompt_scores": self.prompt_scores,
                 "calibration": functools.partial(setattr, self, "calibration"),
                 "reset_prefix_cache": self.reset_prefix_cache,
@@ -503,7 +526,7 @@ class BaseEngine:
                 f"target_reward={params.target_reward!r} needs Engine.calibrate first: "
                 "call it, or give a number"
             )
-        return dataclasses.replace(params, target_reward=self.calibration.target_reward)
+        return replace(params, target_reward=self.calibration.target_reward)
 
     def _prefixes(self, params: StarsParams) -> PrefixCalibration | None:
         """Return what ``calibrate_prefixes`` stands for."""
@@ -571,6 +594,14 @@ def _params_of_each(
             f"params must be one for all or one per prompt ({count}), got {len(params)}"
         )
     return list(params)
+
+
+def _rewards(scores: Sequence[float | Exception]) -> list[float]:
+    """Return the scores; RewardError where there is none."""
+    for number, score in enumerate(scores):
+        if isinstance(score, Exception):
+            raise RewardError(f"score: response {number}: {score}") from score
+    return [float(score) for score in scores if not isinstance(score, Exception)]
 
 
 def _refused(request_id: str, prompt: PromptLike, error: Exception) -> RequestOutput:

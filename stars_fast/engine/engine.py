@@ -18,9 +18,11 @@ from stars_fast.distributed import ALONE, OneRank, Ranks
 from stars_fast.drafting.adjust import KnownTokens, num_tokens
 from stars_fast.drafting.base import Drafter
 from stars_fast.drafting.eager import EagerDrafter
+from stars_fast.drafting.guide import Guides
 from stars_fast.drafting.segment_ends import segment_end_levels
 from stars_fast.engine.base import BaseEngine
 from stars_fast.engine.clock import PhaseClock
+from stars_fast.engine.generation_defaults import GenerationDefaults
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import PHASES, Loop
 from stars_fast.engine.prompt_scores import TokenScore, prompt_scores
@@ -29,6 +31,7 @@ from stars_fast.models.logits import LogitHead
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.pool import default_num_pages
 from stars_fast.models.selfcheck import check_numbers
+from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptReader
 from stars_fast.rewards.base import Scorer
 from stars_fast.rewards.load import RewardModelLike, load_scorer
@@ -191,6 +194,7 @@ class Engine(BaseEngine):
         )
         known = _known_tokens(tokenizer, lm)
         eos_ids = _eos_token_ids(loaded, tokenizer)
+        self._guides = Guides(tokenizer, eos_ids)
         loop = Loop(
             lm,
             make_drafter(lm, _segment_ends_of(tokenizer, lm), ranks, known),
@@ -200,9 +204,11 @@ class Engine(BaseEngine):
             PhaseClock(PHASES, lm.device if device_timing else None),
             overlap=overlap,
             ranks=ranks,
+            guides=self._guides,
         )
         self._lm = lm
         self._logit_head: LogitHead | None = None
+        self._generation_defaults = GenerationDefaults(getattr(loaded, "generation_config", None))
         super().__init__(
             PromptReader(tokenizer, lm.vocab_size, lm.max_length, chat_template_kwargs),
             loop,
@@ -220,6 +226,17 @@ class Engine(BaseEngine):
             seed=seed,
             ranks=ranks,
         )
+
+    def _resolve(self, params: StarsParams) -> StarsParams:
+        resolved = super()._resolve(params)
+        if params.guided is not None:
+            if params.ignore_eos and not {*self._eos_ids} <= {*(params.stop_token_ids or ())}:
+                raise ValueError(
+                    "ignore_eos must be False with guided, whose texts end with such a token"
+                )
+            self._guides.start(params.guided)
+        self._generation_defaults.report(params)
+        return resolved
 
     def prompt_scores(self, token_ids: Sequence[int], top: int = 0) -> list[TokenScore]:
         """Return the log-probabilities of a prompt's own tokens; see `prompt_scores`."""

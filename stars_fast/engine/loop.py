@@ -22,6 +22,7 @@ from stars_fast.decoders import Decodes
 from stars_fast.distributed import ALONE, Ranks
 from stars_fast.drafting import segment_ends
 from stars_fast.drafting.base import Draft, Drafter, RowSampling
+from stars_fast.drafting.guide import Guide, Guides
 from stars_fast.engine.clock import PhaseClock
 from stars_fast.engine.detokenize import response_text
 from stars_fast.engine.requests import Response
@@ -111,6 +112,8 @@ class Loop:
         scheduler has two lanes then.
     ranks
         Those that run the same rounds; one with `overlap`.
+    guides
+        Compiles the grammars of requests; None: none has one.
     """
 
     def __init__(
@@ -124,7 +127,9 @@ class Loop:
         *,
         overlap: bool = False,
         ranks: Ranks = ALONE,
+        guides: Guides | None = None,
     ) -> None:
+        self._guides = guides
         self.model = model
         self._drafter = drafter
         self._scheduler = scheduler
@@ -255,7 +260,7 @@ class Loop:
             Response(
                 handle,
                 params,
-                replace(sampling, counts=_counts(params, prompt)),
+                replace(sampling, counts=_counts(params, prompt), guide=self._guide(params)),
                 CompletionOutput(0),
                 response_text(self._tokenizer, prompt),
                 prefixes=prefixes,
@@ -265,6 +270,12 @@ class Loop:
         ]
         self._responses |= {response.handle: response for response in responses}
         return responses
+
+    def _guide(self, params: StarsParams) -> Guide | None:
+        if params.guided is None:
+            return None
+        assert self._guides is not None  # checked when the request came
+        return self._guides.start(params.guided)
 
     @property
     def scorer(self) -> Scorer:

@@ -112,6 +112,8 @@ class Response:
         self.output.token_ids.extend(candidate.token_ids)
         self.output.logprobs.extend(candidate.logprobs)
         self.output.top_logprobs.extend(candidate.top_logprobs)
+        if self.sampling.guide is not None:
+            self.sampling.guide.advance(candidate.token_ids)
         counts = self.sampling.counts
         if counts is not None:
             for token in candidate.token_ids:
@@ -139,6 +141,9 @@ class Response:
         mine.token_ids = list(theirs.token_ids)
         mine.logprobs = list(theirs.logprobs)
         mine.top_logprobs = list(theirs.top_logprobs)
+        if self.sampling.guide is not None:
+            assert source.sampling.guide is not None
+            self.sampling.guide.become(source.sampling.guide)
         if self.sampling.counts is not None:
             assert source.sampling.counts is not None
             self.sampling.counts.clear()

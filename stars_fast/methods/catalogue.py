@@ -23,6 +23,7 @@ Method = Literal[
     "persona_judge",
 ]
 
+_DRAWS = ("guided",)  # of methods whose tokens are draws
 _ATTEMPTS = ("max_attempts", "candidates", "acceptance", "trace")
 _SEGMENT = ("segment_length", "segment_end", "min_segment_length")
 _SCHEDULE = ("target_reward", "beta", "alpha", *_ATTEMPTS)
@@ -57,15 +58,19 @@ def _log_ratio(judged: float, candidate: Drawn) -> float:
 
 
 METHODS: dict[Method, MethodKind] = {
-    "stars": MethodKind((*_SEGMENT, *_SCHEDULE, "calibrate_prefixes"), "test"),
-    "vanilla": MethodKind(("segment_length",), "always", needs_reward=False),
+    "stars": MethodKind((*_SEGMENT, *_SCHEDULE, *_DRAWS, "calibrate_prefixes"), "test"),
+    "vanilla": MethodKind(("segment_length", *_DRAWS), "always", needs_reward=False),
     "best_of_n": MethodKind(
-        ("segment_length", "candidates"), "always", competes="responses", default_candidates=8
+        ("segment_length", "candidates", *_DRAWS),
+        "always",
+        competes="responses",
+        default_candidates=8,
     ),
-    "rejection": MethodKind(("target_reward", "beta", *_ATTEMPTS), "test", whole=True),
+    "rejection": MethodKind(("target_reward", "beta", *_ATTEMPTS, *_DRAWS), "test", whole=True),
     "cards": MethodKind(
         (
             "segment_length", "min_segment_length", "entropy_threshold", "rules", *_SCHEDULE,
+            *_DRAWS,
             "calibrate_prefixes",
         ),
         "test",
@@ -81,13 +86,13 @@ METHODS: dict[Method, MethodKind] = {
         merit=_args_merit,
     ),
     "speculative_rejection": MethodKind(
-        (*_SEGMENT, "candidates", "rejection_rate", "calibrate_prefixes"),
+        (*_SEGMENT, "candidates", "rejection_rate", *_DRAWS, "calibrate_prefixes"),
         "paths",
         competes="paths",
         default_candidates=8,
     ),
     "smc": MethodKind(
-        (*_SEGMENT, "candidates", "beta", "ess_threshold", "calibrate_prefixes"),
+        (*_SEGMENT, "candidates", "beta", "ess_threshold", *_DRAWS, "calibrate_prefixes"),
         "paths",
         competes="paths",
         resamples=True,
@@ -102,7 +107,7 @@ METHODS: dict[Method, MethodKind] = {
         effective_reward=_log_sigmoid,
     ),
     "persona_judge": MethodKind(
-        _ATTEMPTS,
+        (*_ATTEMPTS, *_DRAWS),
         "test",
         one_token=True,
         judges=True,
@@ -113,7 +118,7 @@ METHODS: dict[Method, MethodKind] = {
 
 #: ``acceptance="gibbs"`` of ``"stars"``.
 GIBBS = MethodKind(
-    (*_SEGMENT, "beta", "candidates", "acceptance", "trace", "calibrate_prefixes"),
+    (*_SEGMENT, "beta", "candidates", "acceptance", "trace", *_DRAWS, "calibrate_prefixes"),
     "choice",
     default_candidates=8,
 )

@@ -25,6 +25,7 @@ def adjust_logits(
     presence: Tensor,
     frequency: Tensor,
     known: Tensor | None = None,
+    allowed: Tensor | None = None,
 ) -> Tensor:
     """Return logits to draw from.
 
@@ -51,6 +52,9 @@ def adjust_logits(
         the response, as OpenAI's API describes it. Rounded once, from float64.
     known : Tensor, optional
         bool ``[V]``, tokens that can be drawn at all.
+    allowed : Tensor, optional
+        int32 ``[R, W]``, 32 W >= V: tokens that each row may draw, 32 in a word, the first in its
+        lowest bit.
 
     Returns
     -------
@@ -60,6 +64,10 @@ def adjust_logits(
     adjusted = logits.to(torch.float32, copy=True)
     if known is not None:
         adjusted.masked_fill_(~known, -torch.inf)
+    if allowed is not None:
+        bits = allowed.unsqueeze(2) >> torch.arange(32, dtype=torch.int32, device=allowed.device)
+        hidden = (bits & 1).view(len(logits), -1)[:, : logits.shape[1]] == 0
+        adjusted.masked_fill_(hidden, -torch.inf)
     arguments = (bias_ids, bias, held_ids, held, seen_ids, counts, repetition, presence, frequency)
     if uses_triton(logits.device):
         from stars_fast.kernels import adjust_named as kernel
@@ -112,5 +120,6 @@ def _(
     presence: Tensor,
     frequency: Tensor,
     known: Tensor | None = None,
+    allowed: Tensor | None = None,
 ) -> Tensor:
     return torch.empty_like(logits, dtype=torch.float32)

@@ -73,8 +73,9 @@ class Completions:
         *,
         n: int = 1,
         seed: int | None = None,
+        position: int = 0,
     ) -> list[Choice]:
-        """Return `n` continuations of at most `max_tokens` tokens.
+        """Return `n` continuations of at most `max_tokens` tokens, behind `position` of them.
 
         Stop texts are not sent: they can begin in one segment and end in the next, which no server
         sees.
@@ -88,7 +89,7 @@ class Completions:
             "model": self._model,
             "prompt": prompt,
             "max_tokens": max_tokens,
-            **self._server.sampling(params),
+            **self._server.sampling(params, position, max_tokens),
         }
         if n != 1:  # some servers refuse the very name
             body["n"] = n

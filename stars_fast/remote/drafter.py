@@ -31,6 +31,7 @@ class Call:
     rows: tuple[int, ...]
     request: Request
     prompt: str | list[int]
+    position: int
     wanted: int
     seed: int | None
     completes: bool  # a character that the segment ends within
@@ -141,10 +142,10 @@ class RemoteDrafter:
     ) -> Call:
         response = next(r for r in request.responses if r.handle == handle)
         prompt = self._history.prompt(request.prompt, response.output.token_ids)
-        length = wanted[rows[0]]
-        goes_on = positions[rows[0]] + length < request.params.max_tokens
+        position, length = positions[rows[0]], wanted[rows[0]]
+        goes_on = position + length < request.params.max_tokens
         completes = isinstance(prompt, str) and goes_on
-        return Call(rows, request, prompt, length, seed, completes)
+        return Call(rows, request, prompt, position, length, seed, completes)
 
     def _draw(self, call: Call) -> list[Choice]:
         choices = self._once(call, call.wanted)
@@ -168,7 +169,12 @@ class RemoteDrafter:
     def _once(self, call: Call, max_tokens: int) -> list[Choice]:
         params: StarsParams = call.request.params
         return self._completions.draw(
-            call.prompt, params, max_tokens, n=len(call.rows), seed=call.seed
+            call.prompt,
+            params,
+            max_tokens,
+            n=len(call.rows),
+            seed=call.seed,
+            position=call.position,
         )
 
     def _segments(self, call: Call, choices: Sequence[Choice]) -> list[Drawn]:

@@ -14,7 +14,20 @@ from typing import Any, Literal
 from stars_fast.params import StarsParams
 
 #: Parameters that not every server takes, with the value that asks for nothing.
-_OFF: dict[str, object] = {"top_k": 0, "min_p": 0.0, "ignore_eos": False, "stop_token_ids": None}
+_OFF: dict[str, object] = {
+    "top_k": 0,
+    "min_p": 0.0,
+    "ignore_eos": False,
+    "stop_token_ids": None,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "logit_bias": None,
+    "min_tokens": 0,
+}
+
+#: Penalties for the tokens of the response, which a server counts in its own call only.
+_COUNTED_BY_CALL = ("presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True)
@@ -26,7 +39,7 @@ class Server:
     name
         As `RemoteEngine` takes it.
     takes
-        Of ``top_k``, ``min_p``, ``ignore_eos`` and ``stop_token_ids``.
+        Of the parameters that not every server takes.
     where
         How the parameters beside OpenAI's are sent: in the ``"body"``, in its ``"stars"`` object,
         or as a ``"generation_config"`` of transformers.
@@ -63,9 +76,37 @@ class Server:
                     f"{name} must be {off!r} with server={self.name!r}, which does not take it, "
                     f"got {value!r}"
                 )
+        for name in _COUNTED_BY_CALL:
+            value = getattr(params, name)
+            if value and params.draft_length < params.max_tokens:
+                raise ValueError(
+                    f"{name} must be 0.0 with RemoteEngine where a response takes several calls "
+                    f"(segments of {params.draft_length} tokens, max_tokens={params.max_tokens}), "
+                    f"got {value!r}: a server counts the tokens of its own call"
+                )
+        if params.guided is not None:
+            raise ValueError(
+                "guided must be None with RemoteEngine: a call cannot begin in the middle of a "
+                f"grammar, got {params.guided!r}"
+            )
+        if params.top_logprobs:
+            raise ValueError(
+                f"top_logprobs must be 0 with RemoteEngine, which keeps no log-probabilities, got "
+                f"{params.top_logprobs!r}"
+            )
 
-    def sampling(self, params: StarsParams) -> dict[str, Any]:
-        """Return the part of a call's body that says how tokens are drawn."""
+    def sampling(self, params: StarsParams, position: int, max_tokens: int) -> dict[str, Any]:
+        """Return the part of a call's body that says how its tokens are drawn.
+
+        Parameters
+        ----------
+        params
+            Of the request.
+        position
+            Tokens of the response before those of the call.
+        max_tokens
+            Tokens of the call at most.
+        """
         own: dict[str, Any] = {}
         if "top_k" in self.takes:
             own["top_k"] = params.top_k or self.no_top_k
@@ -75,13 +116,22 @@ class Server:
             own["ignore_eos"] = params.ignore_eos
         if "stop_token_ids" in self.takes and params.stop_token_ids:
             own["stop_token_ids"] = list(params.stop_token_ids)
+        if "repetition_penalty" in self.takes:  # also where it is off, for the model may have one
+            own["repetition_penalty"] = params.repetition_penalty
+        for name in _COUNTED_BY_CALL:
+            if getattr(params, name):
+                own[name] = getattr(params, name)
+        if params.logit_bias:
+            own["logit_bias"] = {str(token): bias for token, bias in params.logit_bias.items()}
+        if params.min_tokens > position:
+            own["min_tokens"] = min(params.min_tokens - position, max_tokens)
         shared = {"temperature": params.temperature, "top_p": params.top_p}
         if self.where == "stars":
             return {**shared, "stars": {"method": "vanilla", **own}}
         if self.where == "generation_config":
             # It replaces the model's own, which may well say that nothing is sampled.
             draws = {"do_sample": True, **shared, **own}
-            greedy = {"do_sample": False}
+            greedy = {"do_sample": False, "repetition_penalty": params.repetition_penalty}
             return {
                 "generation_config": json.dumps(draws if params.temperature else greedy),
                 **dict(self.extra),
@@ -90,22 +140,27 @@ class Server:
 
 
 _ALL = frozenset(_OFF)
+_OPENAI = frozenset({"presence_penalty", "frequency_penalty", "logit_bias"})
 
 #: By name.
 SERVERS: dict[str, Server] = {
     server.name: server
     for server in (
-        Server("vllm", _ALL, no_top_k=-1, extra=(("repetition_penalty", 1.0),), token_ids=True),
-        Server("sglang", _ALL, no_top_k=-1, extra=(("repetition_penalty", 1.0),)),
+        Server("vllm", _ALL, no_top_k=-1, token_ids=True),
+        Server("sglang", _ALL, no_top_k=-1),
         Server(
             "llama.cpp",
             frozenset({"top_k", "min_p"}),
             extra=(("repeat_penalty", 1.0),),
             counts_end=False,
         ),
-        Server("transformers", frozenset({"top_k", "min_p"}), where="generation_config"),
+        Server(
+            "transformers",
+            frozenset({"top_k", "min_p", "repetition_penalty"}),
+            where="generation_config",
+        ),
         Server("stars_fast", _ALL, where="stars", token_ids=True),
-        Server("openai", frozenset()),
+        Server("openai", _OPENAI),
     )
 }
 

@@ -23,7 +23,7 @@ from stars_fast.rewards.base import (
     Scorer,
     finite_reward,
 )
-from stars_fast.rewards.text import RenderedPrompt, Template
+from stars_fast.rewards.text import RenderedPrompt, Template, filled
 from stars_fast.rewards.tokens import TextEncoder
 
 __all__ = ["EncoderScorer", "encoder_context"]
@@ -85,7 +85,7 @@ class EncoderScorer(Scorer):
 
     def start(self, request: int, prompt: Prompt, max_response_tokens: int) -> None:
         """Admit a request; see `Scorer.start`."""
-        rendered = self._template.bind(prompt)
+        rendered = filled(self._template, prompt)
         empty = self._encode([rendered.text("")])[0]
         length = len(empty["input_ids"])
         if length == 0:

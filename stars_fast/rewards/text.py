@@ -40,7 +40,7 @@ from stars_fast.rewards.base import Prompt
 
 __all__ = ["CallableTemplate", "ChatTemplate", "FramedPrompt", "Template"]
 __all__ += ["FormatTemplate", "PairTemplate", "PlainTemplate", "RenderedPrompt", "make_template"]
-__all__ += ["bare_text", "conversation"]
+__all__ += ["bare_text", "conversation", "filled"]
 
 Messages: TypeAlias = "list[dict[str, Any]]"
 
@@ -314,6 +314,11 @@ def make_template(
             )
         return PairTemplate()
     return FormatTemplate(template)
+
+
+def filled(template: Template, prompt: Prompt) -> RenderedPrompt:
+    """Return a template with its prompt filled in; a text that is whole has none around it."""
+    return FramedPrompt(prompt.text, "") if prompt.whole else template.bind(prompt)
 
 
 def bare_text(prompt: Prompt) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast.rewards.base import Prompt, ScoreJob
-from stars_fast.rewards.text import FramedPrompt, PlainTemplate, RenderedPrompt, Template
+from stars_fast.rewards.text import FramedPrompt, PlainTemplate, RenderedPrompt, Template, filled
 
 __all__ = ["Ids", "RetokenizedText", "SharedTokens", "TextEncoder", "TokenPrompt", "TokenSource"]
 __all__ += ["common_length"]
@@ -150,7 +150,7 @@ class SharedTokens(TokenSource):
             prefix, suffix = prompt.token_ids, self._tail
             self._check(np.asarray(prefix, dtype=np.int64), "prompt_token_ids")
         else:
-            framed = self._template.bind(prompt)
+            framed = filled(self._template, prompt)
             assert isinstance(framed, FramedPrompt)
             (before,) = self._encoder.encode([self._single_bos(framed.prefix)])
             prefix, suffix = [*self._head, *before], [*self._behind(framed.suffix), *self._tail]
@@ -231,7 +231,7 @@ class RetokenizedText(TokenSource):
 
     def bind(self, prompt: Prompt) -> TokenPrompt:
         """Tokenise the template with an empty and with a short response."""
-        rendered = self._template.bind(prompt)
+        rendered = filled(self._template, prompt)
         texts = [_whole_text(rendered, response) for response in ("", "a")]
         empty, probe = self._encoder.encode(texts)
         if not len(empty):

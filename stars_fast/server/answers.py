@@ -122,3 +122,9 @@ class State(BaseModel):
     """Whether the server takes requests."""
 
     status: Literal["ok", "unavailable"]
+
+
+class Version(BaseModel):
+    """The version of stars_fast."""
+
+    version: str

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from stars_fast.engine.async_engine import AsyncEngine
-from stars_fast.server.answers import ModelList, ModelObject, State
+from stars_fast.server.answers import ModelList, ModelObject, State, Version
 from stars_fast.server.chat import ChatAnswer, ChatChunk, ChatRequest, ChatWriter
 from stars_fast.server.completions import (
     CompletionAnswer,
@@ -23,14 +24,38 @@ from stars_fast.server.completions import (
     CompletionRequest,
     CompletionWriter,
 )
-from stars_fast.server.errors import ApiError, add_handlers
+from stars_fast.server.errors import ApiError, add_handlers, api_error
 from stars_fast.server.guard import Guard
 from stars_fast.server.logs import log
 from stars_fast.server.method_name import values_in_name
 from stars_fast.server.metrics import Metrics
-from stars_fast.server.openapi import describe, errors, generated
+from stars_fast.server.openapi import ENGINE_ERRORS, describe, errors, generated
+from stars_fast.server.responses import (
+    ResponsesAnswer,
+    ResponsesEvent,
+    ResponsesRequest,
+    ResponsesWriter,
+)
+from stars_fast.server.scoring import (
+    ClassifyAnswer,
+    PoolingAnswer,
+    PoolingRequest,
+    ScoreAnswer,
+    ScoreRequest,
+    Scoring,
+)
 from stars_fast.server.serving import Serving
 from stars_fast.server.settings import ServerSettings
+from stars_fast.server.tokens import (
+    DetokenizeAnswer,
+    DetokenizeRequest,
+    TokenizeAnswer,
+    TokenizeRequest,
+    detokenize,
+    tokenize,
+)
+
+T = TypeVar("T")
 
 _DESCRIPTION = """\
 Responses of a language model, aligned to a reward model while they are decoded (STARS). In the
@@ -72,8 +97,18 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
         docs_url=None,  # FastAPI's own pages load scripts from elsewhere
         redoc_url=None,
     )
-    describe(app, (CompletionChunk, ChatChunk), needs_key=settings.api_key is not None)
+    describe(
+        app, (CompletionChunk, ChatChunk, ResponsesEvent), needs_key=settings.api_key is not None
+    )
     app.add_middleware(Guard, api_key=settings.api_key, max_body_bytes=settings.max_body_bytes)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     add_handlers(app)
     metrics = Metrics(engine)
     serving = Serving(engine, settings, metrics)
@@ -112,6 +147,54 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
         """Answer a chat; the model's tokenizer needs a chat template."""
         return await serving.answer(request, body, ChatWriter)
 
+    @app.post(
+        "/v1/responses",
+        response_model=None,
+        responses=generated(ResponsesAnswer, ResponsesEvent, ends_with_done=False),
+    )
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        """Answer text or messages; nothing is stored."""
+        return await serving.answer(request, body, ResponsesWriter)
+
+    def named(model: str | None) -> None:
+        if values_in_name(model, settings.model_name) is None:
+            raise ApiError(404, f"the model {model!r} does not exist", code="model_not_found")
+
+    timeout = settings.request_timeout
+
+    @app.post("/tokenize", response_model=TokenizeAnswer, responses=errors(*ENGINE_ERRORS))
+    async def tokenize_(body: TokenizeRequest) -> TokenizeAnswer:
+        """Return a text or a chat as token ids."""
+        named(body.model)
+        return await answered(tokenize(engine, body, timeout))
+
+    @app.post("/detokenize", response_model=DetokenizeAnswer, responses=errors(*ENGINE_ERRORS))
+    async def detokenize_(body: DetokenizeRequest) -> DetokenizeAnswer:
+        """Return token ids as text."""
+        named(body.model)
+        return await answered(detokenize(engine, body, timeout))
+
+    scoring = Scoring(engine, settings)
+
+    @app.post("/classify", response_model=ClassifyAnswer, responses=errors(*ENGINE_ERRORS))
+    async def classify(body: PoolingRequest) -> ClassifyAnswer:
+        """Score texts by the reward model, as probabilities."""
+        named(body.model)
+        return await answered(scoring.classify(body, int(time.time())))
+
+    @app.post("/pooling", response_model=PoolingAnswer, responses=errors(*ENGINE_ERRORS))
+    async def pooling(body: PoolingRequest) -> PoolingAnswer:
+        """Score texts by the reward model."""
+        named(body.model)
+        return await answered(scoring.pooling(body, int(time.time())))
+
+    @app.post("/v1/score", response_model=ScoreAnswer, responses=errors(*ENGINE_ERRORS))
+    @app.post("/score", response_model=ScoreAnswer, responses=errors(*ENGINE_ERRORS))
+    async def score(body: ScoreRequest) -> ScoreAnswer:
+        """Score pairs of a prompt and a response by the reward model."""
+        named(body.model)
+        return await answered(scoring.score(body, int(time.time())))
+
     @app.get("/v1/models", response_model=ModelList, responses=errors(401))
     async def models() -> ModelList:
         """Return the one model."""
@@ -120,8 +203,7 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
     @app.get("/v1/models/{name:path}", response_model=ModelObject, responses=errors(401, 404))
     async def model(name: str) -> ModelObject:
         """Return a model by its name."""
-        if values_in_name(name, settings.model_name) is None:
-            raise ApiError(404, f"the model {name!r} does not exist", code="model_not_found")
+        named(name)
         return model_object(name)
 
     @app.get("/health", response_model=None, responses=states)
@@ -134,6 +216,16 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
         """Return 200 while requests are taken, 503 when the server drains."""
         return _state(engine.healthy and engine.accepting)
 
+    @app.get("/ping", response_model=None, responses=states)
+    async def ping() -> JSONResponse:
+        """Answer as `/health`."""
+        return _state(engine.healthy)
+
+    @app.get("/version", response_model=Version)
+    async def version_() -> Version:
+        """Return the version of stars_fast."""
+        return Version(version=app.version)
+
     @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Return the metrics as Prometheus reads them."""
@@ -144,6 +236,14 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
         return HTMLResponse(page, headers=_POLICY)
 
     return app
+
+
+async def answered(work: Awaitable[T]) -> T:
+    """Await an answer; what the engine raises becomes an error of the API."""
+    try:
+        return await work
+    except Exception as error:
+        raise api_error(error) from error
 
 
 def _state(good: bool) -> JSONResponse:

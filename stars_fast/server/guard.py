@@ -16,12 +16,21 @@ from stars_fast.server.errors import ApiError
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
+#: Beside ``/v1``, what only those with the key may ask for: it makes the engine work.
+_WORK = frozenset({"/classify", "/detokenize", "/pooling", "/score", "/tokenize"})
+
+
+def asks_for_key(path: str) -> bool:
+    """Whether a path is for those with the API key, where there is one."""
+    return path.startswith("/v1") or path in _WORK
+
+
 class Guard:
     """ASGI middleware.
 
     Gives each request an id (``X-Request-Id`` of the client, if it is a sane one) and its response
-    the same; refuses ``/v1`` without the API key, and bodies that are too long, before they are
-    read.
+    the same; refuses what needs the API key without it, and bodies that are too long before they
+    are read.
 
     Parameters
     ----------
@@ -60,7 +69,7 @@ class Guard:
         await self._app(scope, self._limited(receive), send_with_id)
 
     def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
-        if self._key is not None and scope["path"].startswith("/v1"):
+        if self._key is not None and asks_for_key(scope["path"]):
             scheme, _, key = headers.get("authorization", "").partition(" ")
             # Digests have one length, so the time tells nothing of the key.
             if not hmac.compare_digest(_digest(key.strip()), self._key) or (

@@ -16,6 +16,7 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from stars_fast import params
 from stars_fast.params import Range, StarsParams, plain_text
 from stars_fast.server.answers import ErrorAnswer
+from stars_fast.server.guard import asks_for_key
 
 
 def _keywords(allowed: Range) -> dict[str, Any]:
@@ -51,6 +52,9 @@ _ERRORS = {
     504: "Not finished in time.",
 }
 
+#: What asking the engine for something can end with.
+ENGINE_ERRORS = (400, 401, 404, 413, 429, 500, 503, 504)
+
 _KEY = "api_key"
 _REF = "#/components/schemas/{model}"
 
@@ -74,27 +78,35 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorAnswer, "description": _ERRORS[status]} for status in statuses}
 
 
-def generated(whole: type[BaseModel], chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """Return the ``responses`` of a route that generates: `whole`, or a stream of `chunk`."""
-    bodies = [{"$ref": _REF.format(model=model.__name__)} for model in (chunk, ErrorAnswer)]
+def generated(
+    whole: type[BaseModel], chunk: type[BaseModel], *, ends_with_done: bool = True
+) -> dict[int | str, dict[str, Any]]:
+    """Return the ``responses`` of a route that generates: `whole`, or a stream of `chunk`.
+
+    `ends_with_done`: errors are events of their own, and the last event is ``[DONE]``.
+    """
+    models = (chunk, ErrorAnswer) if ends_with_done else (chunk,)
+    bodies = [{"$ref": _REF.format(model=model.__name__)} for model in models]
     data = {
         "type": "string",
         "contentMediaType": "application/json",
         "contentSchema": {"anyOf": bodies},
     }
+    done = [{"const": "[DONE]"}] if ends_with_done else []
     event = {
         "type": "object",
         "required": ["data"],
-        "properties": {"data": {"anyOf": [data, {"const": "[DONE]"}]}},
+        "properties": {"data": {"anyOf": [data, *done]}},
     }
+    last = ", and `[DONE]` as the last" if ends_with_done else ""
     stream = {"text/event-stream": {"itemSchema": event}}
     good = {
         "model": whole,
         "content": stream,
         "description": "The whole response; with `stream`, an event for each accepted segment, "
-        "an error among them where one occurs, and `[DONE]` as the last.",
+        f"an error among them where one occurs{last}.",
     }
-    return {200: good, **errors(400, 401, 404, 413, 429, 500, 503, 504)}
+    return {200: good, **errors(*ENGINE_ERRORS)}
 
 
 def describe(app: FastAPI, chunks: Sequence[type[BaseModel]], *, needs_key: bool) -> None:
@@ -115,7 +127,7 @@ def describe(app: FastAPI, chunks: Sequence[type[BaseModel]], *, needs_key: bool
             for path, operations in schema["paths"].items():
                 for operation in operations.values():
                     operation["responses"].pop(str(HTTPStatus.UNPROCESSABLE_ENTITY.value), None)
-                    if path.startswith("/v1"):
+                    if asks_for_key(path):
                         operation["security"] = [{_KEY: []}] if needs_key else [{}, {_KEY: []}]
             components = schema["components"]
             for unused in ("HTTPValidationError", "ValidationError"):

@@ -13,6 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, model_validator
 
 from stars_fast.params import StarsParams, with_fields
 from stars_fast.prompts import PromptLike
+from stars_fast.server.grammar import (
+    ResponseFormat,
+    StructuredOutputs,
+    of_response_format,
+    of_structured_outputs,
+)
 from stars_fast.server.openapi import RANGES, stars_schema
 from stars_fast.server.transcript import TextOptions
 
@@ -34,11 +40,9 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "prediction": (),
     "priority": (0,),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "store": (False,),
-    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -181,6 +185,9 @@ class Body(Strict):
     include_stop_str_in_output: bool | None = Field(
         default=None, description="What ended the response is part of the text."
     )
+    structured_outputs: StructuredOutputs | None = Field(
+        default=None, description="As vLLM has it: `json` (a schema) or `regex`."
+    )
     stream: bool | None = None
     user: str | None = Field(default=None, description="Logged.")
     stars: StarsFields | None = None
@@ -226,7 +233,15 @@ class Body(Strict):
             values["seed"] = self.seed % 2**64
         if self.top_k == -1:
             values["top_k"] = 0
-        return values
+        grammars = [grammar for grammar in self.grammars() if grammar is not None]
+        if len(grammars) > 1:
+            raise ValueError("structured_outputs and another format must not both be given")
+        return values | ({"guided": grammars[0]} if grammars else {})
+
+    def grammars(self) -> list[Mapping[str, Any] | None]:
+        """Return what a response has to keep to, as `StarsParams.guided`."""
+        asked = self.structured_outputs
+        return [None if asked is None else of_structured_outputs(asked)]
 
 
 class StreamOptions(Strict):
@@ -251,6 +266,9 @@ class GenerationRequest(Body):
         default=None, description="Responses to each prompt.", json_schema_extra=RANGES["n"]
     )
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = Field(
+        default=None, description="`json_schema`: the response keeps to it."
+    )
 
     @model_validator(mode="after")
     def _stream_options_with_a_stream(self) -> GenerationRequest:
@@ -262,6 +280,11 @@ class GenerationRequest(Body):
     def wants_logprobs(self) -> bool:
         """Whether each token's log-probability is asked for."""
         return False
+
+    def grammars(self) -> list[Mapping[str, Any] | None]:
+        """Return what a response has to keep to, as `StarsParams.guided`."""
+        asked = self.response_format
+        return [*super().grammars(), None if asked is None else of_response_format(asked)]
 
     def stars_values(self) -> dict[str, Any]:
         """Return the fields of `StarsParams` that the body's own stand for."""

@@ -34,6 +34,7 @@ EXAMPLES = {
     "logit_bias": (["--logit-bias", '{"5": -100, "6": 1.5}'], {5: -100.0, 6: 1.5}),
     "min_tokens": (["--min-tokens", "3"], 3),
     "top_logprobs": (["--top-logprobs", "5"], 5),
+    "guided": (["--guided", '{"regex": "a+"}'], {"regex": "a+"}),
     "max_tokens": (["--max-tokens", "7"], 7),
     "stop": (["--stop", "END", "--stop", "12"], ("END", "12")),
     "stop_token_ids": (["--stop-token-ids", "5", "--stop-token-ids", "6"], (5, 6)),

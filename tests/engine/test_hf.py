@@ -107,6 +107,23 @@ def test_sampling_is_transformers_s(model: LlamaForCausalLM, changes: dict[str, 
     assert wanted != expected(model, ROWS)
 
 
+def test_penalties_are_transformers_s(model: LlamaForCausalLM) -> None:
+    changes = {"repetition_penalty": 1.6, "sequence_bias": [[[END], 9.0]], "min_new_tokens": 4}
+    wanted = expected(model, ROWS, repetition_penalty=1.6, logit_bias={END: 9.0}, min_tokens=4)
+    found = call(model, ROWS, return_dict_in_generate=True, **changes)
+    assert tokens(found.completions) == tokens(wanted)
+    assert not any(END in ids[:4] for ids in tokens(wanted))
+    assert any(END in ids for ids in tokens(wanted))
+    given = {"min_length": 5 + 4, "eos_token_id": [END, 0]}
+    found = call(model, ROWS, return_dict_in_generate=True, **given)
+    wanted = expected(model, ROWS, min_tokens=4, stop_token_ids=[END, 0])
+    assert tokens(found.completions) == tokens(wanted)
+
+
+def tokens(completions: list[Any]) -> list[list[int]]:
+    return [completion.token_ids for completion in completions]
+
+
 def test_lengths_and_ends(model: LlamaForCausalLM) -> None:
     found = call(model, ROWS, max_new_tokens=None, max_length=11, return_dict_in_generate=True)
     assert found.completions == expected(model, ROWS, max_tokens=6)
@@ -156,7 +173,9 @@ def test_other_options_make_another_engine(model: LlamaForCausalLM) -> None:
     ("changes", "message"),
     [
         ({"do_sample": False}, "do_sample must be True"),
-        ({"repetition_penalty": 1.2}, "got a RepetitionPenaltyLogitsProcessor"),
+        ({"no_repeat_ngram_size": 2}, "got a NoRepeatNGramLogitsProcessor"),
+        ({"sequence_bias": [[[0, 1], 1.0]]}, r"sequence_bias must be of single tokens, got \[0, 1"),
+        ({"stars_params": StarsParams(min_tokens=2)}, "min_tokens must be left out of stars"),
         ({"max_time": 1.0}, "got a MaxTimeCriteria"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores must be False"),
         ({"stars_params": StarsParams(temperature=0.5)}, "temperature must be left out of stars"),

@@ -31,6 +31,7 @@ OTHER: dict[str, Any] = {
     "logit_bias": {5: 1.5},
     "min_tokens": 6,
     "top_logprobs": 4,
+    "guided": {"regex": "a+"},
     "max_tokens": 77,
     "seed": 4,
     "stop": ("x",),
@@ -87,7 +88,9 @@ def test_gibbs_is_for_stars_alone(method: Any) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_with_method_keeps_what_both_have(source: str, method: Any) -> None:
     given, own = KINDS[source]
-    set_all = {name: OTHER[name] for name in (*COMMON, *own) if name not in ("method", *given)}
+    set_all = {
+        name: OTHER[name] for name in (*COMMON, *own) if name not in ("method", "guided", *given)
+    }
     params = StarsParams(**given, **set_all)
     changed = params.with_method(method)
     assert changed.method == method
@@ -153,6 +156,12 @@ def test_unknown_methods_are_told_the_methods(name: Any) -> None:
         ("stars", "min_tokens", -1, ValueError),
         ("stars", "min_tokens", 129, ValueError),
         ("stars", "min_tokens", 1.0, TypeError),
+        ("stars", "guided", {"regex": ""}, ValueError),
+        ("stars", "guided", {"json_schema": "{}"}, ValueError),
+        ("stars", "guided", {"json_schema": {"type": {1}}}, ValueError),
+        ("stars", "guided", {"grammar": "a"}, ValueError),
+        ("stars", "guided", "a+", ValueError),
+        ("stars", "guided", {"regex": "a", "json_schema": {}}, ValueError),
         ("stars", "top_logprobs", 21, ValueError),
         ("stars", "top_logprobs", -1, ValueError),
     ],
@@ -160,6 +169,14 @@ def test_unknown_methods_are_told_the_methods(name: Any) -> None:
 def test_values_are_checked(method: Any, field: str, value: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=field):
         StarsParams(method=method, **{field: value})
+
+
+@pytest.mark.parametrize(
+    "beside", [{"min_tokens": 3}, {"method": "cards", "rules": "public"}], ids=str
+)
+def test_what_does_not_go_with_a_grammar(beside: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{list(beside)[-1]} must be .* with guided"):
+        StarsParams(guided={"regex": "a"}, **beside)
 
 
 def test_biases_are_a_copy_by_token_id() -> None:

@@ -35,6 +35,7 @@ def adjust(
     presence: Sequence[float] = (),
     frequency: Sequence[float] = (),
     known: Tensor | None = None,
+    allowed: Tensor | None = None,
 ) -> Tensor:
     """Of every argument an entry per row; what is left out is off."""
     rows = len(logits)
@@ -61,6 +62,7 @@ def adjust(
         column(presence, 0.0, torch.float32),
         column(frequency, 0.0, torch.float32),
         known,
+        allowed,
     )
     before = logits.clone()
     with ops.backend("triton" if form == "triton" else "pytorch"):
@@ -195,6 +197,19 @@ def test_unknown_tokens_and_rows_with_gaps_between_them(form: str) -> None:
     assert torch.equal(got[:, known], logits[:, known])
 
 
+@both
+def test_what_each_row_may_draw(form: str) -> None:
+    logits = some_logits(3)
+    words = torch.randint(-(2**31), 2**31, (3, 10), generator=torch.Generator().manual_seed(1))
+    words[1] = -1
+    got = adjust(form, logits, biases=[{5: 100.0}] * 3, allowed=words.to(torch.int32))
+    for row in range(3):
+        for token in range(VOCAB):
+            may = int(words[row, token // 32]) >> (token % 32) & 1
+            want = float(logits[row, token] + 100.0 * (token == 5)) if may else -torch.inf
+            assert float(got[row, token]) == want
+
+
 def test_what_the_launcher_cannot_take_is_named() -> None:
     from stars_fast.kernels import adjust_named
 
@@ -225,6 +240,7 @@ def test_operator_schema() -> None:
         torch.ops.stars_fast.adjust_logits.default,
         (
             some_logits(2, torch.bfloat16), ids, torch.ones((2, 1)), ids, floats.bool(), ids,
-            ids.int(), floats, floats, floats, None,
+            ids.int(), floats, floats, floats, torch.ones(VOCAB, dtype=torch.bool),
+            torch.full((2, 10), -1, dtype=torch.int32),
         ),
     )  # fmt: skip

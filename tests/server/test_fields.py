@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ VANILLA = PARAMS.with_method("vanilla")
 @pytest.fixture(scope="module")
 def letters() -> Iterator[Served]:
     engine = letter_engine(Gate())
-    engine.calibrate("ab", use_tqdm=False)
+    engine.calibrate("ab", params=VANILLA, use_tqdm=False)
     with serving(engine, Gate(), ServerSettings("letters", VANILLA)) as running:
         yield running
 
@@ -277,3 +278,63 @@ class TestMethodInAWord:
         response = letters.post(body)
         assert response.status_code == 400
         assert "method is given twice" in response.json()["error"]["message"]
+
+
+@pytest.fixture(scope="module")
+def drawn() -> Iterator[Served]:
+    pytest.importorskip("llguidance", reason="needs llguidance, of the extra guided")
+    engine = Engine(small_model(), tokenizer=bpe_tokenizer(chat="chatml"), num_pages=200)
+    params = StarsParams(method="vanilla", max_tokens=40, seed=1)
+    with serving(engine, Gate(), ServerSettings("chat", params)) as running:
+        yield running
+
+
+class TestFormats:
+    SCHEMA: ClassVar[dict[str, Any]] = {
+        "type": "object",
+        "properties": {"a": {"enum": [1, 22]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+
+    @pytest.mark.parametrize("path", ["/v1/completions", CHAT, "/v1/responses"])
+    def test_a_schema(self, drawn: Served, path: str) -> None:
+        schema = {"type": "json_schema", "json_schema": {"name": "A", "schema": self.SCHEMA}}
+        body: dict[str, Any] = {"prompt": "Hi", "response_format": schema}
+        if path == CHAT:
+            body = {"messages": [{"role": "user", "content": "Hi"}], "response_format": schema}
+        if path == "/v1/responses":
+            form = {"type": "json_schema", "name": "A", "schema": self.SCHEMA}
+            body = {"input": "Hi", "text": {"format": form}}
+        response = drawn.post(body, path)
+        assert response.status_code == 200, response.text
+        found = response.json()
+        if path == "/v1/responses":
+            text = found["output"][0]["content"][0]["text"]
+            assert found["text"]["format"]["type"] == "json_schema"
+        else:
+            choice = found["choices"][0]
+            text = choice["text"] if path == "/v1/completions" else choice["message"]["content"]
+        assert json.loads(text)["a"] in (1, 22)
+
+    def test_a_regular_expression(self, drawn: Served) -> None:
+        body = {"prompt": "Hi", "structured_outputs": {"regex": "[ab]{3}c"}}
+        text = choice_of(drawn.post(body))["text"]
+        assert re.fullmatch("[ab]{3}c", text)
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"response_format": {"type": "xml"}}, "must be text, json_object or json_schema"),
+            ({"response_format": {"type": "json_schema"}}, "response_format.json_schema is miss"),
+            ({"structured_outputs": {}}, "structured_outputs must have json or regex"),
+            ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+             "must not both be given"),
+            ({"response_format": {"type": "json_object"}, "stars": {"method": "args"}},
+             "guided is no parameter of method='args'"),
+        ],
+    )  # fmt: skip
+    def test_errors(self, letters: Served, fields: dict[str, Any], message: str) -> None:
+        response = letters.post({"prompt": "ab", **fields})
+        assert response.status_code == 400
+        assert message in response.json()["error"]["message"]

@@ -1,0 +1,112 @@
+"""``/tokenize`` and ``/detokenize``, in vLLM's shapes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from pydantic import BaseModel, Field
+from transformers import PreTrainedTokenizerBase
+
+from stars_fast.chats import CHAT_OPTIONS
+from stars_fast.engine.async_engine import AsyncEngine
+from stars_fast.engine.base import BaseEngine
+from stars_fast.server.chat import ChatMessage
+from stars_fast.server.protocol import Strict
+
+
+class TokenizeRequest(Strict):
+    """Body of ``/tokenize``: a text, or a chat."""
+
+    model: str | None = None
+    prompt: str | None = Field(default=None, min_length=1)
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool | None = Field(
+        default=None,
+        description="With what the tokenizer puts around a text; by default for texts alone.",
+    )
+    return_token_strs: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class TokenizeAnswer(BaseModel):
+    """A text as tokens."""
+
+    count: int = Field(ge=0)
+    max_model_len: int | None = Field(description="The model's context in tokens.")
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeRequest(Strict):
+    """Body of ``/detokenize``."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+class DetokenizeAnswer(BaseModel):
+    """Tokens as text, special ones included."""
+
+    prompt: str
+
+
+async def tokenize(
+    engine: AsyncEngine, body: TokenizeRequest, timeout: float | None
+) -> TokenizeAnswer:
+    """Return a text or a chat as the model reads it.
+
+    Raises
+    ------
+    ValueError
+        There is no tokenizer, or not one of both, or it does not fit the context.
+    """
+    if (body.prompt is None) == (body.messages is None):
+        raise ValueError("prompt or messages must be given, and not both")
+    ids = await engine.call(functools.partial(_ids, body), timeout)
+    strings = None
+    if body.return_token_strs:
+        strings = [str(one) for one in _tokenizer(engine).convert_ids_to_tokens(ids)]
+    return TokenizeAnswer(
+        count=len(ids), max_model_len=engine.max_length, tokens=ids, token_strs=strings
+    )
+
+
+async def detokenize(
+    engine: AsyncEngine, body: DetokenizeRequest, timeout: float | None
+) -> DetokenizeAnswer:
+    """Return tokens as text.
+
+    Raises
+    ------
+    ValueError
+        There is no tokenizer, or it has no such token.
+    """
+    size = len(_tokenizer(engine))
+    for number, token in enumerate(body.tokens):
+        if not 0 <= token < size:
+            raise ValueError(f"tokens[{number}] must be in [0, {size}), got {token}")
+    text = await engine.call(lambda _: _tokenizer(engine).decode(body.tokens), timeout)
+    return DetokenizeAnswer(prompt=str(text))
+
+
+def _ids(body: TokenizeRequest, engine: BaseEngine) -> list[int]:
+    if body.messages is not None:
+        if body.add_special_tokens:
+            raise ValueError("add_special_tokens must be false with messages: templates write them")
+        options = {"messages", *CHAT_OPTIONS}
+        return engine.read(body.model_dump(include=options, exclude_unset=True)).token_ids
+    assert body.prompt is not None
+    if body.add_special_tokens is False:
+        ids: list[int] = _tokenizer(engine)(body.prompt, add_special_tokens=False)["input_ids"]
+        return list(ids)
+    _tokenizer(engine)
+    return engine.read(body.prompt).token_ids
+
+
+def _tokenizer(engine: AsyncEngine | BaseEngine) -> PreTrainedTokenizerBase:
+    if engine.tokenizer is None:
+        raise ValueError("prompt and tokens need a tokenizer, which the model here does not have")
+    return engine.tokenizer
