@@ -48,14 +48,11 @@ def evaluate(served: Any, tmp_path: Path) -> Any:
     return run_task
 
 
-@pytest.mark.parametrize("backend", ["huggingface", "remote"])
-def test_choices_have_the_models_own_likelihoods(backend: str, evaluate: Any, served: Any) -> None:
+def test_choices_have_the_models_own_likelihoods(evaluate: Any, served: Any) -> None:
     options = {
         "base_url": f"{served.url}/v1/completions",
-        "tokenizer_backend": backend,
+        "tokenizer": served.folder,
     }
-    if backend == "huggingface":
-        options["tokenizer"] = served.folder
     samples = evaluate(
         "local-completions",
         options,

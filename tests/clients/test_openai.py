@@ -128,3 +128,14 @@ def test_fields_that_ask_for_nothing_change_nothing(client: Any, served: Any) ->
         extra_body={"repetition_penalty": 1.0, "min_tokens": 0, "skip_special_tokens": True},
     )
     assert full.choices[0].message == plain.choices[0].message
+
+
+def test_a_method_by_the_models_name(client: Any, served: Any) -> None:
+    options = {"messages": [TURN], **FIXED}
+    named = client.chat.completions.create(model=f"{served.model}:best_of_n:2", **options)
+    stars = {"method": "best_of_n", "candidates": 2}
+    given = client.chat.completions.create(
+        model=served.model, extra_body={"stars": stars}, **options
+    )
+    assert named.choices == given.choices
+    assert named.usage.discarded_tokens > 0  # those of the response that was not chosen
