@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +21,7 @@ import pytest
 
 pytest.importorskip("httpx", reason="needs httpx, of the extra remote")
 
-import httpx
+from helpers.server_process import free_port, other_server
 
 from stars_fast import Engine, RemoteEngine, StarsParams, _core, demo
 
@@ -35,40 +33,6 @@ PARAMS = StarsParams(
 )
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-@contextmanager
-def started(command: list[str], log: Path, port: int) -> Iterator[str]:
-    """Run a server until the test is over."""
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            command,
-            stdout=stream,
-            stderr=stream,
-            cwd=log.parent,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        )
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=5)
-                break
-            except httpx.TransportError:
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
 @contextmanager
 def transformers_server(folder: Path) -> Iterator[dict[str, Any]]:
     program = Path(sys.executable).with_name("transformers")
@@ -78,10 +42,10 @@ def transformers_server(folder: Path) -> Iterator[dict[str, Any]]:
         pytest.skip(f"needs the program {program}")
     port = free_port()
     command = [str(program), "serve", MODEL, "--port", str(port), "--device", "cpu"]
-    with started(command, folder / "log", port) as url:
+    with other_server(command, folder / "log", port) as url:
         # One call at a time: the seed that a call sets is the process's.
         yield {
-            "base_url": url, "model": MODEL, "server": "transformers", "max_concurrency": 1,
+            "base_url": f"{url}/v1", "model": MODEL, "server": "transformers", "max_concurrency": 1,
         }  # fmt: skip
 
 
@@ -97,8 +61,8 @@ def llama_server(folder: Path) -> Iterator[dict[str, Any]]:
         sys.executable, "-m", "llama_cpp.server", "--model", str(folder / "demo.gguf"),
         "--n_ctx", "512", "--n_threads", "1", "--port", str(port),
     ]  # fmt: skip
-    with started(command, folder / "log", port) as url:
-        yield {"base_url": url}
+    with other_server(command, folder / "log", port) as url:
+        yield {"base_url": f"{url}/v1"}
 
 
 @contextmanager

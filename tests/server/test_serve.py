@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.server_process import server_process
 
 from stars_fast.cli import main
 
@@ -25,22 +22,7 @@ for package in ("fastapi", "uvicorn", "prometheus_client", "httpx"):
 
 import httpx  # noqa: E402
 
-
-@contextmanager
-def serve(folder: Path, *flags: str, code: str = "") -> Iterator[tuple[Any, Path]]:
-    """``stars-fast serve`` as a process, with its log; `code` is run in it before."""
-    log = folder / "log"
-    command = f"{code}\nfrom stars_fast.cli import main; raise SystemExit(main())"
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-c", command, "serve", "--port", "0", "--num-pages", "400", *flags],
-            stderr=stream, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-    try:
-        yield process, log
-    finally:
-        process.kill()
-        process.wait()
+PAGES = ("--num-pages", "400")
 
 
 def test_ctrl_c_twice_ends_in_the_middle_of_streams(tmp_path: Path) -> None:
@@ -58,8 +40,8 @@ Loop._score = long
 """
     body = {"prompt": "The film", "max_tokens": 400, "seed": 1, "stream": True}
     body["stars"] = {"target_reward": 3.0, "segment_length": 8}
-    with serve(tmp_path, code=code) as (process, log):
-        url = _address(process, log)
+    log = tmp_path / "log"
+    with server_process(PAGES, log, code) as (url, process):
         (tmp_path / "long").touch()
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as response:
             lines = response.iter_lines()
@@ -80,8 +62,8 @@ def fault(engine, *_):
     raise SystemExit(0)
 AsyncEngine._pass_on = fault
 """
-    with serve(tmp_path, code=code) as (process, log):
-        url = _address(process, log)
+    log = tmp_path / "log"
+    with server_process(PAGES, log, code) as (url, process):
         body = {"prompt": "The film", "stars": {"target_reward": 3.0}}
         assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 503
         assert process.wait(60) == 1
@@ -104,8 +86,8 @@ def stuck(loop, done):
     return score(loop, done)
 Loop._score = stuck
 """
-    with serve(tmp_path, "--stuck-after", "0.5", code=code) as (process, log):
-        url = _address(process, log)
+    flags = [*PAGES, "--stuck-after", "0.5"]
+    with server_process(flags, tmp_path / "log", code) as (url, _):
         assert httpx.get(f"{url}/health").status_code == 200
         (tmp_path / "stuck").touch()
         body = {"prompt": "The film", "max_tokens": 8, "stars": {"target_reward": 3.0}}
@@ -130,17 +112,10 @@ def test_sigterm_finishes_what_is_under_way_and_exits(tmp_path: Path) -> None:
     prompts.write_text('{"prompt": "The film"}\n{"prompt": "This kettle"}\n')
     log = tmp_path / "log"
     flags = [
-        "--port", "0", "--target-reward", "auto", "--calibration-prompts", str(prompts),
+        "--target-reward", "auto", "--calibration-prompts", str(prompts),
         "--segment-length", "8", "--max-tokens", "24", "--num-pages", "400",
     ]  # fmt: skip
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from stars_fast.cli import main; raise SystemExit(main())",
-             "serve", *flags],
-            stderr=stream, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-    try:
-        url = _address(process, log)
+    with server_process(flags, log) as (url, process):
         assert httpx.get(f"{url}/ready").json() == {"status": "ok"}
         body = {"prompt": "The film", "n": 2, "max_tokens": 100, "seed": 1, "stream": True}
         ended: list[Any] = []
@@ -153,9 +128,6 @@ def test_sigterm_finishes_what_is_under_way_and_exits(tmp_path: Path) -> None:
         assert sum(reason is not None for reason in reasons) == 2
         assert "abort" not in reasons
         assert process.wait(60) == 0
-    finally:
-        process.kill()
-        process.wait()
     text = log.read_text()
     assert "quantile of 8 unaligned responses to 2 prompts" in text
     events = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
@@ -165,15 +137,6 @@ def test_sigterm_finishes_what_is_under_way_and_exits(tmp_path: Path) -> None:
     assert request["rm_tokens"] > 0
     assert "The film" not in text
     assert [e["event"] for e in events if e["logger"] == "stars_fast.server"][-1] == "stopped"
-
-
-def _address(process: subprocess.Popen[bytes], log: Path) -> str:
-    deadline = time.monotonic() + 120
-    while (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())) is None:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return found.group()
 
 
 @pytest.mark.parametrize(
