@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 _KEPT = 64  # grammars that are kept compiled
+#: Between the tokens of JSON: models that may write spaces without end do.
+_SPACE = r" |\n {0,16}"
 
 
 class Guide:
@@ -94,7 +96,8 @@ class Guides:
         if kind == "regex":
             grammar = LLMatcher.grammar_from_regex(value)
         else:
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(value))
+            options: Any = {"whitespace_pattern": _SPACE}
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(value), defaults=options)
         tokens = self._tokens()
         wrong = LLMatcher.validate_grammar(grammar, tokens)
         matcher = LLMatcher(tokens, grammar, log_level=0)

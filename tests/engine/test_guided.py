@@ -173,3 +173,15 @@ def test_without_a_grammar_the_package_is_not_loaded() -> None:
     loaded = {name for name in sys.modules if name.startswith("llguidance")}
     bpe_engine().generate("a", METHODS["vanilla"], use_tqdm=False)
     assert {name for name in sys.modules if name.startswith("llguidance")} == loaded
+
+
+def test_space_between_tokens_of_json_has_an_end() -> None:
+    """A model that likes nothing better writes the text all the same."""
+    model, tokenizer = small_model(), bpe_engine().tokenizer
+    spaces = [token for name, token in tokenizer.get_vocab().items() if not name.strip(" ĠĊ")]
+    bias = dict.fromkeys(spaces, 50.0)
+    params = dataclasses.replace(METHODS["vanilla"], guided={"json_schema": SCHEMA}, max_tokens=400)
+    params = dataclasses.replace(params, logit_bias=bias, seed=1)
+    (output,) = bpe_engine(model=model).generate(PROMPTS[:1], params, use_tqdm=False)
+    assert output.outputs[0].finish_reason == "stop"
+    json.loads(output.outputs[0].text)
