@@ -12,7 +12,7 @@ from textwrap import indent
 from typing import Any, Literal, get_args
 
 from stars_fast.methods import COMMON, GIBBS, METHODS, Method, MethodKind, has_gibbs, kind_of
-from stars_fast.surrogates import check_unicode
+from stars_fast.text.surrogates import check_unicode
 
 __all__ = ["Acceptance", "CardsRules", "Method", "SegmentEnd", "StarsParams"]
 __all__ += ["RANGES", "TEXTS", "Range", "plain_text", "with_fields"]
@@ -252,9 +252,9 @@ class StarsParams:
         metadata=_about(
             """
             Divides the positive logits, and multiplies the negative ones, of every token that the
-            prompt or the response has, above 0; 1 is off (arXiv 1909.05858).
+            prompt or the response has, in [0.01, 100]; 1 is off (arXiv 1909.05858).
             """,
-            Range(above=0),
+            Range(0.01, 100),
         ),
     )
     presence_penalty: float = field(
