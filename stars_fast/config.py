@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from stars_fast.chats import checked_kwargs
 from stars_fast.reward_head import RewardHead, RewardHeadLike
+from stars_fast.text.chats import checked_kwargs
 
 if TYPE_CHECKING:
     import torch

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from stars_fast.chats import CHAT_OPTIONS, ChatLike, chat_of, is_chat, render
-from stars_fast.decoders import prompt_text
-from stars_fast.surrogates import check_unicode
-from stars_fast.tokenization import SpecialTokens, TextEncoder, TokenBytes, token_bytes
+from stars_fast.text.chats import CHAT_OPTIONS, ChatLike, chat_of, is_chat, render
+from stars_fast.text.decoders import prompt_text
+from stars_fast.text.surrogates import check_unicode
+from stars_fast.text.tokenization import SpecialTokens, TextEncoder, TokenBytes, token_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ class Prompt:
 
 
 #: One prompt: text, token ids, chat messages ({"role": ..., "content": ...}), or an object with
-#: ``messages`` and what their template is told (`stars_fast.chats.CHAT_OPTIONS`).
+#: ``messages`` and what their template is told (`stars_fast.text.chats.CHAT_OPTIONS`).
 PromptLike: TypeAlias = "str | Sequence[int] | ChatLike"
 
 

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stars_fast.chats import CHAT_OPTIONS
 from stars_fast.outputs import CompletionOutput, RequestOutput, Segment
 from stars_fast.params import StarsParams, with_fields
 from stars_fast.prompts import PROMPT_KEYS, PromptValue, json_of, prompt_of, short, text_of
+from stars_fast.text.chats import CHAT_OPTIONS
 
 _KEYS = (*PROMPT_KEYS, *CHAT_OPTIONS, "id", "params")
 _OUTPUT_KEYS = {"id", "line", "prompt", "outputs", "error"}

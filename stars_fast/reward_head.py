@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
 
-from stars_fast.named_values import values_of
+from stars_fast.text.named_values import values_of
 
 __all__ = ["Activation", "RewardHead", "RewardHeadLike"]
 

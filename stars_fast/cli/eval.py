@@ -30,8 +30,8 @@ from stars_fast.eval.specs import (
 )
 from stars_fast.eval.store import RESPONSES, RUNS, DamagedError, Store
 from stars_fast.models.progress import quiet_libraries
-from stars_fast.named_values import values_of
 from stars_fast.prompts import text_of
+from stars_fast.text.named_values import values_of
 
 if TYPE_CHECKING:
     from stars_fast.rewards.persona import Persona

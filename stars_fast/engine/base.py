@@ -30,7 +30,7 @@ from stars_fast.outputs import (
 from stars_fast.params import StarsParams
 from stars_fast.prompts import Prompt, PromptLike, as_prompt_list
 from stars_fast.seeds import derive_seed
-from stars_fast.tokenization import SpecialTokens, TextEncoder
+from stars_fast.text.tokenization import SpecialTokens, TextEncoder
 
 _log = logging.getLogger(__name__)
 

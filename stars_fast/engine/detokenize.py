@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from stars_fast.decoders import (
+from stars_fast.prompts import Prompt
+from stars_fast.text.decoders import (
     CONTEXT,
     HALF_CHARACTER,
     NOTHING_HELD,
@@ -21,7 +22,6 @@ from stars_fast.decoders import (
     decoder_of,
     halves,
 )
-from stars_fast.prompts import Prompt
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ import torch
 from transformers import PreTrainedModel
 
 from stars_fast import _core
-from stars_fast.decoders import Decodes
 from stars_fast.distributed import ALONE, Ranks
 from stars_fast.drafting import segment_ends
 from stars_fast.drafting.base import Draft, Drafter, RowSampling
@@ -38,6 +37,7 @@ from stars_fast.outputs import (
 from stars_fast.params import StarsParams
 from stars_fast.rewards.base import Prompt, ScoreJob, Scorer
 from stars_fast.seeds import derive_seed
+from stars_fast.text.decoders import Decodes
 
 PHASES = ("plan", "fork", "prefill", "draft", "score", "commit")
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
-from stars_fast.named_values import values_of
 from stars_fast.params import Method, StarsParams
 from stars_fast.prompts import json_of, short
+from stars_fast.text.named_values import values_of
 
 #: Fields that an eval sets itself, or that would change what is compared.
 _NOT_HERE = frozenset({"method", "seed", "n", "trace"})

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from stars_fast import _core
-from stars_fast.decoders import HALF_CHARACTER
 from stars_fast.drafting.base import Draft, RowSampling
 from stars_fast.engine.requests import Request
 from stars_fast.params import StarsParams
@@ -17,6 +16,7 @@ from stars_fast.remote.completions import Choice, Completions
 from stars_fast.remote.history import Drawn, History
 from stars_fast.remote.http import RemoteError
 from stars_fast.seeds import derive_seed
+from stars_fast.text.decoders import HALF_CHARACTER
 
 #: Bytes of a character in UTF-8 but the first, and so tokens that complete it at most.
 _MORE_TOKENS = 3

@@ -12,9 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast import _core
-from stars_fast.chats import checked_kwargs
 from stars_fast.config import TemplateLike
-from stars_fast.decoders import Decodes
 from stars_fast.engine.base import BaseEngine, Reader
 from stars_fast.engine.clock import PhaseClock
 from stars_fast.engine.limits import Limits
@@ -35,6 +33,8 @@ from stars_fast.reward_head import RewardHeadLike
 from stars_fast.rewards.base import Scorer
 from stars_fast.rewards.load import RewardModelLike, load_scorer
 from stars_fast.rewards.persona import Persona
+from stars_fast.text.chats import checked_kwargs
+from stars_fast.text.decoders import Decodes
 
 #: Those that need no more of a segment than its text and its number of tokens.
 BY_TEXT = tuple(method for method, kind in METHODS.items() if kind.by_text)

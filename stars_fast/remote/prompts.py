@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stars_fast.prompts import PromptLike, PromptReader
 from stars_fast.rewards.base import Prompt
-from stars_fast.tokenization import TextEncoder
+from stars_fast.text.tokenization import TextEncoder
 
 
 class TextPromptReader(PromptReader):

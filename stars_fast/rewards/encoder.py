@@ -25,7 +25,7 @@ from stars_fast.rewards.base import (
 )
 from stars_fast.rewards.labels import Readout
 from stars_fast.rewards.text import RenderedPrompt, Template, filled
-from stars_fast.tokenization import Marked, TextEncoder
+from stars_fast.text.tokenization import Marked, TextEncoder
 
 __all__ = ["EncoderScorer", "encoder_context"]
 

@@ -21,7 +21,7 @@ from stars_fast.rewards.causal import CausalScorer
 from stars_fast.rewards.reading import NextTokens
 from stars_fast.rewards.text import conversation, marked_text
 from stars_fast.rewards.tokens import Ids, TokenPrompt, TokenSource
-from stars_fast.tokenization import SpecialTokens, TextEncoder, escaped
+from stars_fast.text.tokenization import SpecialTokens, TextEncoder, escaped
 
 __all__ = ["Persona", "PersonaScorer", "PersonaTokens"]
 

@@ -37,7 +37,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stars_fast.config import TemplateLike
 from stars_fast.rewards.base import Prompt
-from stars_fast.tokenization import SpecialTokens, escaped
+from stars_fast.text.tokenization import SpecialTokens, escaped
 
 __all__ = ["CallableTemplate", "ChatTemplate", "FramedPrompt", "Template"]
 __all__ += ["FormatTemplate", "PairTemplate", "PlainTemplate", "RenderedPrompt", "make_template"]
@@ -51,7 +51,7 @@ class RenderedPrompt(Protocol):
     """A template with its prompt filled in."""
 
     def text(self, response: str) -> str | tuple[str, str]:
-        """Return the text to score, or a pair of texts; marked, see `stars_fast.tokenization`."""
+        """Return the text or pair of texts to score, marked, see `stars_fast.text.tokenization`."""
         ...
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stars_fast.rewards.base import Prompt, ScoreJob
 from stars_fast.rewards.text import FramedPrompt, PlainTemplate, RenderedPrompt, Template, filled
-from stars_fast.tokenization import MARK, TextEncoder
+from stars_fast.text.tokenization import MARK, TextEncoder
 
 __all__ = ["Ids", "RetokenizedText", "SharedTokens", "TokenPrompt", "TokenSource"]
 __all__ += ["common_length", "special_ids"]

@@ -7,13 +7,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from stars_fast.chats import CHAT_OPTIONS, PART_TYPES
 from stars_fast.server.answers import FinishReason, Head, StarsAnswer, StarsDelta, Usage
 from stars_fast.server.logprobs import TokenScore
 from stars_fast.server.openapi import RANGES
 from stars_fast.server.protocol import GenerationRequest
 from stars_fast.server.transcript import Delta, Transcript
 from stars_fast.server.writer import ChoiceWriter
+from stars_fast.text.chats import CHAT_OPTIONS, PART_TYPES
 
 
 def _has_text(name: str) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from stars_fast.chats import CHAT_OPTIONS
 from stars_fast.errors import DeadlineError, EngineStoppedError, QueueFullError
 from stars_fast.params import StarsParams
 from stars_fast.server.answers import ErrorAnswer, ErrorObject, to_json
+from stars_fast.text.chats import CHAT_OPTIONS
 
 #: What a message of the engine may begin with.
 _PARAMS = frozenset({"prompt", "messages", *CHAT_OPTIONS, *(x.name for x in fields(StarsParams))})

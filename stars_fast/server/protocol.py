@@ -21,7 +21,7 @@ from stars_fast.server.grammar import (
 )
 from stars_fast.server.openapi import RANGES, stars_schema
 from stars_fast.server.transcript import TextOptions
-from stars_fast.surrogates import check_unicode
+from stars_fast.text.surrogates import check_unicode
 
 #: Parameters that cannot be honoured, with the values that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from stars_fast.chats import chat_of
 from stars_fast.server.answers import StarsAnswer, StarsDelta, to_json
 from stars_fast.server.chat import ContentPart
 from stars_fast.server.errors import ApiError
@@ -18,6 +17,7 @@ from stars_fast.server.openapi import RANGES
 from stars_fast.server.protocol import Body
 from stars_fast.server.transcript import Delta, Transcript
 from stars_fast.server.writer import Writer
+from stars_fast.text.chats import chat_of
 
 
 class InputItem(BaseModel):

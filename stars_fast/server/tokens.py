@@ -8,11 +8,11 @@ from typing import Any
 from pydantic import BaseModel, Field
 from transformers import PreTrainedTokenizerBase
 
-from stars_fast.chats import CHAT_OPTIONS
 from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.engine.base import BaseEngine
 from stars_fast.server.chat import ChatMessage
 from stars_fast.server.protocol import Lenient
+from stars_fast.text.chats import CHAT_OPTIONS
 
 
 class TokenizeRequest(Lenient):

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from stars_fast.decoders import CONTEXT, HALF_CHARACTER, Decodes, decoder_of, overlap
 from stars_fast.outputs import CompletionOutput, FinishReason, Segment
+from stars_fast.text.decoders import CONTEXT, HALF_CHARACTER, Decodes, decoder_of, overlap
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from stars_fast.decoders import overlap
 from stars_fast.server.transcript import TextDeltas
+from stars_fast.text.decoders import overlap
 
 
 def test_overlap_is_a_proper_beginning_of_the_stop_text() -> None:

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
-from stars_fast.decoders import CLEANED, NOTHING_HELD, cleaned, prompt_text
 from stars_fast.engine.detokenize import (
     ResponseText,
     find_stop,
@@ -22,6 +21,7 @@ from stars_fast.engine.detokenize import (
 )
 from stars_fast.prompts import Prompt
 from stars_fast.server.transcript import TextDeltas
+from stars_fast.text.decoders import CLEANED, NOTHING_HELD, cleaned, prompt_text
 
 FACE = "\U0001f602"
 WITH_BYTES = [family for family in ALL_FAMILIES if has_byte_tokens(family)]

@@ -16,8 +16,8 @@ from stars_fast.eval.specs import (
     specs_of_json,
     with_reference,
 )
-from stars_fast.named_values import values_of
 from stars_fast.params import StarsParams
+from stars_fast.text.named_values import values_of
 
 NAMES = ModelNames(("sft", "dpo"), ("value",))
 

@@ -28,11 +28,9 @@ FLOORS = (
     ("kernels",),
     ("records",),
     ("prompts", "params", "errors"),
-    ("decoders", "tokenization", "config"),
+    ("config",),
     ("methods", "outputs", "seeds", "core", "demo", "tables", "reward_head"),
-    ("chats",),
-    ("surrogates",),
-    ("_core", "named_values"),
+    ("text", "_core"),
 )
 FLOOR = {package: number for number, floor in enumerate(FLOORS) for package in floor}
 

@@ -9,7 +9,7 @@ from helpers.tiny_tokenizers import CHAT_TEMPLATES, bpe_tokenizer, encoder_token
 
 from stars_fast.rewards import Prompt
 from stars_fast.rewards.text import make_template
-from stars_fast.tokenization import unmarked
+from stars_fast.text.tokenization import unmarked
 
 USER = {"role": "user", "content": "Is rice good?"}
 TEXT_PROMPT = Prompt("Is rice good?", [1, 2], None)

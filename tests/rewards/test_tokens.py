@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from stars_fast.rewards import Prompt, ScoreJob
 from stars_fast.rewards.text import make_template
 from stars_fast.rewards.tokens import RetokenizedText, SharedTokens, common_length
-from stars_fast.tokenization import TextEncoder
+from stars_fast.text.tokenization import TextEncoder
 
 PROMPT = Prompt("What is rice?", bpe_tokenizer()("What is rice?")["input_ids"], None)
 

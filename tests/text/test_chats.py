@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from helpers.tiny_tokenizers import bpe_tokenizer
 
-from stars_fast.chats import chat_of, checked_kwargs, render
 from stars_fast.prompts import PromptReader, as_prompt_list, prompt_of
+from stars_fast.text.chats import chat_of, checked_kwargs, render
 
 USER = {"role": "user", "content": "Hi"}
 CALL = {
