@@ -122,6 +122,22 @@ FULL = Size(
     dtype=torch.bfloat16,
     cache_bytes=60 << 20,
 )
+#: Every form that a 7B model's decode step takes, in the dtype and head size of production.
+SMOKE = Size(
+    sample_rows=(16,),
+    vocab_size=32_000,
+    layers=2,
+    kv_heads=32,
+    heads_per_kv=1,
+    head_dim=128,
+    forks=8,
+    requests=3,
+    candidates=4,
+    prefix=600,
+    prompt=200,
+    dtype=torch.bfloat16,
+    cache_bytes=0,
+)
 TINY = Size(
     sample_rows=(3,),
     vocab_size=1009,

@@ -57,7 +57,7 @@ class Bench:
 
     def __init__(self, device: torch.device, machine: Machine, *, small: bool) -> None:
         self._device = device
-        self._machine = machine
+        self.machine = machine
         self._small = small
         self._dtype = torch.float32 if small else torch.bfloat16
         self._models: dict[str, tuple[str, Any]] = {}  # by role: the shapes' names, the model
@@ -91,8 +91,8 @@ class Bench:
         engine = self._engine(cell)
         asked = _prompts(cell, cell.requests)
         params = _vanilla(cell) if kind == "vanilla" else self._stars(engine, cell)
-        observe.run(engine, asked, params, self._machine, batch=cell.batch)
-        run = observe.run(engine, asked, params, self._machine, batch=cell.batch)
+        observe.run(engine, asked, params, self.machine, batch=cell.batch)
+        run = observe.run(engine, asked, params, self.machine, batch=cell.batch)
         return {**run.record(), **_pages(engine, cell)}
 
     def _first_segment(self, cell: Cell) -> dict[str, Any]:
@@ -106,8 +106,8 @@ class Bench:
         stars, vanilla = self._stars(engine, cell)[:1], _vanilla(cell)[:1]
         taken: dict[str, list[float]] = {"first": [], "steps": [], "prefill": [], "pass": []}
         for ids in _prompts(cell, cell.requests):
-            taken["first"] += observe.run(engine, [ids], stars, self._machine).first_segment
-            plain = observe.run(engine, [ids], vanilla, self._machine)
+            taken["first"] += observe.run(engine, [ids], stars, self.machine).first_segment
+            plain = observe.run(engine, [ids], vanilla, self.machine)
             for phase in plain.phases:
                 if phase.name in ("draft", "prefill"):
                     taken["steps" if phase.name == "draft" else "prefill"].append(phase.seconds)
@@ -133,7 +133,7 @@ class Bench:
         runs: dict[str, list[observe.Run]] = {name: [] for name in sides}
         for _ in range(repeats + 1):
             for name, params in sides.items():
-                runs[name].append(observe.run(engine, asked, params, self._machine))
+                runs[name].append(observe.run(engine, asked, params, self.machine))
         middle = {
             name: sorted(of[1:], key=lambda run: run.seconds)[repeats // 2]
             for name, of in runs.items()

@@ -25,6 +25,10 @@ SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 #: Compute capabilities that kernels are compiled for.
 ARCHITECTURES = tuple(SHARED_LIMIT)
 
+# What the pipeline allocates has no initial value and the shape [buffers, rows, columns], or
+# [buffers, rows] of whole numbers for a table; barriers are [buffers, 1].
+_BUFFERS = re.compile(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x(?:\d+x\d+x|(?!1x)\d+xi)")
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -47,6 +51,8 @@ class Variant:
         Arguments that the launcher's usual input makes divisible by 16.
     capabilities
         Those of `ARCHITECTURES` on which the launcher can choose it.
+    min_buffers
+        Buffers that each load has at least which its loops take ahead; 0 if it has no such loads.
     """
 
     name: str
@@ -57,6 +63,7 @@ class Variant:
     num_stages: int = 3
     aligned: frozenset[str] = frozenset()
     capabilities: tuple[int, ...] = ARCHITECTURES
+    min_buffers: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,11 +78,15 @@ class Resources:
         Memory per thread for registers that did not fit and for arrays; 0 is no spill.
     shared_bytes
         Static and dynamic shared memory.
+    buffers
+        Of each load that Triton's pipeline takes ahead, in the order of the program: with one, it
+        waits for what it loads. From Triton's own representation (TTGIR).
     """
 
     registers: int
     local_bytes: int
     shared_bytes: int
+    buffers: tuple[int, ...]
 
 
 def compile_variant(variant: Variant, capability: int) -> bytes:
@@ -98,7 +109,8 @@ def resources(variant: Variant, capability: int) -> Resources:
         raise RuntimeError(f"cuobjdump reports no resources of {variant.name}: {report}")
     registers, stack, static_shared, local = (int(group) for group in found.groups())
     shared = max(static_shared, int(compiled.metadata.shared))
-    return Resources(registers, stack + local, shared)
+    buffers = tuple(int(count) for count in _BUFFERS.findall(compiled.asm["ttgir"]))
+    return Resources(registers, stack + local, shared, buffers)
 
 
 def machine_code(variant: Variant, capability: int) -> str:

@@ -203,9 +203,11 @@ def _config(plan_rows: int, head_dim: int, dtype: torch.dtype, pages: str = "") 
         return _Config(16, block_n, num_warps, num_stages=1)
     wide = head_dim > 128
     block_m = min(plan_rows, _NARROW_ROWS) if wide or pages == "bits" else plan_rows
-    block_n = 64 >> (wide + (pages == "bits" or (pages == "fp8" and block_m == 64)))
+    converted = pages == "fp8" and (block_m == 64 or (block_m == 16 and not wide))
+    block_n = 64 >> (wide + (pages == "bits" or converted))
     num_warps = 4 if block_m == 16 or (block_m == 64 and head_dim <= 64) else 8
-    return _Config(block_m, block_n, num_warps, num_stages=4 if num_warps == 4 else 3)
+    num_stages = 4 if block_m == 16 and head_dim > 64 and not pages else 3
+    return _Config(block_m, block_n, num_warps, num_stages)
 
 
 def _constants(
@@ -263,6 +265,8 @@ def _attention_variants() -> Iterator[Variant]:
         yield _variant(
             name, attention_kernel, types, constexprs, config.num_warps, config.num_stages,
             {"": ARCHITECTURES, "fp8e4nv": (90, 100), "u8": (80,)}[pages],
+            # One is read while another is on its way; nothing is taken ahead in float32.
+            min_buffers=2 if config.num_stages > 1 else 0,
         )  # fmt: skip
 
 
@@ -293,6 +297,7 @@ def _variant(
     num_warps: int,
     num_stages: int,
     capabilities: tuple[int, ...],
+    min_buffers: int = 0,
 ) -> Variant:
     """Signature from `types`, else int32: pointers by name, constants as given."""
     signature = {}
@@ -312,6 +317,7 @@ def _variant(
         num_stages=num_stages,
         aligned=frozenset(pointers | strides),
         capabilities=capabilities,
+        min_buffers=min_buffers,
     )
 
 

@@ -56,6 +56,41 @@ def _load_block(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _prefix_pages(  # type: ignore[no-untyped-def]
+    table, at_key, end, padding, gap, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Pages of a block of a prefix's keys, and the keys' places in the prefix; 0 past its end."""
+    position = at_key + tl.arange(0, BLOCK_N)
+    place = position + tl.where(position >= padding, gap, 0)
+    return tl.load(table + place // PAGE_SIZE, mask=position < end, other=0), place
+
+
+@triton.jit
+def _own_slots(  # type: ignore[no-untyped-def]
+    slots_ptr,
+    slots_stride,
+    row_query_ptr,
+    query_own_ptr,
+    at_key,
+    first_row,
+    end_row,
+    width,
+    span,
+    shift,
+    BLOCK_N: tl.constexpr,
+):
+    """Slots of a block of the rows' own keys; 0, on the null page, where there is no key."""
+    n = tl.arange(0, BLOCK_N)
+    key_row = first_row + at_key // width + (n >> shift)
+    j = at_key % width + (n & (span - 1))
+    valid = (key_row < end_row) & (j < slots_stride)
+    # Slots past a row's last query may be unwritten, and those past its end are null.
+    last = tl.load(row_query_ptr + key_row, mask=valid, other=0)
+    valid = valid & (j <= tl.load(query_own_ptr + last, mask=valid, other=-1))
+    return tl.load(slots_ptr + key_row.to(tl.int64) * slots_stride + j, mask=valid, other=0)
+
+
+@triton.jit
 def _attend_block(  # type: ignore[no-untyped-def]
     query,
     k_base,
@@ -212,14 +247,17 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         if WINDOWED:
             unseen = tl.maximum(start + shortest - window + 1 - begin, 0)
             low = begin + unseen // BLOCK_N * BLOCK_N
+        # Pages are read a block ahead: what Triton's pipeline holds is then keys and values alone.
+        page, place = _prefix_pages(table, low, end, padding, gap, PAGE_SIZE, BLOCK_N)
         for at_key in tl.range(
             low, end, BLOCK_N, disallow_acc_multi_buffer=True, disable_licm=True
         ):
+            slot = page.to(tl.int64) * PAGE_SIZE + place % PAGE_SIZE
+            page, place = _prefix_pages(
+                table, at_key + BLOCK_N, end, padding, gap, PAGE_SIZE, BLOCK_N
+            )
             position = at_key + n
             valid = position < end
-            place = position + tl.where(position >= padding, gap, 0)
-            page = tl.load(table + place // PAGE_SIZE, mask=valid, other=0)
-            slot = page.to(tl.int64) * PAGE_SIZE + place % PAGE_SIZE
             seen = valid[None, :]
             if WINDOWED:
                 seen = seen & (position[None, :] > (start + own - window)[:, None])
@@ -248,18 +286,19 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         if WINDOWED:
             unseen = tl.maximum(shortest - window + 1, 0)
             low = tl.where(rows == 1, unseen // BLOCK_N * BLOCK_N, 0)
+        own_slot = _own_slots(
+            slots_ptr, slots_stride, row_query_ptr, query_own_ptr, low, first_row, end_row, width,
+            span, shift, BLOCK_N,
+        )  # fmt: skip
         for at_key in tl.range(
             low, rows * width, BLOCK_N, disallow_acc_multi_buffer=True, disable_licm=True
         ):
-            key_row = first_row + at_key // width + (n >> shift)
-            j = at_key % width + (n & (span - 1))
-            valid = (key_row < end_row) & (j < slots_stride)
-            # Slots past a row's last query may be unwritten, and those past its end are null.
-            last = tl.load(row_query_ptr + key_row, mask=valid, other=0)
-            valid = valid & (j <= tl.load(query_own_ptr + last, mask=valid, other=-1))
-            slot_at = key_row.to(tl.int64) * slots_stride + j
-            slot = tl.load(slots_ptr + slot_at, mask=valid, other=0)
-            valid = valid & (slot >= PAGE_SIZE)
+            slot = own_slot
+            own_slot = _own_slots(
+                slots_ptr, slots_stride, row_query_ptr, query_own_ptr, at_key + BLOCK_N, first_row,
+                end_row, width, span, shift, BLOCK_N,
+            )  # fmt: skip
+            valid = slot >= PAGE_SIZE
             column = (at_key + n)[None, :]
             seen = (column >= oldest[:, None]) & (column <= newest[:, None])
             top, total, acc = _attend_block(

@@ -2,8 +2,8 @@
 
     python scripts/kernel_report.py [--only TEXT] [--skip TEXT ...] [--arch 90 ...] [--json FILE]
 
-Needs no GPU. Exits with 1 if a form spills registers to memory or takes more shared memory than
-the architecture has.
+Needs no GPU. Exits with 1 if a form spills registers to memory, takes more shared memory than the
+architecture has, or has fewer buffers for what its loops load ahead than it needs.
 """
 
 from __future__ import annotations
@@ -61,19 +61,29 @@ def main() -> int:
             "stages": VARIANTS[number].num_stages,
             **dataclasses.asdict(taken),
             "fits": taken.local_bytes == 0 and taken.shared_bytes <= SHARED_LIMIT[capability],
+            "overlaps": _overlaps(VARIANTS[number], taken),
         }
         for (number, capability), taken in zip(jobs, done, strict=True)
     ]
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    table = [["form", "arch", "warps", "stages", "registers", "spilled B", "shared B", ""]]
+    table = [
+        ["form", "arch", "warps", "stages", "registers", "spilled B", "shared B", "buffers", ""]
+    ]
     for row in rows:
         names = ("warps", "stages", "registers", "local_bytes", "shared_bytes")
         numbers = [str(row[name]) for name in names]
-        fits = "" if row["fits"] else "DOES NOT FIT"
-        table.append([str(row["name"]), f"sm_{row['capability']}", *numbers, fits])
+        buffers = " ".join(map(str, row["buffers"]))
+        faults = [] if row["fits"] else ["DOES NOT FIT"]
+        faults += [] if row["overlaps"] else ["DOES NOT OVERLAP"]
+        name, arch = str(row["name"]), f"sm_{row['capability']}"
+        table.append([name, arch, *numbers, buffers, ", ".join(faults)])
     print("\n".join(text_table(table, left=(0, 1))))
-    return 0 if all(row["fits"] for row in rows) else 1
+    return 0 if all(row["fits"] and row["overlaps"] for row in rows) else 1
+
+
+def _overlaps(variant: Variant, taken: Resources) -> bool:
+    return min(taken.buffers, default=0) >= variant.min_buffers
 
 
 def _resources(job: tuple[int, int]) -> Resources:

@@ -18,9 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from stars_fast import _core
-from stars_fast.benchmarks.capacity.replica import Replica, round_time
+from stars_fast.benchmarks.capacity.replica import Replica, RoundTime, round_time
 from stars_fast.benchmarks.capacity.workload import Floats, Ints, Requests, Workload
 
+#: Returns the time of a round, as `round_time` does.
+TimeOf = Callable[[_core.Plan, npt.NDArray[np.int32], Replica], RoundTime]
 #: Of `Scheduler.add`: as many candidates as pay off.
 AUTO = 0
 #: Part of the requests, the first to arrive, that no figure counts.
@@ -147,6 +149,7 @@ def simulate(
     *,
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
+    time_of: TimeOf = round_time,
 ) -> Outcome:
     """Serve requests on one replica until the last one ends.
 
@@ -167,6 +170,8 @@ def simulate(
         Of the passes, in [0, 2**32).
     progress
         Called after a round with the number of requests that ended in it.
+    time_of
+        The time of a round.
 
     Raises
     ------
@@ -214,7 +219,7 @@ def simulate(
             scheduler.set_prompt_reward(request, 0.0)
         rows = plan.draft.num_rows
         lengths, stopped, rewards = draws.of(plan)
-        taken = round_time(plan, lengths, replica)
+        taken = time_of(plan, lengths, replica)
         decision = scheduler.commit(
             no_tokens[:rows],
             lengths,

@@ -6,11 +6,19 @@ A pool of one layer is a tensor ``[num_pages, page_size, kv_heads, head_dim]``; 
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from stars_fast.ops.backend import uses_triton
 
+if TYPE_CHECKING:
+    from stars_fast.kernels.pages import PoolTable
+
+_MAX_TABLES = 16  # engines of two models each, with room for those of before
+_tables: dict[tuple[object, ...], PoolTable] = {}
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -35,7 +43,7 @@ def copy_pages(
     if uses_triton(src.device):
         from stars_fast.kernels import pages as kernels
 
-        kernels.copy_pages(kernels.pool_table([*k_pages, *v_pages]), src, dst, count)
+        kernels.copy_pages(_pool_table((*k_pages, *v_pages)), src, dst, count)
         return
     page_size = k_pages[0].shape[1]
     offset = torch.arange(page_size, device=src.device)
@@ -45,6 +53,24 @@ def copy_pages(
     for pages in (*k_pages, *v_pages):
         tokens = pages.flatten(0, 1)
         tokens[dst_slots] = tokens[src_slots]
+
+
+def _pool_table(pools: tuple[Tensor, ...]) -> PoolTable:
+    """Table of pools for the kernel, without the pools: they are freed though it is kept.
+
+    To make one takes two copies to the device, for which the host waits; a model's pools never
+    move. What it says depends on nothing but where they lie and how they are laid out.
+    """
+    from stars_fast.kernels.pages import pool_table
+
+    key = tuple((x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in pools)
+    table = _tables.get(key)
+    if table is None:
+        table = replace(pool_table(pools), pools=())
+        if len(_tables) >= _MAX_TABLES:
+            _tables.clear()
+        _tables[key] = table
+    return table
 
 
 @torch.library.custom_op("stars_fast::kv_append", mutates_args=("k_pages", "v_pages"))

@@ -1,4 +1,4 @@
-"""Kernels compiled for each architecture: no registers spilled, and they fit the chip."""
+"""Kernels compiled for each architecture: they spill no registers, fit the chip, and overlap."""
 
 from __future__ import annotations
 
@@ -36,7 +36,12 @@ def test_forms_fit_every_architecture(tmp_path: Path) -> None:
     assert target.is_file(), done.stderr[-4000:]
     rows = json.loads(target.read_text(encoding="utf-8"))
     assert [row for row in rows if not row["fits"]] == []
+    assert [row for row in rows if not row["overlaps"]] == []
     assert done.returncode == 0
+    # Keys and values of the prefix and of the rows' own tokens; no page table among them.
+    attention = [row for row in rows if row["name"].startswith("attention ")]
+    assert {len(row["buffers"]) for row in attention} == {4}
+    assert min(min(row["buffers"]) for row in attention) >= 2
     assert {row["capability"] for row in rows} == {80, 90, 100}
     for kernel in (
         "philox", "copy_pages", "kv_append", "sample_reduce", "sample_finish", "adjust",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -60,6 +62,38 @@ def test_copies_between_pages_beyond_32_bits_of_words() -> None:
     pool[2099, :8], pool[2098, :8] = 7, 0
     copy_pages([pool], [], indices(2099), indices(2098), indices(5))
     assert pool[2098, :8].flatten().tolist() == [7] * 5 + [0] * 3
+
+
+def test_a_pools_table_is_made_once_and_does_not_hold_the_pools(
+    monkeypatch: pytest.MonkeyPatch, implementation: str
+) -> None:
+    if implementation != "triton":
+        pytest.skip("PyTorch needs no table")
+    made: list[int] = []
+    make = kernels.pool_table
+
+    def counted(pools: tuple[Tensor, ...]) -> kernels.PoolTable:
+        made.append(len(pools))
+        return make(pools)
+
+    monkeypatch.setattr(kernels, "pool_table", counted)
+    k, v = pools(3, dim=5), pools(2, dim=5)
+    for target in (5, 6):
+        copy_pages(k, v, indices(1), indices(target), indices(4))
+        assert torch.equal(k[2][target], k[2][1])
+        assert torch.equal(v[1][target], v[1][1])
+    copy_pages(v, k, indices(1), indices(7), indices(4))
+    copy_pages(k, [], indices(2), indices(8), indices(4))
+    assert made == [5, 5, 3]
+    assert torch.equal(k[0][8], k[0][2])
+    # At the same address, but of another shape: another table.
+    halves = [x.view(9, 2, x.shape[2], -1) for x in k]
+    copy_pages(halves, [], indices(2), indices(8), indices(2))
+    assert made == [5, 5, 3, 3]
+    gone = [weakref.ref(x) for x in (*k, *v)]
+    del k, v, halves
+    gc.collect()
+    assert [x() for x in gone] == [None] * 5
 
 
 def test_no_copies() -> None:
