@@ -13,6 +13,7 @@ __all__ = [
     "DeadlineError",
     "EngineStoppedError",
     "ModelLoadError",
+    "NotCalibratedError",
     "OutOfPagesError",
     "QueueFullError",
     "RequestFailedError",
@@ -44,6 +45,10 @@ class RequestFailedError(StarsFastError, RuntimeError):
 
 class ConcurrentCallError(StarsFastError, RuntimeError):
     """A call of an engine while another thread was inside of one; nothing was done."""
+
+
+class NotCalibratedError(StarsFastError, ValueError):
+    """A request that leaves its target to `Engine.calibrate`, which has not been called."""
 
 
 class QueueFullError(StarsFastError, RuntimeError):

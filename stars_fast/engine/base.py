@@ -19,7 +19,7 @@ from stars_fast.engine.loop import Loop
 from stars_fast.engine.one_thread import OneThread, one_thread
 from stars_fast.engine.prompt_scores import TokenScore
 from stars_fast.engine.requests import Request
-from stars_fast.errors import RewardError
+from stars_fast.errors import NotCalibratedError, RewardError
 from stars_fast.models.parameters import multiplied_parameters
 from stars_fast.outputs import (
     Calibration,
@@ -552,7 +552,7 @@ class BaseEngine(OneThread):
         if not params.needs_target or isinstance(params.target_reward, int | float):
             return params
         if self.calibration is None:
-            raise ValueError(
+            raise NotCalibratedError(
                 f"target_reward={params.target_reward!r} needs Engine.calibrate first: "
                 "call it, or give a number"
             )
@@ -563,7 +563,7 @@ class BaseEngine(OneThread):
         if not params.calibrate_prefixes:
             return None
         if self.calibration is None or self.calibration.prefixes is None:
-            raise ValueError(
+            raise NotCalibratedError(
                 "calibrate_prefixes=True needs Engine.calibrate first, on responses of more than "
                 "one segment"
             )

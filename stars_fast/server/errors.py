@@ -11,7 +11,12 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from stars_fast.errors import DeadlineError, EngineStoppedError, QueueFullError
+from stars_fast.errors import (
+    DeadlineError,
+    EngineStoppedError,
+    NotCalibratedError,
+    QueueFullError,
+)
 from stars_fast.params import StarsParams
 from stars_fast.server.answers import ErrorAnswer, ErrorObject, to_json
 from stars_fast.text.chats import CHAT_OPTIONS
@@ -52,6 +57,13 @@ class ApiError(Exception):
         return Response(to_json(self.answer()), self.status, dict(self.headers), "application/json")
 
 
+_NOT_CALIBRATED = (
+    'this server has not been calibrated: give "stars": {"target_reward": NUMBER} without '
+    'calibrate_prefixes, or a method that needs no target such as {"method": "best_of_n"}; or '
+    "start the server with --target-reward NUMBER, or auto with --calibration-prompts FILE"
+)
+
+
 def api_error(error: Exception, retry_after: int = 1) -> ApiError:
     """Return what an exception of the engine is to the client.
 
@@ -66,6 +78,8 @@ def api_error(error: Exception, retry_after: int = 1) -> ApiError:
         return ApiError(504, str(error), "timeout_error", code="deadline")
     if isinstance(error, EngineStoppedError):
         return ApiError(503, str(error), "server_error", code="stopping")
+    if isinstance(error, NotCalibratedError):
+        return ApiError(400, _NOT_CALIBRATED, param="stars", code="not_calibrated")
     if isinstance(error, ValueError | TypeError):
         message = str(error)
         name = _NAME.match(message)

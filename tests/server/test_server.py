@@ -259,6 +259,11 @@ class TestErrors:
             ({"prompt": "ab", "stars": {"betta": 1}}, None, "parameters are method, segment_l"),
             ({"prompt": "ab", "stars": {"beta": 0}}, "beta", "beta must be above 0"),
             ({"prompt": "ab", "stars": 3}, "stars", "stars"),
+            (
+                {"prompt": "ab", "stars": {"target_reward": "auto"}},
+                "stars",
+                "start the server with",
+            ),
             ({"prompt": "ab", "seed": 1, "stars": {"seed": 1}}, "seed", "seed is given twice"),
         ],
     )
