@@ -204,7 +204,11 @@ class ChatTemplate:
 
     def bind(self, prompt: Prompt) -> FramedPrompt:
         """Render the prompt's messages around the stand-in."""
-        messages, opening = self._special.marked_in(conversation(prompt))
+        if prompt.messages is None:
+            text, opening = marked_text(prompt, self._special), ""
+            messages: Messages = [{"role": "user", "content": text}]
+        else:
+            messages, opening = self._special.marked_in(conversation(prompt))
         prefix, suffix = self._split(messages, opening, "{}")
         # An opening of the assistant's message keeps the white space between it and the response.
         strip_left = self._strip_left and not opening
