@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -102,21 +104,36 @@ def attention_configs(model: PreTrainedModel) -> list[Any]:
     return list(found.values())
 
 
+#: By id of a model's configuration, as long as it is there.
+_LOCKS: dict[int, threading.RLock] = {}
+
+
 @contextlib.contextmanager
 def attention_implementation(configs: list[Any], name: str) -> Iterator[None]:
-    """Set the attention implementation in configurations, and restore what was set before.
+    """Set the attention implementation in a model's configurations, and restore what was set.
 
-    Other threads must not run the model meanwhile: the setting is part of its configuration. The
-    public setter would also reach into sub-configurations that no module of the model reads.
+    The setting is part of the model, so passes of engines that share one, each on a thread of its
+    own, are made one after the other. The public setter would also reach into sub-configurations
+    that no module of the model reads.
     """
-    before = [config._attn_implementation_internal for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation_internal = name
-        yield
-    finally:
-        for config, value in zip(configs, before, strict=True):
-            config._attn_implementation_internal = value
+    with _lock_of(configs[0]):
+        before = [config._attn_implementation_internal for config in configs]
+        try:
+            for config in configs:
+                config._attn_implementation_internal = name
+            yield
+        finally:
+            for config, value in zip(configs, before, strict=True):
+                config._attn_implementation_internal = value
+
+
+def _lock_of(config: Any) -> threading.RLock:  # noqa: ANN401
+    """Return the one lock of a configuration."""
+    made = threading.RLock()
+    lock = _LOCKS.setdefault(id(config), made)
+    if lock is made:
+        weakref.finalize(config, _LOCKS.pop, id(config))
+    return lock
 
 
 AttentionInterface.register(STARS_PAGED, stars_paged)

@@ -106,9 +106,9 @@ def test_a_prompt_is_read_once(
     engine, parsed = make(), []
     parse = engine._engine._reader._parse
 
-    def counted(prompt: Any) -> Any:
+    def counted(prompt: Any, max_tokens: int) -> Any:
         parsed.append(prompt)
-        return parse(prompt)
+        return parse(prompt, max_tokens)
 
     monkeypatch.setattr(engine._engine._reader, "_parse", counted)
     asyncio.run(collect(engine, "ab", PARAMS))
