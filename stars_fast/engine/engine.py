@@ -20,7 +20,7 @@ from stars_fast.drafting.base import Drafter
 from stars_fast.drafting.eager import EagerDrafter
 from stars_fast.drafting.guide import Guides
 from stars_fast.drafting.segment_ends import segment_end_levels
-from stars_fast.engine.base import BaseEngine
+from stars_fast.engine.batches import BatchEngine
 from stars_fast.engine.clock import PhaseClock
 from stars_fast.engine.generation_defaults import GenerationDefaults
 from stars_fast.engine.limits import Limits
@@ -50,7 +50,7 @@ FIXED_COST_ROWS = {"cpu": 16.0, "cuda": 256.0}
 LM_POOL_SHARE = 0.5
 
 
-class Engine(BaseEngine):
+class Engine(BatchEngine):
     """Aligns a language model to a reward model while it decodes (STARS, arXiv 2511.03827).
 
     Parameters

@@ -19,13 +19,13 @@ from transformers import PreTrainedModel
 
 from stars_fast import _core
 from stars_fast.distributed import ALONE, Ranks
-from stars_fast.drafting import segment_ends
-from stars_fast.drafting.base import Draft, Drafter, RowSampling
+from stars_fast.drafting.base import Draft, Drafter
 from stars_fast.drafting.guide import Guide, Guides
 from stars_fast.engine.clock import PhaseClock
 from stars_fast.engine.detokenize import response_text
 from stars_fast.engine.requests import Response
 from stars_fast.engine.round import Round, cut_candidates, score_round
+from stars_fast.engine.sampling import counts_of, row_sampling
 from stars_fast.methods.decisions import scheduler_options
 from stars_fast.outputs import (
     Attempt,
@@ -45,11 +45,6 @@ _FINISH: dict[int, FinishReason | None] = {
     _core.FINISH_NONE: None,
     _core.FINISH_STOP: "stop",
     _core.FINISH_LENGTH: "length",
-}
-_SEGMENT_ENDS = {
-    "length": segment_ends.NONE,
-    "clause": segment_ends.CLAUSE,
-    "sentence": segment_ends.SENTENCE,
 }
 _ACCEPTED: dict[int, Literal["test", "fallback", "choice"]] = {
     _core.EVENT_ACCEPTED: "test",
@@ -253,28 +248,12 @@ class Loop:
                 for handle in handles:
                     self._needed_scorer.finish(handle)
             raise
-        sampling = RowSampling(
-            params.temperature,
-            params.top_k,
-            params.top_p,
-            params.min_p,
-            stop_token_ids,
-            entropy_limit=params.entropy_threshold if params.kind.by_entropy else math.inf,
-            segment_end=_SEGMENT_ENDS[params.segment_end],
-            min_length=params.min_segment_length,
-            ranks=params.attempts_per_segment if params.kind.ranked else 0,
-            repetition_penalty=params.repetition_penalty,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
-            logit_bias=tuple((params.logit_bias or {}).items()),
-            min_tokens=params.min_tokens,
-            top_logprobs=params.top_logprobs,
-        )
+        sampling = row_sampling(params, stop_token_ids)
         responses = [
             Response(
                 handle,
                 params,
-                replace(sampling, counts=_counts(params, prompt), guide=self._guide(params)),
+                replace(sampling, counts=counts_of(params, prompt), guide=self._guide(params)),
                 CompletionOutput(0),
                 response_text(self._tokenizer, prompt),
                 prefixes=prefixes,
@@ -569,13 +548,6 @@ class Loop:
             if handle in owners:
                 owners[handle].rm_tokens += tokens
         return [errors[i] if i in errors else next(scored) for i in range(len(texts))]
-
-
-def _counts(params: StarsParams, prompt: Prompt) -> dict[int, int] | None:
-    """Return what the penalties have to count before the response begins; see `RowSampling`."""
-    if params.repetition_penalty != 1:
-        return dict.fromkeys(prompt.token_ids, 0)
-    return {} if params.presence_penalty or params.frequency_penalty else None
 
 
 def _threshold(value: float) -> float | None:

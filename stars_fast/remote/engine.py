@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from stars_fast import _core
 from stars_fast.config import TemplateLike
-from stars_fast.engine.base import BaseEngine, Reader
+from stars_fast.engine.base import Reader
+from stars_fast.engine.batches import BatchEngine
 from stars_fast.engine.clock import PhaseClock
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import PHASES, Loop
@@ -47,7 +48,7 @@ _PAGES_PER_ROW = 64
 _MOST_TOKENS = 2**31
 
 
-class RemoteEngine(BaseEngine):
+class RemoteEngine(BatchEngine):
     """`Engine` with the language model on a server of OpenAI's completions API.
 
     The server draws segments, with their length as ``max_tokens``; the scheduler, the accept tests

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from stars_fast.engine.async_engine import AsyncEngine
-from stars_fast.engine.base import BaseEngine
+from stars_fast.engine.batches import BatchEngine
 from stars_fast.server.answers import Head
 from stars_fast.server.chat import ChatMessage
 from stars_fast.server.protocol import Lenient
@@ -187,7 +187,7 @@ class Scoring:
         }
 
 
-def _score(pairs: Sequence[Pair], engine: BaseEngine) -> tuple[list[float], int]:
+def _score(pairs: Sequence[Pair], engine: BatchEngine) -> tuple[list[float], int]:
     """Return the scores and the tokens run for them; on the engine's thread."""
     before = engine.stats().get("rm_tokens", 0)
     if pairs[0][1] is None:

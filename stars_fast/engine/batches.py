@@ -1,0 +1,252 @@
+"""Whole lists of prompts: generate, score, calibrate."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tqdm import tqdm
+
+from stars_fast.engine.base import BaseEngine
+from stars_fast.engine.calibration import calibration_of, prefix_calibration_of
+from stars_fast.engine.one_thread import one_thread
+from stars_fast.errors import RewardError
+from stars_fast.outputs import Calibration, CompletionOutput, RequestOutput
+from stars_fast.params import StarsParams
+from stars_fast.prompts import PromptLike, as_prompt_list
+from stars_fast.seeds import derive_seed
+from stars_fast.text.tokenization import SpecialTokens, TextEncoder
+
+_log = logging.getLogger(__name__)
+
+#: Sets the draws of calibration apart from those of requests.
+_CALIBRATION_SALT = 0xCA11B8A7E
+
+
+class BatchEngine(BaseEngine):
+    """An engine that takes whole lists of prompts, too."""
+
+    @one_thread
+    def generate(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        params: StarsParams | Sequence[StarsParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Run prompts to their end.
+
+        Parameters
+        ----------
+        prompts
+            One prompt or a list: text, token ids or chat messages.
+        params
+            Parameters of all prompts, or a list with one for each. ``target_reward="auto"`` first
+            calibrates on these prompts, unless the engine is already calibrated.
+        use_tqdm
+            Show a progress bar.
+
+        Returns
+        -------
+        list[RequestOutput]
+            In the order of the prompts. A request that cannot be run has its `error` set and
+            affects no other.
+
+        Raises
+        ------
+        ValueError
+            If `params` is a list whose length differs from that of `prompts`, or requests added by
+            `add_request` are unfinished.
+        """
+        if self.has_unfinished():
+            raise ValueError("generate: requests added by add_request are unfinished; step() first")
+        texts = as_prompt_list(prompts)
+        each = _params_of_each(params, len(texts))
+        if self.calibration is None:
+            uncalibrated = [i for i, p in enumerate(each) if p.target_reward == "auto"]
+            if uncalibrated:
+                self.calibrate(
+                    [texts[i] for i in uncalibrated],
+                    params=each[uncalibrated[0]],
+                    use_tqdm=use_tqdm,
+                )
+        done: dict[str, RequestOutput] = {}
+        names = [f"generate-{i}" for i in range(len(texts))]
+        hidden = not use_tqdm or self.rank != 0
+        with tqdm(total=len(texts), disable=hidden, unit="request", desc="generate") as bar:
+            for name, text, one in zip(names, texts, each, strict=True):
+                try:
+                    self.add_request(name, text, one)
+                except (ValueError, TypeError) as error:
+                    done[name] = _refused(name, text, error)
+                    bar.update()
+            try:
+                while self.has_unfinished():
+                    for output in self.step():
+                        if output.finished:
+                            done[output.request_id] = output
+                            bar.update()
+            except BaseException:
+                for name in names:
+                    self.abort(name)
+                raise
+        failed = [output for output in done.values() if output.error is not None]
+        if failed and self.rank == 0:
+            _log.warning(
+                "%d of %d requests failed, see RequestOutput.error; one of them: %s",
+                *(len(failed), len(names), failed[0].error),
+            )
+        return [done[name] for name in names]
+
+    @one_thread
+    def score(
+        self, prompts: PromptLike | Sequence[PromptLike], responses: Sequence[str]
+    ) -> list[float]:
+        """Return the reward of each response to its prompt.
+
+        Raises
+        ------
+        ValueError
+            Without a reward model, if the counts differ, or if a prompt is bad.
+        RewardError
+            If the reward model fails on one of them.
+        """
+        texts = as_prompt_list(prompts)
+        if len(texts) != len(responses):
+            raise ValueError(f"score: {len(texts)} prompts but {len(responses)} responses")
+        pairs = []
+        for text, response in zip(texts, responses, strict=True):
+            ids: list[int] = []
+            if self.tokenizer is not None and response:
+                ids = self._response_ids(response)
+            pairs.append((self._reader.read(text, 0), ids, response))
+        with self._broadcast_call("score", texts, list(responses)):
+            return _rewards(self.loop.score_whole(pairs))
+
+    @one_thread
+    def score_texts(self, texts: Sequence[str]) -> list[float]:
+        """Return the reward of each text, read as it is: no template is put around it.
+
+        A reward function gets it as a prompt with an empty response.
+
+        Raises
+        ------
+        ValueError
+            Without a reward model, or if a text is empty or does not fit.
+        RewardError
+            If the reward model fails on one of them.
+        """
+        read = [replace(self._reader.read(text, 0), whole=True) for text in texts]
+        with self._broadcast_call("score_texts", list(texts)):
+            return _rewards(self.loop.score_whole([(prompt, [], "") for prompt in read]))
+
+    def _response_ids(self, response: str) -> list[int]:
+        """Return the ids of a response's text, which stands behind its prompt."""
+        assert self.tokenizer is not None
+        encoder = TextEncoder(self.tokenizer, add_special_tokens=False)
+        return encoder.behind(SpecialTokens(self.tokenizer).marked(response))
+
+    @one_thread
+    def calibrate(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        quantile: float = 0.9,
+        samples_per_prompt: int = 4,
+        params: StarsParams | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> Calibration:
+        """Find a target reward: a quantile of the rewards of unaligned samples.
+
+        Parameters
+        ----------
+        prompts
+            Prompts like those that will be aligned.
+        quantile
+            In (0, 1).
+        samples_per_prompt
+            At least 1.
+        params
+            Parameters to sample with; None: the defaults.
+        use_tqdm
+            Show a progress bar.
+
+        Returns
+        -------
+        Calibration
+            Also kept as `calibration`, which ``target_reward="auto"`` and None use.
+        """
+        if not 0.0 < quantile < 1.0:
+            raise ValueError(f"quantile must be in (0, 1), got {quantile}")
+        if samples_per_prompt < 1:
+            raise ValueError(f"samples_per_prompt must be at least 1, got {samples_per_prompt}")
+        if self.loop.scorer is None:
+            raise ValueError("calibrate needs a reward model: pass Engine(..., reward_model=...)")
+        # One attempt of each segment, whatever its reward, and so plain samples: scored as they
+        # grow, which costs the reward model no token more and tells what prefixes predict.
+        plain = (params or StarsParams()).with_method(
+            "stars",
+            acceptance="hard",
+            target_reward=0.0,
+            alpha=1.0,
+            max_attempts=1,
+            candidates=1,
+            calibrate_prefixes=False,
+            n=samples_per_prompt,
+            trace=False,
+        )
+        # Its own seeds, so that calibrating does not shift those of the requests that follow.
+        texts = as_prompt_list(prompts)
+        each = [
+            replace(plain, seed=derive_seed(self._seed ^ _CALIBRATION_SALT, i + 1))
+            for i in range(len(texts))
+        ]
+        outputs = self.generate(texts, each, use_tqdm=use_tqdm)
+        for output in outputs:
+            if output.error is not None and output.error.startswith("reward"):
+                raise RewardError(f"calibrate: {output.error}")
+        usable = [output for output in outputs if output.error is None]
+        if not usable:
+            errors = "; ".join(sorted({output.error or "" for output in outputs}))
+            raise ValueError(f"calibrate: no prompt could be sampled: {errors or 'none given'}")
+        samples = [sample for output in usable for sample in output.outputs]
+        rewards = [sample.reward for sample in samples if sample.reward is not None]
+        self.calibration = calibration_of(rewards, quantile, prefix_calibration_of(samples))
+        return self.calibration
+
+    def _followed_calls(self) -> dict[str, Callable[..., Any]]:
+        return {
+            **super()._followed_calls(),
+            "score": self.score,
+            "score_texts": self.score_texts,
+        }
+
+
+def _params_of_each(
+    params: StarsParams | Sequence[StarsParams] | None, count: int
+) -> list[StarsParams]:
+    if params is None or isinstance(params, StarsParams):
+        return [params or StarsParams()] * count
+    if not isinstance(params, Sequence) or not all(isinstance(p, StarsParams) for p in params):
+        raise TypeError(f"params must be StarsParams or a list of these, got {params!r:.80}")
+    if len(params) != count:
+        raise ValueError(
+            f"params must be one for all or one per prompt ({count}), got {len(params)}"
+        )
+    return list(params)
+
+
+def _rewards(scores: Sequence[float | Exception]) -> list[float]:
+    """Return the scores; RewardError where there is none."""
+    for number, score in enumerate(scores):
+        if isinstance(score, Exception):
+            raise RewardError(f"score: response {number}: {score}") from score
+    return [float(score) for score in scores if not isinstance(score, Exception)]
+
+
+def _refused(request_id: str, prompt: PromptLike, error: Exception) -> RequestOutput:
+    text = prompt if isinstance(prompt, str) else None
+    outputs = [CompletionOutput(0, finish_reason="error")]
+    return RequestOutput(request_id, text, [], outputs, finished=True, error=str(error))
