@@ -445,7 +445,7 @@ def _judge(args: argparse.Namespace) -> Judge | None:
 
 def _check_directories(models: Models, gold: Any) -> None:  # noqa: ANN401 - a path or a function
     """Report missing models before the first one is loaded, not after hours."""
-    from stars_fast.models.load import check_model_directory
+    from stars_fast.models.files import check_model_directory
 
     sources = [models.model, models.reward_model, gold, *models.lms.values(), *models.rms.values()]
     for source in sources:

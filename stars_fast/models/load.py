@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,14 +20,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.checks import has_lm_head
+from stars_fast.models.files import check_model_directory
+from stars_fast.models.lora import LoraAdapter
 from stars_fast.models.progress import bars_on_terminals_only
 from stars_fast.models.sharded import loading_options, num_shards, why_not_sharded
 
-_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
-_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 #: Ends of the names of classes that have a head of another kind on a language model's layers.
 _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "RewardModel")
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def load_causal_lm(
@@ -47,8 +43,9 @@ def load_causal_lm(
     Parameters
     ----------
     source : str, path or PreTrainedModel
-        A local directory, a hub id, or a loaded model, which keeps its device and dtype; peft's
-        `PeftModel` is the model that it wraps, its adapter included.
+        A local directory, a hub id, or a loaded model, which keeps its device and dtype. The
+        directory may be that of a LoRA adapter, which names its base; peft's `PeftModel` is the
+        model that it wraps, its adapter included.
     dtype : torch.dtype or str
         The dtype of the weights; "auto" is the saved one. A loaded model allows only "auto".
     device : torch.device or str, optional
@@ -83,6 +80,16 @@ def load_causal_lm(
         _check_shards(source, num_ranks)
         return _take_loaded(source, dtype, device, trust_remote_code)
     name = os.fspath(source)
+    adapter = LoraAdapter.find(name)
+    if adapter is not None:
+        return _load_adapted(
+            adapter,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            num_ranks=num_ranks,
+        )
     check_model_directory(name, allow_pickle=allow_pickle)
     config = _load_config(name, trust_remote_code)
     if num_ranks > 1 and (reason := why_not_sharded(config, num_ranks)):
@@ -114,88 +121,36 @@ def load_causal_lm(
     return model, tokenizer
 
 
+def _load_adapted(
+    adapter: LoraAdapter,
+    *,
+    num_ranks: int,
+    **options: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load the base of an adapter, and merge that into it."""
+    task = adapter.fields.get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        raise UnsupportedModelError(f"{adapter.name} has task_type {task!r}: no language model")
+    if num_ranks > 1:
+        raise UnsupportedModelError(
+            f"{adapter.name} cannot be tensor-parallel: merge it into its base, and give the "
+            "merged model"
+        )
+    try:
+        model, tokenizer = load_causal_lm(adapter.base, **options)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"the base of {adapter.name}: {error}") from error
+    adapter.merge(model, adapter.weights())
+    if adapter.tokenizer_source != adapter.base:
+        trust = options["trust_remote_code"]
+        tokenizer = load_tokenizer(adapter.tokenizer_source, trust_remote_code=trust)
+    return model, tokenizer
+
+
 def adapted_model(model: Any) -> Any:  # noqa: ANN401 - whatever the user gave
     """Return the model inside of peft's `PeftModel`, with the adapter in it; others as they are."""
     inside: Any = getattr(model, "get_base_model", None)
     return inside() if isinstance(model, nn.Module) and inside is not None else model
-
-
-def check_model_directory(source: str | os.PathLike[str], *, allow_pickle: bool = True) -> None:
-    """Check that a local model directory is there and complete; a hub id passes unchecked.
-
-    Reads the configuration, the shard index and the headers of the safetensors files.
-
-    Parameters
-    ----------
-    source : str or path
-        What names an existing file or folder, or can only be a path, is taken as local.
-    allow_pickle : bool
-        Whether pickled weights count.
-
-    Raises
-    ------
-    ModelLoadError
-        Naming the path and what is missing or damaged.
-    """
-    folder = Path(source)
-    if not os.fspath(source) or not folder.exists():  # Path("") is the working directory
-        if _HUB_ID.fullmatch(os.fspath(source)):
-            return
-        raise ModelLoadError(f"model directory {os.fspath(source)!r} does not exist")
-    if not folder.is_dir():
-        raise ModelLoadError(f"model path {str(folder)!r} is a file, not a directory")
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ModelLoadError(f"model directory {str(folder)!r} has no config.json")
-    read_json(config)
-    _check_weights(folder, allow_pickle)
-
-
-def _check_weights(folder: Path, allow_pickle: bool) -> None:
-    whole, index = (folder / name for name in _SAFETENSORS)
-    if whole.is_file():
-        _check_safetensors(whole)
-        return
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ModelLoadError(f"{str(index)!r} has no weight_map")
-        for shard in sorted(set(weight_map.values())):
-            if not (folder / shard).is_file():
-                raise ModelLoadError(
-                    f"model directory {str(folder)!r} lacks {shard}, which {index.name} lists"
-                )
-            _check_safetensors(folder / shard)
-        return
-    pickled = [name for name in _PICKLED if (folder / name).is_file()]
-    if not pickled:
-        raise ModelLoadError(
-            f"model directory {str(folder)!r} has no weights: neither {' nor '.join(_SAFETENSORS)}"
-        )
-    if not allow_pickle:
-        raise ModelLoadError(
-            f"model directory {str(folder)!r} has pickled weights only ({pickled[0]}), which can "
-            "run code when loaded; save it as safetensors, or pass allow_pickle=True"
-        )
-
-
-def _check_safetensors(path: Path) -> None:
-    try:
-        with safe_open(path, "pt"):  # compares the header with the size, and reads no tensor
-            pass
-    except (SafetensorError, OSError) as error:
-        raise ModelLoadError(f"{str(path)!r} is damaged or no safetensors file: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file of a model; ModelLoadError if it holds none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelLoadError(f"{str(path)!r} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelLoadError(f"{str(path)!r} is not a JSON object")
-    return value
 
 
 def _load_config(name: str, trust_remote_code: bool) -> PreTrainedConfig:

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PretrainedConfig
 from transformers.utils.hub import cached_file
 
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
-from stars_fast.models.load import check_model_directory, read_json
+from stars_fast.models.files import check_model_directory, read_json
 from stars_fast.models.sharded import loading_options
 
 __all__ = ["CALLABLE_ADVICE", "HEAD_FILES", "Checkpoint", "Loading"]

@@ -18,11 +18,12 @@ from stars_fast.distributed import ALONE, Ranks
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.checks import has_lm_head
 from stars_fast.models.load import adapted_model, load_tokenizer, same_device
+from stars_fast.models.lora import LoraAdapter
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.pool import default_num_pages
 from stars_fast.models.selfcheck import check_numbers
 from stars_fast.reward_head import RewardHead, RewardHeadLike
-from stars_fast.rewards.adapter import Adapter
+from stars_fast.rewards.adapter import load_adapter
 from stars_fast.rewards.base import RewardModel, Scorer
 from stars_fast.rewards.callable import CallableScorer, RewardFunction
 from stars_fast.rewards.causal import CausalScorer
@@ -155,11 +156,11 @@ def load_scorer(
     if isinstance(reward_model, str | os.PathLike):
         source = os.fspath(reward_model)
         how = Loading(device, dtype, allow_pickle, ranks.size)
-        adapter = Adapter.find(source)
+        adapter = LoraAdapter.find(source)
         if adapter is not None:
             source = adapter.tokenizer_source
             tokenizer = reward_tokenizer or _load_tokenizer(source, trust_remote_code)
-            loaded = adapter.load(wanted, how)
+            loaded = load_adapter(adapter, wanted, how)
         else:
             checkpoint = Checkpoint.open(source, allow_pickle=allow_pickle)
             tokenizer = reward_tokenizer or _load_tokenizer(source, trust_remote_code)

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
-from stars_fast.models.load import check_model_directory, load_causal_lm, load_tokenizer
+from stars_fast.models.files import check_model_directory
+from stars_fast.models.load import load_causal_lm, load_tokenizer
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stars_fast import RewardHead
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
+from stars_fast.models.files import check_model_directory
 from stars_fast.models.load import load_causal_lm
 from stars_fast.rewards import Scorer, load_scorer
 
@@ -176,3 +177,30 @@ def test_a_language_model_that_peft_wraps() -> None:
     config = reward_model("llama", LM).config
     lm = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     assert load_causal_lm(Wrapped(lm))[0] is lm
+
+
+def test_a_language_model_with_an_adapter(tmp_path: Path) -> None:
+    config = reward_model("llama", LM).config
+    lm = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    lm.save_pretrained(tmp_path / "base")
+    LM.save_pretrained(tmp_path / "base")
+    weights = adapted(lm, "llama", ALPHA / RANK)
+    folder = tmp_path / "adapter"
+    write(folder, tmp_path / "base", weights, task_type="CAUSAL_LM")
+    check_model_directory(folder)
+    model, tokenizer = load_causal_lm(folder)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, lm(input_ids=ids).logits)
+    assert tokenizer is not None
+    assert tokenizer.get_vocab() == LM.get_vocab()
+    with pytest.raises(UnsupportedModelError, match="cannot be tensor-parallel: merge it"):
+        load_causal_lm(folder, num_ranks=2)
+    write(folder, tmp_path / "base", weights)
+    with pytest.raises(UnsupportedModelError, match="task_type 'SEQ_CLS': no language model"):
+        load_causal_lm(folder)
+    write(folder, tmp_path / "nowhere", weights, task_type="CAUSAL_LM")
+    with pytest.raises(ModelLoadError, match="nowhere' does not exist"):
+        check_model_directory(folder)
+    with pytest.raises(ModelLoadError, match=r"the base of adapter .*nowhere' does not exist"):
+        load_causal_lm(folder)

@@ -1,0 +1,154 @@
+"""LoRA adapters in peft's files, merged into their base.
+
+Weights are W + (alpha / r) B A (arXiv 2106.09685), alpha / sqrt(r) with rank-stabilised LoRA. What
+peft writes beyond that is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from stars_fast.errors import ModelLoadError, UnsupportedModelError
+from stars_fast.models.files import read_json
+
+__all__ = ["LoraAdapter"]
+
+_PREFIX = "base_model.model."
+#: Options of peft under which a weight is more than W + s B A.
+_MORE = (
+    "use_dora", "use_qalora", "use_bdlora", "alpha_pattern", "layer_replication", "lora_bias",
+    "alora_invocation_tokens", "trainable_token_indices", "target_parameters",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """What a directory with an ``adapter_config.json`` holds.
+
+    Parameters
+    ----------
+    folder : Path
+    base : str
+        Directory or hub id of the model that it adapts.
+    fields : mapping
+        Its configuration.
+    """
+
+    folder: Path
+    base: str
+    fields: Mapping[str, Any]
+
+    @classmethod
+    def find(cls, source: str) -> LoraAdapter | None:
+        """Return the adapter in a directory; None if it holds a model, or is none.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If it is no plain LoRA.
+        ModelLoadError
+            If its configuration cannot be read or does not name a base.
+        """
+        folder = Path(source)
+        path = folder / "adapter_config.json"
+        if not source or not path.is_file() or (folder / "config.json").exists():
+            return None
+        fields = read_json(path)
+        name = f"adapter {source!r}"
+        if fields.get("peft_type") != "LORA" or fields.get("bias", "none") != "none":
+            raise UnsupportedModelError(
+                f"{name} is {fields.get('peft_type')} with bias={fields.get('bias')!r}; only LORA "
+                "with bias='none' is read: merge it into its base, and give the merged model"
+            )
+        more = [option for option in _MORE if fields.get(option)]
+        if more:
+            raise UnsupportedModelError(
+                f"{name} has {', '.join(more)} set, which is more than a plain LoRA: merge it into "
+                "its base, and give the merged model"
+            )
+        base = fields.get("base_model_name_or_path")
+        if not base:
+            raise ModelLoadError(f"{name} does not name its base: set base_model_name_or_path")
+        return cls(folder, str(base), fields)
+
+    @property
+    def name(self) -> str:
+        """What it is called in errors."""
+        return f"adapter {str(self.folder)!r}"
+
+    @property
+    def tokenizer_source(self) -> str:
+        """Where its tokenizer is: beside it, or beside its base."""
+        own = (self.folder / "tokenizer_config.json").is_file()
+        return str(self.folder) if own else self.base
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return its weights, by their names in the base.
+
+        Raises
+        ------
+        ModelLoadError
+            If the file is missing or damaged.
+        """
+        read = self.read("adapter_model.safetensors")
+        return {name.removeprefix(_PREFIX): tensor for name, tensor in read.items()}
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of one of its files; ModelLoadError if that cannot be read."""
+        try:
+            return load_file(self.folder / name)
+        except (OSError, SafetensorError) as error:
+            raise ModelLoadError(f"{self.name}: {name} cannot be read: {error}") from error
+
+    @torch.no_grad()
+    def merge(self, model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+        """Add the products of each pair to the base's weights, and put whole weights in place.
+
+        Raises
+        ------
+        ModelLoadError
+            If it adapts what the base does not have.
+        """
+        parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
+        rest = dict(weights)
+        for name in [name for name in weights if name.endswith(".lora_A.weight")]:
+            path = name.removesuffix(".lora_A.weight")
+            down, up = rest.pop(name), rest.pop(f"{path}.lora_B.weight", None)
+            target, module = parameters.get(f"{path}.weight"), modules.get(path)
+            if up is None or target is None or isinstance(module, nn.Embedding):
+                raise ModelLoadError(
+                    f"{self.name} adapts {path}, which {type(model).__name__} of its base "
+                    f"{self.base!r} does not have so"
+                )
+            change = self._scale(len(down)) * up.float() @ down.float()
+            if isinstance(module, Conv1D):  # transposed
+                change = change.T
+            if change.shape != target.shape:
+                raise ModelLoadError(
+                    f"{self.name} changes {path} by {tuple(change.shape)}, and its base "
+                    f"{self.base!r} has {tuple(target.shape)} there"
+                )
+            target.add_(change.to(target.device, target.dtype))
+        for name, value in rest.items():
+            target = parameters.get(name)
+            if target is None or target.shape != value.shape:
+                raise ModelLoadError(
+                    f"{self.name} has {name} {tuple(value.shape)}, which {type(model).__name__} of "
+                    f"its base {self.base!r} does not have so"
+                )
+            target.copy_(value)
+
+    def _scale(self, rank: int) -> float:
+        alpha = float(self.fields.get("lora_alpha", 8))
+        return alpha / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
