@@ -37,6 +37,13 @@ class EngineConfig:
         At construction, if `reward_head` is neither None, a `RewardHead` nor text.
     """
 
+    gguf_file: str | None = field(
+        default=None,
+        metadata=_flag(
+            "GGUF file in the language model's directory to read it from, dequantised",
+            metavar="FILE",
+        ),
+    )
     reward_template: TemplateLike = field(
         default=None,
         metadata=_flag(

@@ -447,7 +447,9 @@ def _check_directories(models: Models, gold: Any) -> None:  # noqa: ANN401 - a p
     """Report missing models before the first one is loaded, not after hours."""
     from stars_fast.models.files import check_model_directory
 
-    sources = [models.model, models.reward_model, gold, *models.lms.values(), *models.rms.values()]
+    sources = [models.reward_model, gold, *models.lms.values(), *models.rms.values()]
+    if not models.options.get("gguf_file"):
+        sources.append(models.model)
     for source in sources:
         if isinstance(source, str):
             check_model_directory(source)

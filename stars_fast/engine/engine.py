@@ -77,6 +77,10 @@ class Engine(BatchEngine):
         run if scoring overlaps, in two halves.
     seed
         A request without a seed gets one from this and from the number of requests before it.
+    gguf_file
+        A GGUF file in the language model's directory, which transformers reads in place of its
+        other files (packages gguf and accelerate). Its weights are dequantised to `dtype`, float32
+        with ``"auto"``: the file saves disk, not memory.
     reward_template
         The text that the reward model reads: None (its chat template, else prompt and response
         joined), ``"chat"``, ``"plain"``, text with ``{prompt}`` and ``{response}``, or a callable
@@ -146,6 +150,7 @@ class Engine(BatchEngine):
         num_pages: int | None = None,
         max_rows: int = 256,
         seed: int = 0,
+        gguf_file: str | None = None,
         reward_template: TemplateLike = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         reward_head: RewardHeadLike = None,
@@ -172,6 +177,7 @@ class Engine(BatchEngine):
             num_pages=num_pages,
             max_rows=max_rows,
             seed=seed,
+            gguf_file=gguf_file,
             reward_template=reward_template,
             chat_template_kwargs=chat_template_kwargs,
             reward_head=reward_head,
@@ -202,6 +208,7 @@ class Engine(BatchEngine):
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
             num_ranks=ranks.size,
+            gguf_file=gguf_file,
         )
         tokenizer = tokenizer if tokenizer is not None else found_tokenizer
         lm = _on_pages(loaded, config, ranks)

@@ -58,10 +58,13 @@ class Models:
         """
         from stars_fast.engine import Engine
 
+        options = {**self.options}
+        if lm is not None:
+            options["gguf_file"] = None  # the base's
         if rm is None:
-            return Engine(self._lm(lm), reward_model=self.reward_model, **self.options)
+            return Engine(self._lm(lm), reward_model=self.reward_model, **options)
         # Template and head are those of the eval's own reward model.
-        options = {**self.options, "reward_template": None, "reward_head": None}
+        options |= {"reward_template": None, "reward_head": None}
         return Engine(self._lm(lm), reward_model=self.rms[rm], **options)
 
     def scorer(
@@ -95,7 +98,7 @@ class Models:
         """Load the base as transformers has it."""
         from stars_fast.models.load import load_causal_lm
 
-        names = ("dtype", "device", "trust_remote_code", "allow_pickle")
+        names = ("dtype", "device", "trust_remote_code", "allow_pickle", "gguf_file")
         options = {name: self.options[name] for name in names if name in self.options}
         return load_causal_lm(self.model, **options)
 
@@ -104,7 +107,8 @@ class Models:
         from stars_fast.models.load import load_tokenizer
 
         trust = bool(self.options.get("trust_remote_code"))
-        return load_tokenizer(self._lm(lm), trust_remote_code=trust)
+        file = None if lm is not None else self.options.get("gguf_file")
+        return load_tokenizer(self._lm(lm), trust_remote_code=trust, gguf_file=file)
 
     def same_tokens(self, lm: str | None) -> bool:
         """Whether token ids of a language model mean the same to the base."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     num_ranks: int = 1,
+    gguf_file: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a causal language model and its tokenizer, or take a loaded one as it is.
 
@@ -55,6 +57,9 @@ def load_causal_lm(
     allow_pickle : bool
         Whether weights may be loaded from pickled files, which can run code, where there are no
         safetensors.
+    gguf_file : str, optional
+        A GGUF file in the directory, which transformers reads in place of config, tokenizer and
+        weights; these are dequantised to `dtype`.
     num_ranks : int
         Over how many ranks of ``torch.distributed`` to split the model, all of which load it; a
         loaded model must have been split so.
@@ -76,11 +81,13 @@ def load_causal_lm(
         If `dtype`, `device` or `num_ranks` contradicts a loaded model.
     """
     source = adapted_model(source)
+    if isinstance(source, PreTrainedModel) and gguf_file is not None:
+        raise ValueError(f"gguf_file must be None with a loaded model, got {gguf_file!r}")
     if isinstance(source, PreTrainedModel):
         _check_shards(source, num_ranks)
         return _take_loaded(source, dtype, device, trust_remote_code)
     name = os.fspath(source)
-    adapter = LoraAdapter.find(name)
+    adapter = LoraAdapter.find(name) if gguf_file is None else None
     if adapter is not None:
         return _load_adapted(
             adapter,
@@ -90,11 +97,17 @@ def load_causal_lm(
             allow_pickle=allow_pickle,
             num_ranks=num_ranks,
         )
-    check_model_directory(name, allow_pickle=allow_pickle)
-    config = _load_config(name, trust_remote_code)
+    read: dict[str, Any] = {}
+    if gguf_file is None:
+        check_model_directory(name, allow_pickle=allow_pickle)
+        read["use_safetensors"] = None if allow_pickle else True
+    else:
+        _check_gguf(name, gguf_file, num_ranks)
+        read["gguf_file"] = gguf_file
+    config = _load_config(name, trust_remote_code, gguf_file)
     if num_ranks > 1 and (reason := why_not_sharded(config, num_ranks)):
         raise UnsupportedModelError(f"model {name!r} cannot be tensor-parallel: {reason}")
-    tokenizer = _saved_tokenizer(name, trust_remote_code)
+    tokenizer = _saved_tokenizer(name, trust_remote_code, gguf_file)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -103,7 +116,7 @@ def load_causal_lm(
                 name,
                 config=config,
                 dtype=dtype,
-                use_safetensors=None if allow_pickle else True,
+                **read,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,  # makes the result a pair
                 **loading_options(num_ranks),
@@ -153,9 +166,22 @@ def adapted_model(model: Any) -> Any:  # noqa: ANN401 - whatever the user gave
     return inside() if isinstance(model, nn.Module) and inside is not None else model
 
 
-def _load_config(name: str, trust_remote_code: bool) -> PreTrainedConfig:
+def _check_gguf(name: str, gguf_file: str, num_ranks: int) -> None:
+    """Check that a GGUF file is there, and what reads it."""
+    for package in ("gguf", "accelerate"):
+        if find_spec(package) is None:
+            raise ModelLoadError(f"gguf_file={gguf_file!r} needs {package}: pip install {package}")
+    if Path(name).is_dir() and not (Path(name) / gguf_file).is_file():
+        raise ModelLoadError(f"model directory {name!r} has no file {gguf_file!r}")
+    if num_ranks > 1:
+        raise UnsupportedModelError(f"gguf_file={gguf_file!r} cannot be tensor-parallel")
+
+
+def _load_config(name: str, trust_remote_code: bool, gguf_file: str | None) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            name, trust_remote_code=trust_remote_code, gguf_file=gguf_file
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(f"model {name!r}: {error}") from error
     assert isinstance(config, PreTrainedConfig)
@@ -177,8 +203,12 @@ def _load_config(name: str, trust_remote_code: bool) -> PreTrainedConfig:
     return config
 
 
-def _saved_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+def _saved_tokenizer(
+    name: str, trust_remote_code: bool, gguf_file: str | None = None
+) -> PreTrainedTokenizerBase | None:
     """The tokenizer saved with a model; None if there is none."""
+    if gguf_file is not None:
+        return load_tokenizer(name, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
     folder = Path(name)
     if folder.is_dir() and not any(
         path.name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece"))
@@ -188,8 +218,10 @@ def _saved_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerB
     return load_tokenizer(name, trust_remote_code=trust_remote_code)
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a directory or a hub id.
+def load_tokenizer(
+    name: str, *, trust_remote_code: bool = False, gguf_file: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a directory or a hub id, or the one in a GGUF file there.
 
     Raises
     ------
@@ -198,7 +230,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=trust_remote_code
+            name, trust_remote_code=trust_remote_code, gguf_file=gguf_file
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ModelLoadError(f"tokenizer of {name!r}: {error}") from error
