@@ -6,6 +6,7 @@ Without a GPU the kernels run in Triton's interpreter.
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ ON_GPU = Path("/dev/nvidiactl").exists()
 os.environ["OMP_NUM_THREADS"] = "1"
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+# A shell's job in the background ignores it, and so would the programs that the tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
