@@ -23,6 +23,7 @@ SegmentEnd = Literal["length", "clause", "sentence"]
 
 #: Counts, and positions that are sums of two of them, have to fit 32 bits in the core.
 _MOST = 2**28 - 1
+_MOST_STOPS = 1024  # each is looked for in every segment
 
 
 @dataclass(frozen=True)
@@ -328,12 +329,17 @@ class StarsParams:
     stop: str | Sequence[str] | None = field(
         default=None,
         metadata=_about(
-            "Text, or texts, that end the response; the text found is not part of the output text."
+            """
+            Text, or up to 1,024 texts, that end the response; the text found is not part of the
+            output text.
+            """
         ),
     )
     stop_token_ids: Sequence[int] | None = field(
         default=None,
-        metadata=_about("Tokens that end the response, beside the model's end-of-sequence tokens."),
+        metadata=_about(
+            "Up to 1,024 tokens that end the response, beside the model's end-of-sequence tokens."
+        ),
     )
     ignore_eos: bool = field(
         default=False, metadata=_about("Do not end at the model's end-of-sequence tokens.")
@@ -590,6 +596,7 @@ def _stop_texts(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
     if not isinstance(value, (str, Sequence)):
         raise TypeError(f"stop must be text or a sequence of texts, got {value!r}")
     texts = (value,) if isinstance(value, str) else tuple(value)
+    _check_number_of_stops("stop", texts)
     for text in texts:
         if not isinstance(text, str) or not text:
             raise ValueError(f"stop must be text, or texts, that are not empty, got {value!r}")
@@ -597,11 +604,17 @@ def _stop_texts(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
     return texts or None
 
 
+def _check_number_of_stops(name: str, stops: Sequence[object]) -> None:
+    if len(stops) > _MOST_STOPS:
+        raise ValueError(f"{name} must be at most {_MOST_STOPS}, got {len(stops)}")
+
+
 def _stop_ids(value: Sequence[int] | None) -> tuple[int, ...] | None:
     if value is None:
         return None
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise TypeError(f"stop_token_ids must be a sequence of token ids, got {value!r}")
+    _check_number_of_stops("stop_token_ids", value)
     for token in value:
         _TOKEN_ID.check("stop_token_ids", token)
     return tuple(int(token) for token in value) or None

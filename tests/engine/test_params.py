@@ -169,3 +169,11 @@ def test_greedy_draws_need_no_second_attempt() -> None:
     assert greedy.attempts_per_segment == 1
     assert greedy.with_method("mara").attempts_per_segment == 9  # those are no draws
     assert dataclasses.replace(greedy, temperature=0.1).attempts_per_segment == 9
+
+
+@pytest.mark.parametrize("name", ["stop", "stop_token_ids"])
+def test_stops_have_a_largest_number(name: str) -> None:
+    of = str if name == "stop" else int
+    StarsParams(**{name: [of(i) for i in range(1024)]})
+    with pytest.raises(ValueError, match=f"{name} must be at most 1024, got 70000"):
+        StarsParams(**{name: [of(i) for i in range(70_000)]})
