@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import math
 import signal
+import socket
+from types import FrameType
 from typing import Literal
 
 import uvicorn
@@ -16,6 +17,11 @@ from stars_fast.server.app import create_app
 from stars_fast.server.logs import configure_logs
 from stars_fast.server.settings import ServerSettings
 
+#: Seconds in which the last answers are written, once the engine has drained.
+_LAST_ANSWERS = 0.2
+#: Seconds that connections have then to take them.
+_LAST_SECONDS = 5
+
 
 def http_protocol() -> type[asyncio.Protocol] | Literal["auto"]:
     """Return uvicorn's ``http``; without httptools that is h11, whose heads are limited."""
@@ -24,6 +30,52 @@ def http_protocol() -> type[asyncio.Protocol] | Literal["auto"]:
     from stars_fast.server.head_limit import LimitedHead
 
     return LimitedHead
+
+
+class DrainingServer(uvicorn.Server):
+    """A server that goes on answering until its engine has drained.
+
+    So load balancers see /ready change, new requests get a 503 in JSON, and a stream whose time is
+    over ends with an error event; uvicorn alone closes the port at once, and then the connections.
+
+    Parameters
+    ----------
+    config
+        Of the server.
+    engine, drain_timeout
+        What drains, and its seconds.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: AsyncEngine, drain_timeout: float) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._drain_timeout = drain_timeout
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._drains = False
+        self._drained: asyncio.Future[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain at the first signal; at the second, end."""
+        if self._loop is None or self._drains:
+            super().handle_exit(sig, frame)
+            self.force_exit = True
+            return
+        self._drains = True
+        self._captured_signals.append(sig)
+        self._loop.call_soon_threadsafe(self._begin_to_drain)
+
+    def _begin_to_drain(self) -> None:
+        self._drained = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        await self._engine.drain(self._drain_timeout)
+        await asyncio.sleep(_LAST_ANSWERS)
+        self.should_exit = True
 
 
 def run_server(engine: AsyncEngine, settings: ServerSettings, host: str, port: int) -> None:
@@ -46,7 +98,7 @@ def run_server(engine: AsyncEngine, settings: ServerSettings, host: str, port: i
         If the engine has stopped by itself, and the server with it.
     """
     configure_logs()
-    server = uvicorn.Server(
+    server = DrainingServer(
         uvicorn.Config(
             create_app(engine, settings),
             host=host,
@@ -54,8 +106,10 @@ def run_server(engine: AsyncEngine, settings: ServerSettings, host: str, port: i
             log_config=None,
             access_log=False,
             http=http_protocol(),
-            timeout_graceful_shutdown=math.ceil(settings.drain_timeout),
-        )
+            timeout_graceful_shutdown=_LAST_SECONDS,
+        ),
+        engine,
+        settings.drain_timeout,
     )
     # Uvicorn raises the signal again when it has drained; that is not to end the process halfway.
     signal.signal(signal.SIGTERM, lambda *_: None)

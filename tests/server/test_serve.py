@@ -100,6 +100,37 @@ Loop._score = stuck
         _until(lambda: httpx.get(f"{url}/ready").status_code == 200)
 
 
+def test_while_it_drains_it_says_so_and_late_streams_end_with_an_error(tmp_path: Path) -> None:
+    body = {"prompt": "The film", "max_tokens": 400, "seed": 1, "stream": True}
+    body["stars"] = {"target_reward": 3.0, "segment_length": 2}
+    code = """
+import time
+from stars_fast.engine.loop import Loop
+score = Loop._score
+def slow(loop, done):
+    time.sleep(0.05)
+    return score(loop, done)
+Loop._score = slow
+"""
+    log = tmp_path / "log"
+    with server_process([*PAGES, "--drain-timeout", "2"], log, code) as (url, process):
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as response:
+            lines = response.iter_lines()
+            next(lines)  # it runs
+            process.send_signal(signal.SIGTERM)
+            _until(lambda: httpx.get(f"{url}/ready").status_code == 503)
+            refused = httpx.post(f"{url}/v1/completions", json=body)
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "stopping"
+            events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert events[-1]["error"]["message"] == "aborted: the server stops"
+        assert process.wait(60) == 0
+    text = log.read_text()
+    assert "Traceback" not in text
+    events = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    assert [e["status"] for e in events if e["event"] == "request"] == [503, 503]
+
+
 def _until(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
