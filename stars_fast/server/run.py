@@ -17,9 +17,7 @@ from stars_fast.server.app import create_app
 from stars_fast.server.logs import configure_logs
 from stars_fast.server.settings import ServerSettings
 
-#: Seconds in which the last answers are written, once the engine has drained.
-_LAST_ANSWERS = 0.2
-#: Seconds that connections have then to take them.
+#: Seconds that connections have to take the last answers, once the engine has drained.
 _LAST_SECONDS = 5
 
 
@@ -74,7 +72,6 @@ class DrainingServer(uvicorn.Server):
 
     async def _drain(self) -> None:
         await self._engine.drain(self._drain_timeout)
-        await asyncio.sleep(_LAST_ANSWERS)
         self.should_exit = True
 
 
