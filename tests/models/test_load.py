@@ -180,7 +180,12 @@ def test_a_classifier_is_no_language_model(saved: Path, name: str) -> None:
 def test_no_bars_off_a_terminal(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from transformers.utils import logging
 
-    assert logging.is_progress_bar_enabled()
-    load_causal_lm(saved)
-    assert capfd.readouterr().err == ""
-    assert logging.is_progress_bar_enabled()
+    was_enabled = logging.is_progress_bar_enabled()  # commands, run by other tests, disable them
+    logging.enable_progress_bar()
+    try:
+        load_causal_lm(saved)
+        assert capfd.readouterr().err == ""
+        assert logging.is_progress_bar_enabled()
+    finally:
+        if not was_enabled:
+            logging.disable_progress_bar()
