@@ -76,7 +76,7 @@ class PersonaTokens(TokenSource):
     vocab_size : int
         Token ids that the language model knows; others are an error of their request or job.
     parse_special : bool
-        Whether special tokens written in prompts are such.
+        Whether special tokens written in prompts are parsed as special.
 
     Raises
     ------

@@ -242,7 +242,7 @@ class ChatTemplate:
 class CallableTemplate:
     """A user's function; text that begins with the BOS token does not get a second one.
 
-    Special tokens in a text that it returns are such; in the messages that it returns they are
+    Special tokens in a text that it returns are special; in the messages that it returns they are
     text.
 
     Parameters
@@ -319,7 +319,7 @@ def make_template(
     pairs : bool
         Whether the reward model can read two texts, as encoders do.
     parse_special : bool
-        Whether special tokens written in prompts and responses are such.
+        Whether special tokens written in prompts and responses are parsed as special.
 
     Raises
     ------

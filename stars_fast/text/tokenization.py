@@ -203,7 +203,7 @@ def _is_marked(text: Marked) -> bool:
 
 
 class _MarkedReader:
-    """Tokenises marked texts: only the special tokens that are not marked are such."""
+    """Tokenises marked texts: only the special tokens that are not marked are special."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
