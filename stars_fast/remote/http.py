@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from stars_fast.errors import StarsFastError
 
@@ -24,11 +26,127 @@ _LONGEST_WAIT = 30.0
 _SHOWN = 300
 
 
+#: A response of the server, or how the way to it failed.
+_Outcome: TypeAlias = "httpx.Response | httpx.HTTPError"
+_Client = TypeVar("_Client", httpx.Client, httpx.AsyncClient)
+
+
 class RemoteError(StarsFastError, RuntimeError):
-    """A server that cannot be reached, refuses a call, or answers what cannot be used."""
+    """A server that cannot be reached, refuses a call, or answers what cannot be used.
+
+    Attributes
+    ----------
+    status
+        Of the answer; None: there was none, or it was no failure by itself.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
-class Endpoint:
+class UnavailableError(RemoteError):
+    """A server that was still failing, or could not be reached, at the last retry."""
+
+
+def checked_url(name: str, value: object) -> str:
+    """Return an address without a slash at its end.
+
+    Raises
+    ------
+    ValueError
+        It is no HTTP address; the message names the parameter.
+    """
+    if isinstance(value, str) and value.startswith(("http://", "https://")):
+        try:
+            httpx.URL(value)
+        except httpx.InvalidURL as error:
+            raise ValueError(f"{name} must be an address, got {value!r}: {error}") from None
+        return value.rstrip("/")
+    raise ValueError(f"{name} must be an address such as http://127.0.0.1:8000/v1, got {value!r}")
+
+
+class _Calls(ABC, Generic[_Client]):
+    """What calls of a server have in common, whether a thread waits for them or a coroutine.
+
+    Parameters
+    ----------
+    base_url, api_key, timeout, retries, max_connections
+        See `Endpoint`.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 600.0,
+        retries: int = 4,
+        max_connections: int = 64,
+    ) -> None:
+        self.url = checked_url("base_url", base_url)
+        if not timeout > 0:
+            raise ValueError(f"timeout must be above 0, got {timeout!r}")
+        if retries < 0:
+            raise ValueError(f"retries must be at least 0, got {retries!r}")
+        if max_connections < 1:
+            raise ValueError(f"max_concurrency must be at least 1, got {max_connections!r}")
+        self._retries = retries
+        self._client: _Client = self._open(
+            headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
+            timeout=timeout,
+            limits=httpx.Limits(
+                max_connections=max_connections, max_keepalive_connections=max_connections
+            ),
+        )
+        self._lock = threading.Lock()
+        self._sent, self._resent = 0, 0
+
+    @abstractmethod
+    def _open(self, **options: Any) -> _Client:
+        """Return the client."""
+
+    def stats(self) -> dict[str, int]:
+        """Return ``http_calls``, retries included, and ``http_retries``."""
+        with self._lock:
+            return {"http_calls": self._sent, "http_retries": self._resent}
+
+    def _count(self, number: int) -> None:
+        with self._lock:
+            self._sent += 1
+            self._resent += number > 0
+
+    def _wait_after(self, url: str, number: int, outcome: _Outcome) -> float | None:
+        """Return the seconds to wait before the next try; None: the server has answered.
+
+        Raises
+        ------
+        UnavailableError
+            Try `number`, which failed, was the last.
+        RemoteError
+            Another try would not help.
+        """
+        asked: str | None = None
+        status: int | None = None
+        if isinstance(outcome, httpx.TransportError):
+            failure = f"{type(outcome).__name__}: {outcome}"
+        elif isinstance(outcome, httpx.HTTPError):
+            raise RemoteError(f"{url}: {outcome}") from outcome
+        elif outcome.is_success:
+            return None
+        else:
+            status = outcome.status_code
+            failure = f"status {status}: {_reason(outcome)}"
+            if status not in _PASSING:
+                raise RemoteError(f"{url}: {failure}", status)
+            asked = outcome.headers.get("Retry-After")
+        if number < self._retries:
+            return _wait(number, asked)
+        times = f" ({self._retries + 1} times)" if self._retries else ""
+        raise UnavailableError(f"{url}: {failure}{times}", status)
+
+
+class Endpoint(_Calls[httpx.Client]):
     """A server's address, and what is needed to call it. Calls may come from many threads.
 
     Parameters
@@ -52,36 +170,8 @@ class Endpoint:
         A parameter that is out of range, or `base_url` is no HTTP address.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        api_key: str | None = None,
-        timeout: float = 600.0,
-        retries: int = 4,
-        max_connections: int = 64,
-    ) -> None:
-        if not isinstance(base_url, str) or not base_url.startswith(("http://", "https://")):
-            raise ValueError(
-                f"base_url must be an address such as http://127.0.0.1:8000/v1, got {base_url!r}"
-            )
-        if not timeout > 0:
-            raise ValueError(f"timeout must be above 0, got {timeout!r}")
-        if retries < 0:
-            raise ValueError(f"retries must be at least 0, got {retries!r}")
-        if max_connections < 1:
-            raise ValueError(f"max_concurrency must be at least 1, got {max_connections!r}")
-        self.url = base_url.rstrip("/")
-        self._retries = retries
-        self._client = httpx.Client(
-            headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
-            timeout=timeout,
-            limits=httpx.Limits(
-                max_connections=max_connections, max_keepalive_connections=max_connections
-            ),
-        )
-        self._lock = threading.Lock()
-        self._sent, self._resent = 0, 0
+    def _open(self, **options: Any) -> httpx.Client:
+        return httpx.Client(**options)
 
     def get(self, path: str) -> object:
         """Return what is at a path below `base_url`, for errors see `post`."""
@@ -98,39 +188,59 @@ class Endpoint:
         """
         return self._call("POST", path, body)
 
-    def stats(self) -> dict[str, int]:
-        """Return ``http_calls``, retries included, and ``http_retries``."""
-        with self._lock:
-            return {"http_calls": self._sent, "http_retries": self._resent}
-
     def close(self) -> None:
         """Close the connections; no further call can be made."""
         self._client.close()
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None) -> object:
-        url, failure = self.url + path, ""
-        for number in range(self._retries + 1):
-            with self._lock:
-                self._sent += 1
-                self._resent += number > 0
-            asked: str | None = None
+        url, number = self.url + path, 0
+        while True:
+            self._count(number)
+            outcome: _Outcome
             try:
-                response = self._client.request(method, url, json=body)
-            except httpx.TransportError as error:
-                failure = f"{type(error).__name__}: {error}"
+                outcome = self._client.request(method, url, json=body)
             except httpx.HTTPError as error:
-                raise RemoteError(f"{url}: {error}") from error
-            else:
-                if response.is_success:
-                    return _json(url, response)
-                failure = f"status {response.status_code}: {_reason(response)}"
-                if response.status_code not in _PASSING:
-                    raise RemoteError(f"{url}: {failure}")
-                asked = response.headers.get("Retry-After")
-            if number < self._retries:
-                time.sleep(_wait(number, asked))
-        times = f" ({self._retries + 1} times)" if self._retries else ""
-        raise RemoteError(f"{url}: {failure}{times}")
+                outcome = error
+            wait = self._wait_after(url, number, outcome)
+            if wait is None:
+                return _json(url, outcome)
+            time.sleep(wait)
+            number += 1
+
+
+class AsyncEndpoint(_Calls[httpx.AsyncClient]):
+    """`Endpoint` for coroutines, all of one event loop.
+
+    Parameters
+    ----------
+    base_url, api_key, timeout, retries, max_connections
+        See `Endpoint`. The wait for a free connection is not limited.
+    """
+
+    def _open(self, **options: Any) -> httpx.AsyncClient:
+        self._free = asyncio.Semaphore(options["limits"].max_connections)
+        return httpx.AsyncClient(**options)
+
+    async def post(self, path: str, body: dict[str, Any]) -> object:
+        """Post a body as JSON and return the answer, as `Endpoint.post` does."""
+        url, number = self.url + path, 0
+        async with self._free:
+            while True:
+                self._count(number)
+                outcome: _Outcome
+                try:
+                    outcome = await self._client.post(url, json=body)
+                except httpx.HTTPError as error:
+                    outcome = error
+                wait = self._wait_after(url, number, outcome)
+                if wait is None:
+                    return _json(url, outcome)
+                await asyncio.sleep(wait)
+                number += 1
+
+    async def close(self) -> None:
+        """Close the connections; no further call can be made."""
+        await self._client.aclose()
 
 
 def _wait(number: int, asked: str | None) -> float:
@@ -142,7 +252,8 @@ def _wait(number: int, asked: str | None) -> float:
     return min(max(seconds, 0.0), _LONGEST_WAIT)
 
 
-def _json(url: str, response: httpx.Response) -> object:
+def _json(url: str, response: _Outcome) -> object:
+    assert isinstance(response, httpx.Response)
     try:
         body: object = response.json()
     except ValueError as error:
