@@ -7,15 +7,36 @@ import numbers
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from stars_fast.errors import RewardError
 from stars_fast.rewards.base import KnownRewards, Prompt, ScoreJob, Scorer, finite_reward
 from stars_fast.rewards.deadline import HungError, TimedCalls
 
-__all__ = ["CallableScorer", "RewardFunction"]
+__all__ = ["CallableScorer", "RewardFunction", "ScoresEach"]
 
 RewardFunction = Callable[[list[str], list[str]], Any]
+
+
+@runtime_checkable
+class ScoresEach(Protocol):
+    """A reward model that knows which response is to blame for an error."""
+
+    #: Whether a reward depends on the committed text as well.
+    reads_committed: bool
+
+    async def score_each(
+        self, prompts: Sequence[str], responses: Sequence[str], committed: Sequence[str]
+    ) -> list[float | Exception]:
+        """Return a reward for each response, or an error of that one alone.
+
+        `committed`: what each response continues, empty where nothing was accepted yet.
+        """
+        ...
+
+
+#: Prompt, response and committed text of a job.
+_Texts: TypeAlias = tuple[str, str, str]
 
 
 class CallableScorer(Scorer):
@@ -31,18 +52,24 @@ class CallableScorer(Scorer):
     the pairs are then tried again one by one, so that only the bad ones fail. A value that is not a
     number, or not finite, fails its own job alone. Whatever it raises is an error of its jobs, but
     for a KeyboardInterrupt on the main thread, which is Ctrl-C. A call that takes longer than
-    `timeout` fails all its pairs; see `TimedCalls`.
+    `timeout` fails all its pairs; see `TimedCalls`. An exception in the place of a number is the
+    error of its job.
 
     Parameters
     ----------
-    function : callable
-        `f(prompts: list[str], responses: list[str]) -> list[float]`.
+    function : callable or ScoresEach
+        `f(prompts: list[str], responses: list[str]) -> list[float]`, or an object that is asked by
+        its `score_each`.
     timeout : float, optional
         Seconds that a call may take; None: as many as it takes.
     """
 
-    def __init__(self, function: RewardFunction, timeout: float | None = None) -> None:
+    def __init__(self, function: RewardFunction | ScoresEach, timeout: float | None = None) -> None:
         self._function = function
+        self._reads_committed = isinstance(function, ScoresEach) and function.reads_committed
+        self._committed: dict[int, str] = {}
+        # Of the branches since the last accepted one, which may be kept.
+        self._branches: dict[int, dict[int, str]] = {}
         self._timed = TimedCalls(timeout)
         self._name = getattr(function, "__qualname__", type(function).__name__)
         self._prompts: dict[int, str] = {}
@@ -58,36 +85,57 @@ class CallableScorer(Scorer):
     def score(self, jobs: Sequence[ScoreJob]) -> list[float | Exception]:
         """Call the function; see `Scorer.score` and the notes of the class."""
         self._jobs += len(jobs)
-        inputs = [(job.request, _bytes(job.response_text)) for job in jobs]
+        if self._reads_committed:
+            for job in jobs:
+                self._branches.setdefault(job.request, {})[job.branch] = job.response_text
+        inputs = [(job.request, self._read_of(job)) for job in jobs]
         return self._known.score(inputs, lambda todo: self._score([jobs[i] for i in todo]))
+
+    def accept(self, request: int, branch: int) -> None:
+        """Remember the committed text where rewards depend on it."""
+        branches = self._branches.pop(request, None)
+        if branches is not None:
+            self._committed[request] = branches[branch]
+
+    def fork(self, source: int, target: int) -> None:
+        """Copy the committed text where rewards depend on it."""
+        self._branches.pop(target, None)
+        self._committed[target] = self._committed.get(source, "")
+
+    def _read_of(self, job: ScoreJob) -> bytes:
+        """Return all that is read of a job beside the prompt."""
+        response = _bytes(job.response_text)
+        if not self._reads_committed:
+            return response
+        committed = _bytes(self._committed.get(job.request, ""))
+        return b"%d %b%b" % (len(committed), committed, response)
 
     def _score(self, jobs: Sequence[ScoreJob]) -> list[float | Exception]:
         """Score jobs of which no two are equal."""
         if not jobs:
             return []
-        prompts = [self._prompts[job.request] for job in jobs]
-        responses = [job.response_text for job in jobs]
-        rewards = self._call(prompts, responses)
+        texts = [
+            (self._prompts[job.request], job.response_text, self._committed.get(job.request, ""))
+            for job in jobs
+        ]
+        rewards = self._call(texts)
         if not isinstance(rewards, RewardError):
             return rewards
         if len(jobs) == 1 or isinstance(rewards.__cause__, HungError):
             return [rewards] * len(jobs)  # one by one they would hang one by one
         retried: list[float | Exception] = []
-        for prompt, response in zip(prompts, responses, strict=True):
-            one = self._call([prompt], [response])
-            retried.append(one if isinstance(one, RewardError) else one[0])
+        for one in texts:
+            found = self._call([one])
+            retried.append(found if isinstance(found, RewardError) else found[0])
         return retried
 
-    def _call(
-        self, prompts: list[str], responses: list[str]
-    ) -> list[float | Exception] | RewardError:
+    def _call(self, texts: Sequence[_Texts]) -> list[float | Exception] | RewardError:
         """Call once; the error of the whole call if it raises, miscounts or takes too long."""
         self._calls += 1
         try:
             values = self._timed.run(
-                # Lists of its own: a function that changes them must not change the retry.
-                lambda: self._function(list(prompts), list(responses)),
-                lambda returned: _values(returned, len(prompts)),
+                lambda: self._ask(texts),
+                lambda returned: _values(returned, len(texts)),
             )
         except HungError as error:
             return self._error(str(error), error)
@@ -99,12 +147,21 @@ class CallableScorer(Scorer):
             return self._error(f"returned {values}; it must return one reward per response")
         return [self._number(value) for value in values]
 
+    def _ask(self, texts: Sequence[_Texts]) -> object:
+        # Lists of its own: a function that changes them must not change the retry.
+        prompts, responses, committed = map(list, zip(*texts, strict=True))
+        if isinstance(self._function, ScoresEach):
+            return self._function.score_each(prompts, responses, committed)
+        return self._function(prompts, responses)
+
     def _error(self, what: str, cause: BaseException | None = None) -> RewardError:
         error = RewardError(f"reward function {self._name} {what}")
         error.__cause__ = cause
         return error
 
     def _number(self, value: object) -> float | Exception:
+        if isinstance(value, Exception):
+            return value
         if hasattr(value, "item"):  # a numpy scalar or a tensor of one element
             with contextlib.suppress(RuntimeError, ValueError):
                 value = value.item()
@@ -116,8 +173,9 @@ class CallableScorer(Scorer):
         return self._error(f"returned {_described(value)} where a number was due")
 
     def finish(self, request: int) -> None:
-        """Forget the prompt."""
-        self._prompts.pop(request, None)
+        """Forget the request."""
+        for by_request in (self._prompts, self._committed, self._branches):
+            by_request.pop(request, None)
         self._known.finish(request)
 
     def stats(self) -> dict[str, int]:

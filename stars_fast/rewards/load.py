@@ -25,7 +25,7 @@ from stars_fast.models.selfcheck import check_numbers
 from stars_fast.reward_head import RewardHead, RewardHeadLike
 from stars_fast.rewards.adapter import load_adapter
 from stars_fast.rewards.base import RewardModel, Scorer
-from stars_fast.rewards.callable import CallableScorer, RewardFunction
+from stars_fast.rewards.callable import CallableScorer, RewardFunction, ScoresEach
 from stars_fast.rewards.causal import CausalScorer
 from stars_fast.rewards.checkpoint import CALLABLE_ADVICE, Checkpoint, Loading
 from stars_fast.rewards.encoder import EncoderScorer, encoder_context
@@ -216,7 +216,9 @@ def _python_scorer(reward_model: object, template: TemplateLike, timeout: float 
             + CALLABLE_ADVICE
         )
     score = getattr(reward_model, "score", reward_model)
-    if not callable(score):
+    if isinstance(reward_model, ScoresEach):
+        score = reward_model
+    elif not callable(score):
         raise TypeError(
             "reward_model must be a directory or hub id, a transformers sequence classifier, a "
             "callable, or an object with a method 'score', got "

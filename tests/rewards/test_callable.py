@@ -322,3 +322,53 @@ def test_other_torch_modules_are_wrapped_by_the_user() -> None:
 def test_template_is_for_models() -> None:
     with pytest.raises(ValueError, match="reward_template is for transformers models"):
         load_scorer(lambda prompts, responses: [], lm_tokenizer=None, template="chat")
+
+
+class Growth:
+    """Rewards what a response adds to the committed text; refuses "no"."""
+
+    reads_committed = True
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[str], list[str], list[str]]] = []
+
+    async def score_each(
+        self, prompts: list[str], responses: list[str], committed: list[str]
+    ) -> list[float | Exception]:
+        self.calls.append((prompts, responses, committed))
+        return [
+            ValueError("no!") if response == "no" else float(len(response) - len(before))
+            for response, before in zip(responses, committed, strict=True)
+        ]
+
+
+def test_an_error_in_the_place_of_a_reward_is_that_of_its_job() -> None:
+    function = Growth()
+    scorer = scorer_of(function)  # type: ignore[arg-type]
+    found = scorer.score(JOBS)
+    assert found[0] == 3.0
+    assert found[2] == 0.0
+    assert isinstance(found[1], ValueError)
+    assert len(function.calls) == 1
+
+
+def test_the_committed_text_is_that_of_the_accepted_branch() -> None:
+    scorer = scorer_of(Growth())  # type: ignore[arg-type]
+
+    def score(request: int, branch: int, text: str) -> Any:
+        return scorer.score([ScoreJob(request, branch, [5], text)])[0]
+
+    assert score(0, 0, "") == 0
+    scorer.accept(0, 0)
+    assert score(0, 1, "ab") == 2
+    scorer.keep(0, 1)
+    scorer.prune(0)
+    assert score(0, 2, "abcd") == 4  # rejected, too: the text is still empty
+    scorer.accept(0, 1)  # the fallback
+    assert score(0, 3, "abcd") == 2  # not the reward that it had before
+    scorer.accept(0, 3)
+    scorer.fork(0, 1)
+    assert score(1, 4, "abcde") == 1
+    scorer.finish(0)
+    scorer.start(0, Prompt("Is rice good?", [1], None), 8)
+    assert score(0, 5, "abcd") == 4

@@ -120,14 +120,20 @@ class TestRewards:
         assert answer(served, "/classify", chat)["data"][0]["probs"] == [expected]
         assert answer(served, "/pooling", chat)["data"][0]["data"] == [expected]
 
-    @pytest.mark.parametrize("path", ["/classify", "/pooling"])
+    @pytest.mark.parametrize("path", ["/classify", "/pooling", "/score", "/v1/score"])
     def test_our_own_remote_reward_reads_it(self, served: Served, path: str) -> None:
-        remote = RemoteReward(served.url + path, "chat", batch_size=2)
+        remote = RemoteReward(served.url + path, model="chat", batch_size=2)
         found = remote.score(["Not bad"] * 3, [" at", " all", " day"])
         remote.close()
-        texts = ["Not bad at", "Not bad all", "Not bad day"]
+        tokenizer = bpe_tokenizer(chat="chatml")
+        texts = []
+        for response in (" at", " all", " day"):
+            chat = [{"role": "user", "content": "Not bad"}, {**ANSWER, "content": response}]
+            pair = path.endswith("score")  # which goes through the template
+            text = tokenizer.apply_chat_template(chat, tokenize=False)
+            texts.append(text if pair else f"Not bad{response}")
         data = answer(served, "/pooling", {"input": texts})["data"]
-        assert found == pytest.approx([item["data"][0] for item in data], abs=1e-5)
+        assert found == pytest.approx([item["data"][0] for item in data], abs=1e-4)
 
     def test_a_function(self) -> None:
         with serving(letter_engine(Gate()), Gate()) as letters:
