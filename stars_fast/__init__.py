@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from stars_fast.engine.async_engine import AsyncEngine
     from stars_fast.outputs import Calibration, CompletionOutput, RequestOutput, Segment
     from stars_fast.params import StarsParams
-    from stars_fast.remote import RemoteEngine, RemoteReward
+    from stars_fast.remote import Judge, RemoteEngine, RemoteReward
     from stars_fast.reward_head import RewardHead
     from stars_fast.rewards.persona import Persona
 
@@ -26,6 +26,7 @@ _HOMES = {
     "Calibration": "stars_fast.outputs",
     "CompletionOutput": "stars_fast.outputs",
     "Engine": "stars_fast.engine",
+    "Judge": "stars_fast.remote",
     "Persona": "stars_fast.rewards.persona",
     "RemoteEngine": "stars_fast.remote",
     "RemoteReward": "stars_fast.remote",
@@ -40,6 +41,7 @@ __all__ = [
     "Calibration",
     "CompletionOutput",
     "Engine",
+    "Judge",
     "Persona",
     "RemoteEngine",
     "RemoteReward",

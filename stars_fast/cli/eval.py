@@ -16,7 +16,7 @@ from stars_fast.cli.terminal import say
 from stars_fast.eval.attacks import Attack, attacks_of_texts
 from stars_fast.eval.datasets import Item, Layout, RecordError, read_items
 from stars_fast.eval.gold import gold_source
-from stars_fast.eval.judge import Judge
+from stars_fast.eval.judge import PairJudge
 from stars_fast.eval.models import Models, Reward, identity_of
 from stars_fast.eval.results import can_plot, failures, read_results, write_results
 from stars_fast.eval.run import Plan
@@ -415,7 +415,7 @@ def _seeds(text: str) -> list[int]:
     return seeds
 
 
-def _judge(args: argparse.Namespace) -> Judge | None:
+def _judge(args: argparse.Namespace) -> PairJudge | None:
     if args.judge_url is None and args.judge_model is None:
         return None
     if args.judge_url is None or args.judge_model is None:
@@ -440,7 +440,7 @@ def _judge(args: argparse.Namespace) -> Judge | None:
         )
     except (ModuleNotFoundError, ValueError) as error:
         raise UsageError(f"--judge-url: {error}") from None
-    return Judge(endpoint, args.judge_model, args.judge_workers)
+    return PairJudge(endpoint, args.judge_model, args.judge_workers)
 
 
 def _check_directories(models: Models, gold: Any) -> None:  # noqa: ANN401 - a path or a function

@@ -46,13 +46,13 @@ class JudgeError(Exception):
 
 
 @dataclass(frozen=True)
-class Judge:
+class PairJudge:
     """A model at an endpoint.
 
     Parameters
     ----------
     endpoint
-        Of the API: ``/chat/completions`` is added to its address. Closed by whoever opened it.
+        Of the API. Closed by whoever opened it.
     model
         Its name there.
     workers
@@ -71,25 +71,15 @@ class Judge:
         JudgeError
             The endpoint failed, or its answer is no verdict.
         """
+        from stars_fast.remote.chat import PATH, choice_of, filled, question
         from stars_fast.remote.http import RemoteError
 
-        # Not str.format: what is put in may have braces of its own.
-        parts = {"{prompt}": prompt, "{a}": a, "{b}": b}
-        text = re.sub(r"\{(?:prompt|a|b)\}", lambda match: parts[match[0]], PROMPT)
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": text}],
-            "temperature": 0,
-        }
+        text = filled(PROMPT, {"prompt": prompt, "a": a, "b": b})
         try:
-            answer: Any = self.endpoint.post("/chat/completions", body)
+            content, _ = choice_of(self.endpoint.post(PATH, question(self.model, text)))
         except RemoteError as error:
             raise JudgeError(f"the judge failed: {error}") from error
-        try:
-            content = answer["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            raise JudgeError(f"the answer is no chat completion: {answer!r:.200}") from None
-        return verdict_of(str(content or ""))
+        return verdict_of(content)
 
     def compare(self, prompt: str, response: str, other: str) -> tuple[float, float]:
         """Ask in both orders.
@@ -154,6 +144,6 @@ def verdict_of(answer: str) -> Verdict:
     raise JudgeError(f"no verdict in the judge's answer {answer[:200]!r}")
 
 
-def describe(judge: Judge) -> dict[str, Any]:
+def describe(judge: PairJudge) -> dict[str, Any]:
     """Return what a verdict depends on; the key is not in it."""
     return {"url": judge.endpoint.url, "model": judge.model, "prompt": PROMPT, "orders": "both"}

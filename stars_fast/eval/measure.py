@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from stars_fast.eval.datasets import Item
-from stars_fast.eval.judge import Judge, JudgeError
+from stars_fast.eval.judge import JudgeError, PairJudge
 from stars_fast.eval.store import Record, Store
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def base_logprob_rows(
 def judge_rows(
     runs: Iterable[Rows],
     by: str,
-    judge: Judge,
+    judge: PairJudge,
     reference: Mapping[int, Record],
     saver: Saver,
     answered: Callable[[], object],

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from stars_fast.eval.attacks import Attack
 from stars_fast.eval.datasets import Item
 from stars_fast.eval.gold import RewardFunction
-from stars_fast.eval.judge import Judge, describe
+from stars_fast.eval.judge import PairJudge, describe
 from stars_fast.eval.measure import (
     Rows,
     Saver,
@@ -84,7 +84,7 @@ class Session:
     gold_name: str
     say: Callable[[str], None]
     gold_template: str | None = None
-    judge: Judge | None = None
+    judge: PairJudge | None = None
     accuracy: bool = False
     tie_margin: float = 1e-9
     quantile: float = 0.9

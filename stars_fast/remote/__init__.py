@@ -10,7 +10,8 @@ server
 
 from stars_fast.remote.engine import RemoteEngine
 from stars_fast.remote.http import RemoteError
+from stars_fast.remote.judge import Judge
 from stars_fast.remote.rewards import RemoteReward
 from stars_fast.remote.servers import SERVERS, Server
 
-__all__ = ["SERVERS", "RemoteEngine", "RemoteError", "RemoteReward", "Server"]
+__all__ = ["SERVERS", "Judge", "RemoteEngine", "RemoteError", "RemoteReward", "Server"]

@@ -11,7 +11,7 @@ pytest.importorskip("httpx", reason="needs httpx, of the extra eval")
 
 from helpers.json_server import Answer, json_server
 
-from stars_fast.eval.judge import Judge, JudgeError, verdict_of
+from stars_fast.eval.judge import JudgeError, PairJudge, verdict_of
 from stars_fast.remote.http import Endpoint
 
 
@@ -39,14 +39,14 @@ def server() -> Server:
 
 
 @pytest.fixture
-def judge(server: Server) -> Iterator[Judge]:
+def judge(server: Server) -> Iterator[PairJudge]:
     with json_server(server) as url:
         endpoint = Endpoint(f"{url}/v1", retries=0)
-        yield Judge(endpoint, "judge-1", workers=1)
+        yield PairJudge(endpoint, "judge-1", workers=1)
         endpoint.close()
 
 
-def test_both_orders_are_asked(server: Server, judge: Judge) -> None:
+def test_both_orders_are_asked(server: Server, judge: PairJudge) -> None:
     assert judge.compare("p", "long {b} answer", "short") == (1.0, 1.0)
     assert judge.compare("p", "short", "long answer") == (0.0, 0.0)
     assert judge.compare("p", "same", "size") == (0.5, 0.5)
@@ -58,19 +58,21 @@ def test_both_orders_are_asked(server: Server, judge: Judge) -> None:
     assert "[Response B]\nlong {b} answer\n" in server.requests[1][1]["messages"][0]["content"]
 
 
-def test_a_judge_that_goes_by_the_place_contradicts_itself(server: Server, judge: Judge) -> None:
+def test_a_judge_that_goes_by_the_place_contradicts_itself(
+    server: Server, judge: PairJudge
+) -> None:
     server.says = "A"
     assert judge.compare("p", "x", "y") == (1.0, 0.0)
 
 
 @pytest.mark.parametrize("sent", [{}, [], {"choices": []}, {"choices": [{"message": None}]}])
-def test_an_answer_that_is_no_completion(server: Server, judge: Judge, sent: object) -> None:
+def test_an_answer_that_is_no_completion(server: Server, judge: PairJudge, sent: object) -> None:
     server.first = [(200, {}, sent)]
     with pytest.raises(JudgeError, match="no chat completion"):
         judge.ask("p", "x", "y")
 
 
-def test_a_bad_answer_harms_no_other(server: Server, judge: Judge) -> None:
+def test_a_bad_answer_harms_no_other(server: Server, judge: PairJudge) -> None:
     pairs = [("p", "x" * n, "yyy") for n in range(1, 7)]
     server.first = [(400, {}, {"detail": "too long"})]
     results = dict(judge.compare_all(pairs))
