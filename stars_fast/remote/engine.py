@@ -65,7 +65,7 @@ class RemoteEngine(BatchEngine):
     model
         Name of the model on the server; None: the only one that it has.
     reward_model
-        As for `Engine`, except a `Persona`; or a `RemoteReward`.
+        As for `Engine`, except a `Persona`; or a `RemoteReward` or a `Judge`.
     server
         Kind of server, one of `SERVERS`; ``"auto"``: as its ``/models`` says.
     tokenizer

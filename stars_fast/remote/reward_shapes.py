@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ class RewardShape:
         return value if isinstance(value, list) else [value]
 
 
-def number_of(values: Sequence[object], label: int | None) -> float:
+def number_of(values: Sequence[Any], label: int | None) -> float:
     """Return the one number of a text that is its reward.
 
     Parameters
@@ -110,9 +111,10 @@ def number_of(values: Sequence[object], label: int | None) -> float:
             f"label is {label}, and the reward server returned {len(values)} numbers for a text"
         )
     value = values[label or 0]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RemoteError(f"the reward server returned {value!r:.80} where a score was due")
-    return float(value)
+    with contextlib.suppress(OverflowError):  # an integer beyond float
+        if type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+    raise RemoteError(f"the reward server returned {value!r:.80} where a score was due")
 
 
 def shapes_at(url: str) -> list[RewardShape]:

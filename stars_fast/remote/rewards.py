@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
+from stars_fast.remote.chat import filled
 from stars_fast.remote.http import RemoteError, UnavailableError
 from stars_fast.remote.reward_shapes import (
     SHAPES,
@@ -135,9 +137,7 @@ class RemoteReward(RemoteScorer):
     def _text(self, prompt: str, response: str) -> str:
         if callable(self._template):
             return self._template(prompt, response)
-        before, behind = self._template.split("{response}")
-        # Not str.format: prompts and templates may hold braces of their own.
-        return before.replace("{prompt}", prompt) + response + behind.replace("{prompt}", prompt)
+        return filled(self._template, {"prompt": prompt, "response": response})
 
     async def _batch(self, asked: Sequence[ScoredText]) -> list[float | Exception]:
         try:
@@ -205,7 +205,8 @@ class RemoteReward(RemoteScorer):
         without an activation have one.
         """
         (others,) = await self._post(shape, [asked], use_activation=self._activation == "none")
-        if others != numbers:
+        pairs = zip(others, numbers, strict=False)
+        if not _adds_to_one(others) or not all(math.isclose(a, b, abs_tol=1e-3) for a, b in pairs):
             return
         native = f"RemoteReward({_native(self._endpoint.url)!r}, shape='sglang-classify')"
         if len(numbers) == 1:

@@ -133,6 +133,7 @@ def test_an_engine_gets_the_same_responses(shape: Any) -> None:
         ("vllm-score", {"data": [{"score": True}]}, "returned True where a score was due"),
         ("sglang-classify", {"embedding": [1.0]}, "the answer is not one of 'sglang-classify'"),
         ("sglang-classify", [{"embedding": [math.nan]}], "returned nan where a score was due"),
+        ("openrlhf", {"rewards": 10**400}, "returned 10{79} where a score was due"),
         ("openrlhf", {"rewards": [0.1, 0.2]}, "returned 2 scores for 1 texts"),
         ("openrlhf", {"rewards": None}, "the answer is not one of 'openrlhf'"),
     ],
