@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from stars_fast.params import StarsParams
     from stars_fast.remote import RemoteEngine, RemoteReward
     from stars_fast.reward_head import RewardHead
+    from stars_fast.rewards.log_ratio import LogRatio
     from stars_fast.rewards.persona import Persona
 
 # A checkout that is the current folder hides the installed package, which has the compiled core.
@@ -26,6 +27,7 @@ _HOMES = {
     "Calibration": "stars_fast.outputs",
     "CompletionOutput": "stars_fast.outputs",
     "Engine": "stars_fast.engine",
+    "LogRatio": "stars_fast.rewards.log_ratio",
     "Persona": "stars_fast.rewards.persona",
     "RemoteEngine": "stars_fast.remote",
     "RemoteReward": "stars_fast.remote",
@@ -40,6 +42,7 @@ __all__ = [
     "Calibration",
     "CompletionOutput",
     "Engine",
+    "LogRatio",
     "Persona",
     "RemoteEngine",
     "RemoteReward",

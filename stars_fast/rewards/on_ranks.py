@@ -15,6 +15,7 @@ from stars_fast.models.load import same_device
 from stars_fast.models.sharded import num_shards, why_not_sharded
 from stars_fast.rewards.base import Prompt, ScoreJob, Scorer
 from stars_fast.rewards.load import RewardModelLike
+from stars_fast.rewards.log_ratio import LogRatio
 from stars_fast.rewards.persona import Persona
 
 __all__ = ["ScorerOnRanks", "load_on_ranks"]
@@ -37,7 +38,8 @@ def load_on_ranks(
         Loads it, split over the ranks that it is given.
     reward_model
         What it loads. Split are models by name whose architecture can be, loaded models that are
-        already, and a `Persona`; functions, encoders, and what is on another device are not.
+        already, a `Persona`, and both models of a `LogRatio`; functions, encoders, and what is on
+        another device are not.
     ranks
         Those of the language model.
     device
@@ -68,7 +70,7 @@ def load_on_ranks(
 def _why_alone(
     reward_model: RewardModelLike, ranks: Ranks, device: torch.device | str | None
 ) -> str:
-    if isinstance(reward_model, Persona):
+    if isinstance(reward_model, LogRatio | Persona):
         return ""
     if isinstance(reward_model, PreTrainedModel):
         return "" if num_shards(reward_model) == ranks.size else "it was loaded whole"
