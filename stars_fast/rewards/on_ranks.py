@@ -70,15 +70,23 @@ def load_on_ranks(
 def _why_alone(
     reward_model: RewardModelLike, ranks: Ranks, device: torch.device | str | None
 ) -> str:
-    if isinstance(reward_model, LogRatio | Persona):
+    if isinstance(reward_model, Persona):
         return ""
+    elsewhere = device is not None and not same_device(
+        torch.device(device), torch.device(ranks.device or "cpu")
+    )
+    if isinstance(reward_model, LogRatio):
+        if elsewhere and reward_model.reference is None:
+            raise ValueError(
+                "reward_device must be None for a LogRatio without a reference where "
+                f"tensor_parallel=True, got {device}: every rank has a part of the language model"
+            )
+        return f"it is to be on {device}" if elsewhere else ""
     if isinstance(reward_model, PreTrainedModel):
         return "" if num_shards(reward_model) == ranks.size else "it was loaded whole"
     if not isinstance(reward_model, str | os.PathLike):
         return "it is a function"
-    if device is not None and not same_device(
-        torch.device(device), torch.device(ranks.device or "cpu")
-    ):
+    if elsewhere:
         return f"it is to be on {device}"
     try:
         config = AutoConfig.from_pretrained(os.fspath(reward_model), trust_remote_code=False)
