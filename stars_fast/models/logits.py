@@ -45,7 +45,7 @@ class LogitHead:
         assert isinstance(weight, Tensor)
         rows = weight.shape[0]
         ids = torch.tensor([[i % rows for i in range(1, 8)]], device=model.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), exclusive(self._configs):
             want = model(input_ids=ids, use_cache=False, return_dict=True).logits[0].float()
             output = model.base_model(input_ids=ids, use_cache=False, return_dict=True)
         hidden = output[0][0]
