@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from stars_fast.params import StarsParams
     from stars_fast.remote import Judge, RemoteEngine, RemoteReward
     from stars_fast.reward_head import RewardHead
+    from stars_fast.rewards.log_ratio import LogRatio
     from stars_fast.rewards.persona import Persona
 
 # A checkout that is the current folder hides the installed package, which has the compiled core.
@@ -27,6 +28,7 @@ _HOMES = {
     "CompletionOutput": "stars_fast.outputs",
     "Engine": "stars_fast.engine",
     "Judge": "stars_fast.remote",
+    "LogRatio": "stars_fast.rewards.log_ratio",
     "Persona": "stars_fast.rewards.persona",
     "RemoteEngine": "stars_fast.remote",
     "RemoteReward": "stars_fast.remote",
@@ -42,6 +44,7 @@ __all__ = [
     "CompletionOutput",
     "Engine",
     "Judge",
+    "LogRatio",
     "Persona",
     "RemoteEngine",
     "RemoteReward",

@@ -22,7 +22,7 @@ from stars_fast.benchmarks.models import Shape, language_model, reward_model
 from stars_fast.config import KvDtype
 from stars_fast.engine.engine import LM_POOL_SHARE
 from stars_fast.models.pool import enough_pages, page_bytes
-from stars_fast.rewards.load import RM_POOL_SHARE
+from stars_fast.rewards.pool import RM_POOL_SHARE
 from stars_fast.tables import markdown_table
 
 

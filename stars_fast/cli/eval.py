@@ -17,7 +17,7 @@ from stars_fast.eval.attacks import Attack, attacks_of_texts
 from stars_fast.eval.datasets import Item, Layout, RecordError, read_items
 from stars_fast.eval.gold import gold_source
 from stars_fast.eval.judge import PairJudge
-from stars_fast.eval.models import Models, Reward, identity_of
+from stars_fast.eval.models import Models, Reward, identity_of, sources_of
 from stars_fast.eval.results import can_plot, failures, read_results, write_results
 from stars_fast.eval.run import Plan
 from stars_fast.eval.session import Session
@@ -352,14 +352,15 @@ def _specs(args: argparse.Namespace, models: Models) -> tuple[list[Spec], str]:
 
 def _check_reward(spec: Spec, models: Models) -> None:
     """Check that a method has the kind of reward model that it needs."""
+    from stars_fast.rewards.persona import Persona
+
     reward = models.reward_model if spec.rm is None else models.rms[spec.rm]
     method, kind = spec.params.method, spec.params.kind
     if not kind.needs_reward:
         return
     if reward is None:
         raise UsageError(f"{spec.label}: --reward-model is needed for method {method!r}")
-    persona = not isinstance(reward, str)
-    if persona != kind.judges:
+    if isinstance(reward, Persona) != kind.judges:
         raise UsageError(
             f"{spec.label}: method persona_judge and rm=NAME of a --persona go together"
         )
@@ -451,8 +452,8 @@ def _check_directories(models: Models, gold: Any) -> None:  # noqa: ANN401 - a p
     if not models.options.get("gguf_file"):
         sources.append(models.model)
     for source in sources:
-        if isinstance(source, str):
-            check_model_directory(source)
+        for name in [source] if isinstance(source, str) else sources_of(source):
+            check_model_directory(name)
 
 
 def _store(folder: Path, *, resume: bool) -> Store:

@@ -236,11 +236,13 @@ _FREE = frozenset(
 
 def _settings(args: argparse.Namespace, base: StarsParams) -> dict[str, Any]:
     """What the tokens of a run depend on beside its input."""
-    names = ["model", "reward_model", *(name for name in FLAGS if name not in _FREE), "seed"]
+    names = ["model", *(name for name in FLAGS if name not in _FREE), "seed"]
     if base.needs_calibration:
         names += ["calibration_prompts", "calibration_quantile"]
     params = {field.name: getattr(base, field.name) for field in fields(base)}
-    return params | {name: getattr(args, name) for name in names}
+    reward_model = None if args.reward_model is None else str(args.reward_model)
+    settings = {name: getattr(args, name) for name in names}
+    return params | {"reward_model": reward_model} | settings
 
 
 def _check_input(

@@ -12,6 +12,7 @@ from stars_fast.models.progress import quiet_libraries
 
 if TYPE_CHECKING:
     from stars_fast.engine import Engine
+    from stars_fast.rewards.log_ratio import LogRatio
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -22,6 +23,15 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
     return value
+
+
+def _log_ratio(text: str) -> LogRatio:
+    from stars_fast.rewards.log_ratio import LogRatio  # slow to import
+
+    try:
+        return LogRatio.of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 #: Arguments of ``add_argument`` by the type of an option; others are text.
@@ -52,10 +62,19 @@ def add_model_flags(parser: argparse.ArgumentParser, model: str | None = None) -
         metavar="DIR_OR_HUB_ID",
         help="language model" + (f" (default: {model})" if model else ""),
     )
-    models.add_argument(
+    reward = models.add_mutually_exclusive_group()
+    reward.add_argument(
         "--reward-model",
         metavar="DIR_OR_HUB_ID",
         help="reward model; needed unless the method is vanilla",
+    )
+    reward.add_argument(
+        "--log-ratio",
+        dest="reward_model",
+        type=_log_ratio,
+        metavar="POLICY[,REFERENCE][,beta=FLOAT][,over=segment]",
+        help="in place of a reward model, the log-ratio of two language models, such as a DPO "
+        "model and its reference (default: the language model)",
     )
     groups = {"models": models, "memory": parser.add_argument_group("memory")}
     for name, field in FLAGS.items():

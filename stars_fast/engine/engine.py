@@ -59,9 +59,10 @@ class Engine(BatchEngine):
         A local directory, a hub id, or a loaded transformers causal LM. A loaded model is left as
         it is: its attention is switched only while the engine's own passes run.
     reward_model
-        A directory, a hub id, a loaded sequence classifier, a callable
-        ``f(prompts: list[str], responses: list[str]) -> list[float]``, an object with such a method
-        `score`, or None: then only ``method="vanilla"`` can be run.
+        A directory, a hub id, a loaded sequence classifier, a `LogRatio` of two language models, a
+        callable ``f(prompts: list[str], responses: list[str]) -> list[float]``, an object with such
+        a method `score`, or None: then only ``method="vanilla"`` can be run. The directory of a
+        LoRA adapter whose base is `model` shares its weights.
     tokenizer
         The language model's; None loads it from `model` if that is a directory or id.
     device, dtype
@@ -212,7 +213,9 @@ class Engine(BatchEngine):
         )
         tokenizer = tokenizer if tokenizer is not None else found_tokenizer
         lm = _on_pages(loaded, config, ranks)
-        scorer = _scorer_for(reward_model, config, lm, tokenizer, reward_tokenizer, ranks)
+        scorer = _scorer_for(
+            reward_model, config, lm, _source_of(model, config), tokenizer, reward_tokenizer, ranks
+        )
         judges = isinstance(reward_model, Persona)
         overlap = _overlaps(config, ranks, lm, scorer, judges=judges)
         scheduler = _core.Scheduler(
@@ -340,10 +343,18 @@ def _on_pages(model: PreTrainedModel, config: EngineConfig, ranks: Ranks) -> Pag
     return paged
 
 
+def _source_of(model: str | os.PathLike[str] | PreTrainedModel, config: EngineConfig) -> str | None:
+    """Return the directory or hub id whose weights the language model has, if it is one's."""
+    if isinstance(model, str | os.PathLike) and config.gguf_file is None:
+        return os.fspath(model)
+    return None
+
+
 def _scorer_for(
     reward_model: RewardModelLike | None,
     config: EngineConfig,
     lm: PagedModel,
+    lm_source: str | None,
     tokenizer: PreTrainedTokenizerBase | None,
     reward_tokenizer: PreTrainedTokenizerBase | None,
     ranks: Ranks,
@@ -356,6 +367,7 @@ def _scorer_for(
         reward_model,
         lm_tokenizer=tokenizer,
         language_model=lm.model,
+        language_source=lm_source if ranks.size == 1 else None,
         reward_tokenizer=reward_tokenizer,
         device=config.reward_device if config.reward_device is not None else lm.device,
         dtype=config.dtype,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
+from stars_fast.models.interface import attention_configs, exclusive
 from stars_fast.models.logits import LogitHead
 
 #: Positions whose logits are there at once.
@@ -49,7 +50,8 @@ def prompt_scores(
         How many of the most likely tokens to name at each place, at least 0.
     """
     ids = torch.tensor([list(token_ids)], device=model.device)
-    hidden = model.base_model(input_ids=ids, use_cache=False, return_dict=True)[0][0]
+    with exclusive(attention_configs(model)):  # a reward model may share its layers
+        hidden = model.base_model(input_ids=ids, use_cache=False, return_dict=True)[0][0]
     scores = [TokenScore()]
     for begin in range(0, len(token_ids) - 1, _POSITIONS):
         following = ids[0, 1 + begin : 1 + begin + _POSITIONS]

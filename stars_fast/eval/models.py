@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stars_fast.engine import Engine
+    from stars_fast.rewards.log_ratio import LogRatio
     from stars_fast.rewards.persona import Persona
 
-Reward: TypeAlias = "str | RewardFunction | Persona"
+Reward: TypeAlias = "str | RewardFunction | LogRatio | Persona"
 
 #: Options of `Engine` that a result depends on, beside the models.
 _MATTER = ("dtype", "kv_dtype", "reward_template", "reward_head", "compile_model")
@@ -80,13 +81,16 @@ class Models:
         import torch
 
         from stars_fast.rewards.load import load_scorer
+        from stars_fast.rewards.log_ratio import LogRatio
 
         options = {name: self.options[name] for name in _OF_SCORER if name in self.options}
         device = self.options.get("reward_device") or self.options.get("device")
         tokenizer = self.tokenizer(None)
+        against_base = isinstance(source, LogRatio) and source.reference is None
         scorer = load_scorer(
             source,
             lm_tokenizer=tokenizer,
+            language_model=self.base()[0] if against_base else None,
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             template=template,
             head=head,
@@ -134,11 +138,21 @@ def identity_of(source: Reward | None) -> Any:  # noqa: ANN401 - JSON
     if source is None:
         return None
     if isinstance(source, str):
-        name, files = source, [*Path(source).glob("*.safetensors"), *Path(source).glob("*.bin")]
+        name, files = source, _weights(source)
     elif inspect.isfunction(source):
         name = f"{source.__module__}:{source.__qualname__}"
         files = [Path(source.__code__.co_filename)]
     else:
-        name, files = repr(source), []
+        name, files = repr(source), [f for each in sources_of(source) for f in _weights(each)]
     stats = [(path.name, path.stat()) for path in sorted(files) if path.exists()]
     return [name, [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]]
+
+
+def sources_of(source: object) -> list[str]:
+    """Return the directories and hub ids of the models that a `LogRatio` is made of."""
+    models = (getattr(source, "policy", None), getattr(source, "reference", None))
+    return [model for model in models if isinstance(model, str)]
+
+
+def _weights(source: str) -> list[Path]:
+    return [*Path(source).glob("*.safetensors"), *Path(source).glob("*.bin")]

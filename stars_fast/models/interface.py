@@ -109,14 +109,30 @@ _LOCKS: dict[int, threading.RLock] = {}
 
 
 @contextlib.contextmanager
+def exclusive(configs: list[Any]) -> Iterator[None]:
+    """Let one thread at a time use a model that has these configurations.
+
+    A pass may change settings and layers of the model while it runs, so passes of engines that
+    share one, each on a thread of its own, are made one after the other.
+
+    Parameters
+    ----------
+    configs
+        See `attention_configs`. A model and its backbone have some in common, in one order.
+    """
+    with contextlib.ExitStack() as locks:
+        for config in configs:
+            locks.enter_context(_lock_of(config))
+        yield
+
+
+@contextlib.contextmanager
 def attention_implementation(configs: list[Any], name: str) -> Iterator[None]:
     """Set the attention implementation in a model's configurations, and restore what was set.
 
-    The setting is part of the model, so passes of engines that share one, each on a thread of its
-    own, are made one after the other. The public setter would also reach into sub-configurations
-    that no module of the model reads.
+    The public setter would also reach into sub-configurations that no module of the model reads.
     """
-    with _lock_of(configs[0]):
+    with exclusive(configs):
         before = [config._attn_implementation_internal for config in configs]
         try:
             for config in configs:

@@ -12,6 +12,7 @@ from transformers.utils.generic import ModelOutput
 
 from stars_fast.errors import UnsupportedModelError
 from stars_fast.models.checks import has_lm_head
+from stars_fast.models.interface import attention_configs, exclusive
 
 __all__ = ["LogitHead"]
 
@@ -39,11 +40,12 @@ class LogitHead:
         if not has_lm_head(model):
             raise UnsupportedModelError(f"{name} has no language-model head")
         self._model = model
+        self._configs = attention_configs(model)
         weight = model.get_input_embeddings().weight
         assert isinstance(weight, Tensor)
         rows = weight.shape[0]
         ids = torch.tensor([[i % rows for i in range(1, 8)]], device=model.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), exclusive(self._configs):
             want = model(input_ids=ids, use_cache=False, return_dict=True).logits[0].float()
             output = model.base_model(input_ids=ids, use_cache=False, return_dict=True)
         hidden = output[0][0]
@@ -74,7 +76,8 @@ class LogitHead:
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return logits ``[N, vocab]`` of the backbone's hidden states ``[N, hidden]``."""
         ids = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
-        with _returning(self._backbone, self._kind(last_hidden_state=hidden.unsqueeze(0))):
+        given = self._kind(last_hidden_state=hidden.unsqueeze(0))
+        with exclusive(self._configs), _returning(self._backbone, given):
             output = self._model(input_ids=ids, use_cache=False, return_dict=True)
         logits = output.logits
         assert isinstance(logits, Tensor)

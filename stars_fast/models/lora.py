@@ -1,4 +1,4 @@
-"""LoRA adapters in peft's files, merged into their base.
+"""LoRA adapters in peft's files, merged into their base or applied beside it.
 
 Weights are W + (alpha / r) B A (arXiv 2106.09685), alpha / sqrt(r) with rank-stabilised LoRA. What
 peft writes beyond that is refused.
@@ -7,7 +7,8 @@ peft writes beyond that is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.files import read_json
 
-__all__ = ["LoraAdapter"]
+__all__ = ["LoraAdapter", "LoraLayers"]
 
 _PREFIX = "base_model.model."
 #: Options of peft under which a weight is more than W + s B A.
@@ -121,17 +122,15 @@ class LoraAdapter:
             If it adapts what the base does not have.
         """
         parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
-        rest = dict(weights)
-        for name in [name for name in weights if name.endswith(".lora_A.weight")]:
-            path = name.removesuffix(".lora_A.weight")
-            down, up = rest.pop(name), rest.pop(f"{path}.lora_B.weight", None)
+        pairs, rest = self._pairs(weights)
+        for path, (down, up) in pairs.items():
             target, module = parameters.get(f"{path}.weight"), modules.get(path)
-            if up is None or target is None or isinstance(module, nn.Embedding):
+            if target is None or isinstance(module, nn.Embedding):
                 raise ModelLoadError(
                     f"{self.name} adapts {path}, which {type(model).__name__} of its base "
                     f"{self.base!r} does not have so"
                 )
-            change = self._scale(len(down)) * up.float() @ down.float()
+            change = up @ down
             if isinstance(module, Conv1D):  # transposed
                 change = change.T
             if change.shape != target.shape:
@@ -149,6 +148,89 @@ class LoraAdapter:
                 )
             target.copy_(value)
 
+    @torch.no_grad()
+    def beside(
+        self, model: PreTrainedModel, weights: Mapping[str, Tensor]
+    ) -> tuple[LoraLayers, dict[str, Tensor]] | None:
+        """Return its layers beside those of a model that stays as it is, and its whole weights.
+
+        None where a pair adapts anything but a linear layer of the model's backbone.
+
+        Raises
+        ------
+        ModelLoadError
+            If half of a pair is missing.
+        """
+        pairs, rest = self._pairs(weights)
+        modules = dict(model.named_modules())
+        inside = {*model.base_model.modules()}
+        layers = []
+        for path, (down, up) in pairs.items():
+            module = modules.get(path)
+            if module not in inside or not isinstance(module, nn.Linear | Conv1D):
+                return None
+            weight = module.weight
+            shape = weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape
+            if (len(up), down.shape[1]) != tuple(shape) or not weight.is_floating_point():
+                return None
+            layers.append(_Layer(module, down.to(weight), up.to(weight)))
+        return LoraLayers(tuple(layers)), rest
+
+    def _pairs(
+        self, weights: Mapping[str, Tensor]
+    ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+        """Return A and (alpha / r) B by path, in float32, and the weights that are of no pair."""
+        pairs, rest = {}, dict(weights)
+        for name in [name for name in weights if name.endswith(".lora_A.weight")]:
+            path = name.removesuffix(".lora_A.weight")
+            down, up = rest.pop(name), rest.pop(f"{path}.lora_B.weight", None)
+            if up is None:
+                raise ModelLoadError(f"{self.name} adapts {path} by lora_A without lora_B")
+            pairs[path] = down.float(), self._scale(len(down)) * up.float()
+        return pairs, rest
+
     def _scale(self, rank: int) -> float:
         alpha = float(self.fields.get("lora_alpha", 8))
         return alpha / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    module: nn.Module
+    down: Tensor  # A [r, in]
+    up: Tensor  # (alpha / r) B [out, r]
+
+    def forward(self, base: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Return the layer's forward with the pair's product added: W x + (alpha / r) B A x."""
+        linear = nn.functional.linear
+
+        def forward(input: Tensor) -> Tensor:
+            return base(input) + linear(linear(input, self.down), self.up)
+
+        return forward
+
+
+@dataclass(frozen=True)
+class LoraLayers:
+    """Pairs of an adapter beside linear layers of a model, which they change only while `active`.
+
+    The model's weights are neither copied nor written.
+    """
+
+    layers: tuple[_Layer, ...]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Add each pair to its layer's forward, whatever that is now, for the time of a pass."""
+        before = [layer.module.__dict__.get("forward") for layer in self.layers]
+        for layer in self.layers:
+            # Past nn.Module.__setattr__, which is slow and meant for parameters.
+            layer.module.__dict__["forward"] = layer.forward(layer.module.forward)
+        try:
+            yield
+        finally:
+            for layer, forward in zip(self.layers, before, strict=True):
+                if forward is None:
+                    del layer.module.__dict__["forward"]
+                else:
+                    layer.module.__dict__["forward"] = forward

@@ -25,6 +25,7 @@ from stars_fast.models.interface import (
 )
 from stars_fast.models.kv_scales import ScaleProbe
 from stars_fast.models.linear import OneDnnLinears
+from stars_fast.models.lora import LoraLayers
 from stars_fast.models.pool import Pools
 from stars_fast.models.probe import attention_layout
 from stars_fast.ops.attention import AttentionOptions, AttentionPlan, attend, plan_attention
@@ -78,6 +79,9 @@ class PagedModel:
         embeddings, gates) by `torch.compile`; the first passes wait for the compiler.
     ranks : Ranks
         Those that hold the model together, each with the pages of its own KV heads.
+    lora : LoraLayers, optional
+        An adapter beside layers of the backbone, active in the passes of this object only, so that
+        others may run the model without it. Not with `compile_model`.
 
     Raises
     ------
@@ -98,6 +102,7 @@ class PagedModel:
         kv_dtype: KvDtype = "auto",
         compile_model: bool = False,
         ranks: Ranks = ALONE,
+        lora: LoraLayers | None = None,
     ) -> None:
         if num_pages < 2:
             raise ValueError(
@@ -113,7 +118,10 @@ class PagedModel:
         check_architecture(model)
         if model.training:
             raise ValueError("model must be in eval mode: call model.eval() first")
+        if lora is not None and compile_model:
+            raise ValueError("compile_model must be False with lora, got True")
         self.model = model
+        self._lora = lora
         self.num_pages = num_pages
         self.page_size = page_size
         self._backend: Backend = backend
@@ -352,8 +360,9 @@ class PagedModel:
         """First output of a forward on packed tokens ``[T]``, without its batch dimension."""
         ids = input_ids.unsqueeze(0)
         linears = contextlib.nullcontext() if self._linears is None else self._linears.active()
+        lora = contextlib.nullcontext() if self._lora is None else self._lora.active()
         together = self._ranks.together()
-        with attention_implementation(self._configs, STARS_PAGED), linears, together:
+        with attention_implementation(self._configs, STARS_PAGED), linears, lora, together:
             output = self._compiled.get(module, module)(
                 input_ids=ids,
                 # Padding is not expressed through the mask; some models ask for one all the same.

@@ -6,8 +6,8 @@ tokenizer, the context length, the architecture.
 
 from __future__ import annotations
 
+import functools
 import os
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -17,10 +17,8 @@ from stars_fast.config import Backend, KvDtype, TemplateLike
 from stars_fast.distributed import ALONE, Ranks
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.checks import has_lm_head
-from stars_fast.models.load import adapted_model, load_tokenizer, same_device
-from stars_fast.models.lora import LoraAdapter
-from stars_fast.models.paged import PagedModel
-from stars_fast.models.pool import default_num_pages
+from stars_fast.models.load import adapted_model, load_causal_lm, load_tokenizer, same_device
+from stars_fast.models.lora import LoraAdapter, LoraLayers
 from stars_fast.models.selfcheck import check_numbers
 from stars_fast.reward_head import RewardHead, RewardHeadLike
 from stars_fast.rewards.adapter import load_adapter
@@ -34,7 +32,11 @@ from stars_fast.rewards.kinds import Loaded, load_kind
 from stars_fast.rewards.kinds.classifier import of_classifier
 from stars_fast.rewards.kinds.language_model import of_language_model
 from stars_fast.rewards.labels import Readout
-from stars_fast.rewards.persona import Persona, PersonaScorer, PersonaTokens
+from stars_fast.rewards.load_log_ratio import Drafting, load_log_ratio
+from stars_fast.rewards.log_probs import log_prob_scorer
+from stars_fast.rewards.log_ratio import LanguageModelLike, LogRatio
+from stars_fast.rewards.persona import Persona, PersonaTokens
+from stars_fast.rewards.pool import RewardPool
 from stars_fast.rewards.text import CallableTemplate, make_template
 from stars_fast.rewards.tokens import RetokenizedText, SharedTokens, TokenSource
 from stars_fast.rewards.vocabulary import check_vocabulary, embedding_rows, same_tokens
@@ -42,10 +44,8 @@ from stars_fast.rewards.vocabulary import check_vocabulary, embedding_rows, same
 __all__ = ["RewardModelLike", "load_scorer"]
 
 RewardModelLike: TypeAlias = (
-    "str | os.PathLike[str] | PreTrainedModel | Persona | RewardModel | RewardFunction"
+    "str | os.PathLike[str] | PreTrainedModel | LogRatio | Persona | RewardModel | RewardFunction"
 )
-# Of the free memory on a GPU, once the language model's pool is there.
-RM_POOL_SHARE = 0.6
 
 
 def load_scorer(
@@ -53,6 +53,7 @@ def load_scorer(
     *,
     lm_tokenizer: PreTrainedTokenizerBase | None,
     language_model: PreTrainedModel | None = None,
+    language_source: str | None = None,
     reward_tokenizer: PreTrainedTokenizerBase | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str = "auto",
@@ -75,18 +76,22 @@ def load_scorer(
 
     Parameters
     ----------
-    reward_model : str, path, PreTrainedModel, Persona, callable or RewardModel
+    reward_model : str, path, PreTrainedModel, LogRatio, Persona, callable or RewardModel
         A local directory or hub id of a reward model of a known kind (docs/rewards.md); a
         classifier or language model, loaded (it stays on its device and in its dtype, and is put in
-        eval mode); a
-        `Persona`, under which the language model judges itself; a function
-        `f(prompts, responses) -> list[float]`; or an object with such a method `score`.
+        eval mode); a `LogRatio` of two language models; a `Persona`, under which the language model
+        judges itself; a function `f(prompts, responses) -> list[float]`; or an object with such a
+        method `score`.
     lm_tokenizer : transformers tokenizer or None
         The language model's. Where the reward model's agrees with it token for token, response ids
         are used as they are; otherwise texts are tokenised again. Without one there are no texts,
         which is for reward functions alone.
     language_model : PreTrainedModel, optional
-        The language model, known to run on pages; a `Persona` needs it.
+        The language model, known to run on pages; a `Persona` needs it, and a `LogRatio` without a
+        reference.
+    language_source : str, optional
+        The directory or hub id whose weights it has, unchanged. A LoRA adapter of these shares
+        them.
     reward_tokenizer : transformers tokenizer, optional
         The reward model's. By default it is loaded from where the model came from.
     device : torch.device or str, optional
@@ -98,7 +103,8 @@ def load_scorer(
     head : RewardHead, str or None
         What of the model's head is the reward; None: its one label.
     num_pages : int, optional
-        Pages of a causal reward model's or a judge's cache; by default see `default_num_pages`.
+        Pages of a causal reward model's or a judge's cache, of each of a `LogRatio`; by default see
+        `default_num_pages`.
     page_size : int
         Tokens per page.
     trust_remote_code : bool
@@ -132,7 +138,7 @@ def load_scorer(
     """
     wanted = RewardHead.of(head)
     reward_model = adapted_model(reward_model)
-    pool = _Pool(
+    pool = RewardPool(
         num_pages=num_pages,
         page_size=page_size,
         max_rows=max_rows,
@@ -145,7 +151,7 @@ def load_scorer(
         judge = _check_judge(language_model, lm_tokenizer, reward_tokenizer, template, device)
         _check_no_head(wanted, "a Persona")
         return _persona_scorer(reward_model, *judge, pool, parse_special)
-    if not isinstance(reward_model, str | os.PathLike | PreTrainedModel):
+    if not isinstance(reward_model, str | os.PathLike | PreTrainedModel | LogRatio):
         _check_no_head(wanted, "a reward function")
         return _python_scorer(reward_model, template, timeout)
     if lm_tokenizer is None and not texts_only:
@@ -153,6 +159,27 @@ def load_scorer(
             "a reward model that is not a function needs the language model's tokenizer, and none "
             "was found beside the language model: pass tokenizer"
         )
+    drafting = Drafting(language_model, lm_tokenizer, language_source)
+    if isinstance(reward_model, LogRatio):
+        _check_no_head(wanted, "a LogRatio")
+        return load_log_ratio(
+            reward_model,
+            drafting,
+            pool,
+            functools.partial(
+                _load_language_model,
+                dtype=dtype,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                allow_pickle=allow_pickle,
+                num_ranks=ranks.size,
+            ),
+            device=device,
+            tokenizer=reward_tokenizer,
+            template=template,
+            parse_special=parse_special,
+        )
+    lora: LoraLayers | None = None
     if isinstance(reward_model, str | os.PathLike):
         source = os.fspath(reward_model)
         how = Loading(device, dtype, allow_pickle, ranks.size)
@@ -160,7 +187,8 @@ def load_scorer(
         if adapter is not None:
             source = adapter.tokenizer_source
             tokenizer = reward_tokenizer or _load_tokenizer(source, trust_remote_code)
-            loaded = load_adapter(adapter, wanted, how)
+            base = None if compile_model else drafting.base_of(adapter, device)
+            loaded, lora = load_adapter(adapter, wanted, how, base)
         else:
             checkpoint = Checkpoint.open(source, allow_pickle=allow_pickle)
             tokenizer = reward_tokenizer or _load_tokenizer(source, trust_remote_code)
@@ -171,42 +199,7 @@ def load_scorer(
         loaded = _read_loaded(reward_model, wanted)
     if loaded.readout is not None:
         return _encoder_scorer(loaded.model, tokenizer, template, loaded.readout, parse_special)
-    return _causal_scorer(loaded, tokenizer, lm_tokenizer, template, pool, parse_special)
-
-
-@dataclass(frozen=True)
-class _Pool:
-    """The user's options for a causal model's pages."""
-
-    num_pages: int | None
-    page_size: int
-    max_rows: int
-    backend: Backend
-    kv_dtype: KvDtype
-    compile_model: bool
-    ranks: Ranks
-
-    def paged(self, model: PreTrainedModel) -> PagedModel:
-        """Return the model on pages, as many as fit where none were asked for."""
-        num_pages = self.num_pages
-        if num_pages is None:
-            num_pages = default_num_pages(
-                model,
-                page_size=self.page_size,
-                max_rows=self.max_rows,
-                gpu_share=RM_POOL_SHARE,
-                kv_dtype=self.kv_dtype,
-            )
-            num_pages = self.ranks.smallest(num_pages)
-        return PagedModel(
-            model,
-            num_pages=num_pages,
-            page_size=self.page_size,
-            backend=self.backend,
-            kv_dtype=self.kv_dtype,
-            compile_model=self.compile_model,
-            ranks=self.ranks,
-        )
+    return _causal_scorer(loaded, lora, tokenizer, lm_tokenizer, template, pool, parse_special)
 
 
 def _python_scorer(reward_model: object, template: TemplateLike, timeout: float | None) -> Scorer:
@@ -270,10 +263,11 @@ def _encoder_scorer(
 
 def _causal_scorer(
     loaded: Loaded,
+    lora: LoraLayers | None,
     tokenizer: PreTrainedTokenizerBase,
     lm_tokenizer: PreTrainedTokenizerBase | None,
     template: TemplateLike,
-    pool: _Pool,
+    pool: RewardPool,
     parse_special: bool,
 ) -> Scorer:
     model = loaded.model
@@ -286,7 +280,7 @@ def _causal_scorer(
         check_numbers(model, backend=pool.backend)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{error} As a reward model: {CALLABLE_ADVICE}") from error
-    paged = pool.paged(model)
+    paged = pool.paged(model, lora)
     source: TokenSource
     if (
         lm_tokenizer is not None
@@ -339,18 +333,39 @@ def _persona_scorer(
     persona: Persona,
     language_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    pool: _Pool,
+    pool: RewardPool,
     parse_special: bool,
 ) -> Scorer:
     rows = embedding_rows(language_model)
     source = PersonaTokens(persona, tokenizer, rows, parse_special=parse_special)
-    paged = pool.paged(language_model)
-    return PersonaScorer(
-        paged,
+    return log_prob_scorer(
+        pool.paged(language_model),
         source,
-        num_pages=paged.num_pages,
-        page_size=paged.page_size,
         max_rows=pool.max_rows,
+        words=("the judge", "with the persona", "the persona or the prompt"),
+    )
+
+
+def _load_language_model(
+    source: LanguageModelLike,
+    *,
+    dtype: torch.dtype | str,
+    device: torch.device | str | None,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+    num_ranks: int,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a causal language model and its tokenizer; a loaded one stays where and what it is."""
+    if isinstance(source, PreTrainedModel):
+        source.train(False)
+        return load_causal_lm(source, trust_remote_code=trust_remote_code, num_ranks=num_ranks)
+    return load_causal_lm(
+        source,
+        dtype=dtype,
+        device=device or "cpu",
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+        num_ranks=num_ranks,
     )
 
 

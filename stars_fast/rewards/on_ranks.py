@@ -15,6 +15,7 @@ from stars_fast.models.load import same_device
 from stars_fast.models.sharded import num_shards, why_not_sharded
 from stars_fast.rewards.base import Prompt, ScoreJob, Scorer
 from stars_fast.rewards.load import RewardModelLike
+from stars_fast.rewards.log_ratio import LogRatio
 from stars_fast.rewards.persona import Persona
 
 __all__ = ["ScorerOnRanks", "load_on_ranks"]
@@ -37,7 +38,8 @@ def load_on_ranks(
         Loads it, split over the ranks that it is given.
     reward_model
         What it loads. Split are models by name whose architecture can be, loaded models that are
-        already, and a `Persona`; functions, encoders, and what is on another device are not.
+        already, a `Persona`, and both models of a `LogRatio`; functions, encoders, and what is on
+        another device are not.
     ranks
         Those of the language model.
     device
@@ -70,13 +72,21 @@ def _why_alone(
 ) -> str:
     if isinstance(reward_model, Persona):
         return ""
+    elsewhere = device is not None and not same_device(
+        torch.device(device), torch.device(ranks.device or "cpu")
+    )
+    if isinstance(reward_model, LogRatio):
+        if elsewhere and reward_model.reference is None:
+            raise ValueError(
+                "reward_device must be None for a LogRatio without a reference where "
+                f"tensor_parallel=True, got {device}: every rank has a part of the language model"
+            )
+        return f"it is to be on {device}" if elsewhere else ""
     if isinstance(reward_model, PreTrainedModel):
         return "" if num_shards(reward_model) == ranks.size else "it was loaded whole"
     if not isinstance(reward_model, str | os.PathLike):
         return "it is a function"
-    if device is not None and not same_device(
-        torch.device(device), torch.device(ranks.device or "cpu")
-    ):
+    if elsewhere:
         return f"it is to be on {device}"
     try:
         config = AutoConfig.from_pretrained(os.fspath(reward_model), trust_remote_code=False)

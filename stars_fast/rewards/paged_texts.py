@@ -221,8 +221,8 @@ class PagedTexts:
 
     def fork_point(self, row: Row) -> int:
         """Return how many ids of a row are not run."""
-        # The last token is run even if it is cached: its hidden state is not.
-        return min(self._cache.common_prefix(row.request, row.ids), len(row.ids) - 1)
+        # What is read is run even if it is cached: its hidden state is not.
+        return min(self._cache.common_prefix(row.request, row.ids), row.cut.first)
 
     def restorable(self, row: Row) -> int:
         """Return how many ids of the row `restore` caches if they are not; 0: none are missing."""

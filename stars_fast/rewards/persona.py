@@ -8,22 +8,18 @@ model's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from stars_fast.models.logits import LogitHead
-from stars_fast.models.paged import PagedModel
-from stars_fast.rewards.base import Prompt, ScoreJob
-from stars_fast.rewards.causal import CausalScorer
-from stars_fast.rewards.reading import NextTokens
+from stars_fast.rewards.base import Prompt
+from stars_fast.rewards.log_probs import DrawnTokens
 from stars_fast.rewards.text import conversation, marked_text
-from stars_fast.rewards.tokens import Ids, TokenPrompt, TokenSource
+from stars_fast.rewards.tokens import TokenPrompt
 from stars_fast.text.tokenization import SpecialTokens, TextEncoder, escaped
 
-__all__ = ["Persona", "PersonaScorer", "PersonaTokens"]
+__all__ = ["Persona", "PersonaTokens"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ class Persona:
             )
 
 
-class PersonaTokens(TokenSource):
+class PersonaTokens(DrawnTokens):
     """The persona's prompt as token ids, and response ids as the language model drew them.
 
     Parameters
@@ -84,8 +80,6 @@ class PersonaTokens(TokenSource):
         If the persona has a system message and the tokenizer no chat template that shows it.
     """
 
-    needs_text = False
-
     def __init__(
         self,
         persona: Persona,
@@ -94,10 +88,10 @@ class PersonaTokens(TokenSource):
         *,
         parse_special: bool = False,
     ) -> None:
+        super().__init__(vocab_size, "the language model")
         self._persona = persona
         self._special = SpecialTokens(tokenizer, parse=parse_special)
         self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
         # A chat template writes its own special tokens, as for the language model's prompts.
         self._encoder = TextEncoder(tokenizer, add_special_tokens=persona.system is None)
         if persona.system is not None:
@@ -127,21 +121,6 @@ class PersonaTokens(TokenSource):
         self._check(ids, "token ids of the persona's prompt")
         return TokenPrompt(ids, len(ids))
 
-    def encode(
-        self, prompts: Sequence[TokenPrompt], jobs: Sequence[ScoreJob]
-    ) -> list[Ids | Exception]:
-        """Return the persona's ids and the response's of each job."""
-        encoded: list[Ids | Exception] = []
-        for prompt, job in zip(prompts, jobs, strict=True):
-            response = np.asarray(job.response_ids, dtype=np.int64)
-            try:
-                self._check(response, "response_ids")
-            except ValueError as error:
-                encoded.append(error)
-            else:
-                encoded.append(np.concatenate((prompt.empty_ids, response)))
-        return encoded
-
     def _render(self, prompt: Prompt, system: str) -> str:
         messages, opening = self._special.marked_in(conversation(prompt))
         if opening:  # the language model reads its prompts so, too
@@ -162,56 +141,3 @@ class PersonaTokens(TokenSource):
                 f"the language model's chat template refuses messages of roles {roles}: {error}; "
                 "if it knows no system message, use Persona(template='... {prompt}')"
             ) from error
-
-    def _check(self, ids: Ids, name: str) -> None:
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
-            raise ValueError(
-                f"{name} must lie in [0, {self._vocab_size}), the language model's vocabulary, got "
-                f"{int(ids.min())} to {int(ids.max())}"
-            )
-
-
-class PersonaScorer(CausalScorer):
-    """The language model as judge of its own drafts.
-
-    A job's value is log p(segment | persona's prompt, committed text) in nats, the segment being
-    the response's tokens behind the committed text, under the model's raw distribution: at
-    temperature 1 and without filters. r(x) is 0.0 by definition, the log-probability of
-    nothing. Before anything is committed, the segment is the whole response.
-
-    Parameters
-    ----------
-    model : PagedModel
-        The language model on pages of the judge's own; its module may be that of another
-        `PagedModel`, whose calls must not run at the same time.
-    source : PersonaTokens
-        How prompts and jobs become ids.
-    num_pages, page_size, max_rows, max_batch_tokens
-        See `CausalScorer`.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If the model's logits cannot be computed from its hidden states.
-    """
-
-    def __init__(
-        self,
-        model: PagedModel,
-        source: PersonaTokens,
-        *,
-        num_pages: int,
-        page_size: int,
-        max_rows: int = 256,
-        max_batch_tokens: int = 8192,
-    ) -> None:
-        head = LogitHead(model.model)
-        super().__init__(
-            model,
-            NextTokens(head, head.vocab_size),
-            source,
-            num_pages=num_pages,
-            page_size=page_size,
-            max_rows=max_rows,
-            max_batch_tokens=max_batch_tokens,
-        )

@@ -495,6 +495,20 @@ def test_a_judge(
     assert "about 1 pairs" in capfd.readouterr().err
 
 
+def test_rewards_of_a_log_ratio(tmp_path: Path) -> None:
+    """Of the language model against itself: nothing is better than anything."""
+    lm = demo.model_dir()
+    models = ("--model", lm, "--log-ratio", f"{lm},beta=2", "--gold", "demo", "--prompts", "demo")
+    flags = ("--method", "stars:segment_length=4,target_reward=-1", "--no-plots")
+    assert run(*models, *SMALL, *flags, "--num-prompts", "1", "--out", tmp_path / "out") == 0
+    rows = responses(tmp_path / "out")
+    assert [row["reward"] for row in rows] == [0.0, 0.0]
+    shown = read(tmp_path / "out")["settings"]["models"]["reward_model"]
+    assert shown == f"LogRatio(policy={str(lm)!r}, reference=None, beta=2.0, over='response')"
+    gone = ("--model", lm, "--log-ratio", "/nowhere", *models[4:], *SMALL)
+    assert run(*gone, "--out", tmp_path / "other") == 2
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -394,6 +394,25 @@ def test_resume_with_other_settings_is_refused(
     assert len(read(out)) == 2
 
 
+def test_a_log_ratio_in_place_of_a_reward_model(
+    tmp_path: Path, engines: list[ScriptedEngine], capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, out = write(tmp_path / "in", "a"), tmp_path / "out"
+    flags = ("--input", source, "--output", out, *TARGET)
+    assert run(*flags, models=("--model", "lm", "--log-ratio", "dpo,sft,beta=0.1")) == 0
+    models = ("--model", "lm", "--log-ratio", "dpo,sft")
+    assert run(*flags, "--resume", models=models) == 2
+    assert "LogRatio(policy='dpo', reference='sft', beta=0.1" in capfd.readouterr().err
+    for extra, message in (
+        (("--log-ratio", "a,b,c"), "argument --log-ratio: must be POLICY"),
+        (("--log-ratio", "a,beta=0"), "argument --log-ratio: beta of a LogRatio must be finite"),
+        (("--log-ratio", "a", "--reward-model", "b"), "not allowed with argument"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            run("--prompt", "a", models=("--model", "lm", *extra))
+        assert message in capfd.readouterr().err
+
+
 def test_resume_without_settings_says_so(
     tmp_path: Path, engines: list[ScriptedEngine], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import subprocess
@@ -16,8 +17,9 @@ from helpers.tiny_architectures import tiny_lm
 from helpers.tiny_lm import small_model
 from helpers.tiny_rewards import reward_model
 from helpers.tiny_tokenizers import bpe_tokenizer
-from helpers.two_ranks import PARAMS, PERSONA, PROMPTS
+from helpers.two_ranks import LOG_RATIO, PARAMS, PERSONA, PROMPTS
 
+from stars_fast import LogRatio
 from stars_fast.errors import UnsupportedModelError
 from stars_fast.models.load import load_causal_lm
 from stars_fast.outputs import RequestOutput
@@ -29,7 +31,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The saved models."""
     path = tmp_path_factory.mktemp("models")
     tokenizer = bpe_tokenizer()
-    for name, model in ("lm", small_model()), ("rm", reward_model("llama", tokenizer)):
+    dpo = copy.deepcopy(small_model())
+    dpo.lm_head.weight.data *= 1.1
+    saved = ("lm", small_model()), ("rm", reward_model("llama", tokenizer)), ("dpo", dpo)
+    for name, model in saved:
         model.save_pretrained(path / name)
         tokenizer.save_pretrained(path / name)
     return path
@@ -109,6 +114,16 @@ def test_persona(ranks: list[dict[str, Any]], folder: Path) -> None:
     for seen in ranks:
         check_same(seen["persona"], two_ranks.generated(one, PERSONA))
     assert ranks[0]["persona"] == ranks[1]["persona"]
+
+
+def test_log_ratio(ranks: list[dict[str, Any]], folder: Path) -> None:
+    one = two_ranks.engine(folder, LogRatio(folder / "dpo"))
+    wanted = two_ranks.generated(one, LOG_RATIO)
+    for seen in ranks:
+        check_same(seen["log ratio"], wanted)
+    assert ranks[0]["log ratio"] == ranks[1]["log ratio"]
+    segments = [s for output in wanted for s in output.outputs[0].segments]
+    assert len({s.reward for s in segments}) == len(segments) > 3
 
 
 def test_a_loaded_model(ranks: list[dict[str, Any]], alone: dict[str, list[RequestOutput]]) -> None:

@@ -22,7 +22,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 import stars_fast.drafting.rows
 import stars_fast.engine.loop
 import stars_fast.engine.round
-from stars_fast import Engine, StarsParams
+from stars_fast import Engine, LogRatio, StarsParams
 from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.models.paged import PagedModel
 from stars_fast.outputs import RequestOutput
@@ -44,6 +44,7 @@ PARAMS = {
     "mara": StarsParams("mara", **_FEW, max_attempts=5),
 }
 PERSONA = StarsParams("persona_judge", **_FEW, max_attempts=5)
+LOG_RATIO = StarsParams(**{**_SEGMENTS, "target_reward": 0.5}, max_attempts=3)
 
 
 def engine(folder: Path, reward: Any = "directory", **options: Any) -> Engine:
@@ -175,6 +176,8 @@ def main(folder: Path) -> None:
     found["failing rewards"] = [o.error for o in generated(failing, PARAMS["stars"])]
     judge = engine(folder, Persona(template="Human: {prompt}"), tensor_parallel=True)
     found["persona"] = generated(judge, PERSONA)
+    ratio = engine(folder, LogRatio(folder / "dpo"), tensor_parallel=True)
+    found["log ratio"] = generated(ratio, LOG_RATIO)
 
     loaded = AutoModelForCausalLM.from_pretrained(
         folder / "lm", distributed_config=DistributedConfig(tp_plan="auto", tp_size=2)

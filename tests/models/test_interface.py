@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from concurrent import futures
 
+import pytest
 from helpers.tiny_lm import letter_model, letter_tokenizer
 
 from stars_fast import Engine, StarsParams
 from stars_fast.models import interface
-from stars_fast.models.interface import STARS_PAGED, attention_implementation
+from stars_fast.models.interface import (
+    STARS_PAGED,
+    attention_configs,
+    attention_implementation,
+    exclusive,
+)
 
 
 def test_passes_of_one_model_are_made_one_after_the_other() -> None:
@@ -46,3 +53,21 @@ def test_a_lock_goes_with_its_model() -> None:
     del config
     gc.collect()
     assert key not in interface._LOCKS
+
+
+def test_a_model_and_its_backbone_are_one() -> None:
+    """Also where the backbone has a configuration of its own inside of the model's."""
+    model = copy.deepcopy(letter_model())
+    model.config = copy.copy(model.config)
+    assert len(attention_configs(model)) == 2
+
+    def use_backbone() -> None:
+        with exclusive(attention_configs(model.base_model)):
+            pass
+
+    with futures.ThreadPoolExecutor(1) as pool:
+        with exclusive(attention_configs(model)):
+            using = pool.submit(use_backbone)
+            with pytest.raises(futures.TimeoutError):
+                using.result(timeout=0.1)
+        using.result(timeout=60)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from stars_fast import RewardHead
+from stars_fast import Engine, LogRatio, RewardHead, StarsParams
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.files import check_model_directory
 from stars_fast.models.load import load_causal_lm
-from stars_fast.rewards import Scorer, load_scorer
+from stars_fast.rewards import ScoreJob, Scorer, load_scorer
+from stars_fast.rewards.log_ratio import LogRatioScorer
 
 LM = bpe_tokenizer(400)
 RANK, ALPHA = 4, 8
@@ -108,6 +110,116 @@ def test_a_value_head_beside_an_adapter(tmp_path: Path) -> None:
         load(tmp_path / "adapter", tokens),
         lambda ids: lm(input_ids=ids).logits[0, -1, 50] - lm(input_ids=ids).logits[0, -1, 60],
     )
+
+
+def tensors_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def beside_and_merged(tmp_path: Path, head: Any = None) -> tuple[Engine, Scorer]:
+    """An engine whose language model is the adapter's base, and the merged adapter's scorer."""
+    (tmp_path / "here").symlink_to(tmp_path / "base")  # the same directory by another name
+    options = {"num_pages": 200, "page_size": 4}
+    engine = Engine(tmp_path / "here", tmp_path / "adapter", reward_head=head, **options)
+    return engine, load(tmp_path / "adapter", head)
+
+
+def check_beside(engine: Engine, merged: Scorer) -> None:
+    """One set of weights, the merged adapter's rewards, and a language model as it was."""
+    lm, scorer = engine.loop.model.model, engine.loop.scorer
+    assert scorer is not None
+    assert scorer.module is not None
+    assert {p.data_ptr() for p in scorer.module.parameters()} <= {
+        p.data_ptr() for p in lm.parameters()
+    }
+    before, ids = tensors_of(lm), torch.tensor([[5, 6, 7, 8]])
+    vanilla = StarsParams(method="vanilla", max_tokens=8, seed=1)
+    drafts = engine.generate([[5, 6, 7]], vanilla)[0].outputs[0].token_ids
+    bare = Engine(lm, tokenizer=LM, num_pages=60, page_size=4)
+    assert drafts == bare.generate([[5, 6, 7]], vanilla)[0].outputs[0].token_ids
+    with torch.no_grad():
+        logits = lm(input_ids=ids).logits
+    walk = Walk(scorer, LM)
+    walk.start(0, text_prompt(LM, QUESTIONS[0]))
+    walk.run(rounds=5)
+
+    def expected(item: Round) -> float:
+        handle = 1000 + walk.rounds.index(item)
+        merged.start(handle, item.prompt, 60)
+        (reward,) = merged.score([replace(item.job, request=handle)])
+        assert isinstance(reward, float)
+        return reward
+
+    walk.check(expected)
+    assert len({item.reward for item in walk.rounds}) > 3
+    with torch.no_grad():
+        assert torch.equal(lm(input_ids=ids).logits, logits)
+    assert all(torch.equal(before[name], value) for name, value in lm.state_dict().items())
+    assert drafts == engine.generate([[5, 6, 7]], vanilla)[0].outputs[0].token_ids
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_classifier_beside_the_language_model(tmp_path: Path, family: str) -> None:
+    model = reward_model(family, LM)
+    lm = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager").eval()
+    lm.save_pretrained(tmp_path / "base")
+    LM.save_pretrained(tmp_path / "base")
+    weights = adapted(lm, family, ALPHA / RANK)
+    weights["score.weight"] = model.score.weight.detach()
+    write(tmp_path / "adapter", tmp_path / "base", weights)
+    check_beside(*beside_and_merged(tmp_path))
+    # Whole weights of the backbone cannot lie beside it: the base is loaded again.
+    name = "transformer.wte.weight" if family == "gpt2" else "model.embed_tokens.weight"
+    weights[name] = 2 * lm.get_input_embeddings().weight.detach()
+    write(tmp_path / "adapter", tmp_path / "base", weights)
+    again = Engine(tmp_path / "base", tmp_path / "adapter", num_pages=60, page_size=4)
+    merged = load(tmp_path / "adapter")
+    values = [engine_score(again), score_of(merged)]
+    assert values[0] == pytest.approx(values[1], abs=1e-5)
+    assert again.loop.scorer is not None
+    assert again.loop.scorer.module is not None
+    assert again.loop.scorer.module.base_model is not again.loop.model.model.base_model
+
+
+def engine_score(engine: Engine) -> float:
+    (value,) = engine.score([QUESTIONS[0]], [" Rinse it"])
+    return value
+
+
+def score_of(scorer: Scorer) -> float:
+    scorer.start(0, text_prompt(LM, QUESTIONS[0]), 20)
+    ids = LM(" Rinse it", add_special_tokens=False)["input_ids"]
+    (value,) = scorer.score([ScoreJob(0, 0, ids, " Rinse it")])
+    assert isinstance(value, float)
+    return value
+
+
+def test_language_models_beside_themselves(tmp_path: Path) -> None:
+    """The adapter of a value head, of a verdict, and of a policy whose reference is the base."""
+    config = reward_model("llama", LM).config
+    lm = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    lm.save_pretrained(tmp_path / "base")
+    LM.save_pretrained(tmp_path / "base")
+    weights = adapted(lm, "llama", ALPHA / RANK)
+    folder = tmp_path / "adapter"
+    write(folder, tmp_path / "base", weights, task_type="CAUSAL_LM")
+    save_file({"v_head.summary.weight": torch.randn(1, 32)}, folder / "value_head.safetensors")
+    check_beside(*beside_and_merged(tmp_path))
+    verdict = RewardHead(tokens=(50, 60))
+    engine = Engine(tmp_path / "base", folder, reward_head=verdict, num_pages=60, page_size=4)
+    assert engine_score(engine) == pytest.approx(score_of(load(folder, verdict)), abs=1e-4)
+    options = {"num_pages": 60, "page_size": 4}
+    shared = Engine(tmp_path / "base", LogRatio(folder), **options)
+    scorer = shared.loop.scorer
+    assert isinstance(scorer, LogRatioScorer)
+    assert scorer._policy.module is scorer._reference.module is shared.loop.model.model
+    apart = Engine(tmp_path / "base", LogRatio(folder, tmp_path / "base"), **options)
+    merged = Engine(
+        lm, LogRatio(lm, tmp_path / "base"), tokenizer=LM, reward_tokenizer=LM, **options
+    )
+    values = [engine_score(engine) for engine in (shared, apart, merged)]
+    assert values == pytest.approx([values[2]] * 3, abs=1e-4)
+    assert abs(values[2]) > 0.1
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

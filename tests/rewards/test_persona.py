@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from stars_fast import Engine
 from stars_fast.errors import RewardError
 from stars_fast.rewards import Persona, Prompt, ScoreJob, load_scorer
-from stars_fast.rewards.persona import PersonaScorer, PersonaTokens
+from stars_fast.rewards.causal import CausalScorer
+from stars_fast.rewards.persona import PersonaTokens
 from stars_fast.rewards.reading import NextTokens
 
 LM = bpe_tokenizer(400)
@@ -39,10 +40,10 @@ def model() -> PreTrainedModel:
 
 def scorer_of(
     model: PreTrainedModel, persona: Persona = KIND, *, num_pages: int = 300, **options: Any
-) -> PersonaScorer:
+) -> CausalScorer:
     options = {"lm_tokenizer": LM, "language_model": model, "page_size": PAGE, **options}
     scorer = load_scorer(persona, num_pages=num_pages, **options)
-    assert isinstance(scorer, PersonaScorer)
+    assert isinstance(scorer, CausalScorer)
     return scorer
 
 
@@ -65,7 +66,7 @@ def expected(model: PreTrainedModel, item: Round) -> float:
     return log_p(model, [*kind_ids(item.prompt), *item.job.response_ids], max(new, 0))
 
 
-def walk_of(scorer: PersonaScorer, requests: int, seed: int = 0, prompts: int = 6) -> Walk:
+def walk_of(scorer: CausalScorer, requests: int, seed: int = 0, prompts: int = 6) -> Walk:
     walk = Walk(scorer, LM, seed=seed, candidates=4)
     for request in range(requests):
         number = request % prompts
@@ -387,7 +388,7 @@ def test_tokens_out_of_range_and_responses_that_do_not_continue(model: PreTraine
     unknown, good, other, shorter, negative = scorer.score(
         [ScoreJob(0, 1 + i, ids, "") for i, ids in enumerate(jobs)]
     )
-    assert "response_ids must lie in [0, 400), the language model's vocabulary" in str(unknown)
+    assert "response_ids must lie in [0, 400), the vocabulary of the language model" in str(unknown)
     assert isinstance(negative, ValueError)
     for bad in (other, shorter):
         assert isinstance(bad, ValueError)
