@@ -50,6 +50,8 @@ class RemoteReward:
         For a parameter that is out of range.
     """
 
+    remote = True  # what else scores does not wait for it
+
     def __init__(
         self,
         url: str,
