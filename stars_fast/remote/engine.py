@@ -32,7 +32,7 @@ from stars_fast.remote.prompts import TextPromptReader
 from stars_fast.remote.servers import find_server
 from stars_fast.reward_head import RewardHeadLike
 from stars_fast.rewards.base import Scorer
-from stars_fast.rewards.load_several import RewardModelsLike, load_rewards
+from stars_fast.rewards.load_several import RewardModelsLike, load_rewards, named_rewards
 from stars_fast.rewards.persona import Persona
 from stars_fast.text.chats import checked_kwargs
 from stars_fast.text.decoders import Decodes
@@ -152,6 +152,12 @@ class RemoteEngine(BatchEngine):
             checked_kwargs(chat_template_kwargs)
         if isinstance(reward_model, Persona):
             raise ValueError("reward_model must not be a Persona: the judging model is not here")
+        named_rewards(
+            reward_model,
+            template=reward_template,
+            head=reward_head,
+            reward_tokenizer=reward_tokenizer,
+        )
         if isinstance(tokenizer, str | os.PathLike):
             tokenizer = load_tokenizer(os.fspath(tokenizer), trust_remote_code=trust_remote_code)
         self._endpoint = Endpoint(
