@@ -65,9 +65,9 @@ def add_model_flags(parser: argparse.ArgumentParser, model: str | None = None) -
         action="append",
         default=[],
         metavar="SPEC",
-        help="a reward among several, in place of --reward-model: NAME=DIR_OR_HUB_ID, then any of "
-        ",weight=FLOAT ,at_least=FLOAT ,at_most=FLOAT ,template=TEXT ,device=DEVICE and what "
-        "--reward-head takes; can be repeated",
+        help="a reward among several, in place of --reward-model: NAME=DIR_OR_HUB_ID, and behind "
+        "commas weight=FLOAT, at_least=FLOAT, at_most=FLOAT, template=TEXT, device=DEVICE and what "
+        "--reward-head takes, where wanted; can be repeated",
     )
     groups = {"models": models, "memory": parser.add_argument_group("memory")}
     for name, field in FLAGS.items():
