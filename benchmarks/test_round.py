@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from stars_fast import Engine, StarsParams
+from stars_fast import Engine, Reward, StarsParams
 from stars_fast.benchmarks.compare import Compare
 from stars_fast.benchmarks.models import (
     SMALL,
@@ -77,22 +77,54 @@ def test_score(compare: Compare, device: torch.device, full: bool, rows: int, co
     )  # fmt: skip
 
 
+@pytest.mark.sizes(("rows", "context"), full=[(4, 256), (16, 256)], small=[(3, 24)])
+def test_score_two_heads(
+    compare: Compare, device: torch.device, full: bool, rows: int, context: int
+) -> None:
+    """Two rewards of one backbone, beside one of them."""
+    shape, segment = (SMALL, 32) if full else (TINY, 8)
+    one = Scoring(shape, rows, context, segment, device)
+    two = Scoring(shape, rows, context, segment, device, names=("a", "b"))
+    difference = (torch.tensor(two.ours()) - torch.tensor(one.ours())).abs().max()
+    assert float(difference) < 1e-3
+    compare(
+        two.ours, {"one": one.ours}, work={"rows": rows, "context": context}, tokens=rows * segment
+    )
+
+
 class Scoring:
-    """Responses whose first part the reward model has seen, and their next segments."""
+    """Responses whose first part the reward model has seen, and their next segments.
+
+    `names`: of rewards, each its label 0, that together are its reward; none: it is one by itself.
+    """
 
     def __init__(
-        self, shape: Shape, rows: int, context: int, segment: int, device: torch.device
+        self,
+        shape: Shape,
+        rows: int,
+        context: int,
+        segment: int,
+        device: torch.device,
+        names: tuple[str, ...] = (),
     ) -> None:
-        model = reward_model(shape).to(device)  # type: ignore[arg-type]
-        engine = id_engine(
-            language_model(TINY),
-            model,
-            shape,
-            num_pages=16,
-            reward_num_pages=rows * ((context + segment) // 16 + 8),
-            max_rows=rows,
-            device=device,
-        )
+        model: Any = reward_model(shape).to(device)  # type: ignore[arg-type]
+        options: dict[str, Any] = {
+            "num_pages": 16,
+            "reward_num_pages": rows * ((context + segment) // 16 + 8),
+            "max_rows": rows,
+            "device": device,
+        }
+        tokenizer = id_tokenizer(shape)
+        own: dict[str, Any] = {"tokenizer": tokenizer, "template": "plain"}
+        several = [  # heads that differ, so that each is read
+            Reward(name, model, label_weights={0: scale}, weight=1 / scale / len(names), **own)
+            for scale, name in enumerate(names, 1)
+        ]
+        lm = language_model(TINY)
+        if several:
+            engine = Engine(lm, several, tokenizer=tokenizer, **options)
+        else:
+            engine = id_engine(lm, model, shape, **options)
         scorer = engine.loop.scorer
         assert scorer is not None
         self._scorer, self._model, self._device = scorer, model, device

@@ -40,4 +40,14 @@ struct Schedule {
   }
 };
 
+// What attempts or paths are compared by: any that keeps all constraints beats any that does not.
+struct Merit {
+  bool keeps = true;
+  double value = 0.0;
+
+  [[nodiscard]] bool beats(const Merit& other) const {
+    return keeps != other.keeps ? keeps : value > other.value;
+  }
+};
+
 }  // namespace stars_fast

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "acceptance.h"
@@ -150,7 +151,7 @@ void bind_plan(py::module_& module) {
 std::shared_ptr<Decision> commit(Scheduler& scheduler, const Input<std::int64_t>& tokens,
                                  const Input<std::int32_t>& lengths,
                                  const Input<std::uint8_t>& stopped, const Input<double>& rewards,
-                                 double seconds) {
+                                 double seconds, const std::optional<Input<std::uint8_t>>& breaks) {
   if (tokens.ndim() != 2) {
     throw std::invalid_argument("tokens must be [rows, max_new]");
   }
@@ -164,6 +165,10 @@ std::shared_ptr<Decision> commit(Scheduler& scheduler, const Input<std::int64_t>
   result.lengths = lengths.data();
   result.stopped = stopped.data();
   result.rewards = rewards.data();
+  if (breaks.has_value()) {
+    check_length("breaks", breaks->size(), result.rows);
+    result.breaks = breaks->data();
+  }
   result.seconds = seconds;
   const py::gil_scoped_release unlocked;
   return std::const_pointer_cast<Decision>(scheduler.commit(result));
@@ -232,7 +237,7 @@ void bind_scheduler(py::module_& module) {
       .def("set_prompt_reward", &Scheduler::set_prompt_reward, py::arg("request"),
            py::arg("reward"))
       .def("commit", &commit, py::arg("tokens"), py::arg("lengths"), py::arg("stopped"),
-           py::arg("rewards"), py::arg("seconds") = 0.0)
+           py::arg("rewards"), py::arg("seconds") = 0.0, py::arg("breaks") = py::none())
       .def("cancel", &Scheduler::cancel)
       .def("clear_cache", &Scheduler::clear_cache)
       .def("tokens", &Scheduler::tokens, py::arg("request"))

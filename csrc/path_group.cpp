@@ -26,7 +26,7 @@ void PathGroup::begin_generation() {
                     [](const Member& member) { return member.alive && !member.ended; }));
 }
 
-void PathGroup::reach(std::int32_t member, double reward, bool ended) {
+void PathGroup::reach(std::int32_t member, const Merit& reward, bool ended) {
   Member& reached = members_[static_cast<std::size_t>(member)];
   reached.reward = reward;
   reached.ended = ended;
@@ -52,16 +52,25 @@ void PathGroup::resample(Turn& into) {
   const std::size_t size = members_.size();
   // The factors exp((r_t - r_{t-1}) / beta) of a weight multiply up to the ends of their sum. All
   // begin at the prompt's reward, one and the same, which therefore need not be known.
+  const bool any_keeps = std::any_of(members_.begin(), members_.end(),
+                                     [](const Member& member) { return member.reward.keeps; });
   double most = -std::numeric_limits<double>::infinity();
   for (const Member& member : members_) {
-    most = std::max(most, member.reward - member.even);
+    if (member.reward.keeps == any_keeps) {
+      most = std::max(most, member.reward.value - member.even);
+    }
   }
   weights_.resize(size);
+  std::size_t last = 0;  // of those with a weight
   double total = 0.0;
   double squares = 0.0;
   bool grows = false;
   for (std::size_t i = 0; i < size; ++i) {
-    weights_[i] = std::exp((members_[i].reward - members_[i].even - most) / options_.beta);
+    weights_[i] = 0.0;
+    if (members_[i].reward.keeps == any_keeps) {
+      weights_[i] = std::exp((members_[i].reward.value - members_[i].even - most) / options_.beta);
+      last = i;
+    }
     total += weights_[i];
     squares += weights_[i] * weights_[i];
     grows = grows || !members_[i].ended;
@@ -81,7 +90,7 @@ void PathGroup::resample(Turn& into) {
   double points = 0.0;
   for (std::size_t i = 0; i < size; ++i) {
     sum += weights_[i] / total * paths;
-    while (points < paths && (points + offset < sum || i + 1 == size)) {
+    while (points < paths && (points + offset < sum || i == last)) {
       ++order_[i];
       points += 1.0;
     }
@@ -101,7 +110,7 @@ void PathGroup::resample(Turn& into) {
   }
   grows = false;
   for (std::size_t i = 0; i < size; ++i) {
-    members_[i].even = members_[i].reward;
+    members_[i].even = members_[i].reward.value;
     weights_[i] = 1.0;
     grows = grows || !members_[i].ended;
   }
@@ -113,10 +122,13 @@ void PathGroup::resample(Turn& into) {
 // A member with probability proportional to weights_, which sum up to `total`.
 std::int32_t PathGroup::draw(double total) const {
   const double point = uniform(1) * total;
-  double sum = weights_[0];
+  double sum = 0.0;
   std::size_t chosen = 0;
-  while (sum < point && chosen + 1 < weights_.size()) {
-    sum += weights_[++chosen];
+  for (std::size_t i = 0; i < weights_.size() && sum < point; ++i) {
+    if (weights_[i] > 0.0) {  // whatever the sum's rounding
+      chosen = i;
+      sum += weights_[i];
+    }
   }
   return static_cast<std::int32_t>(chosen);
 }
@@ -129,7 +141,9 @@ void PathGroup::prune(Turn& into) {
     }
   }
   std::sort(order_.begin(), order_.end(), [this](std::int32_t a, std::int32_t b) {
-    return at(a).reward > at(b).reward || (at(a).reward == at(b).reward && a < b);
+    const Merit& one = at(a).reward;
+    const Merit& other = at(b).reward;
+    return one.beats(other) || (!other.beats(one) && a < b);
   });
   const auto count = static_cast<double>(order_.size());
   const auto keep = static_cast<std::size_t>(

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "acceptance.h"
+
 namespace stars_fast {
 
 struct GroupOptions {
@@ -14,6 +16,8 @@ struct GroupOptions {
   // 2006). At the end one path is drawn by weight.
   // kPrune: speculative rejection (arXiv 2410.20290): the worst part ends. At the end the path of
   // the best reward is taken.
+  // A path that breaks a constraint at a boundary has no weight there, and is worse than any that
+  // does not; if all do, they are compared as if none did.
   enum class Kind : std::int8_t { kResample = 0, kPrune = 1 };
 
   Kind kind = Kind::kResample;
@@ -42,7 +46,7 @@ class PathGroup {
   PathGroup(const GroupOptions& options, std::size_t size);
 
   // The member's path has this reward; `ended`: and will not grow. Once a generation.
-  void reach(std::int32_t member, double reward, bool ended);
+  void reach(std::int32_t member, const Merit& reward, bool ended);
   // Whether every member that grows has reached its boundary.
   [[nodiscard]] bool complete() const { return pending_ == 0; }
   // Ends a complete generation.
@@ -53,7 +57,7 @@ class PathGroup {
 
  private:
   struct Member {
-    double reward = 0.0;
+    Merit reward;
     double even = 0.0;  // its reward when all weights were last the same
     bool alive = true;
     bool ended = false;

@@ -36,8 +36,8 @@ struct SchedulerOptions {
 // What becomes of a segment's attempts.
 enum class Rule : std::int8_t {
   kAlways = 0,  // the first is accepted: plain sampling, and the paths of a group
-  kTest = 1,    // the first that passes Schedule::accepts; if none does, the one of most reward
-  kChoose = 2,  // all are made, and the one of the largest Schedule::choice_key is taken
+  kTest = 1,    // the first that passes Schedule::accepts; if none does, the one of most Merit
+  kChoose = 2,  // all are made, and the one of most Merit by Schedule::choice_key is taken
 };
 
 struct RequestOptions {
@@ -113,6 +113,8 @@ struct RoundResult {
   const std::int32_t* lengths = nullptr;  // tokens drafted, 1 .. the row's planned length
   const std::uint8_t* stopped = nullptr;  // the row's last token ends the response
   const double* rewards = nullptr;        // NaN: the row has no valid result
+  const std::uint8_t* breaks = nullptr;   // the row breaks a constraint: it passes no test, and
+                                          // loses to any row that does not; null: none does
   std::size_t rows = 0;
   double seconds = 0.0;  // that the round took per drafted token position; 0: not measured
 };
@@ -186,8 +188,8 @@ class Scheduler {
  private:
   using Slot = std::int32_t;  // index into requests_
 
-  struct Best {          // of the attempts of the segment at hand, none of which has passed
-    double merit = 0.0;  // reward, or key of the choice
+  struct Best {   // of the attempts of the segment at hand, none of which has passed
+    Merit merit;  // by reward, or key of the choice
     bool any = false;
     bool stopped = false;
     bool has_pages = false;
@@ -311,7 +313,7 @@ class Scheduler {
   // The parts of commit().
   void decide(InFlightPlan& flight, Request& request, const RoundResult& result);
   void fail(Request& request, std::size_t row);
-  bool passes(Request& request, double reward, std::int32_t tokens, std::size_t row);
+  bool passes(Request& request, const Merit& reward, std::int32_t tokens, std::size_t row);
   [[nodiscard]] static double merit_of(const Request& request, double reward);
   void accept(InFlightPlan& flight, Request& request, std::size_t row, const RoundResult& result);
   void take_best(Request& request, std::int32_t row);

@@ -96,12 +96,13 @@ void Scheduler::decide(InFlightPlan& flight, Request& request, const RoundResult
       fail(request, row);
       return;
     }
-    if (passes(request, reward, result.lengths[row], row)) {
+    const bool keeps = result.breaks == nullptr || result.breaks[row] == 0;
+    if (passes(request, {keeps, reward}, result.lengths[row], row)) {
       accept(flight, request, row, result);
       return;
     }
-    const double merit = merit_of(request, reward);
-    if (!request.best.any || merit > request.best.merit) {
+    const Merit merit{keeps, merit_of(request, reward)};
+    if (!request.best.any || merit.beats(request.best.merit)) {
       request.best.any = true;
       request.best.merit = merit;
       improved = row;
@@ -126,7 +127,8 @@ void Scheduler::fail(Request& request, std::size_t row) {
 }
 
 // Tests the attempt just counted, whose segment has `tokens` tokens.
-bool Scheduler::passes(Request& request, double reward, std::int32_t tokens, std::size_t row) {
+bool Scheduler::passes(Request& request, const Merit& reward, std::int32_t tokens,
+                       std::size_t row) {
   const RequestOptions& options = request.options;
   if (options.rule != Rule::kTest) {
     return options.rule == Rule::kAlways;
@@ -138,7 +140,8 @@ bool Scheduler::passes(Request& request, double reward, std::int32_t tokens, std
       accept_uniform(options.seed, static_cast<std::uint32_t>(start),
                      static_cast<std::uint32_t>(request.attempt - 1), request.stream);
   const bool tested = !options.last_untested || request.attempt < options.max_attempts;
-  const bool passed = tested && options.schedule.accepts(reward, tau, uniform);
+  const bool passed =
+      tested && reward.keeps && options.schedule.accepts(reward.value, tau, uniform);
   step_towards(request.pass_rate, passed, kPassRateStep);
   step_towards(global_pass_rate_, passed, kGlobalPassRateStep);
   return passed;
@@ -165,7 +168,8 @@ void Scheduler::accept(InFlightPlan& flight, Request& request, std::size_t row,
           static_cast<std::int32_t>(row));
   if (request.group != kNoGroup) {
     PathGroup& paths = group(request.group).paths;
-    paths.reach(request.member, result.rewards[row], request.ended);
+    const bool keeps = result.breaks == nullptr || result.breaks[row] == 0;
+    paths.reach(request.member, {keeps, result.rewards[row]}, request.ended);
     if (paths.complete()) {
       turning_.push_back(request.group);
     }

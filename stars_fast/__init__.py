@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from stars_fast.outputs import Calibration, CompletionOutput, RequestOutput, Segment
     from stars_fast.params import StarsParams
     from stars_fast.remote import Judge, RemoteEngine, RemoteReward
+    from stars_fast.reward import Reward
     from stars_fast.reward_head import RewardHead
     from stars_fast.rewards.log_ratio import LogRatio
     from stars_fast.rewards.persona import Persona
@@ -33,6 +34,7 @@ _HOMES = {
     "RemoteEngine": "stars_fast.remote",
     "RemoteReward": "stars_fast.remote",
     "RequestOutput": "stars_fast.outputs",
+    "Reward": "stars_fast.reward",
     "RewardHead": "stars_fast.reward_head",
     "Segment": "stars_fast.outputs",
     "StarsParams": "stars_fast.params",
@@ -49,6 +51,7 @@ __all__ = [
     "RemoteEngine",
     "RemoteReward",
     "RequestOutput",
+    "Reward",
     "RewardHead",
     "Segment",
     "StarsParams",

@@ -334,13 +334,16 @@ class Scheduler:
         stopped: npt.ArrayLike,
         rewards: npt.ArrayLike,
         seconds: float = 0.0,
+        breaks: npt.ArrayLike | None = None,
     ) -> Decision:
         """Commits the oldest plan that is out.
 
         Tests the rows in attempt order and moves the requests on.
         `tokens` int64 [R, >= L], `lengths` int32 [R], `stopped` uint8 [R] (the row's last token
         ends the response), `rewards` float64 [R] (not finite: the row has no valid result, and the
-        request fails when the row's turn comes), `seconds`: time of the round per token position.
+        request fails when the row's turn comes), `seconds`: time of the round per token position,
+        `breaks` uint8 [R]: the row breaks a constraint: it passes no test, and as a fallback, a
+        choice or a path loses to any row that breaks none; None: none does.
         Raises ValueError, nothing changed, if these do not fit the plan.
         """
 

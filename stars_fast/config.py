@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from stars_fast.reward_head import RewardHead, RewardHeadLike
 from stars_fast.text.chats import checked_kwargs
@@ -12,17 +13,25 @@ from stars_fast.text.chats import checked_kwargs
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FLAGS", "Backend", "EngineConfig", "KvDtype", "TemplateLike"]
+__all__ = ["FLAGS", "Backend", "Combine", "EngineConfig", "KvDtype", "TemplateLike"]
+__all__ += ["check_combine"]
 
+#: How several rewards become one.
+Combine = Literal["sum", "min", "mean_minus_std"]
 Backend = Literal["auto", "pytorch", "triton"]
 KvDtype = Literal["auto", "fp8"]
 #: What `Engine` and the reward models take as `reward_template`.
 TemplateLike: TypeAlias = "str | Callable[..., Any] | None"
 
 
-def _flag(text: str, group: str = "models", metavar: str | None = None) -> dict[str, str | None]:
-    """Metadata of an option that is also a command line flag, with its help text."""
-    return {"text": text, "group": group, "metavar": metavar}
+def _flag(
+    text: str, group: str = "models", metavar: str | None = None, flag: str | None = None
+) -> dict[str, str | None]:
+    """Metadata of an option that is also a command line flag, with its help text.
+
+    `flag`: its name on the command line; None: the option's own.
+    """
+    return {"text": text, "group": group, "metavar": metavar, "flag": flag}
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,21 @@ class EngineConfig:
             "label=NAME,activation=log_odds, label_weights={JSON}, token=TEXT or "
             'tokens=["YES", "NO"] (default: its one label)',
             metavar="SPEC",
+        ),
+    )
+    combine: Combine = field(
+        default="sum",
+        metadata=_flag(
+            "how several rewards become one, after their weights (default: sum)",
+            flag="reward-combine",
+        ),
+    )
+    combine_stds: float = field(
+        default=1.0,
+        metadata=_flag(
+            "standard deviations that mean_minus_std takes off (default: 1)",
+            metavar="FLOAT",
+            flag="reward-combine-stds",
         ),
     )
     dtype: str | torch.dtype = field(
@@ -135,6 +159,7 @@ class EngineConfig:
         if self.chat_template_kwargs is not None:
             checked_kwargs(self.chat_template_kwargs)
         RewardHead.of(self.reward_head)
+        check_combine(self.combine, self.combine_stds)
         if self.page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {self.page_size}")
         if self.max_rows < 1:
@@ -145,6 +170,14 @@ class EngineConfig:
             raise ValueError(f"reward_timeout must be above 0 or None, got {self.reward_timeout}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be in [0, 2**64), got {self.seed}")
+
+
+def check_combine(combine: object, stds: float) -> None:
+    """Raise ValueError for a way of combining rewards that there is not."""
+    if combine not in get_args(Combine):
+        raise ValueError(f"combine must be one of {', '.join(get_args(Combine))}, got {combine!r}")
+    if not 0 <= stds < math.inf:
+        raise ValueError(f"combine_stds must be finite and at least 0, got {stds}")
 
 
 #: Options that are flags of the commands, by name.

@@ -32,7 +32,8 @@ from stars_fast.engine import Engine
 from stars_fast.errors import RequestFailedError
 from stars_fast.outputs import CompletionOutput
 from stars_fast.params import StarsParams
-from stars_fast.rewards.load import RewardModelLike
+from stars_fast.reward import Reward
+from stars_fast.rewards.load_several import RewardModelsLike
 from stars_fast.seeds import derive_seed
 
 __all__ = ["StarsGenerateOutput", "generate"]
@@ -96,7 +97,7 @@ def generate(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    reward_model: RewardModelLike | None = None,
+    reward_model: RewardModelsLike | None = None,
     stars_params: StarsParams | None = None,
     lm_tokenizer: PreTrainedTokenizerBase | None = None,
     engine_options: Mapping[str, Any] | None = None,
@@ -272,7 +273,7 @@ class _Kept:
 
 def _engine(
     model: PreTrainedModel,
-    reward_model: RewardModelLike | None,
+    reward_model: RewardModelsLike | None,
     tokenizer: PreTrainedTokenizerBase | None,
     options: dict[str, Any],
 ) -> Engine:
@@ -289,7 +290,8 @@ def _engine(
 
 def _same(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
     (reward, tokenizer, options), (reward_2, tokenizer_2, options_2) = one, other
-    same_reward = reward is reward_2 or (isinstance(reward, str | Path) and reward == reward_2)
+    by_value = isinstance(reward, str | Path | Reward | list | tuple)
+    same_reward = reward is reward_2 or (by_value and reward == reward_2)
     return same_reward and tokenizer is tokenizer_2 and options == options_2
 
 

@@ -16,6 +16,7 @@ class Attempt:
     number: int
     token_ids: tuple[int, ...]
     reward: float
+    rewards: dict[str, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Segment:
         this was the best. ``"choice"``: chosen among all attempts.
     rejected
         The other attempts, in order, if asked for.
+    rewards
+        The rewards that `reward` is made of, by name, unweighted; empty with one reward model
+        without a name.
     """
 
     start: int
@@ -48,6 +52,7 @@ class Segment:
     attempts: int
     accepted: Literal["test", "fallback", "choice"]
     rejected: tuple[Attempt, ...] = ()
+    rewards: dict[str, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass
@@ -69,6 +74,9 @@ class CompletionOutput:
         biases, temperature and filters).
     reward
         Reward of the response so far; None if nothing scored it.
+    rewards
+        The rewards that it is made of, by name, unweighted; empty with one reward model without a
+        name.
     finish_reason
         None while the request runs.
     segments
@@ -86,6 +94,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     segments: list[Segment] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    rewards: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

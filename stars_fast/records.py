@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -131,6 +131,7 @@ def _completion(completion: CompletionOutput) -> dict[str, Any]:
         "text": completion.text,
         "token_ids": completion.token_ids,
         "reward": finite(completion.reward),
+        **rewards_record(completion.rewards),
         "finish_reason": completion.finish_reason,
         "segments": [segment_record(segment) for segment in completion.segments],
     }
@@ -147,6 +148,7 @@ def segment_record(
         "start": segment.start,
         "end": segment.end,
         "reward": finite(segment.reward),
+        **rewards_record(segment.rewards),
         "threshold": finite(segment.threshold),
         "attempts": segment.attempts,
         "accepted": segment.accepted,
@@ -158,10 +160,16 @@ def segment_record(
                 **({} if text_of is None else {"text": text_of(attempt.token_ids)}),
                 "token_ids": list(attempt.token_ids),
                 "reward": finite(attempt.reward),
+                **rewards_record(attempt.rewards),
             }
             for attempt in segment.rejected
         ]
     return record
+
+
+def rewards_record(rewards: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Return the field ``rewards``; nothing where there are none."""
+    return {"rewards": dict(rewards)} if rewards else {}
 
 
 def finite(value: float | None) -> float | None:

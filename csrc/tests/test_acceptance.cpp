@@ -60,5 +60,10 @@ void test_acceptance() {
   CHECK(!flat.needs_prompt_reward() && soft.needs_prompt_reward());
   CHECK(flat.threshold(std::numeric_limits<double>::quiet_NaN(), 10) == 2.0);
 
+  const stars_fast::Merit keeps{true, -5.0};
+  const stars_fast::Merit breaks{false, 5.0};
+  CHECK(keeps.beats(breaks) && !breaks.beats(keeps));
+  CHECK(keeps.beats({true, -6.0}) && breaks.beats({false, 4.0}) && !keeps.beats(keeps));
+
   choices_follow_the_rewards();
 }

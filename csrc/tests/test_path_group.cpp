@@ -20,13 +20,15 @@ GroupOptions pruning(double rejection_rate) {
   return {GroupOptions::Kind::kPrune, 1.0, 0.5, rejection_rate, 0};
 }
 
-// One generation of members that all grow; `ended`: those that will not.
+// One generation of members that all grow; `ended`: those that will not; `breaking`: those that
+// break a constraint.
 PathGroup::Turn turn(PathGroup& group, const std::vector<double>& rewards,
-                     const Members& ended = {}) {
+                     const Members& ended = {}, const Members& breaking = {}) {
   for (std::size_t i = 0; i < rewards.size(); ++i) {
     CHECK(!group.complete());
     const auto member = static_cast<std::int32_t>(i);
-    group.reach(member, rewards[i], std::count(ended.begin(), ended.end(), member) > 0);
+    const bool keeps = std::count(breaking.begin(), breaking.end(), member) == 0;
+    group.reach(member, {keeps, rewards[i]}, std::count(ended.begin(), ended.end(), member) > 0);
   }
   CHECK(group.complete());
   PathGroup::Turn made;
@@ -147,7 +149,7 @@ void paths_that_grew_and_are_gone_end_the_group() {
 void ended_paths_stay_and_may_be_left_for_others() {
   PathGroup group(resampling(0.9, 5), 2);
   CHECK(turn(group, {0.0, 0.0}, {1}).chosen == PathGroup::kNone);
-  group.reach(0, 50.0, false);  // the one that grows: the other is not waited for
+  group.reach(0, {true, 50.0}, false);  // the one that grows: the other is not waited for
   CHECK(group.complete());
   PathGroup::Turn made;
   group.turn(made);
@@ -176,7 +178,8 @@ void random_groups_end_with_one_path() {
       for (std::size_t i = 0; i < size; ++i) {
         const auto member = static_cast<std::int32_t>(i);
         if (alive[i] != 0 && !group.ended(member)) {
-          group.reach(member, static_cast<double>(random() % 1000) / 100.0, random() % 8 == 0);
+          const double reward = static_cast<double>(random() % 1000) / 100.0;
+          group.reach(member, {true, reward}, random() % 8 == 0);
         }
       }
       CHECK(group.complete());
@@ -206,12 +209,36 @@ void the_best_stay_half_to_even_and_ties_in_order() {
 
   PathGroup group(pruning(0.5), 5);
   CHECK((turn(group, {1.0, 3.0, 2.0, 3.0, 2.0}).dropped == Members{2, 4, 0}));
-  group.reach(1, 0.0, true);
+  group.reach(1, {true, 0.0}, true);
   CHECK(!group.complete());
-  group.reach(3, 0.0, false);
+  group.reach(3, {true, 0.0}, false);
   PathGroup::Turn made;
   group.turn(made);  // equal now: the first stays, and has ended
   CHECK((made.dropped == Members{3} && made.chosen == 1));
+}
+
+void those_that_break_a_constraint_have_no_weight() {
+  for (std::uint64_t seed = 0; seed < 50; ++seed) {
+    PathGroup group(resampling(1.0, seed), 4);
+    const auto made = turn(group, {9.0, 0.0, 0.0, 9.0}, {}, {0, 3});
+    CHECK((copies(made, 4) == std::vector<int>{0, 2, 2, 0}));
+    // None is left that keeps them: weights are as if there were no constraint.
+    const auto all = turn(group, {50.0, 0.0, 0.0, 0.0}, {}, {0, 1, 2, 3});
+    CHECK((copies(all, 4) == std::vector<int>{4, 0, 0, 0}));
+
+    PathGroup last(resampling(0.0, seed), 3);  // never resampled: a path may come to keep them
+    CHECK(turn(last, {0.0, 0.0, 50.0}, {}, {1, 2}).target.empty());
+    CHECK(turn(last, {0.0, 50.0, 90.0}, {0, 1, 2}, {2}).chosen == 1);
+  }
+}
+
+void those_that_break_a_constraint_end_first() {
+  PathGroup group(pruning(0.4), 5);
+  CHECK((turn(group, {9.0, 1.0, 8.0, 2.0, 3.0}, {}, {0, 2, 4}).dropped == Members{2, 4}));
+  PathGroup end(pruning(0.0), 3);
+  CHECK(turn(end, {9.0, 1.0, 2.0}, {0, 1, 2}, {0}).chosen == 2);
+  PathGroup none(pruning(0.0), 3);
+  CHECK(turn(none, {1.0, 9.0, 2.0}, {0, 1, 2}, {0, 1, 2}).chosen == 1);
 }
 
 }  // namespace
@@ -226,4 +253,6 @@ void test_group() {
   extreme_rewards_are_no_trouble();
   random_groups_end_with_one_path();
   the_best_stay_half_to_even_and_ties_in_order();
+  those_that_break_a_constraint_have_no_weight();
+  those_that_break_a_constraint_end_first();
 }

@@ -157,6 +157,41 @@ void lanes_halve_the_requests() {
   CHECK(scheduler.plan()->request.front() == 0);
 }
 
+// Of attempts in several rounds, the one that keeps the constraints is the fallback, whatever the
+// rewards, and none that breaks one passes.
+void fallbacks_remember_over_rounds_what_breaks_a_constraint() {
+  const std::vector<double> rewards{5.0, -3.0, 9.0, -4.0};
+  const std::vector<std::vector<std::uint8_t>> breaks{{1, 0, 1, 0}, {1, 1, 1, 1}};
+  for (std::size_t which = 0; which < 2; ++which) {
+    stars_fast::SchedulerOptions options;
+    options.num_pages = 40;
+    stars_fast::Scheduler scheduler(options);
+    stars_fast::RequestOptions request;
+    request.segment_length = 1;
+    request.max_attempts = 4;
+    request.candidates = 1;
+    request.schedule = {0.0, 1.0, 0.5, 1, true};
+    const std::int64_t prompt = 1;
+    scheduler.add(0, &prompt, 1, request);
+    Round round;
+    std::shared_ptr<const stars_fast::Decision> decision;
+    std::vector<int> kept;
+    for (std::size_t attempt = 0; attempt < 4; ++attempt) {
+      const auto plan = scheduler.plan();
+      auto result = fill(round, *plan, [&] { return rewards[attempt]; });
+      round.tokens[0] = static_cast<std::int64_t>(attempt);
+      result.breaks = &breaks[which][attempt];
+      decision = scheduler.commit(result);
+      kept.push_back(decision->outcome[0]);
+    }
+    CHECK((kept == (which == 0 ? std::vector<int>{2, 2, 0, 0} : std::vector<int>{2, 0, 2, 0})));
+    CHECK(decision->kind.at(0) == static_cast<std::int8_t>(stars_fast::EventKind::kFallback));
+    CHECK(decision->row.at(0) == -1);  // of an earlier round
+    CHECK(scheduler.stats().fallbacks == 1);
+    CHECK(!scheduler.has_unfinished());
+  }
+}
+
 stars_fast::Scheduler with_group(std::int32_t num_pages, std::int32_t lanes,
                                  const stars_fast::GroupOptions& group) {
   stars_fast::SchedulerOptions options;
@@ -255,6 +290,7 @@ void test_scheduler() {
     shortage_preempts_and_everyone_ends(lanes, 11);
   }
   lanes_halve_the_requests();
+  fallbacks_remember_over_rounds_what_breaks_a_constraint();
   copied_paths_share_their_pages_and_write_to_their_own();
   waiting_paths_give_their_pages_to_the_last(1);
   waiting_paths_give_their_pages_to_the_last(2);

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from stars_fast.cli.errors import UsageError, file_errors
-from stars_fast.cli.model_flags import add_model_flags, engine_options
+from stars_fast.cli.model_flags import add_model_flags, engine_options, reward_model_of
 from stars_fast.cli.terminal import say
 from stars_fast.eval.attacks import Attack, attacks_of_texts
 from stars_fast.eval.datasets import Item, Layout, RecordError, read_items
 from stars_fast.eval.gold import gold_source
 from stars_fast.eval.judge import PairJudge
-from stars_fast.eval.models import Models, Reward, identity_of, sources_of
+from stars_fast.eval.models import Models, RewardSource, identity_of, sources_of
 from stars_fast.eval.results import can_plot, failures, read_results, write_results
 from stars_fast.eval.run import Plan
 from stars_fast.eval.session import Session
@@ -232,8 +232,8 @@ def _session(args: argparse.Namespace) -> Session:
     if args.out is None:
         raise UsageError("--out FOLDER is needed")
     demo = args.model is None
-    if demo and args.reward_model is not None:
-        raise UsageError("--reward-model needs --model")
+    if demo and reward_model_of(args) is not None:
+        raise UsageError(f"{'--reward' if args.reward else '--reward-model'} needs --model")
     for flag in ("prompts", "gold"):
         if not demo and getattr(args, flag) is None:
             raise UsageError(f"--{flag} is needed with --model")
@@ -291,12 +291,12 @@ def _models(args: argparse.Namespace) -> Models:
     from stars_fast import demo
 
     lms = _pairs("--lm", args.lm)
-    rms: dict[str, Reward] = {**_pairs("--rm", args.rm)}
+    rms: dict[str, RewardSource] = {**_pairs("--rm", args.rm)}
     for name, text in _pairs("--persona", args.persona).items():
         if name in rms:
             raise UsageError(f"--persona: {name!r} is a reward model given by --rm, too")
         rms[name] = _persona(text)
-    model, reward = args.model, args.reward_model
+    model, reward = args.model, reward_model_of(args)
     if model is None:
         model, reward = str(demo.model_dir()), str(demo.reward_model_dir())
     return Models(model, reward, lms, rms, engine_options(args))
@@ -448,7 +448,9 @@ def _check_directories(models: Models, gold: Any) -> None:  # noqa: ANN401 - a p
     """Report missing models before the first one is loaded, not after hours."""
     from stars_fast.models.files import check_model_directory
 
-    sources = [models.reward_model, gold, *models.lms.values(), *models.rms.values()]
+    sources = [gold, *models.lms.values(), *models.rms.values()]
+    decoding = models.reward_model
+    sources += [r.model for r in decoding] if isinstance(decoding, list) else [decoding]
     if not models.options.get("gguf_file"):
         sources.append(models.model)
     for source in sources:

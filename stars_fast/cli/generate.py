@@ -26,6 +26,7 @@ from stars_fast.cli.model_flags import (
     add_model_flags,
     add_tensor_parallel_flag,
     load_engine,
+    reward_model_of,
 )
 from stars_fast.cli.runner import Runner, WriteError
 from stars_fast.cli.terminal import say
@@ -199,7 +200,7 @@ def _check_flags(args: argparse.Namespace, base: StarsParams) -> None:
         raise UsageError("--prompt and --input cannot be given together")
     if args.resume and args.output in (None, "-"):
         raise UsageError("--resume needs --output FILE, the file to continue")
-    if args.reward_model is None and base.kind.needs_reward:
+    if reward_model_of(args) is None and base.kind.needs_reward:
         raise UsageError(f"--reward-model is needed for method {base.method!r}")
     if args.calibration_prompts < 1:
         raise UsageError(
@@ -236,7 +237,8 @@ _FREE = frozenset(
 
 def _settings(args: argparse.Namespace, base: StarsParams) -> dict[str, Any]:
     """What the tokens of a run depend on beside its input."""
-    names = ["model", *(name for name in FLAGS if name not in _FREE), "seed"]
+    names = ["model", "reward"]
+    names += [*(name for name in FLAGS if name not in _FREE), "seed"]
     if base.needs_calibration:
         names += ["calibration_prompts", "calibration_quantile"]
     params = {field.name: getattr(base, field.name) for field in fields(base)}

@@ -6,9 +6,10 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any, get_args
 
-from stars_fast.cli.errors import value_errors
-from stars_fast.config import FLAGS, KvDtype
+from stars_fast.cli.errors import UsageError, value_errors
+from stars_fast.config import FLAGS, Combine, KvDtype
 from stars_fast.models.progress import quiet_libraries
+from stars_fast.reward import Reward, rewards_of
 
 if TYPE_CHECKING:
     from stars_fast.engine import Engine
@@ -39,7 +40,9 @@ _KINDS: dict[str, dict[str, Any]] = {
     "bool": {"action": "store_true"},
     "int": {"type": int},
     "int | None": {"type": int},
+    "float": {"type": float},
     "float | None": {"type": float},
+    "Combine": {"choices": get_args(Combine)},
     "KvDtype": {"choices": get_args(KvDtype)},
     "Mapping[str, Any] | None": {"type": _json_object},
 }
@@ -75,12 +78,21 @@ def add_model_flags(parser: argparse.ArgumentParser, model: str | None = None) -
         metavar="POLICY[,REFERENCE][,beta=FLOAT][,over=segment]",
         help="in place of a reward model, the log-ratio of two language models, such as a DPO "
         "model and its reference (default: the language model)",
+    models.add_argument(
+        "--reward",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="a reward among several, in place of --reward-model: NAME=DIR_OR_HUB_ID, and behind "
+        "commas weight=FLOAT, at_least=FLOAT, at_most=FLOAT, template=TEXT, device=DEVICE and what "
+        "--reward-head takes, where wanted; can be repeated",
     )
     groups = {"models": models, "memory": parser.add_argument_group("memory")}
     for name, field in FLAGS.items():
         metavar = {"metavar": field.metadata["metavar"]} if field.metadata["metavar"] else {}
         groups[field.metadata["group"]].add_argument(
-            "--" + name.replace("_", "-"),
+            "--" + (field.metadata["flag"] or name.replace("_", "-")),
+            dest=name,
             default=field.default,
             help=field.metadata["text"],
             **_KINDS.get(str(field.type), {}),
@@ -102,6 +114,27 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in FLAGS}
 
 
+def reward_model_of(args: argparse.Namespace) -> str | list[Reward] | None:
+    """Return the reward model that the flags name, or the several.
+
+    Raises
+    ------
+    UsageError
+        Rewards that cannot be read, or do not go together.
+    """
+    if not args.reward:
+        name: str | None = args.reward_model
+        return name
+    if args.reward_model is not None:
+        raise UsageError("--reward and --reward-model cannot be given together")
+    try:
+        rewards = [Reward.of(text) for text in args.reward]
+        rewards_of(rewards)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--reward: {error}") from None
+    return rewards
+
+
 def load_engine(args: argparse.Namespace) -> Engine:
     """Build the engine that the flags ask for; without ``--model`` it is the demo's.
 
@@ -121,4 +154,4 @@ def load_engine(args: argparse.Namespace) -> Engine:
     with value_errors():
         if args.model is None:
             return Engine.demo(**options)
-        return Engine(args.model, reward_model=args.reward_model, **options)
+        return Engine(args.model, reward_model=reward_model_of(args), **options)

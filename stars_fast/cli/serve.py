@@ -19,6 +19,7 @@ from stars_fast.cli.model_flags import (
     add_model_flags,
     add_tensor_parallel_flag,
     load_engine,
+    reward_model_of,
 )
 from stars_fast.cli.terminal import say
 from stars_fast.params import StarsParams
@@ -190,9 +191,10 @@ def run(args: argparse.Namespace) -> int:
 def _settings(args: argparse.Namespace, base: StarsParams) -> ServerSettings:
     from stars_fast.server import ServerSettings
 
-    if args.model is None and args.reward_model is not None:
-        raise ValueError("--reward-model needs --model beside it")
-    if args.model is not None and args.reward_model is None and base.kind.needs_reward:
+    reward_model = reward_model_of(args)
+    if args.model is None and reward_model is not None:
+        raise ValueError(f"{'--reward' if args.reward else '--reward-model'} needs --model")
+    if args.model is not None and reward_model is None and base.kind.needs_reward:
         raise ValueError(f"--reward-model is needed for method {base.method!r}")
     if not 0 < args.calibration_quantile < 1:
         raise ValueError(

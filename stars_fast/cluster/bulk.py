@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from ray.data import Dataset
 
-    from stars_fast.rewards.load import RewardModelLike
+    from stars_fast.rewards.load_several import RewardModelsLike
 
 __all__ = ["StarsMapper", "calibrate", "map_rows"]
 
@@ -55,7 +55,7 @@ class StarsMapper:
     def __init__(
         self,
         model: str | None,
-        reward_model: RewardModelLike | None = None,
+        reward_model: RewardModelsLike | None = None,
         *,
         params: StarsParams | None = None,
         seed: int = 0,
@@ -125,7 +125,7 @@ class StarsMapper:
 def map_rows(
     dataset: Dataset,
     model: str | None,
-    reward_model: RewardModelLike | None = None,
+    reward_model: RewardModelsLike | None = None,
     *,
     workers: int,
     batch_size: int = 512,

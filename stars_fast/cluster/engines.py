@@ -13,7 +13,7 @@ from stars_fast.prompts import PromptValue
 
 if TYPE_CHECKING:
     from stars_fast.engine import Engine
-    from stars_fast.rewards.load import RewardModelLike
+    from stars_fast.rewards.load_several import RewardModelsLike
 
 #: Prompts that `calibrate` draws samples for, as ``stars-fast generate`` does.
 CALIBRATION_PROMPTS = 32
@@ -21,7 +21,7 @@ _SAMPLES_PER_PROMPT = 4
 
 
 def load_engine(
-    model: str | None, reward_model: RewardModelLike | None, seed: int, options: dict[str, Any]
+    model: str | None, reward_model: RewardModelsLike | None, seed: int, options: dict[str, Any]
 ) -> Engine:
     """Return an engine, without progress bars in the log; `model` None is the demo's pair."""
     from stars_fast.engine import Engine
@@ -36,7 +36,7 @@ def load_engine(
 def calibrate(
     rows: Iterable[Row],
     model: str | None,
-    reward_model: RewardModelLike | None,
+    reward_model: RewardModelsLike | None,
     *,
     quantile: float = 0.9,
     num_prompts: int | None = CALIBRATION_PROMPTS,
@@ -102,7 +102,7 @@ def _prompts(
 
 def _calibrate(
     model: str | None,
-    reward_model: RewardModelLike | None,
+    reward_model: RewardModelsLike | None,
     seed: int,
     options: dict[str, Any],
     prompts: list[PromptValue],

@@ -25,6 +25,7 @@ from stars_fast.outputs import (
 )
 from stars_fast.params import StarsParams
 from stars_fast.prompts import Prompt, PromptLike
+from stars_fast.rewards.combine import CombinedReward
 from stars_fast.seeds import derive_seed
 
 
@@ -338,13 +339,17 @@ class BaseEngine(OneThread):
         """Return how many weights a token is multiplied with, for an estimate of operations.
 
         ``"lm"`` and ``"rm"``: all parameters but an input embedding that is not the output head as
-        well. 0 where the model is not here, or is a function.
+        well. 0 where the model is not here, or is a function. Of several reward models the mean:
+        each counts its own tokens.
         """
-        models = {"lm": self.loop.model.model, "rm": None}
-        models["rm"] = None if self.loop.scorer is None else self.loop.scorer.module
+        model, scorer = self.loop.model.model, self.loop.scorer
+        models = {
+            "lm": [] if model is None else [model],
+            "rm": [] if scorer is None else scorer.modules,
+        }
         return {
-            name: 0 if model is None else multiplied_parameters(model)
-            for name, model in models.items()
+            name: sum(map(multiplied_parameters, those)) // max(1, len(those))
+            for name, those in models.items()
         }
 
     def _resolve(self, params: StarsParams) -> StarsParams:
@@ -403,7 +408,9 @@ class BaseEngine(OneThread):
                 if isinstance(score, Exception):
                     request.error = f"reward: {score}"
                 else:
-                    response.output.reward = score
+                    response.output.reward = float(score)
+                    if isinstance(score, CombinedReward):
+                        response.output.rewards, response.keeps = score.rewards, score.keeps
 
     def _drop(self, request: Request) -> None:
         """Forget a request; what still runs of it is aborted."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_fast import _core
-from stars_fast.config import Backend, EngineConfig, KvDtype, TemplateLike
+from stars_fast.config import Backend, Combine, EngineConfig, KvDtype, TemplateLike
 from stars_fast.distributed import ALONE, OneRank, Ranks
 from stars_fast.drafting.adjust import KnownTokens, num_tokens
 from stars_fast.drafting.base import Drafter
@@ -37,7 +37,7 @@ from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptReader
 from stars_fast.reward_head import RewardHeadLike
 from stars_fast.rewards.base import Scorer
-from stars_fast.rewards.load import RewardModelLike, load_scorer
+from stars_fast.rewards.load_several import RewardModelsLike, load_rewards, named_rewards
 from stars_fast.rewards.on_ranks import load_on_ranks
 from stars_fast.rewards.persona import Persona
 
@@ -62,7 +62,8 @@ class Engine(BatchEngine):
         A directory, a hub id, a loaded sequence classifier, a `LogRatio` of two language models, a
         callable ``f(prompts: list[str], responses: list[str]) -> list[float]``, an object with such
         a method `score`, or None: then only ``method="vanilla"`` can be run. The directory of a
-        LoRA adapter whose base is `model` shares its weights.
+        LoRA adapter whose base is `model` shares its weights. A list of `Reward` is several at once
+        (docs/rewards.md).
     tokenizer
         The language model's; None loads it from `model` if that is a directory or id.
     device, dtype
@@ -92,6 +93,9 @@ class Engine(BatchEngine):
     reward_head
         What part of the reward model's head is the reward: None, its one label; a `RewardHead`; or
         one as text, ``"label=safe"``.
+    combine, combine_stds
+        How several rewards become the one that is compared, after their weights: ``"sum"``,
+        ``"min"``, or ``"mean_minus_std"``, the mean less `combine_stds` standard deviations.
     reward_tokenizer
         The reward model's; None loads it from the model's own source.
     reward_num_pages
@@ -142,7 +146,7 @@ class Engine(BatchEngine):
     def __init__(
         self,
         model: str | os.PathLike[str] | PreTrainedModel,
-        reward_model: RewardModelLike | None = None,
+        reward_model: RewardModelsLike | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         device: str | torch.device | None = None,
@@ -155,6 +159,8 @@ class Engine(BatchEngine):
         reward_template: TemplateLike = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         reward_head: RewardHeadLike = None,
+        combine: Combine = "sum",
+        combine_stds: float = 1.0,
         reward_tokenizer: PreTrainedTokenizerBase | None = None,
         reward_num_pages: int | None = None,
         reward_device: str | torch.device | None = None,
@@ -182,6 +188,8 @@ class Engine(BatchEngine):
             reward_template=reward_template,
             chat_template_kwargs=chat_template_kwargs,
             reward_head=reward_head,
+            combine=combine,
+            combine_stds=combine_stds,
             reward_num_pages=reward_num_pages,
             reward_device=reward_device,
             reward_timeout=reward_timeout,
@@ -200,6 +208,14 @@ class Engine(BatchEngine):
         bound_kernel_caches()
         check_device("device", device)
         check_device("reward_device", reward_device)
+        several = named_rewards(
+            reward_model,
+            template=reward_template,
+            head=reward_head,
+            reward_tokenizer=reward_tokenizer,
+        )
+        for reward in several or ():
+            check_device(f"device of reward {reward.name!r}", reward.device)
         check_dtype(dtype)
         ranks = _connected(config)
         loaded, found_tokenizer = load_causal_lm(
@@ -351,7 +367,7 @@ def _source_of(model: str | os.PathLike[str] | PreTrainedModel, config: EngineCo
 
 
 def _scorer_for(
-    reward_model: RewardModelLike | None,
+    reward_model: RewardModelsLike | None,
     config: EngineConfig,
     lm: PagedModel,
     lm_source: str | None,
@@ -363,8 +379,10 @@ def _scorer_for(
     if reward_model is None:
         return None
     load = functools.partial(
-        load_scorer,
+        load_rewards,
         reward_model,
+        combine=config.combine,
+        combine_stds=config.combine_stds,
         lm_tokenizer=tokenizer,
         language_model=lm.model,
         language_source=lm_source if ranks.size == 1 else None,
@@ -399,8 +417,8 @@ def _overlaps(
     if overlap is None and ranks.size > 1:
         overlap = False
     if overlap is None:
-        elsewhere = None if scorer is None else scorer.device
-        overlap = elsewhere is not None and elsewhere != lm.device
+        elsewhere = frozenset() if scorer is None else scorer.devices
+        overlap = bool(elsewhere) and lm.device not in elsewhere
     if overlap and judges:
         raise ValueError(
             "overlap_scoring must be False with a Persona: it judges by the model that drafts"

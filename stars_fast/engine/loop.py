@@ -413,7 +413,12 @@ class Loop:
         seconds = max(spent) if self._worker is not None else sum(spent)
         seconds = self._ranks.first(seconds)
         decision = self._scheduler.commit(
-            done.draft.tokens, done.lengths, done.stopped, done.merits, seconds / done.steps
+            done.draft.tokens,
+            done.lengths,
+            done.stopped,
+            done.merits,
+            seconds / done.steps,
+            done.breaks,
         )
         thresholds = decision.threshold.tolist()
         for response, drafted in zip(done.responses, done.lengths.tolist(), strict=True):
@@ -440,11 +445,7 @@ class Loop:
             if candidate is None:
                 raise RuntimeError(f"request {handle} fell back to an attempt it does not have")
             if row >= 0 and response.scored:
-                candidate = replace(
-                    candidate,
-                    reward=float(done.rewards[row]),
-                    threshold=_threshold(thresholds[row]),
-                )
+                candidate = done.scored(row, _threshold(thresholds[row]))
             segment = Segment(
                 start=start,
                 end=start + len(candidate.token_ids),
@@ -452,6 +453,7 @@ class Loop:
                 threshold=candidate.threshold,
                 attempts=attempts,
                 accepted=_ACCEPTED[kind],
+                rewards=candidate.rewards,
             )
             response.commit(candidate, segment, _FINISH[finish])
             if response.scored:
@@ -485,16 +487,19 @@ class Loop:
             looked_at = response.params.kind.decides == "choice" or not math.isnan(thresholds[row])
             if not response.scored or response.finished or not looked_at:
                 continue  # no reward, or an attempt before it had passed
-            reward = float(done.rewards[row])
-            candidate = done.candidates[row]
-            if response.params.trace:
+            traced = response.params.trace
+            kept = outcomes[row] == _core.ROW_KEPT
+            if not (traced or kept):
+                continue
+            candidate = done.scored(row, _threshold(thresholds[row]))
+            assert candidate.reward is not None
+            if traced:
+                tokens = tuple(candidate.token_ids)
                 response.rejected.append(
-                    Attempt(candidate.attempt, tuple(candidate.token_ids), reward)
+                    Attempt(candidate.attempt, tokens, candidate.reward, candidate.rewards)
                 )
-            if outcomes[row] == _core.ROW_KEPT:
-                response.kept = replace(
-                    candidate, reward=reward, threshold=_threshold(thresholds[row])
-                )
+            if kept:
+                response.kept = candidate
                 self._needed_scorer.keep(response.handle, candidate.branch)
 
     def _prune(self, plan: _core.Plan) -> None:

@@ -34,6 +34,8 @@ class Candidate:
         Number of the attempt within the segment.
     reward, threshold
         Both sides of the accept test; None if there is none.
+    rewards, keeps
+        What several rewards are, by name, and whether all constraints are kept.
     stopped
         Its last token ends the response.
     stop_text_at
@@ -49,6 +51,8 @@ class Candidate:
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     reward: float | None = None
     threshold: float | None = None
+    rewards: dict[str, float] = field(default_factory=dict)
+    keeps: bool = True
     stopped: bool = False
     stop_text_at: int | None = None
 
@@ -75,6 +79,8 @@ class Response:
         Whether it is one of several paths that are compared where their segments end.
     chosen
         Whether it is the path that won the comparison.
+    keeps
+        Whether it keeps the constraints of its rewards, as far as it has come.
     drafted_tokens, rm_tokens
         Its cost, see `RequestOutput`.
     """
@@ -91,6 +97,7 @@ class Response:
     prefixes: PrefixCalibration | None = None
     is_path: bool = False
     chosen: bool = False
+    keeps: bool = True
     drafted_tokens: int = 0
     rm_tokens: int = 0
 
@@ -118,7 +125,8 @@ class Response:
         if counts is not None:
             for token in candidate.token_ids:
                 counts[token] = counts.get(token, 0) + 1
-        self.output.reward = candidate.reward
+        self.output.reward, self.output.rewards = candidate.reward, candidate.rewards
+        self.keeps = candidate.keeps
         self.text = candidate_text(self, candidate)
         self.output.text = self.text.text
         if finish is not None:
@@ -133,11 +141,9 @@ class Response:
         """Go on as a copy of another path."""
         mine, theirs = self.output, source.output
         self.text = source.text
-        mine.text, mine.reward, mine.finish_reason = (
-            theirs.text,
-            theirs.reward,
-            theirs.finish_reason,
-        )
+        self.keeps = source.keeps
+        mine.text, mine.finish_reason = theirs.text, theirs.finish_reason
+        mine.reward, mine.rewards = theirs.reward, theirs.rewards
         mine.token_ids = list(theirs.token_ids)
         mine.logprobs = list(theirs.logprobs)
         mine.top_logprobs = list(theirs.top_logprobs)
@@ -204,10 +210,17 @@ def samples_per_response(params: StarsParams) -> int:
 
 
 def _best(samples: Sequence[Response]) -> Response:
-    """Return the chosen sample, else the best-scored one, the first of equals."""
+    """Return the chosen sample, else the best-scored one, the first of equals.
+
+    Any that keeps its constraints is better than any that does not.
+    """
     return max(
         samples,
-        key=lambda r: (r.chosen, -math.inf if r.output.reward is None else r.output.reward),
+        key=lambda r: (
+            r.chosen,
+            r.keeps,
+            -math.inf if r.output.reward is None else r.output.reward,
+        ),
     )
 
 
@@ -219,4 +232,5 @@ def _copy(output: CompletionOutput, index: int) -> CompletionOutput:
         logprobs=list(output.logprobs),
         top_logprobs=list(output.top_logprobs),
         segments=list(output.segments),
+        rewards=dict(output.rewards),
     )

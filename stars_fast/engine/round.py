@@ -15,6 +15,7 @@ from stars_fast.engine.detokenize import find_stop
 from stars_fast.engine.requests import Candidate, Response, candidate_text
 from stars_fast.methods.decisions import effective_reward, merit
 from stars_fast.rewards.base import ScoreJob, Scorer
+from stars_fast.rewards.combine import CombinedReward
 
 
 @dataclass
@@ -34,6 +35,8 @@ class Round:
     lengths, stopped, merits
         As `commit` of the scheduler takes them; merits are rewards, or what a method decides by in
         their place.
+    combined
+        With several rewards, what `rewards` were made of, by row.
     errors
         Why a row has no valid result.
     prompt_rewards
@@ -51,6 +54,7 @@ class Round:
     rewards: npt.NDArray[np.float64]
     merits: npt.NDArray[np.float64]
     errors: dict[int, str]
+    combined: dict[int, CombinedReward] = field(default_factory=dict)
     prompt_rewards: dict[int, float | Exception] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -58,6 +62,27 @@ class Round:
     def steps(self) -> int:
         """Token positions drafted, at least 1."""
         return max(1, self.plan.draft.max_new)
+
+    @property
+    def breaks(self) -> npt.NDArray[np.uint8] | None:
+        """Which rows break a constraint, as `commit` of the scheduler takes it; None: none does."""
+        breaking = [row for row, reward in self.combined.items() if not reward.keeps]
+        if not breaking:
+            return None
+        breaks = np.zeros(len(self.responses), np.uint8)
+        breaks[breaking] = 1
+        return breaks
+
+    def scored(self, row: int, threshold: float | None) -> Candidate:
+        """Return a row's candidate with its rewards and the threshold of its test."""
+        combined = self.combined.get(row)
+        return replace(
+            self.candidates[row],
+            reward=float(self.rewards[row]),
+            threshold=threshold,
+            rewards={} if combined is None else combined.rewards,
+            keeps=combined is None or combined.keeps,
+        )
 
 
 def cut_candidates(
@@ -161,6 +186,8 @@ def score_round(
             done.errors[row] = f"reward: {reward}"
             done.rewards[row] = done.merits[row] = np.nan
             continue
+        if isinstance(reward, CombinedReward):
+            done.combined[row] = reward
         response, candidate = done.responses[row], done.candidates[row]
         tokens = len(response.output.token_ids) + len(candidate.token_ids)
         shown = effective_reward(response.params, reward, candidate, tokens, response.prefixes)

@@ -97,6 +97,8 @@ def score_rows(
 ) -> None:
     """Fill a column of rewards, of whole responses: with the opening, where there is one.
 
+    With several rewards, those that one is made of are in the column with an ``s``, by name.
+
     Parameters
     ----------
     runs
@@ -110,13 +112,17 @@ def score_rows(
     saver
         Told of each run.
     """
+    from stars_fast.rewards.combine import CombinedReward
+
     for rows in runs:
         prompts = [items[row["number"]].prompt for row in rows]
         texts = [items[row["number"]].whole(row["text"]) for row in rows]
         values = scores.score(prompts, texts)
         for row, value in zip(rows, values, strict=True):
             failed = isinstance(value, Exception)
-            row[column] = None if isinstance(value, Exception) else value
+            row[column] = None if isinstance(value, Exception) else float(value)
+            if isinstance(value, CombinedReward):
+                row[f"{column}s"] = value.rewards
             row[f"{column}_error"] = str(value) or type(value).__name__ if failed else None
             row[f"{column}_by"] = by
         saver.changed()

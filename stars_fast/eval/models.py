@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from stars_fast.eval.gold import RewardFunction, TextScorer
+from stars_fast.reward import Reward
 from stars_fast.reward_head import RewardHeadLike
 
 if TYPE_CHECKING:
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
     from stars_fast.rewards.log_ratio import LogRatio
     from stars_fast.rewards.persona import Persona
 
-Reward: TypeAlias = "str | RewardFunction | LogRatio | Persona"
+RewardSource: TypeAlias = "str | RewardFunction | LogRatio | Persona | list[Reward]"
 
 #: Options of `Engine` that a result depends on, beside the models.
 _MATTER = ("dtype", "kv_dtype", "reward_template", "reward_head", "compile_model")
+#: Of these, what is of no matter to one reward model.
+_OF_SEVERAL = ("combine", "combine_stds")
 
 #: Options of `Engine` that the scorer of whole responses also takes.
 _OF_SCORER = ("dtype", "trust_remote_code", "allow_pickle", "max_rows", "page_size")
@@ -44,9 +47,9 @@ class Models:
     """
 
     model: str
-    reward_model: Reward | None
+    reward_model: RewardSource | None
     lms: Mapping[str, str] = field(default_factory=dict)
-    rms: Mapping[str, Reward] = field(default_factory=dict)
+    rms: Mapping[str, RewardSource] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def engine(self, lm: str | None, rm: str | None) -> Engine:
@@ -69,7 +72,7 @@ class Models:
         return Engine(self._lm(lm), reward_model=self.rms[rm], **options)
 
     def scorer(
-        self, source: Reward, template: str | None = None, head: RewardHeadLike = None
+        self, source: RewardSource, template: str | None = None, head: RewardHeadLike = None
     ) -> TextScorer:
         """Load what scores whole responses.
 
@@ -80,14 +83,15 @@ class Models:
         """
         import torch
 
-        from stars_fast.rewards.load import load_scorer
+        from stars_fast.rewards.load_several import load_rewards
         from stars_fast.rewards.log_ratio import LogRatio
 
-        options = {name: self.options[name] for name in _OF_SCORER if name in self.options}
+        names = (*_OF_SCORER, *_OF_SEVERAL)
+        options = {name: self.options[name] for name in names if name in self.options}
         device = self.options.get("reward_device") or self.options.get("device")
         tokenizer = self.tokenizer(None)
         against_base = isinstance(source, LogRatio) and source.reference is None
-        scorer = load_scorer(
+        scorer = load_rewards(
             source,
             lm_tokenizer=tokenizer,
             language_model=self.base()[0] if against_base else None,
@@ -123,13 +127,14 @@ class Models:
 
     def identity(self) -> dict[str, Any]:
         """Return the options that results depend on, JSON values."""
-        return {name: self.options.get(name) for name in _MATTER}
+        names = (*_MATTER, *_OF_SEVERAL) if isinstance(self.reward_model, list) else _MATTER
+        return {name: self.options.get(name) for name in names}
 
     def _lm(self, name: str | None) -> str:
         return self.model if name is None else self.lms[name]
 
 
-def identity_of(source: Reward | None) -> Any:  # noqa: ANN401 - JSON
+def identity_of(source: RewardSource | None) -> Any:  # noqa: ANN401 - JSON
     """Return what tells a model apart from others, JSON values.
 
     Also the sizes and times of its files, weights or code: a model trained again into the same
@@ -137,6 +142,8 @@ def identity_of(source: Reward | None) -> Any:  # noqa: ANN401 - JSON
     """
     if source is None:
         return None
+    if isinstance(source, list):
+        return [[repr(one), identity_of(one.model)] for one in source]
     if isinstance(source, str):
         name, files = source, _weights(source)
     elif inspect.isfunction(source):

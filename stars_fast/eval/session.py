@@ -25,7 +25,7 @@ from stars_fast.eval.measure import (
     unmeasured,
 )
 from stars_fast.eval.metrics import Intervals
-from stars_fast.eval.models import Models, Reward, identity_of
+from stars_fast.eval.models import Models, RewardSource, identity_of
 from stars_fast.eval.run import Engines, Failure, Plan, digest, missing, run_missing
 from stars_fast.eval.specs import Spec, described
 from stars_fast.eval.store import Record, Store, read_json, write_json
@@ -114,7 +114,10 @@ class Session:
     @property
     def _by(self) -> dict[str, str]:
         """What each column of the responses is measured by."""
-        read_by = [self.models.options.get(name) for name in ("reward_template", "reward_head")]
+        names = ["reward_template", "reward_head"]
+        if isinstance(self.models.reward_model, list):
+            names += ["combine", "combine_stds"]
+        read_by = [self.models.options.get(name) for name in names]
         by = {
             "reward": digest([identity_of(self.models.reward_model), *read_by]),
             "gold": digest([identity_of(self.gold), self.gold_template]),
@@ -214,7 +217,7 @@ class Session:
     def _scored(
         self,
         column: str,
-        source: Reward,
+        source: RewardSource,
         template: str | None,
         saver: Saver,
         head: RewardHeadLike = None,
@@ -355,5 +358,7 @@ def _by_number(plan: Plan) -> dict[int, Item]:
     return {item.number: item for item in plan.items}
 
 
-def _shown(source: Reward | None) -> str | None:
+def _shown(source: RewardSource | None) -> Any:  # noqa: ANN401 - JSON
+    if isinstance(source, list):
+        return [repr(one) for one in source]
     return None if source is None else str(identity_of(source)[0])

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast import _core
-from stars_fast.config import TemplateLike
+from stars_fast.config import Combine, TemplateLike, check_combine
 from stars_fast.engine.base import Reader
 from stars_fast.engine.batches import BatchEngine
 from stars_fast.engine.clock import PhaseClock
@@ -32,7 +32,7 @@ from stars_fast.remote.prompts import TextPromptReader
 from stars_fast.remote.servers import find_server
 from stars_fast.reward_head import RewardHeadLike
 from stars_fast.rewards.base import Scorer
-from stars_fast.rewards.load import RewardModelLike, load_scorer
+from stars_fast.rewards.load_several import RewardModelsLike, load_rewards, named_rewards
 from stars_fast.rewards.persona import Persona
 from stars_fast.text.chats import checked_kwargs
 from stars_fast.text.decoders import Decodes
@@ -94,8 +94,8 @@ class RemoteEngine(BatchEngine):
         Fields that override the body of every call.
     chat_template_kwargs
         Variables of the tokenizer's chat template, see `Engine`.
-    reward_template, reward_head, reward_tokenizer, reward_device, reward_num_pages, reward_timeout,
-    dtype, allow_pickle
+    reward_template, reward_head, combine, combine_stds, reward_tokenizer, reward_device,
+    reward_num_pages, reward_timeout, dtype, allow_pickle
         Options of the reward model, see `Engine`; its device defaults to the GPU if there is one.
     parse_special
         See `Engine`. Prompts that are sent as text are tokenised by the server, which may read
@@ -115,7 +115,7 @@ class RemoteEngine(BatchEngine):
         self,
         base_url: str,
         model: str | None = None,
-        reward_model: RewardModelLike | None = None,
+        reward_model: RewardModelsLike | None = None,
         *,
         server: str = "auto",
         tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
@@ -130,6 +130,8 @@ class RemoteEngine(BatchEngine):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         reward_template: TemplateLike = None,
         reward_head: RewardHeadLike = None,
+        combine: Combine = "sum",
+        combine_stds: float = 1.0,
         reward_tokenizer: PreTrainedTokenizerBase | None = None,
         reward_device: str | torch.device | None = None,
         reward_num_pages: int | None = None,
@@ -145,10 +147,17 @@ class RemoteEngine(BatchEngine):
             raise ValueError(f"seed must be None or in [0, 2**64), got {seed}")
         if reward_timeout is not None and not reward_timeout > 0:
             raise ValueError(f"reward_timeout must be above 0 or None, got {reward_timeout}")
+        check_combine(combine, combine_stds)
         if chat_template_kwargs is not None:
             checked_kwargs(chat_template_kwargs)
         if isinstance(reward_model, Persona):
             raise ValueError("reward_model must not be a Persona: the judging model is not here")
+        named_rewards(
+            reward_model,
+            template=reward_template,
+            head=reward_head,
+            reward_tokenizer=reward_tokenizer,
+        )
         if isinstance(tokenizer, str | os.PathLike):
             tokenizer = load_tokenizer(os.fspath(tokenizer), trust_remote_code=trust_remote_code)
         self._endpoint = Endpoint(
@@ -167,8 +176,10 @@ class RemoteEngine(BatchEngine):
             # By its tokens, or by its text.
             by_tokens = tokenizer is not None and self._server.token_ids
             if reward_model is not None:
-                scorer = load_scorer(
+                scorer = load_rewards(
                     reward_model,
+                    combine=combine,
+                    combine_stds=combine_stds,
                     lm_tokenizer=tokenizer if by_tokens else None,
                     texts_only=not by_tokens,
                     reward_tokenizer=reward_tokenizer,

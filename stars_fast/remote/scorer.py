@@ -34,6 +34,8 @@ class RemoteScorer(ABC):
         A parameter is out of range.
     """
 
+    #: Models that are here score beside it.
+    remote = True
     #: Whether the reward depends on the committed text as well, see `score_each`.
     reads_committed = False
 

@@ -28,8 +28,8 @@ from transformers import PreTrainedModel
 from stars_fast.errors import RewardError
 from stars_fast.prompts import Prompt
 
-__all__ = ["KnownRewards", "Prompt", "PromptRewards", "RewardModel", "ScoreJob", "Scorer"]
-__all__ += ["finite_reward"]
+__all__ = ["HeadRewards", "KnownRewards", "Prompt", "PromptRewards", "RewardModel", "ScoreJob"]
+__all__ += ["Scorer", "finite_reward"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,23 @@ class ScoreJob:
     response_text: str
 
 
+class HeadRewards(float):
+    """The rewards of several heads, in the place of one; as a number the first of them.
+
+    Attributes
+    ----------
+    parts : tuple of float
+    """
+
+    parts: tuple[float, ...]
+
+    def __new__(cls, parts: Sequence[float]) -> HeadRewards:
+        """Return the first number with all of them."""
+        made = super().__new__(cls, parts[0])
+        made.parts = tuple(parts)
+        return made
+
+
 @runtime_checkable
 class RewardModel(Protocol):
     """Anything that scores whole texts, for reward models of any other kind."""
@@ -78,6 +95,18 @@ class Scorer(ABC):
     device: torch.device | None = None
     #: The model; None for a function.
     module: PreTrainedModel | None = None
+    #: Whether it waits for another machine, beside which other models can run.
+    remote: bool = False
+
+    @property
+    def devices(self) -> frozenset[torch.device]:
+        """Devices of all its models; empty for a function."""
+        return frozenset(() if self.device is None else (self.device,))
+
+    @property
+    def modules(self) -> list[PreTrainedModel]:
+        """All its models; none for a function."""
+        return [] if self.module is None else [self.module]
 
     @abstractmethod
     def start(self, request: int, prompt: Prompt, max_response_tokens: int) -> None:
@@ -98,7 +127,8 @@ class Scorer(ABC):
         -------
         list[float or Exception]
             In the order of `jobs`: a finite reward, or the error of that job. A failing job never
-            raises here and never affects another.
+            raises here and never affects another. `SeveralScorer` returns `CombinedReward`, and a
+            model with several heads `HeadRewards`.
         """
 
     def keep(self, request: int, branch: int) -> None:  # noqa: B027
@@ -231,8 +261,14 @@ def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def finite_reward(value: float) -> float | RewardError:
-    """Return the value, or the error to put in its place if it is NaN or infinite."""
-    if math.isfinite(value):
-        return value
-    return RewardError(f"the reward model returned {value}; rewards must be finite numbers")
+def finite_reward(value: float | list[float]) -> float | RewardError:
+    """Return the value, or the error to put in its place if it is NaN or infinite.
+
+    A list, one value for each of several heads, becomes `HeadRewards`.
+    """
+    reward = HeadRewards(value) if isinstance(value, list) else value
+    parts = list(reward.parts) if isinstance(reward, HeadRewards) else [reward]
+    if all(map(math.isfinite, parts)):
+        return reward
+    shown = parts if len(parts) > 1 else parts[0]
+    return RewardError(f"the reward model returned {shown}; rewards must be finite numbers")

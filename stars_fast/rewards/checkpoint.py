@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -18,7 +18,7 @@ from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.files import check_model_directory, read_json
 from stars_fast.models.sharded import loading_options
 
-__all__ = ["CALLABLE_ADVICE", "HEAD_FILES", "Checkpoint", "Loading"]
+__all__ = ["CALLABLE_ADVICE", "HEAD_FILES", "Checkpoint", "LoadedModels", "Loading"]
 
 CALLABLE_ADVICE = (
     "pass as reward_model a function f(prompts, responses) -> list[float] that loads and calls it"
@@ -27,6 +27,10 @@ CALLABLE_ADVICE = (
 HEAD_FILES = ("value_head.safetensors", "v_head.safetensors")
 #: Weights that no reward depends on: a language model's head, statistics of training.
 _UNUSED = ("lm_head.", "normalizer.")
+
+
+#: Models and what their loading reports, by class, source and device.
+LoadedModels: TypeAlias = dict[tuple[Any, str, str], tuple[PreTrainedModel, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,15 @@ class Loading:
         Whether other files than safetensors may be read.
     num_ranks
         Over how many ranks the model is split.
+    loaded
+        What has been loaded, for further heads of the same models.
     """
 
     device: torch.device | str | None
     dtype: torch.dtype | str
     allow_pickle: bool
     num_ranks: int
+    loaded: LoadedModels = field(default_factory=dict, compare=False)
 
     def model(
         self,
@@ -54,7 +61,7 @@ class Loading:
         source: str,
         config: PretrainedConfig,
     ) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """Load a model of transformers' own classes, in eval mode.
+        """Load a model of transformers' own classes, in eval mode, or return it if it is loaded.
 
         Returns
         -------
@@ -67,6 +74,9 @@ class Loading:
         ModelLoadError
             If files are missing or damaged, or do not fit.
         """
+        key = auto_class, str(Path(source).resolve()), str(self.device)
+        if key in self.loaded:
+            return self.loaded[key]
         try:
             with _no_report():
                 model, report = auto_class.from_pretrained(
@@ -82,7 +92,8 @@ class Loading:
             hint = "" if self.allow_pickle else _PICKLE_HINT
             raise ModelLoadError(f"reward model {source!r}: {error}{hint}") from error
         placed = model if self.num_ranks > 1 else model.to(self.device or "cpu")
-        return placed.eval(), report
+        self.loaded[key] = placed.eval(), report
+        return self.loaded[key]
 
 
 @contextlib.contextmanager

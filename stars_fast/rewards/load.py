@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -25,7 +27,7 @@ from stars_fast.rewards.adapter import load_adapter
 from stars_fast.rewards.base import RewardModel, Scorer
 from stars_fast.rewards.callable import CallableScorer, RewardFunction, ScoresEach
 from stars_fast.rewards.causal import CausalScorer
-from stars_fast.rewards.checkpoint import CALLABLE_ADVICE, Checkpoint, Loading
+from stars_fast.rewards.checkpoint import CALLABLE_ADVICE, Checkpoint, LoadedModels, Loading
 from stars_fast.rewards.encoder import EncoderScorer, encoder_context
 from stars_fast.rewards.head import HEAD_NAMES
 from stars_fast.rewards.kinds import Loaded, load_kind
@@ -36,7 +38,8 @@ from stars_fast.rewards.load_log_ratio import Drafting, load_log_ratio
 from stars_fast.rewards.log_probs import log_prob_scorer
 from stars_fast.rewards.log_ratio import LanguageModelLike, LogRatio
 from stars_fast.rewards.persona import Persona, PersonaTokens
-from stars_fast.rewards.pool import RewardPool
+from stars_fast.rewards.pool import RM_POOL_SHARE, RewardPool
+from stars_fast.rewards.shared import shared
 from stars_fast.rewards.text import CallableTemplate, make_template
 from stars_fast.rewards.tokens import RetokenizedText, SharedTokens, TokenSource
 from stars_fast.rewards.vocabulary import check_vocabulary, embedding_rows, same_tokens
@@ -58,8 +61,9 @@ def load_scorer(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str = "auto",
     template: TemplateLike = None,
-    head: RewardHeadLike = None,
+    head: RewardHeadLike | Sequence[RewardHead] = None,
     num_pages: int | None = None,
+    pool_share: float = RM_POOL_SHARE,
     page_size: int = 16,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
@@ -71,6 +75,7 @@ def load_scorer(
     parse_special: bool = False,
     timeout: float | None = None,
     ranks: Ranks = ALONE,
+    loaded_models: LoadedModels | None = None,
 ) -> Scorer:
     """Make the scorer of a reward model.
 
@@ -100,11 +105,14 @@ def load_scorer(
         Its dtype; "auto" is the one it was saved in.
     template : None, str or callable
         The text that the reward model reads, see `stars_fast.rewards.text`.
-    head : RewardHead, str or None
-        What of the model's head is the reward; None: its one label.
+    head : RewardHead, str, None or sequence of RewardHead
+        What of the model's head is the reward; None: its one label. Of several the scorer returns
+        `HeadRewards`.
     num_pages : int, optional
         Pages of a causal reward model's or a judge's cache, of each of a `LogRatio`; by default see
         `default_num_pages`.
+    pool_share : float
+        Part of a GPU's free memory for them by default.
     page_size : int
         Tokens per page.
     trust_remote_code : bool
@@ -121,6 +129,8 @@ def load_scorer(
         Special tokens written in prompts and responses are special, not text.
     timeout
         Seconds that a call of a function may take; None: no limit.
+    loaded_models : dict, optional
+        Models loaded for other scorers, whose weights this one may share; changed.
     ranks : Ranks
         Ranks over which to split a model, or that jointly hold a loaded one or the language model.
 
@@ -136,10 +146,11 @@ def load_scorer(
     TypeError
         If `reward_model` or `template` is of none of these kinds.
     """
-    wanted = RewardHead.of(head)
+    heads = _heads(head)
     reward_model = adapted_model(reward_model)
     pool = RewardPool(
         num_pages=num_pages,
+        gpu_share=pool_share,
         page_size=page_size,
         max_rows=max_rows,
         backend=backend,
@@ -149,10 +160,10 @@ def load_scorer(
     )
     if isinstance(reward_model, Persona):
         judge = _check_judge(language_model, lm_tokenizer, reward_tokenizer, template, device)
-        _check_no_head(wanted, "a Persona")
+        _check_no_head(heads, "a Persona")
         return _persona_scorer(reward_model, *judge, pool, parse_special)
     if not isinstance(reward_model, str | os.PathLike | PreTrainedModel | LogRatio):
-        _check_no_head(wanted, "a reward function")
+        _check_no_head(heads, "a reward function")
         return _python_scorer(reward_model, template, timeout)
     if lm_tokenizer is None and not texts_only:
         raise ValueError(
@@ -161,7 +172,7 @@ def load_scorer(
         )
     drafting = Drafting(language_model, lm_tokenizer, language_source)
     if isinstance(reward_model, LogRatio):
-        _check_no_head(wanted, "a LogRatio")
+        _check_no_head(heads, "a LogRatio")
         return load_log_ratio(
             reward_model,
             drafting,
@@ -188,15 +199,17 @@ def load_scorer(
             source = adapter.tokenizer_source
             tokenizer = reward_tokenizer or _load_tokenizer(source, trust_remote_code)
             base = None if compile_model else drafting.base_of(adapter, device)
+            (wanted,) = heads  # what is merged into its weights is for this one alone
             loaded, lora = load_adapter(adapter, wanted, how, base)
         else:
+            how = replace(how, loaded={} if loaded_models is None else loaded_models)
             checkpoint = Checkpoint.open(source, allow_pickle=allow_pickle)
             tokenizer = reward_tokenizer or _load_tokenizer(source, trust_remote_code)
-            loaded = load_kind(checkpoint, wanted, how)
+            loaded = shared([load_kind(checkpoint, wanted, how) for wanted in heads])
     else:
         reward_model.train(False)
         tokenizer = reward_tokenizer or _tokenizer_of(reward_model, trust_remote_code)
-        loaded = _read_loaded(reward_model, wanted)
+        loaded = shared([_read_loaded(reward_model, wanted) for wanted in heads])
     if loaded.readout is not None:
         return _encoder_scorer(loaded.model, tokenizer, template, loaded.readout, parse_special)
     return _causal_scorer(loaded, lora, tokenizer, lm_tokenizer, template, pool, parse_special)
@@ -222,7 +235,9 @@ def _python_scorer(reward_model: object, template: TemplateLike, timeout: float 
             "reward_template is for transformers models; a reward function gets prompts and "
             "responses and builds its own text"
         )
-    return CallableScorer(score, timeout)
+    scorer = CallableScorer(score, timeout)
+    scorer.remote = getattr(reward_model, "remote", False)
+    return scorer
 
 
 def _read_loaded(model: PreTrainedModel, head: RewardHead) -> Loaded:
@@ -234,8 +249,14 @@ def _read_loaded(model: PreTrainedModel, head: RewardHead) -> Loaded:
     return of_classifier(model, head, name)
 
 
-def _check_no_head(head: RewardHead, what: str) -> None:
-    if head != RewardHead():
+def _heads(given: RewardHeadLike | Sequence[RewardHead]) -> list[RewardHead]:
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        return list(given)
+    return [RewardHead.of(given)]
+
+
+def _check_no_head(heads: Sequence[RewardHead], what: str) -> None:
+    if any(head != RewardHead() for head in heads):
         raise ValueError(f"reward_head is for reward models with a head, not for {what}")
 
 

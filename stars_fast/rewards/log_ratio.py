@@ -136,6 +136,17 @@ class LogRatioScorer(Scorer):
         self._scored: dict[int, dict[int, float]] = {}  # of each branch's response
         self._jobs = 0
 
+    @property
+    def devices(self) -> frozenset[torch.device]:
+        """Devices of both models."""
+        return self._policy.devices | self._reference.devices
+
+    @property
+    def modules(self) -> list[PreTrainedModel]:
+        """Both models, or the one that they share."""
+        found = [module for scorer in self._both for module in scorer.modules]
+        return list({id(module): module for module in found}.values())
+
     def start(self, request: int, prompt: Prompt, max_response_tokens: int) -> None:
         """Admit a request to both, or to none; see `Scorer.start`."""
         self._policy.start(request, prompt, max_response_tokens)

@@ -13,8 +13,9 @@ from stars_fast.distributed import ALONE, Ranks
 from stars_fast.errors import RewardError
 from stars_fast.models.load import same_device
 from stars_fast.models.sharded import num_shards, why_not_sharded
+from stars_fast.reward import rewards_of
 from stars_fast.rewards.base import Prompt, ScoreJob, Scorer
-from stars_fast.rewards.load import RewardModelLike
+from stars_fast.rewards.load_several import RewardModelsLike
 from stars_fast.rewards.log_ratio import LogRatio
 from stars_fast.rewards.persona import Persona
 
@@ -25,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 def load_on_ranks(
     load: Callable[[Ranks], Scorer],
-    reward_model: RewardModelLike,
+    reward_model: RewardModelsLike,
     ranks: Ranks,
     *,
     device: torch.device | str | None = None,
@@ -39,7 +40,7 @@ def load_on_ranks(
     reward_model
         What it loads. Split are models by name whose architecture can be, loaded models that are
         already, a `Persona`, and both models of a `LogRatio`; functions, encoders, and what is on
-        another device are not.
+        another device are not. Of several all are, or none.
     ranks
         Those of the language model.
     device
@@ -68,8 +69,12 @@ def load_on_ranks(
 
 
 def _why_alone(
-    reward_model: RewardModelLike, ranks: Ranks, device: torch.device | str | None
+    reward_model: RewardModelsLike, ranks: Ranks, device: torch.device | str | None
 ) -> str:
+    several = rewards_of(reward_model)
+    if several is not None:
+        reasons = ((r.name, _why_alone(r.model, ranks, r.device or device)) for r in several)
+        return next((f"of {name!r} {reason}" for name, reason in reasons if reason), "")
     if isinstance(reward_model, Persona):
         return ""
     elsewhere = device is not None and not same_device(
@@ -118,9 +123,18 @@ class ScorerOnRanks(Scorer):
         # Nobody reads the texts where there is no model.
         self.needs_text = scorer is not None and scorer.needs_text
         self.device = None if scorer is None else scorer.device
-        self.module = None if scorer is None else scorer.module
         self._tokens: dict[int, int] = {}
         self._stats: dict[str, int] = dict.fromkeys(("rm_jobs", "rm_calls", "rm_tokens"), 0)
+
+    @property
+    def devices(self) -> frozenset[torch.device]:
+        """Devices of the models that are here."""
+        return frozenset() if self._scorer is None else self._scorer.devices
+
+    @property
+    def modules(self) -> list[PreTrainedModel]:
+        """The models that are here."""
+        return [] if self._scorer is None else self._scorer.modules
 
     def start(self, request: int, prompt: Prompt, max_response_tokens: int) -> None:
         """Admit a request, or refuse it on every rank; see `Scorer.start`."""

@@ -23,6 +23,7 @@ class RewardPool:
     """Options for the pages of a causal reward model; `load_scorer` describes them."""
 
     num_pages: int | None
+    gpu_share: float
     page_size: int
     max_rows: int
     backend: Backend
@@ -49,7 +50,7 @@ class RewardPool:
                 model,
                 page_size=self.page_size,
                 max_rows=self.max_rows,
-                gpu_share=RM_POOL_SHARE / (1 + others),
+                gpu_share=self.gpu_share / (1 + others),
                 kv_dtype=self.kv_dtype,
             )
             num_pages = self.ranks.smallest(num_pages)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -33,6 +33,11 @@ class ErrorAnswer(BaseModel):
     error: ErrorObject
 
 
+_REWARDS: Any = Field(
+    default={}, description="With several rewards, each by its name; `reward` is made of them."
+)
+
+
 class RejectedAttempt(BaseModel):
     """An attempt at a segment that was not kept."""
 
@@ -40,6 +45,7 @@ class RejectedAttempt(BaseModel):
     text: str = Field(description="Special tokens included.")
     token_ids: list[int]
     reward: float | None
+    rewards: dict[str, float] = _REWARDS
 
 
 class SegmentAnswer(BaseModel):
@@ -48,6 +54,7 @@ class SegmentAnswer(BaseModel):
     start: int = Field(ge=0, description="Its first token.")
     end: int = Field(ge=0, description="The token after its last.")
     reward: float | None = Field(description="Reward of the response up to the segment's end.")
+    rewards: dict[str, float] = _REWARDS
     threshold: float | None = Field(description="What the reward was tested against.")
     attempts: int = Field(ge=0, description="Attempts that it took, this one included.")
     accepted: Literal["test", "fallback", "choice"] = Field(
@@ -69,6 +76,7 @@ class StarsAnswer(BaseModel):
     """What STARS adds to a choice."""
 
     reward: float | None = Field(description="Reward of the whole response.")
+    rewards: dict[str, float] = _REWARDS
     segments: list[SegmentAnswer]
 
 
@@ -78,6 +86,7 @@ class StarsDelta(BaseModel):
     reward: float | None = Field(
         default=None, description="Reward of the whole response; with its last chunk."
     )
+    rewards: dict[str, float] = _REWARDS
     segments: list[SegmentAnswer] = Field(description="Those new with this chunk.")
 
 

@@ -312,7 +312,7 @@ class ResponsesWriter(Writer):
             output=[self._item("incomplete" if cut else "completed", output.text)],
             usage=self._usage(),
             incomplete_details=IncompleteDetails(reason="max_output_tokens") if cut else None,
-            stars=StarsAnswer(reward=output.reward, segments=self.segments(output.segments)),
+            stars=self.stars(output),
         )
 
     def begin(self) -> bytes:
@@ -329,11 +329,12 @@ class ResponsesWriter(Writer):
 
     def delta(self, transcript: Transcript, delta: Delta) -> bytes:
         """Return a piece of the text."""
-        stars = StarsDelta(segments=self.segments(delta.segments))
-        if delta.finish_reason is not None:
-            stars.reward = delta.reward
         return self._event(
-            "response.output_text.delta", **self._place, delta=delta.text, logprobs=[], stars=stars
+            "response.output_text.delta",
+            **self._place,
+            delta=delta.text,
+            logprobs=[],
+            stars=self.stars_delta(delta),
         )
 
     def end(self) -> bytes:

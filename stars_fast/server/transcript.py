@@ -32,6 +32,7 @@ class Delta:
     segments: Sequence[Segment]
     finish_reason: FinishReason | None
     reward: float | None
+    rewards: Mapping[str, float]
 
 
 class TextDeltas:
@@ -176,4 +177,5 @@ class Transcript:
             segments=new,
             finish_reason=output.finish_reason,
             reward=output.reward,
+            rewards=output.rewards,
         )

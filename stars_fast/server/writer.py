@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 from pydantic import BaseModel
 
 from stars_fast.engine.detokenize import token_text
-from stars_fast.outputs import Segment
+from stars_fast.outputs import CompletionOutput, Segment
+from stars_fast.records import rewards_record
 from stars_fast.server.answers import (
     SegmentAnswer,
     StarsAnswer,
@@ -73,6 +74,23 @@ class Writer(ABC):
         """Return segments with the texts of their rejected attempts."""
         text_of = functools.partial(token_text, self.generation.tokenizer)
         return segment_answers(segments, text_of)
+
+    def stars(self, output: CompletionOutput) -> StarsAnswer:
+        """Return what STARS adds to a whole response."""
+        return StarsAnswer(
+            reward=output.reward,
+            segments=self.segments(output.segments),
+            **rewards_record(output.rewards),
+        )
+
+    def stars_delta(self, delta: Delta) -> StarsDelta:
+        """Return what STARS adds to a delta; the last one has the reward."""
+        stars = StarsDelta(segments=self.segments(delta.segments))
+        if delta.finish_reason is not None:
+            stars.reward = delta.reward
+            if delta.rewards:
+                stars.rewards = dict(delta.rewards)
+        return stars
 
 
 class ChoiceWriter(Writer):
@@ -135,13 +153,10 @@ class ChoiceWriter(Writer):
         """Return a chunk."""
         first = transcript.index not in self._begun
         self._begun.add(transcript.index)
-        stars = StarsDelta(segments=self.segments(delta.segments))
-        if delta.finish_reason is not None:
-            stars.reward = delta.reward
         fields = {
             "index": transcript.index,
             "finish_reason": delta.finish_reason,
-            "stars": stars,
+            "stars": self.stars_delta(delta),
         }
         choice = self.piece(transcript, delta, fields, first=first)
         usage: dict[str, Usage | None] = {"usage": None} if self._with_usage else {}
@@ -176,6 +191,6 @@ class ChoiceWriter(Writer):
         fields = {
             "index": transcript.index,
             "finish_reason": output.finish_reason,
-            "stars": StarsAnswer(reward=output.reward, segments=self.segments(output.segments)),
+            "stars": self.stars(output),
         }
         return self.choice(transcript, fields)

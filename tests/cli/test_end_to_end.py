@@ -145,6 +145,9 @@ def test_bad_requests_are_recorded_and_harm_no_other(tmp_path: Path) -> None:
         ([*MODELS, "--page-size", "0"], "page_size must be at least 1, got 0"),
         ([*MODELS, "--dtype", "float7"], "dtype"),
         ([*MODELS, "--reward-head", "lable=0"], "reward_head must be name=value"),
+        ([*MODELS, "--reward", "a=x"], "--reward and --reward-model cannot be given together"),
+        ([*MODELS[:2], "--reward", "a=x,at_most=y"], "at_most of reward 'a' must be a number"),
+        ([*MODELS[:2], "--reward", "a={tmp}/none"], "reward 'a': "),
         ([*MODELS, "--reward-head", "label=good"], "reward_head names label 'good'; the labels"),
         ([*MODELS, "--device", "cpu", "--kv-dtype", "fp8"], "kv_dtype='fp8' needs the Triton"),
     ],
@@ -179,6 +182,21 @@ def test_one_of_two_labels(tmp_path: Path) -> None:
     ours, demos = (read(tmp_path / name)[1]["outputs"][0] for name in "ab")
     assert ours["token_ids"] == demos["token_ids"]
     assert ours["reward"] == pytest.approx(demos["reward"], abs=1e-5)
+
+
+def test_several_rewards(tmp_path: Path) -> None:
+    """The demo's reward under two names, one of which is a constraint that nothing can keep."""
+    rm = MODELS[3]
+    flags = [*SHORT, "--prompt", demo.prompts(1)[0], *TARGET, "--seed", "3"]
+    rewards = ["--reward", f"good={rm},weight=0.5", "--reward", f"bound={rm},weight=0,at_least=99"]
+    common = [*MODELS[:2], *rewards, "--reward-combine", "min"]
+    assert main(["generate", *common, *flags, "--output", str(tmp_path / "a")]) == 0
+    (output,) = read(tmp_path / "a")[1]["outputs"]
+    for record in (output, *output["segments"]):
+        assert record["rewards"]["good"] == record["rewards"]["bound"] == 2 * record["reward"]
+    assert {segment["accepted"] for segment in output["segments"]} == {"fallback"}
+    kept = json.loads((tmp_path / "a.settings.json").read_text())
+    assert (kept["reward"], kept["combine"]) == (rewards[1::2], "min")
 
 
 def test_the_flags_have_the_defaults_of_the_engine() -> None:

@@ -83,6 +83,24 @@ def test_rewards_are_those_of_the_whole_text(done: Path) -> None:
     assert [row["gold"] for row in rows] == [demo.gold_score(row["text"]) for row in rows]
 
 
+def test_several_rewards(tmp_path: Path) -> None:
+    model, rm = demo.model_dir(), demo.reward_model_dir()
+    flags = ["--model", model, "--reward", f"a={rm},weight=2", "--reward", f"b={rm},weight=-0.5"]
+    flags += ["--prompts", "demo", "--gold", "demo", "--method", STARS, "--no-plots"]
+    assert run(*SMALL, *flags, "--out", tmp_path / "out") == 0
+    rows = responses(tmp_path / "out")
+    assert len(rows) == 8
+    for row in rows:
+        assert row["rewards"]["a"] == row["rewards"]["b"]
+        assert row["reward"] == pytest.approx(1.5 * row["rewards"]["a"])
+    settings = read(tmp_path / "out")["settings"]["models"]
+    assert settings["combine"] == "sum"
+    assert ["name='a'" in one and "weight=2.0" in one for one in settings["reward_model"]] == [
+        True,
+        False,
+    ]
+
+
 def test_the_summary_follows_from_the_responses(done: Path) -> None:
     record = read(done)
     rows = responses(done)

@@ -40,6 +40,7 @@ class GroupMachine(DriverMachine):
         stop_rate=st.sampled_from([0.0, 0.1, 0.3]),
         ends_early=st.sampled_from([0.0, 0.5]),
         bad_rate=st.sampled_from([0.0, 0.0, 0.05]),
+        breaks_rate=st.sampled_from([0.0, 0.0, 0.5, 1.0]),
     )
     def add_group(
         self,
@@ -56,6 +57,7 @@ class GroupMachine(DriverMachine):
         stop_rate: float,
         ends_early: float,
         bad_rate: float,
+        breaks_rate: float,
     ) -> None:
         prompt = self.prompt(length, prefix)
         spec = GroupSpec(
@@ -71,6 +73,7 @@ class GroupMachine(DriverMachine):
                     stop_rate=stop_rate,
                     ends_early=ends_early,
                     bad_rate=bad_rate,
+                    breaks_rate=breaks_rate,
                 )
                 for path in range(min(paths, self.driver.max_rows))
             ],

@@ -39,6 +39,7 @@ class SchedulerMachine(DriverMachine):
         stop_rate=st.sampled_from([0.0, 0.1]),
         ends_early=st.sampled_from([0.0, 0.5]),
         bad_rate=st.sampled_from([0.0, 0.0, 0.1]),
+        breaks_rate=st.sampled_from([0.0, 0.0, 0.5, 1.0]),
     )
     def add(
         self,
@@ -59,6 +60,7 @@ class SchedulerMachine(DriverMachine):
         stop_rate: float,
         ends_early: float,
         bad_rate: float,
+        breaks_rate: float,
     ) -> None:
         prompt = [prefix] * (length - 1) + [self.driver.next_id % 7]
         spec = Spec(
@@ -78,6 +80,7 @@ class SchedulerMachine(DriverMachine):
             stop_rate=stop_rate,
             ends_early=ends_early,
             bad_rate=bad_rate,
+            breaks_rate=breaks_rate,
         )
         try:
             self.driver.add(spec)

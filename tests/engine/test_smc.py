@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from helpers.letter_law import (
     tilted,
     total_variation,
 )
+from helpers.letter_law import reward_model as letter_reward
 from helpers.outputs import all_same
 from helpers.ragged_law import EVEN, RAGGED, SETTINGS, ragged_engine
 from helpers.ragged_law import count as count_ragged
@@ -31,7 +33,7 @@ from helpers.tiny_lm import letter_tokenizer, small_model
 from helpers.tiny_rewards import plain_reward, reward_model
 from helpers.tiny_tokenizers import bpe_tokenizer
 
-from stars_fast import Engine, RequestOutput, StarsParams
+from stars_fast import Engine, RequestOutput, Reward, StarsParams
 
 BETA = 0.5
 LETTERS = StarsParams(
@@ -44,11 +46,24 @@ def letters() -> Engine:
     return letter_engine()
 
 
-def law_of_two_paths(params: StarsParams, beta: float = BETA, world: World = LETTER) -> Law:
-    """Every pair of paths, every way in which it is resampled, and the draw at the end."""
+def law_of_two_paths(
+    params: StarsParams,
+    beta: float = BETA,
+    world: World = LETTER,
+    keeps: Callable[[str], bool] = lambda response: True,
+) -> Law:
+    """Every pair of paths, every way in which it is resampled, and the draw at the end.
+
+    At a boundary a path that does not keep a constraint has no weight, unless neither does.
+    """
     law: Law = {}
 
+    def counted(paths: tuple[Tokens, Tokens], weights: tuple[float, float]) -> tuple[float, float]:
+        kept = [keeps(text(path)) for path in paths]
+        return (weights[0] * kept[0], weights[1] * kept[1]) if any(kept) else weights
+
     def finish(paths: tuple[Tokens, Tokens], weights: tuple[float, float], chance: float) -> None:
+        weights = counted(paths, weights)
         for path, weight in zip(paths, weights, strict=True):
             law[path] = law.get(path, 0.0) + chance * weight / sum(weights)
 
@@ -72,14 +87,15 @@ def law_of_two_paths(params: StarsParams, beta: float = BETA, world: World = LET
         (paths, weights), chance = states.popitem()
         for (a, p, v), (b, q, w) in itertools.product(further(paths[0]), further(paths[1])):
             heavier = (weights[0] * v, weights[1] * w)
-            total = sum(heavier)
+            shown = counted((a, b), heavier)
+            total = sum(shown)
             if all_over((a, b)):
                 finish((a, b), heavier, chance * p * q)
                 continue
-            if total**2 / sum(x * x for x in heavier) >= 2 * params.ess_threshold:
+            if total**2 / sum(x * x for x in shown) >= 2 * params.ess_threshold:
                 outcomes = [((a, b), heavier, 1.0)]
             else:  # systematic: path a is there floor(share) times, and maybe once more
-                whole, part = divmod(2 * heavier[0] / total, 1.0)
+                whole, part = divmod(2 * shown[0] / total, 1.0)
                 often = [(b, b), (a, b), (a, a)]
                 outcomes = [(often[int(whole)], (1.0, 1.0), 1 - part)]
                 outcomes += [(often[int(whole) + 1], (1.0, 1.0), part)] if part else []
@@ -111,6 +127,18 @@ def test_two_paths_match_the_exact_law(
         other = 1.0 - ess_threshold if ess_threshold != 0.8 else 0.0
         changed = dataclasses.replace(params, ess_threshold=other)
         assert p_value(counts, law_of_two_paths(changed)) < 1e-6
+
+
+@pytest.mark.parametrize("ess_threshold", [0.0, 0.8])
+def test_two_paths_under_a_constraint_match_the_exact_law(ess_threshold: float) -> None:
+    def length_is_odd(prompts: list[str], responses: list[str]) -> list[float]:
+        return [len(response) % 2 for response in responses]
+
+    odd = Reward("odd", length_is_odd, weight=0, at_least=1)
+    params = dataclasses.replace(LETTERS, candidates=2, ess_threshold=ess_threshold)
+    counts = count(letter_engine([Reward("r", letter_reward), odd]), params, 1500)
+    assert p_value(counts, law_of_two_paths(params, keeps=lambda one: len(one) % 2 == 1)) > 1e-3
+    assert p_value(counts, law_of_two_paths(params)) < 1e-6
 
 
 UNEQUAL = StarsParams(method="smc", beta=1.0, ess_threshold=1.0, **SETTINGS)

@@ -148,7 +148,10 @@ def test_ranks_count_the_same(ranks: list[dict[str, Any]]) -> None:
 
 def test_random_rewards_are_those_of_rank_0(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["random rewards"] == ranks[1]["random rewards"]
-    assert len({s.attempts for o in ranks[0]["random rewards"] for s in o.outputs[0].segments}) > 1
+    segments = [s for o in ranks[0]["random rewards"] for s in o.outputs[0].segments]
+    assert len({segment.attempts for segment in segments}) > 1
+    assert all(segment.rewards["random"] == segment.reward for segment in segments)
+    assert all(segment.rewards["split"] for segment in segments)
     assert ranks[0]["reward calls"] > 0
     assert ranks[1]["reward calls"] == 0
     for seen in ranks:

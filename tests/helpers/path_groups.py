@@ -33,6 +33,7 @@ class Path:
     stream: int = 0
     reward: float = 0.0
     before: float = 0.0  # the reward when weights were last made equal
+    breaks: bool = False
     alive: bool = True
     grows: bool = True
 
@@ -76,7 +77,8 @@ class GroupSpec:
             for number, event in events.items():
                 path = paths[number]
                 path.position += len(event.tokens)
-                path.reward = self.paths[number].draw(event.start, 0, path.stream).reward
+                drawn = self.paths[number].draw(event.start, 0, path.stream)
+                path.reward, path.breaks = drawn.reward, drawn.breaks
                 path.grows = event.goes_on
             generation = Generation(events, [], [], None)
             if not generation.fails:
@@ -88,7 +90,11 @@ class GroupSpec:
     def _resample(
         self, paths: list[Path], generation: int
     ) -> tuple[list[tuple[int, int]], list[int], int | None]:
-        logs = [(path.reward - path.before) / self.beta for path in paths]
+        some_keep = not all(path.breaks for path in paths)
+        logs = [
+            -math.inf if path.breaks and some_keep else (path.reward - path.before) / self.beta
+            for path in paths
+        ]
         weights = [math.exp(log - max(logs)) for log in logs]
         ends = list(itertools.accumulate(weights))
         number = len(paths)
@@ -117,7 +123,7 @@ class GroupSpec:
         self, paths: list[Path], _: int
     ) -> tuple[list[tuple[int, int]], list[int], int | None]:
         alive = [number for number, path in enumerate(paths) if path.alive]
-        alive.sort(key=lambda number: -paths[number].reward)
+        alive.sort(key=lambda number: (paths[number].breaks, -paths[number].reward))
         keep = max(1, round((1 - self.rejection_rate) * len(alive)))
         for number in alive[keep:]:
             paths[number].alive = False

@@ -28,6 +28,7 @@ class Draw:
     tokens: list[int]
     stopped: bool
     reward: float
+    breaks: bool  # a constraint
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Spec:
     hard: bool = False
     overrun: bool = False
     last_untested: bool = False
+    breaks_rate: float = 0.0
 
     @property
     def prompt_reward(self) -> float:
@@ -68,7 +70,8 @@ class Spec:
             length = rng.randint(1, length)
         tokens = [rng.randrange(50) for _ in range(length)]
         bad = rng.random() < self.bad_rate
-        return Draw(tokens, stopped, math.nan if bad else self.bias + rng.uniform(-2.0, 1.0))
+        reward = math.nan if bad else self.bias + rng.uniform(-2.0, 1.0)
+        return Draw(tokens, stopped, reward, rng.random() < self.breaks_rate)
 
     def add_to(self, scheduler: _core.Scheduler, request: int) -> None:
         scheduler.add(
@@ -106,7 +109,7 @@ class Spec:
             hard=self.hard,
         )
         best: Draw | None = None
-        most = -math.inf
+        most = (False, -math.inf)
         attempt = 0
         kind = _core.EVENT_CHOSEN if self.scored and self.choose else _core.EVENT_FALLBACK
         for attempt in range(self.max_attempts):
@@ -121,9 +124,9 @@ class Spec:
             elif self.scored and not (self.last_untested and attempt + 1 == self.max_attempts):
                 tau = schedule.threshold(self.prompt_reward, position + len(made.tokens))
                 uniform = _core.accept_uniform(self.seed, position, attempt, stream)
-                passed = schedule.accepts(made.reward, tau, uniform)
-            if passed or merit > most:
-                best, most = made, merit
+                passed = not made.breaks and schedule.accepts(made.reward, tau, uniform)
+            if passed or (not made.breaks, merit) > most:
+                best, most = made, (not made.breaks, merit)
             if passed:
                 kind = _core.EVENT_ACCEPTED
                 break

@@ -203,12 +203,15 @@ class Driver:
         rows = plan.draft.num_rows
         tokens = np.zeros((rows, plan.draft.max_new), np.int64)
         lengths, stopped = np.zeros(rows, np.int32), np.zeros(rows, np.uint8)
-        rewards = np.zeros(rows)
+        rewards, breaks = np.zeros(rows), np.zeros(rows, np.uint8)
         for row, request in enumerate(plan.request.tolist()):
             made = draw_of(plan, row, self.specs[request])
             lengths[row], stopped[row], rewards[row] = len(made.tokens), made.stopped, made.reward
             tokens[row, : lengths[row]] = made.tokens
-        decision = self.scheduler.commit(tokens, lengths, stopped, rewards, seconds=1e-3)
+            breaks[row] = made.breaks
+        decision = self.scheduler.commit(
+            tokens, lengths, stopped, rewards, 1e-3, breaks if breaks.any() else None
+        )
         self.check_decision(flight, decision, tokens)
         return decision
 

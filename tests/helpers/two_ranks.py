@@ -22,7 +22,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 import stars_fast.drafting.rows
 import stars_fast.engine.loop
 import stars_fast.engine.round
-from stars_fast import Engine, LogRatio, StarsParams
+from stars_fast import Engine, LogRatio, Reward, StarsParams
 from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.models.paged import PagedModel
 from stars_fast.outputs import RequestOutput
@@ -169,7 +169,11 @@ def main(folder: Path) -> None:
     found["parameters"] = split.num_parameters()
 
     rewards = _Rewards(rank)
-    alone = engine(folder, rewards, tensor_parallel=True)
+    several = [
+        Reward("random", rewards),
+        Reward("split", folder / "rm", weight=0, template="plain", at_least=-1e9),
+    ]
+    alone = engine(folder, several, tensor_parallel=True)
     found["random rewards"] = generated(alone, PARAMS["stars"])
     found["reward calls"] = rewards.calls
     failing = engine(folder, lambda p, r: 1 / 0, tensor_parallel=True)

@@ -28,7 +28,7 @@ FLOORS = (
     ("kernels",),
     ("records",),
     ("prompts", "params", "errors"),
-    ("config",),
+    ("config", "reward"),
     ("methods", "outputs", "seeds", "core", "demo", "tables", "reward_head"),
     ("text", "_core"),
 )

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers.tiny_lm import LETTERS, small_model
+from helpers.tiny_lm import LETTERS, letter_model, letter_tokenizer, small_model
 from helpers.tiny_tokenizers import bpe_tokenizer
 
-from stars_fast import Engine, StarsParams
+from stars_fast import Engine, Reward, StarsParams
 
 for package in ("fastapi", "uvicorn", "prometheus_client", "httpx", "openai"):
     pytest.importorskip(package, reason=f"needs {package}, of the extras server and test")
@@ -190,6 +190,26 @@ def test_a_character_cut_by_a_border_is_sent_whole() -> None:
         texts = [chunk["choices"][0]["text"] for chunk in events(served.post(body))]
     assert "".join(texts) == "\u20ac\U0001f600"
     assert set(texts) == {"", "\u20ac", "\U0001f600"}
+
+
+def test_several_rewards_whole_and_streamed() -> None:
+    gate = Gate()
+    rewards = [Reward("a", gate), Reward("b", gate, weight=0.5, at_least=9.0)]
+    engine = Engine(letter_model(), rewards, tokenizer=letter_tokenizer(), num_pages=400)
+    body = {"model": "letters", "prompt": "ab", "seed": 7, "stars": {"trace": True}}
+    with serving(engine, gate) as served:
+        (choice,) = served.post(body).json()["choices"]
+        streamed = served.post({**body, "stream": True}).text
+    events = [json.loads(line[6:]) for line in streamed.split("\n\n") if line.startswith("data: {")]
+    deltas = [event["choices"][0]["stars"] for event in events]
+    stars = choice["stars"]
+    attempts = [attempt for segment in stars["segments"] for attempt in segment["rejected"]]
+    for one in (stars, deltas[-1], *stars["segments"], *attempts):
+        assert list(one["rewards"]) == ["a", "b"]
+        assert one["reward"] == 1.5 * one["rewards"]["a"]
+    assert {segment["accepted"] for segment in stars["segments"]} == {"fallback"}
+    assert [s for delta in deltas for s in delta["segments"]] == stars["segments"]
+    assert all("rewards" not in delta for delta in deltas[:-1])
 
 
 def test_chat() -> None:
