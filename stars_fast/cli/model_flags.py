@@ -78,6 +78,7 @@ def add_model_flags(parser: argparse.ArgumentParser, model: str | None = None) -
         metavar="POLICY[,REFERENCE][,beta=FLOAT][,over=segment]",
         help="in place of a reward model, the log-ratio of two language models, such as a DPO "
         "model and its reference (default: the language model)",
+    )
     models.add_argument(
         "--reward",
         action="append",

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
+import torch
 from transformers import PreTrainedModel
 
 from stars_fast.models.load import adapted_model
