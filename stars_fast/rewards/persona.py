@@ -20,7 +20,7 @@ from stars_fast.rewards.base import Prompt, ScoreJob
 from stars_fast.rewards.causal import CausalScorer
 from stars_fast.rewards.reading import NextTokens
 from stars_fast.rewards.text import conversation, marked_text
-from stars_fast.rewards.tokens import Ids, TokenPrompt, TokenSource
+from stars_fast.rewards.tokens import Encoded, Ids, TokenPrompt, TokenSource
 from stars_fast.text.tokenization import SpecialTokens, TextEncoder, escaped
 
 __all__ = ["Persona", "PersonaScorer", "PersonaTokens"]
@@ -129,9 +129,9 @@ class PersonaTokens(TokenSource):
 
     def encode(
         self, prompts: Sequence[TokenPrompt], jobs: Sequence[ScoreJob]
-    ) -> list[Ids | Exception]:
+    ) -> list[Encoded | Exception]:
         """Return the persona's ids and the response's of each job."""
-        encoded: list[Ids | Exception] = []
+        encoded: list[Encoded | Exception] = []
         for prompt, job in zip(prompts, jobs, strict=True):
             response = np.asarray(job.response_ids, dtype=np.int64)
             try:
@@ -139,7 +139,7 @@ class PersonaTokens(TokenSource):
             except ValueError as error:
                 encoded.append(error)
             else:
-                encoded.append(np.concatenate((prompt.empty_ids, response)))
+                encoded.append(Encoded(np.concatenate((prompt.empty_ids, response))))
         return encoded
 
     def _render(self, prompt: Prompt, system: str) -> str:
