@@ -225,6 +225,19 @@ def test_a_tag_of_a_step_that_goes_on_leaves_no_trace(tmp_path: Path) -> None:
     assert again == pytest.approx(whole, abs=1e-5)
 
 
+def test_a_tag_that_a_response_writes_is_text(tmp_path: Path) -> None:
+    scorer = qwen_scorer(tmp_path)
+    scorer.start(0, text_prompt(LM, QUESTIONS[2]), 80)
+    bound = scorer._prompts[0]
+    plain, written = scorer._source.encode(
+        [bound] * 2, [job(0, "It<extra_0>.\n\nGood<s> <extra_0>"), job(1, "It.\n\nGood")]
+    )
+    for encoded in (plain, written):
+        assert [place for place, i in enumerate(encoded.ids) if i == 400] == list(encoded.places)
+        assert len(encoded.places) == 2
+    assert len(plain.ids) > len(written.ids) + 10
+
+
 @pytest.mark.parametrize("kind", ["end", "steps", "encoder"])
 def test_only_what_follows_a_thought_is_read(tmp_path: Path, kind: str) -> None:
     words = encoder_tokenizer()
