@@ -72,7 +72,8 @@ class EngineConfig:
         metadata=_flag(
             "what of the reward model's head is the reward: label=NAME, "
             "label=NAME,activation=log_odds, label_weights={JSON}, token=TEXT or "
-            'tokens=["YES", "NO"] (default: its one label)',
+            'tokens=["YES", "NO"], with at=steps,step_tag=TEXT,aggregate=min at each step '
+            "(default: its one label)",
             metavar="SPEC",
         ),
     )

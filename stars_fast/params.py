@@ -19,7 +19,7 @@ __all__ += ["RANGES", "TEXTS", "Range", "plain_text", "with_fields"]
 
 Acceptance = Literal["soft", "hard", "gibbs"]
 CardsRules = Literal["paper", "public"]
-SegmentEnd = Literal["length", "clause", "sentence"]
+SegmentEnd = Literal["length", "clause", "sentence", "step"]
 
 #: Counts, and positions that are sums of two of them, have to fit 32 bits in the core.
 _MOST = 2**28 - 1
@@ -418,9 +418,15 @@ class StarsParams:
         default="length",
         metadata=_about("""
         ``"length"``: segments have `segment_length` tokens. ``"sentence"``: they end after a token
-        that ends a sentence (.!? or a line break), ``"clause"``: or a clause (,;:), and have
-        `segment_length` tokens at most. Reward models judge a finished thought better than half a
-        one.
+        that ends a sentence (.!? or a line break), ``"clause"``: or a clause (,;:), ``"step"``:
+        after the token that completes a `step_text`; and have `segment_length` tokens at most.
+        Reward models judge a finished thought better than half a one.
+        """),
+    )
+    step_text: str = field(
+        default="\n\n",
+        metadata=_about("""
+        With ``segment_end="step"``: the text that ends a step, however it is cut into tokens.
         """),
     )
 
@@ -447,6 +453,7 @@ class StarsParams:
             )
         # Sequences become tuples, so that a frozen object cannot change under its owner.
         object.__setattr__(self, "stop", _stop_texts(self.stop))
+        _check_step_text(self.step_text)
         object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         object.__setattr__(self, "guided", _grammar(self.guided))
@@ -602,6 +609,12 @@ def _stop_texts(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
             raise ValueError(f"stop must be text, or texts, that are not empty, got {value!r}")
     check_unicode(value, "stop")
     return texts or None
+
+
+def _check_step_text(value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"step_text must be text that is not empty, got {value!r}")
+    check_unicode(value, "step_text")
 
 
 def _check_number_of_stops(name: str, stops: Sequence[object]) -> None:

@@ -1,4 +1,4 @@
-"""What of a reward model's head is the reward: a label, a sum of labels, a token."""
+"""What of a reward model's head is the reward: a label, a sum of labels, a token; and where."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
 
 from stars_fast.text.named_values import values_of
+from stars_fast.text.surrogates import check_unicode
 
-__all__ = ["Activation", "RewardHead", "RewardHeadLike"]
+__all__ = ["Activation", "Aggregate", "At", "RewardHead", "RewardHeadLike"]
 
-Activation = Literal["none", "log_odds"]
+Activation = Literal["none", "log_odds", "probability"]
+At = Literal["end", "steps"]
+Aggregate = Literal["last", "min", "prod", "mean", "sum"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,25 @@ class RewardHead:
         The log-odds of the first token against the second, the difference of their logits.
     activation : str
         ``"none"``, or ``"log_odds"``: log(p / (1 - p)) of `label` or `token`, p being its
-        probability among all of them.
+        probability among all of them; or ``"probability"``: that p, of `tokens` the one of the two,
+        of a model's one label the sigmoid of its logit.
+    at : str
+        ``"end"``: the text is read once, at its end. ``"steps"``: a process reward model's, read
+        behind each step of the response, a last one that has not ended included. Of an empty
+        response one empty step is read.
+    step_text : str
+        The text that ends a step of a response.
+    step_tag : str, optional
+        What the reward model reads in its place; the score is read at the tag's last token. With
+        ``{score}`` in it, it is read there, and what follows stands before the next step. None: the
+        step text itself.
+    aggregate : str
+        The reward from the scores of the steps: the ``"last"``, their ``"min"``, ``"prod"``,
+        ``"mean"`` or ``"sum"``. The product is one of probabilities.
+    after : str, optional
+        Read of a response only what follows this text, ``"</think>"`` for models that think before
+        they answer. While it has not come, the reward is that of the empty response, so that no
+        thought is judged as if it were an answer. A prompt that ends with it has it behind it.
 
     Raises
     ------
@@ -48,18 +69,27 @@ class RewardHead:
     token: int | str | None = None
     tokens: tuple[int | str, int | str] | None = None
     activation: Activation = "none"
+    at: At = "end"
+    step_text: str = "\n\n"
+    step_tag: str | None = None
+    aggregate: Aggregate = "last"
+    after: str | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in _CHOICES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"reward_head takes one of {', '.join(_CHOICES)}, got {given}")
-        if self.activation not in get_args(Activation):
-            raise ValueError(
-                "activation of reward_head must be one of "
-                f"{', '.join(get_args(Activation))}, got {self.activation!r}"
-            )
+        for name, words in _WORDS.items():
+            if getattr(self, name) not in words:
+                raise ValueError(
+                    f"{name} of reward_head must be one of {', '.join(words)}, got "
+                    f"{getattr(self, name)!r}"
+                )
         if self.activation == "log_odds" and given not in (["label"], ["token"]):
             raise ValueError("activation='log_odds' of reward_head needs label or token beside it")
+        if self.activation == "probability" and given == ["label_weights"]:
+            raise ValueError("activation='probability' of reward_head is not of label_weights")
+        self._check_steps()
         for name in ("label", "token"):
             if getattr(self, name) is not None:
                 _check_name(name, getattr(self, name))
@@ -72,6 +102,36 @@ class RewardHead:
             for token in self.tokens:
                 _check_name("tokens", token)
             object.__setattr__(self, "tokens", tuple(self.tokens))
+
+    def _check_steps(self) -> None:
+        for name in ("step_text", "step_tag", "after"):
+            value = getattr(self, name)
+            if value is None and name != "step_text":
+                continue
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"{name} of reward_head must be text, not empty, got {value!r}")
+            check_unicode(value, f"{name} of reward_head")
+        if self.at == "steps":
+            if self.step_tag is not None and self.step_tag.count("{score}") > 1:
+                raise ValueError(
+                    f"step_tag of reward_head must have {{score}} once, got {self.step_tag!r}"
+                )
+            if self.aggregate == "prod" and self.activation != "probability":
+                raise ValueError(
+                    "aggregate='prod' of reward_head is of probabilities: pass "
+                    "activation='probability'"
+                )
+            return
+        for name, default in (("step_text", "\n\n"), ("step_tag", None), ("aggregate", "last")):
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} of reward_head is for at='steps', got {getattr(self, name)!r}"
+                )
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether it says which number is the reward."""
+        return self.of_labels or self.of_tokens or self.activation != "none"
 
     @property
     def of_tokens(self) -> bool:
@@ -122,6 +182,11 @@ class RewardHead:
 
 RewardHeadLike: TypeAlias = RewardHead | str | None
 
+_WORDS = {
+    "activation": get_args(Activation),
+    "at": get_args(At),
+    "aggregate": get_args(Aggregate),
+}
 _CHOICES = ("label", "label_weights", "token", "tokens")
 
 

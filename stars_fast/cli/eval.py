@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from stars_fast.cli.errors import UsageError, file_errors
 from stars_fast.cli.model_flags import add_model_flags, engine_options, reward_model_of
 from stars_fast.cli.terminal import say
+from stars_fast.eval.answers import MATH, check_answers
 from stars_fast.eval.attacks import Attack, attacks_of_texts
 from stars_fast.eval.datasets import Item, Layout, RecordError, read_items
 from stars_fast.eval.gold import gold_source
@@ -122,8 +123,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     quality = parser.add_argument_group("quality")
     quality.add_argument(
         "--gold", metavar="REWARD",
-        help="a reward that no method sees: demo, a directory or hub id, or module:function with "
-        "f(prompts, responses) -> list of numbers (default with the demo's pair: demo)",
+        help="a reward that no method sees: demo, a directory or hub id, module:function with "
+        "f(prompts, responses) -> list of numbers, or math: 1 where the response has the answer "
+        "of its record, else 0 (default with the demo's pair: demo)",
     )  # fmt: skip
     quality.add_argument(
         "--gold-template", metavar="TEXT", help="as --reward-template, for a gold model"
@@ -251,11 +253,16 @@ def _session(args: argparse.Namespace) -> Session:
     except ValueError as error:
         raise UsageError(f"--gold: {error}") from None
     items = _items(args)
+    if gold == MATH:
+        try:
+            check_answers(items)
+        except ValueError as error:
+            raise UsageError(f"--gold: {error}") from None
     if args.reward_accuracy and all(item.chosen is None for item in items):
         raise UsageError("--reward-accuracy needs prompts with chosen and rejected responses")
     attacks, harm_below = _attacks(args, items)
     judge = _judge(args)
-    _check_directories(models, gold)
+    _check_directories(models, None if gold == MATH else gold)
     plan = Plan(
         specs,
         items,

@@ -43,6 +43,8 @@ def add_params_flags(
         assert field.default is not MISSING
         default = defaults.get(field.name, field.default)
         shown = "none" if default is None else str(default)
+        if not shown.isprintable():
+            shown = repr(shown)
         text = f"{plain_text(field.name)} (default: {shown})"
         group.add_argument(
             "--" + field.name.replace("_", "-"),

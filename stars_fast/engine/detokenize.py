@@ -125,6 +125,38 @@ def token_offsets(
     return offsets
 
 
+def find_step_end(
+    committed: ResponseText, segment: Sequence[int], step_text: str, least: int
+) -> int | None:
+    """Return how many tokens of a segment there are up to the end of a step; None: none ends.
+
+    Steps are counted from the beginning of the response, and no two have a character of their ends
+    in common.
+
+    Parameters
+    ----------
+    least
+        Tokens that a segment has at least.
+    """
+
+    def behind(text: ResponseText, start: int) -> int:
+        decided = text.decided
+        while (at := decided.find(step_text, start)) >= 0:
+            start = at + len(step_text)
+        return start
+
+    done = behind(committed, 0)
+    if not committed._decoder.cleans_up and behind(committed.extended(segment), done) == done:
+        return None
+    text = committed
+    for kept, token in enumerate(segment, 1):
+        text = text.extended((token,))
+        before, done = done, behind(text, done)
+        if done > before and kept >= least:
+            return kept
+    return None
+
+
 def find_stop(
     committed: ResponseText, segment: Sequence[int], stops: Sequence[str]
 ) -> tuple[int, int] | None:

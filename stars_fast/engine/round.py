@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from stars_fast import _core
 from stars_fast.drafting.base import Draft
-from stars_fast.engine.detokenize import find_stop
+from stars_fast.engine.detokenize import find_step_end, find_stop
 from stars_fast.engine.requests import Candidate, Response, candidate_text
 from stars_fast.methods.decisions import effective_reward, merit
 from stars_fast.rewards.base import ScoreJob, Scorer
@@ -117,6 +117,14 @@ def cut_candidates(
             if found is not None:
                 length, stop_at = found
                 done.lengths[row], done.stopped[row] = length, 1
+        if response.params.segment_end == "step":
+            params = response.params
+            end = find_step_end(
+                response.text, ids[:length], params.step_text, params.min_segment_length
+            )
+            if end is not None and end < length:  # the noise of the rest is drawn by no other
+                length, stop_at = end, None
+                done.lengths[row], done.stopped[row] = length, 0
         logprobs = draft.logprobs[row, :length].tolist()
         adjusted = draft.adjusted_logprobs
         done.candidates.append(

@@ -13,6 +13,7 @@ _SEGMENT_ENDS = {
     "length": segment_ends.NONE,
     "clause": segment_ends.CLAUSE,
     "sentence": segment_ends.SENTENCE,
+    "step": segment_ends.NONE,  # of a text, not of a token: the round cuts there
 }
 
 

@@ -2,7 +2,7 @@ r"""Prompts and preferences from files in common layouts.
 
 ``jsonl``
     Lines as ``stars-fast generate`` reads them: ``prompt``, ``messages`` or ``prompt_token_ids``,
-    and ``id``.
+    and ``id``. Besides ``answer``, a text or a number, that the gold score ``math`` asks for.
 ``hh``
     HH-RLHF: ``chosen`` and ``rejected`` hold whole dialogues, such as
     "\n\nHuman: ...\n\nAssistant: ...". The prompt is everything up to and including the last
@@ -21,7 +21,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -50,6 +50,8 @@ class Item:
     opening
         Opening of the response, with the white space before it; the model continues it.
         Only where the prompt is text.
+    answer
+        The right answer, where there is one.
     """
 
     number: int
@@ -57,6 +59,7 @@ class Item:
     chosen: str | None = None
     rejected: str | None = None
     opening: str = ""
+    answer: str | None = None
 
     @property
     def continued(self) -> PromptValue:
@@ -176,12 +179,17 @@ def _object(value: object) -> Mapping[str, Any]:
 
 def _of_jsonl(number: int, record: Mapping[str, Any]) -> Item:
     for key in record:
-        if key not in (*PROMPT_KEYS, "id"):
+        if key not in (*PROMPT_KEYS, "id", "answer"):
             raise ValueError(
-                f"unknown key {key!r}; the keys are {', '.join((*PROMPT_KEYS, 'id'))}"
+                f"unknown key {key!r}; the keys are {', '.join((*PROMPT_KEYS, 'id', 'answer'))}"
                 + ("; parameters belong to the methods here" if key == "params" else "")
             )
-    return Item(number, prompt_of(record))
+    answer = record.get("answer")
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)
+    if answer is not None and (not isinstance(answer, str) or not answer.strip()):
+        raise ValueError(f"answer must be text or a number, got {short(answer)}")
+    return Item(number, prompt_of(record), answer=answer)
 
 
 def _of_hh(number: int, record: Mapping[str, Any]) -> Item:
@@ -231,4 +239,4 @@ def _as_chat(item: Item, layout: Layout) -> Item:
         _, *parts = _TURN.split(item.prompt.removesuffix(ASSISTANT))
         turns = zip(parts[::2], parts[1::2], strict=True)
         messages = [{"role": _ROLES[who], "content": said.strip()} for who, said in turns]
-    return Item(item.number, messages, item.chosen, item.rejected)
+    return replace(item, prompt=messages)

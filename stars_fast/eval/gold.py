@@ -30,11 +30,12 @@ def gold_source(text: str) -> str | RewardFunction:
     text
         ``"demo"``: the grammar of the demo's reviews. ``"module:function"``: a function
         ``f(prompts, responses) -> list[float]``, its module imported from the working directory or
-        from what is installed. Otherwise a directory or hub id of a reward model.
+        from what is installed. ``"math"``: the answers of the records, see `MathScores`. Otherwise
+        a directory or hub id of a reward model.
 
     Returns
     -------
-    The function, or the directory or id.
+    The function, ``"math"``, or the directory or id.
 
     Raises
     ------

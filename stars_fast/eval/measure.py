@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from stars_fast.eval.datasets import Item
 from stars_fast.eval.judge import JudgeError, PairJudge
@@ -19,7 +19,6 @@ from stars_fast.eval.store import Record, Store
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from stars_fast.prompts import PromptValue
 
 _SAVE_SECONDS = 60.0  # of work that an interruption may cost
 
@@ -29,9 +28,7 @@ Rows = Sequence[Record]
 class Scores(Protocol):
     """What `TextScorer` does."""
 
-    def score(
-        self, prompts: Sequence[PromptValue], responses: Sequence[str]
-    ) -> list[float | Exception]:
+    def score(self, prompts: Sequence[Any], responses: Sequence[str], /) -> list[float | Exception]:
         """Return the reward of each response, or why there is none."""
         ...
 
@@ -94,6 +91,8 @@ def score_rows(
     scores: Scores,
     items: Mapping[int, Item],
     saver: Saver,
+    *,
+    by_answer: bool = False,
 ) -> None:
     """Fill a column of rewards, of whole responses: with the opening, where there is one.
 
@@ -111,11 +110,14 @@ def score_rows(
         The prompts, by number.
     saver
         Told of each run.
+    by_answer
+        Whether `scores` gets the answers in place of the prompts.
     """
     from stars_fast.rewards.combine import CombinedReward
 
     for rows in runs:
-        prompts = [items[row["number"]].prompt for row in rows]
+        asked = [items[row["number"]] for row in rows]
+        prompts = [(item.answer or "") if by_answer else item.prompt for item in asked]
         texts = [items[row["number"]].whole(row["text"]) for row in rows]
         values = scores.score(prompts, texts)
         for row, value in zip(rows, values, strict=True):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from stars_fast.eval.answers import MATH, MathScores
 from stars_fast.eval.attacks import Attack
 from stars_fast.eval.datasets import Item
 from stars_fast.eval.gold import RewardFunction
@@ -112,6 +113,11 @@ class Session:
         return [self.plan, *attacked]
 
     @property
+    def _answers(self) -> list[str | None]:
+        """The answers that the gold score compares with; none if it is another."""
+        return [item.answer for item in self.plan.items] if self.gold == MATH else []
+
+    @property
     def _by(self) -> dict[str, str]:
         """What each column of the responses is measured by."""
         names = ["reward_template", "reward_head"]
@@ -120,7 +126,7 @@ class Session:
         read_by = [self.models.options.get(name) for name in names]
         by = {
             "reward": digest([identity_of(self.models.reward_model), *read_by]),
-            "gold": digest([identity_of(self.gold), self.gold_template]),
+            "gold": digest([identity_of(self.gold), self.gold_template, *self._answers]),
             "base_logprob": digest(identity_of(self.models.model)),
         }
         if self.judge is not None:
@@ -232,11 +238,12 @@ class Session:
         if not lacking and not pairs:
             return
         self.say(f"scoring responses: {column}")
-        scores = self.models.scorer(source, template, head)
+        by_answer = column == "gold" and source == MATH
+        scores: Scores = MathScores() if by_answer else self.models.scorer(source, template, head)
         for plan, runs in lacking:
             what = column if plan.attack is None else f"{column} under {plan.attack}"
             bar = tqdm(runs, unit="run", disable=not self._bars, desc=what)
-            score_rows(bar, column, by, scores, _by_number(plan), saver)
+            score_rows(bar, column, by, scores, _by_number(plan), saver, by_answer=by_answer)
         if pairs:
             self._accuracies[column] = self._accuracy(scores)
 

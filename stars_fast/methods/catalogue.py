@@ -25,7 +25,7 @@ Method = Literal[
 
 _DRAWS = ("guided",)  # of methods whose tokens are draws
 _ATTEMPTS = ("max_attempts", "candidates", "acceptance", "trace")
-_SEGMENT = ("segment_length", "segment_end", "min_segment_length")
+_SEGMENT = ("segment_length", "segment_end", "step_text", "min_segment_length")
 _SCHEDULE = ("target_reward", "beta", "alpha", *_ATTEMPTS)
 
 

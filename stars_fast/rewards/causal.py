@@ -88,6 +88,7 @@ class CausalScorer(Scorer):
             page_size=page_size,
             max_batch_tokens=max_batch_tokens,
             whose=reading.whose,
+            kept=reading.kept,
         )
         self._pool_tokens = (num_pages - 1) * page_size  # page 0 is scratch
         self._prompts: dict[int, TokenPrompt] = {}
@@ -104,7 +105,7 @@ class CausalScorer(Scorer):
             f"{max_response_tokens} follow",
         )
         prefix = bound.empty_ids[: self._reading.prefix(bound)]
-        self._texts.open(request, prefix, self._reading.mark(bound.empty_ids))
+        self._texts.open(request, prefix, self._reading.marks(bound.empty_ids))
         self._known.start(request, prefix.tobytes())
         self._prompts[request] = bound
 
@@ -115,13 +116,13 @@ class CausalScorer(Scorer):
         prompts = [self._prompts[job.request] for job in jobs]
         rows: list[Row] = []
         prompt_places: dict[bytes, list[int]] = {}
-        for place, (job, ids) in enumerate(
+        for place, (job, text) in enumerate(
             zip(jobs, self._source.encode(prompts, jobs), strict=True)
         ):
-            if isinstance(ids, Exception):
-                results[place] = ids
+            if isinstance(text, Exception):
+                results[place] = text
                 continue
-            cut = self._reading.cut(ids, prompts[place], self._texts.committed(job.request))
+            cut = self._reading.cut(text, prompts[place], self._texts.committed(job.request))
             if not isinstance(cut, Cut):
                 results[place] = cut
                 continue
@@ -261,16 +262,13 @@ class CausalScorer(Scorer):
         marks: list[torch.Tensor] = []
         places: list[NDArray[np.int64]] = []
         for row, end in zip(rows, ends, strict=True):
-            if row.cut.mark is not None:
-                places.append(np.array([len(hidden) + len(marks)]))
-                marks.append(self._texts.marked(row))
+            marks += self._texts.marked(row)
             places.append(np.arange(end - (len(row.ids) - row.cut.first), end))
         try:
             with torch.inference_mode():
-                if marks:
-                    hidden = torch.cat((hidden, torch.stack(marks)))
+                marked = torch.stack(marks) if marks else hidden[:0]
                 chosen = torch.from_numpy(np.concatenate(places)).to(hidden.device)
                 read = hidden.index_select(0, chosen)
-                return self._reading.values(read, [row.cut for row in rows])
+                return self._reading.values(read, marked, [row.cut for row in rows])
         except Exception as error:  # noqa: BLE001 - one bad pass must not end other requests
             return self._texts.failed(rows, error)

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from stars_fast.errors import UnsupportedModelError
 from stars_fast.reward_head import RewardHead
 
-__all__ = ["Readout", "label_readout", "no_choice", "token_readout"]
+__all__ = ["Readout", "label_readout", "token_readout"]
 
 #: From the outputs [N, L] of a head to rewards [N], float32.
 Readout = Callable[[Tensor], Tensor]
@@ -44,11 +44,9 @@ def label_readout(head: RewardHead, config: PretrainedConfig, labels: int, name:
         )
     if head.label is not None:
         index = _label(head.label, config, labels, name)
-        if head.activation == "log_odds":
-            if labels < 2:
-                raise ValueError(f"activation='log_odds' of reward_head needs two labels in {name}")
-            return _log_odds(index)
-        return _one(index)
+        if head.activation == "log_odds" and labels < 2:
+            raise ValueError(f"activation='log_odds' of reward_head needs two labels in {name}")
+        return _activated(head, _one(index) if labels < 2 else _of_one(head, index))
     if head.label_weights is not None:
         weights = {
             _label(key, config, labels, name): weight for key, weight in head.label_weights.items()
@@ -62,7 +60,7 @@ def label_readout(head: RewardHead, config: PretrainedConfig, labels: int, name:
             "reward is one number: pass reward_head, such as RewardHead(label=...), "
             "RewardHead(label=..., activation='log_odds') or RewardHead(label_weights={...})"
         )
-    return _one(0)
+    return _activated(head, _one(0))
 
 
 def token_readout(head: RewardHead, tokenizer: PreTrainedTokenizerBase, vocab: int) -> Readout:
@@ -77,22 +75,21 @@ def token_readout(head: RewardHead, tokenizer: PreTrainedTokenizerBase, vocab: i
         first, second = (_token(token, tokenizer, vocab) for token in head.tokens)
         if first == second:
             raise ValueError(f"tokens of reward_head must differ, both are id {first}")
-        return _weighted({first: 1.0, second: -1.0})
+        return _activated(head, _weighted({first: 1.0, second: -1.0}))
     assert head.token is not None
-    index = _token(head.token, tokenizer, vocab)
-    return _log_odds(index) if head.activation == "log_odds" else _one(index)
+    return _activated(head, _of_one(head, _token(head.token, tokenizer, vocab)))
 
 
-def no_choice(head: RewardHead, name: str) -> None:
-    """Refuse a choice of labels or tokens where the model has one number.
+def _of_one(head: RewardHead, index: int) -> Readout:
+    """Return the logit, or the log-odds where the activation is of them."""
+    return _one(index) if head.activation == "none" else _log_odds(index)
 
-    Raises
-    ------
-    ValueError
-        If `head` asks for any.
-    """
-    if head.of_labels or head.of_tokens:
-        raise ValueError(f"reward_head must be None for {name}, which gives one number")
+
+def _activated(head: RewardHead, readout: Readout) -> Readout:
+    """Return the probability of what a readout gives the log-odds of, if that is asked for."""
+    if head.activation != "probability":
+        return readout
+    return lambda logits: readout(logits).sigmoid()
 
 
 def _one(index: int) -> Readout:

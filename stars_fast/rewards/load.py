@@ -40,9 +40,11 @@ from stars_fast.rewards.log_ratio import LanguageModelLike, LogRatio
 from stars_fast.rewards.persona import Persona, PersonaTokens
 from stars_fast.rewards.pool import RM_POOL_SHARE, RewardPool
 from stars_fast.rewards.shared import shared
-from stars_fast.rewards.text import CallableTemplate, make_template
+from stars_fast.rewards.steps import StepTokens, at_steps
+from stars_fast.rewards.text import AnswerTemplate, CallableTemplate, Template, make_template
 from stars_fast.rewards.tokens import RetokenizedText, SharedTokens, TokenSource
 from stars_fast.rewards.vocabulary import check_vocabulary, embedding_rows, same_tokens
+from stars_fast.text.tokenization import SpecialTokens
 
 __all__ = ["RewardModelLike", "load_scorer"]
 
@@ -210,9 +212,15 @@ def load_scorer(
         reward_model.train(False)
         tokenizer = reward_tokenizer or _tokenizer_of(reward_model, trust_remote_code)
         loaded = shared([_read_loaded(reward_model, wanted) for wanted in heads])
+    head = heads[0]  # several differ in the number alone
+    _check_answer(head, lm_tokenizer)
     if loaded.readout is not None:
-        return _encoder_scorer(loaded.model, tokenizer, template, loaded.readout, parse_special)
-    return _causal_scorer(loaded, lora, tokenizer, lm_tokenizer, template, pool, parse_special)
+        return _encoder_scorer(
+            loaded.model, tokenizer, template, loaded.readout, head, parse_special
+        )
+    return _causal_scorer(
+        loaded, lora, tokenizer, lm_tokenizer, template, head, pool, parse_special
+    )
 
 
 def _python_scorer(reward_model: object, template: TemplateLike, timeout: float | None) -> Scorer:
@@ -265,8 +273,14 @@ def _encoder_scorer(
     tokenizer: PreTrainedTokenizerBase,
     template: TemplateLike,
     readout: Readout,
+    head: RewardHead,
     parse_special: bool,
 ) -> Scorer:
+    if head.at == "steps":
+        raise UnsupportedModelError(
+            "at='steps' of reward_head needs a causal reward model; a step of a "
+            f"{type(model).__name__} would depend on those behind it"
+        )
     if tokenizer.pad_token_id is None:
         raise ValueError(
             "the reward model's tokenizer has no padding token, which an encoder needs: set "
@@ -276,7 +290,9 @@ def _encoder_scorer(
     return EncoderScorer(
         model,
         tokenizer,
-        make_template(template, tokenizer, pairs=True, parse_special=parse_special),
+        _of_answers(
+            make_template(template, tokenizer, pairs=True, parse_special=parse_special), head
+        ),
         context=encoder_context(model, tokenizer),
         readout=readout,
     )
@@ -288,6 +304,7 @@ def _causal_scorer(
     tokenizer: PreTrainedTokenizerBase,
     lm_tokenizer: PreTrainedTokenizerBase | None,
     template: TemplateLike,
+    head: RewardHead,
     pool: RewardPool,
     parse_special: bool,
 ) -> Scorer:
@@ -297,20 +314,30 @@ def _causal_scorer(
     chosen = make_template(template, tokenizer, pairs=False, parse_special=parse_special)
     assert loaded.reading is not None
     reading = loaded.reading(tokenizer)
+    if head.at == "steps":
+        if isinstance(chosen, CallableTemplate):
+            raise ValueError(
+                "at='steps' of reward_head needs a reward_template that is text or 'chat': in "
+                "what a function writes, nobody knows where the steps are"
+            )
+        reading = at_steps(reading, head, type(model).__name__)
     try:
         check_numbers(model, backend=pool.backend)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{error} As a reward model: {CALLABLE_ADVICE}") from error
     paged = pool.paged(model, lora)
     source: TokenSource
-    if (
-        lm_tokenizer is not None
+    if head.at == "steps":
+        source = StepTokens(tokenizer, _of_answers(chosen, head), head)
+    elif (
+        head.after is None
+        and lm_tokenizer is not None
         and not isinstance(chosen, CallableTemplate)
         and same_tokens(lm_tokenizer, tokenizer)
     ):
         source = SharedTokens(tokenizer, chosen, rows)
     else:
-        source = RetokenizedText(tokenizer, chosen)
+        source = RetokenizedText(tokenizer, _of_answers(chosen, head))
     return CausalScorer(
         paged,
         reading,
@@ -319,6 +346,21 @@ def _causal_scorer(
         page_size=paged.page_size,
         max_rows=pool.max_rows,
     )
+
+
+def _of_answers(template: Template, head: RewardHead) -> Template:
+    return template if head.after is None else AnswerTemplate(template, head.after)
+
+
+def _check_answer(head: RewardHead, lm_tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Refuse to wait for what no text of a response has."""
+    if head.after is None or lm_tokenizer is None:
+        return
+    if any(True for _ in SpecialTokens(lm_tokenizer).find(head.after)):
+        raise ValueError(
+            f"after of reward_head must be text, got {head.after!r}, which has a special token of "
+            "the language model: the texts of responses do not show them"
+        )
 
 
 def _check_judge(

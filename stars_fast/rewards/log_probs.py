@@ -16,7 +16,7 @@ from stars_fast.models.paged import PagedModel
 from stars_fast.rewards.base import Prompt, ScoreJob
 from stars_fast.rewards.causal import CausalScorer
 from stars_fast.rewards.reading import Cut, NextTokens
-from stars_fast.rewards.tokens import Ids, TokenPrompt, TokenSource, common_length
+from stars_fast.rewards.tokens import Encoded, Ids, TokenPrompt, TokenSource, common_length
 
 __all__ = ["DrawnTokens", "PromptTokens", "WholeResponse", "log_prob_scorer"]
 
@@ -44,9 +44,9 @@ class DrawnTokens(TokenSource):
 
     def encode(
         self, prompts: Sequence[TokenPrompt], jobs: Sequence[ScoreJob]
-    ) -> list[Ids | Exception]:
+    ) -> list[Encoded | Exception]:
         """Return the prompt's ids and the response's of each job."""
-        encoded: list[Ids | Exception] = []
+        encoded: list[Encoded | Exception] = []
         for prompt, job in zip(prompts, jobs, strict=True):
             response = np.asarray(job.response_ids, dtype=np.int64)
             try:
@@ -54,7 +54,7 @@ class DrawnTokens(TokenSource):
             except ValueError as error:
                 encoded.append(error)
             else:
-                encoded.append(np.concatenate((prompt.empty_ids, response)))
+                encoded.append(Encoded(np.concatenate((prompt.empty_ids, response))))
         return encoded
 
     def _check(self, ids: Ids, name: str) -> None:
@@ -89,8 +89,9 @@ class WholeResponse(NextTokens):
         """Return the ids before the response, but for the last."""
         return max(prompt.stem - 1, 0)
 
-    def cut(self, ids: Ids, prompt: TokenPrompt, committed: Ids) -> Cut | float | Exception:
+    def cut(self, text: Encoded, prompt: TokenPrompt, committed: Ids) -> Cut | float | Exception:
         """Return the ids but the last of the response; 0.0 where there is none."""
+        ids = text.ids
         end = len(ids) - prompt.tail
         first = max(min(prompt.stem, common_length(ids, prompt.empty_ids)) - 1, 0)
         if end <= first + 1:

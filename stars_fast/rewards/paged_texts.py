@@ -7,8 +7,9 @@ others.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,8 +40,8 @@ class _Request:
     prefix: Ids  # what its prompt has in common with others'
     committed: Ids  # what the cached sequence should hold; it may hold less
     same_prompt: dict[int, None]  # the requests that began with the same prompt, and itself
-    mark: int | None  # of the ids of its prompt, whose hidden state is kept
-    marked: dict[bytes, torch.Tensor]  # their hidden states [hidden], by ids up to the mark; shared
+    marks: tuple[int, ...]  # of the ids of its prompt, of whose hidden states something is kept
+    marked: dict[bytes, torch.Tensor]  # what is kept [D], by ids up to the mark; shared
     padding: int | None = None  # ids that the cached sequence has before its padding
     kept: int | None = None
     branches: dict[int, _Branch] = field(default_factory=dict)
@@ -85,6 +86,8 @@ class PagedTexts:
         Most new tokens of a pass that only fills the cache.
     whose : str
         What the model is called in errors.
+    kept : callable
+        What is kept of hidden states at marks, see `Reading.kept`.
 
     Attributes
     ----------
@@ -104,9 +107,11 @@ class PagedTexts:
         page_size: int,
         max_batch_tokens: int,
         whose: str,
+        kept: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         self._model = model
         self._whose = whose
+        self._kept = kept
         self._max_batch_tokens = max_batch_tokens
         self._cache = SequenceCache(num_pages=num_pages, page_size=page_size)
         self._requests: dict[int, _Request] = {}
@@ -116,7 +121,6 @@ class PagedTexts:
         self._loose: OrderedDict[int, _Branch] = OrderedDict()
         self.busy: frozenset[int] = frozenset()
         self._next_row = 0
-        self._marks = False  # whether any request has had one
         self.calls = 0
         self.num_tokens = 0
         self.evictions = 0
@@ -132,22 +136,21 @@ class PagedTexts:
         """Pages of the pool that are free."""
         return self._cache.pages_free
 
-    def open(self, request: int, prefix: Ids, mark: int | None = None) -> None:
+    def open(self, request: int, prefix: Ids, marks: tuple[int, ...] = ()) -> None:
         """Admit a request, whose committed text begins as `prefix`.
 
-        The hidden state of id `mark` is kept when it runs, see `marked`.
+        Something of the hidden states of `marks` is kept when they run, see `marked`.
         """
         self._cache.open(request)
         same_prompt = self._same_prompt.setdefault(prefix.tobytes(), {})
         marked = next((self._requests[other].marked for other in same_prompt), {})
         same_prompt[request] = None
-        self._requests[request] = _Request(prefix, prefix, same_prompt, mark, marked)
-        self._marks |= mark is not None
+        self._requests[request] = _Request(prefix, prefix, same_prompt, marks, marked)
 
-    def marked(self, row: Row) -> torch.Tensor:
-        """Return the hidden state [hidden] at the mark of a row, which has run at some time."""
-        assert row.cut.mark is not None
-        return self._requests[row.request].marked[row.ids[: row.cut.mark + 1].tobytes()]
+    def marked(self, row: Row) -> list[torch.Tensor]:
+        """Return what was kept [D] at each mark of a row; all have run at some time."""
+        kept = self._requests[row.request].marked
+        return [kept[key] for key in _mark_keys(row.ids, row.cut.marks)]
 
     def committed(self, request: int) -> Ids:
         """Return the committed text."""
@@ -386,24 +389,29 @@ class PagedTexts:
         try:
             ids = torch.from_numpy(token_ids).to(self._model.device)
             hidden = self._model.extend_all(batch, ids)
+            self._keep_marked(rows, hidden)
         except Exception as error:  # noqa: BLE001 - one bad pass must not end other requests
             return self.failed(rows, error)
-        self._keep_marked(rows, hidden)
         return hidden
 
     def _keep_marked(self, rows: list[Row], hidden: torch.Tensor) -> None:
-        """Keep the hidden states at marks that have run; `hidden` is [T, hidden]."""
-        if not self._marks:
-            return
+        """Keep what is kept of marks that have run; `hidden` is [T, hidden]."""
+        new: dict[tuple[int, bytes], int] = {}  # where in `hidden`, by request and key
         at = 0
         for row in rows:
             state = self._requests[row.request]
-            mark = state.mark if row.cut.mark is None else row.cut.mark
-            if mark is not None and row.start <= mark < len(row.ids):
-                key = row.ids[: mark + 1].tobytes()
-                if key not in state.marked:
-                    state.marked[key] = hidden[at + mark - row.start].clone()
+            marks = [m for m in row.cut.marks or state.marks if m < len(row.ids)]
+            for mark, key in zip(marks, _mark_keys(row.ids, marks), strict=True):
+                if mark >= row.start and key not in state.marked:
+                    new[row.request, key] = at + mark - row.start
             at += row.new
+        if not new:
+            return
+        with torch.inference_mode():
+            places = torch.tensor(list(new.values()), device=hidden.device)
+            kept = self._kept(hidden.index_select(0, places))
+        for (request, key), value in zip(new, kept, strict=True):
+            self._requests[request].marked.setdefault(key, value)
 
     def failed(self, rows: list[Row], error: Exception) -> RewardError:
         """Drop the rows of a pass that raised; the error to put in their place."""
@@ -472,6 +480,16 @@ class PagedTexts:
             del self._loose[branch.row]
             self._cache.drop(branch.row)
             branch.row = NO_PAGES
+
+
+def _mark_keys(ids: Ids, marks: Sequence[int]) -> list[bytes]:
+    """Return a digest of the ids up to each mark, which are in order."""
+    state, at, keys = hashlib.blake2b(digest_size=16), 0, []
+    for mark in marks:
+        state.update(ids[at : mark + 1].tobytes())
+        keys.append(state.digest())
+        at = mark + 1
+    return keys
 
 
 def _int64(values: list[int]) -> NDArray[np.int64]:

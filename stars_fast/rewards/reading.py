@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from stars_fast.rewards.tokens import Ids, TokenPrompt, common_length
+from stars_fast.rewards.tokens import Encoded, Ids, TokenPrompt, common_length
 
 __all__ = ["LOGIT_BYTES", "Cut", "Head", "LastToken", "NextTokens", "Reading"]
 
@@ -40,20 +40,21 @@ class Cut:
         Index of the first one whose hidden state is read.
     following : int64 [N - first]
         The id after each of those, if the reading needs them.
-    mark : int, optional
-        An id before `first` whose hidden state is read too, though it may have run long ago.
+    marks : tuple of int
+        Ids whose hidden states are read too, though they may have run long ago, in order.
     """
 
     ids: Ids
     keep: int
     first: int
     following: Ids
-    mark: int | None = None
+    marks: tuple[int, ...] = ()
 
     @property
     def read(self) -> bytes:
         """Everything that the reward depends on."""
-        return self.first.to_bytes(8, "little") + self.ids.tobytes() + self.following.tobytes()
+        marks = np.array([self.first, len(self.marks), *self.marks], np.int64)
+        return marks.tobytes() + self.ids.tobytes() + self.following.tobytes()
 
 
 class Reading(ABC):
@@ -68,18 +69,22 @@ class Reading(ABC):
     def prefix(self, prompt: TokenPrompt) -> int:
         """Return how many of the ids of r(x) are cached before there is any response."""
 
-    def mark(self, ids: Ids) -> int | None:
-        """Return which of the ids is a job's `Cut.mark`; ValueError if there has to be one."""
-        return None
+    def marks(self, ids: Ids) -> tuple[int, ...]:
+        """Return which of a prompt's ids are `Cut.marks`; ValueError if there have to be some."""
+        return ()
+
+    def kept(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what is kept of hidden states at marks, when they run: [N, hidden] to [N, D]."""
+        return hidden
 
     @abstractmethod
-    def cut(self, ids: Ids, prompt: TokenPrompt, committed: Ids) -> Cut | float | Exception:
+    def cut(self, text: Encoded, prompt: TokenPrompt, committed: Ids) -> Cut | float | Exception:
         """Return what to run of a job; its reward where that is known; or its error.
 
         Parameters
         ----------
-        ids : int64 [L]
-            Ids of the job.
+        text : Encoded
+            The job.
         prompt : TokenPrompt
             The prompt of its request.
         committed : int64 [C]
@@ -88,13 +93,17 @@ class Reading(ABC):
         """
 
     @abstractmethod
-    def values(self, hidden: torch.Tensor, cuts: Sequence[Cut]) -> list[float]:
+    def values(
+        self, hidden: torch.Tensor, marked: torch.Tensor, cuts: Sequence[Cut]
+    ) -> list[float]:
         """Return each job's reward.
 
         Parameters
         ----------
         hidden : Tensor [sum of len(ids) - first, hidden]
-            The hidden states that are read, one job's after another's; a job's mark before them.
+            The hidden states that are read, one job's after another's.
+        marked : Tensor [sum of len(marks), D]
+            What was kept at the marks, in the same order; empty where there are none.
         cuts : sequence of Cut
             The jobs, in that order.
         """
@@ -116,24 +125,27 @@ class LastToken(Reading):
     shorten = "the prompt"
 
     def __init__(self, head: Head, pad_token_id: int | None) -> None:
-        self._head = head
+        self.head = head
         self._pad = pad_token_id
 
     def prefix(self, prompt: TokenPrompt) -> int:
         """Return the ids before the response."""
         return prompt.stem
 
-    def cut(self, ids: Ids, prompt: TokenPrompt, committed: Ids) -> Cut | Exception:
+    def cut(self, text: Encoded, prompt: TokenPrompt, committed: Ids) -> Cut | Exception:
         """Return the ids up to the last that is not padding."""
+        ids = text.ids
         end = len(ids)
         if self._pad is not None:
             while end > 1 and int(ids[end - 1]) == self._pad:
                 end -= 1
         return Cut(ids[:end], min(len(ids) - prompt.tail, end), end - 1, ids[:0])
 
-    def values(self, hidden: torch.Tensor, cuts: Sequence[Cut]) -> list[float]:
+    def values(
+        self, hidden: torch.Tensor, marked: torch.Tensor, cuts: Sequence[Cut]
+    ) -> list[float]:
         """Apply the head."""
-        rewards: list[float] = self._head(hidden).tolist()
+        rewards: list[float] = self.head(hidden).tolist()
         return rewards
 
 
@@ -165,8 +177,9 @@ class NextTokens(Reading):
         """Return all ids but the last."""
         return len(prompt.empty_ids) - 1
 
-    def cut(self, ids: Ids, prompt: TokenPrompt, committed: Ids) -> Cut | float | Exception:
+    def cut(self, text: Encoded, prompt: TokenPrompt, committed: Ids) -> Cut | float | Exception:
         """Return the ids but the last; 0.0 for r(x) and for a job with nothing new."""
+        ids = text.ids
         first = len(committed)
         if len(ids) == len(prompt.empty_ids):
             return 0.0
@@ -176,7 +189,9 @@ class NextTokens(Reading):
             return 0.0
         return Cut(ids[:-1], len(ids) - 1, first, ids[first + 1 :])
 
-    def values(self, hidden: torch.Tensor, cuts: Sequence[Cut]) -> list[float]:
+    def values(
+        self, hidden: torch.Tensor, marked: torch.Tensor, cuts: Sequence[Cut]
+    ) -> list[float]:
         """Return the sum of each job's log-probabilities, by float32 log_softmax of the logits."""
         following = torch.from_numpy(np.concatenate([cut.following for cut in cuts]))
         following = following.to(hidden.device)

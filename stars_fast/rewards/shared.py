@@ -38,7 +38,7 @@ def shared(loaded: Sequence[Loaded]) -> Loaded:
 
     def reading(tokenizer: PreTrainedTokenizerBase) -> LastToken:
         readings = [make(tokenizer) for make in makers]
-        heads = [one._head for one in readings if type(one) is LastToken]
+        heads = [one.head for one in readings if type(one) is LastToken]
         pads = [one._pad for one in readings if type(one) is LastToken]
         assert len(heads) == len(readings)
         assert len(set(pads)) == 1

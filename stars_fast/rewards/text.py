@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
@@ -39,9 +39,9 @@ from stars_fast.config import TemplateLike
 from stars_fast.rewards.base import Prompt
 from stars_fast.text.tokenization import SpecialTokens, escaped
 
-__all__ = ["CallableTemplate", "ChatTemplate", "FramedPrompt", "Template"]
+__all__ = ["AnswerTemplate", "CallableTemplate", "ChatTemplate", "FramedPrompt", "Template"]
 __all__ += ["FormatTemplate", "PairTemplate", "PlainTemplate", "RenderedPrompt", "make_template"]
-__all__ += ["bare_text", "conversation", "filled", "marked_text"]
+__all__ += ["answer", "bare_text", "conversation", "filled", "marked_text"]
 
 Messages: TypeAlias = "list[dict[str, Any]]"
 _UNMARKED = SpecialTokens(None)
@@ -67,6 +67,8 @@ class FramedPrompt:
         Whether white space at that end of the response is dropped.
     special : SpecialTokens
         Those that are text in a response.
+    after : str
+        Only what follows this text in a response is read, see `RewardHead`; empty: all of it.
     """
 
     prefix: str
@@ -74,9 +76,15 @@ class FramedPrompt:
     strip_left: bool = False
     strip_right: bool = False
     special: SpecialTokens = _UNMARKED
+    after: str = ""
+
+    def answer(self, response: str) -> str:
+        """Return what of a response is read."""
+        return answer(response, self.after)
 
     def text(self, response: str) -> str:
         """Return prefix + response + suffix."""
+        response = self.answer(response)
         if self.strip_left:
             response = response.lstrip()
         if self.strip_right:
@@ -90,10 +98,11 @@ class PairedPrompt:
 
     prompt: str
     special: SpecialTokens
+    after: str = ""
 
     def text(self, response: str) -> tuple[str, str]:
         """Return (prompt, response)."""
-        return self.prompt, self.special.marked(response)
+        return self.prompt, self.special.marked(answer(response, self.after))
 
 
 @dataclass(frozen=True)
@@ -101,10 +110,16 @@ class CalledPrompt:
     """A prompt whose text a user's function writes."""
 
     function: Callable[[str], str]
+    after: str = ""
 
     def text(self, response: str) -> str:
         """Return what the function makes of the response."""
-        return self.function(response)
+        return self.function(answer(response, self.after))
+
+
+def answer(response: str, after: str) -> str:
+    """Return what follows a text, without white space before it; nothing while it has not come."""
+    return response.partition(after)[2].lstrip() if after else response
 
 
 class Template(Protocol):
@@ -299,6 +314,25 @@ class CallableTemplate:
             f"reward_template returned {type(returned).__name__}; it must return a str, or a list "
             "of messages where the reward model's tokenizer has a chat template"
         )
+
+
+class AnswerTemplate:
+    """A template that gets of a response only what follows a text, such as ``</think>``.
+
+    A prompt that ends with that text has it behind it: of its responses all is read.
+    """
+
+    def __init__(self, template: Template, after: str) -> None:
+        self.add_special_tokens = template.add_special_tokens
+        self._template = template
+        self._after = after
+
+    def bind(self, prompt: Prompt) -> RenderedPrompt:
+        """Fill in the prompt."""
+        rendered = self._template.bind(prompt)
+        assert isinstance(rendered, FramedPrompt | PairedPrompt | CalledPrompt)
+        ended = prompt.text.rstrip().endswith(self._after)
+        return rendered if ended else replace(rendered, after=self._after)
 
 
 def make_template(

@@ -20,7 +20,7 @@ from stars_fast.rewards.base import Prompt, ScoreJob
 from stars_fast.rewards.text import FramedPrompt, PlainTemplate, RenderedPrompt, Template, filled
 from stars_fast.text.tokenization import MARK, TextEncoder
 
-__all__ = ["Ids", "RetokenizedText", "SharedTokens", "TokenPrompt", "TokenSource"]
+__all__ = ["Encoded", "Ids", "RetokenizedText", "SharedTokens", "TokenPrompt", "TokenSource"]
 __all__ += ["common_length", "special_ids"]
 
 Ids = NDArray[np.int64]
@@ -54,6 +54,24 @@ class TokenPrompt:
         return len(self.empty_ids) - self.stem
 
 
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What is run of a job.
+
+    Parameters
+    ----------
+    ids : int64 [N]
+    places : tuple of int
+        Indices of the ids at which steps are read, the last id's the last; none without steps.
+    probe : int
+        How many ids at the end stay in no cache, beside what stands behind the response.
+    """
+
+    ids: Ids
+    places: tuple[int, ...] = ()
+    probe: int = 0
+
+
 class TokenSource(ABC):
     """Turns prompts and jobs into ids of the reward model."""
 
@@ -67,7 +85,7 @@ class TokenSource(ABC):
     @abstractmethod
     def encode(
         self, prompts: Sequence[TokenPrompt], jobs: Sequence[ScoreJob]
-    ) -> list[Ids | Exception]:
+    ) -> list[Encoded | Exception]:
         """Return the ids of each job, or its error. `prompts[i]` is what `bind` gave for job i."""
 
 
@@ -125,9 +143,9 @@ class SharedTokens(TokenSource):
 
     def encode(
         self, prompts: Sequence[TokenPrompt], jobs: Sequence[ScoreJob]
-    ) -> list[Ids | Exception]:
+    ) -> list[Encoded | Exception]:
         """Return prefix, response and suffix ids of each job."""
-        encoded: list[Ids | Exception] = []
+        encoded: list[Encoded | Exception] = []
         for prompt, job in zip(prompts, jobs, strict=True):
             assert isinstance(prompt, _SharedPrompt)
             response = np.asarray(job.response_ids, dtype=np.int64)
@@ -141,7 +159,7 @@ class SharedTokens(TokenSource):
                 while end and int(response[end - 1]) in self._special:
                     end -= 1
                 response = response[:end]
-            encoded.append(np.concatenate((prompt.prefix, response, prompt.suffix)))
+            encoded.append(Encoded(np.concatenate((prompt.prefix, response, prompt.suffix))))
         return encoded
 
     def _check(self, ids: Ids, name: str) -> None:
@@ -200,9 +218,9 @@ class RetokenizedText(TokenSource):
 
     def encode(
         self, prompts: Sequence[TokenPrompt], jobs: Sequence[ScoreJob]
-    ) -> list[Ids | Exception]:
+    ) -> list[Encoded | Exception]:
         """Render and tokenise each job."""
-        encoded: list[Ids | Exception] = []
+        encoded: list[Encoded | Exception] = []
         texts: list[str] = []
         places: list[int] = []
         for prompt, job in zip(prompts, jobs, strict=True):
@@ -214,11 +232,11 @@ class RetokenizedText(TokenSource):
                 continue
             places.append(len(encoded))
             texts.append(text[prompt.fixed_text :])
-            encoded.append(prompt.empty_ids)
+            encoded.append(Encoded(prompt.empty_ids))
         for place, ids in zip(places, self._encode(texts), strict=True):
             prompt = prompts[place]
             assert isinstance(prompt, _TextPrompt)
-            encoded[place] = self._join(prompt, ids)
+            encoded[place] = Encoded(self._join(prompt, ids))
         return encoded
 
     def _encode(self, texts: Sequence[str]) -> list[Ids]:

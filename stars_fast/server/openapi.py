@@ -38,6 +38,7 @@ def _keywords(allowed: Range) -> dict[str, Any]:
 RANGES: dict[str, dict[str, Any]] = {
     "beta": {"exclusiveMinimum": 0},
     "stop": {"minLength": 1},
+    "step_text": {"minLength": 1},
     **{name: bounds for name, allowed in params.RANGES.items() if (bounds := _keywords(allowed))},
 }
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from stars_fast import Engine, StarsParams, demo
 from stars_fast.cli import main
 from stars_fast.eval import session
+from stars_fast.eval.answers import MathScores
 from stars_fast.seeds import derive_seed
 
 SMALL = ("--common", "max_tokens=12", "--device", "cpu", "--num-prompts", "4")
@@ -339,6 +340,23 @@ def test_a_gold_reward_that_fails_is_reported_by_number(
     assert [row["gold"] for row in responses(Path("out"))] == [
         demo.gold_score(row["text"]) for row in rows
     ]
+
+
+def test_answers_of_mathematics_as_gold(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("math_verify")
+    source = tmp_path / "in"
+    flags = (*SMALL, "--prompts", source, "--gold", "math", "--out", tmp_path / "out", "--no-plots")
+    source.write_text(json.dumps({"prompt": "It costs"}) + "\n")
+    assert run(*flags) == 2
+    assert "--gold: gold math needs an answer in each record; record 1" in capfd.readouterr().err
+    for answer in (41, 42):
+        records = [{"prompt": text, "answer": answer} for text in ("6 * 7 =", "So it is 41 or")]
+        source.write_text("".join(json.dumps(record) + "\n" for record in records))
+        assert run(*flags, *(("--resume",) if answer == 42 else ())) == 0
+        rows = responses(tmp_path / "out")
+        read = MathScores().score([str(answer)] * 2, [row["text"] for row in rows])
+        assert [row["gold"] for row in rows] == read
+    assert len(runs(tmp_path / "out")) == 1  # another answer needs no run
 
 
 def test_a_prompt_that_does_not_fit_is_reported_and_harms_no_other(tmp_path: Path) -> None:

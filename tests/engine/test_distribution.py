@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from helpers import letter_law
@@ -120,13 +121,20 @@ SOFT_RAGGED = Rule(0.0, 1.0, 1.0, False, 50, 5, 5, 1.0, world=RAGGED)
 HARD_RAGGED = Rule(-1.0, 1.0, 1.0, True, 50, 5, 5, 1.0, world=RAGGED)
 
 
+_STEP = {"segment_end": "step", "step_text": ","}  # cut by the host, where a clause ends
+
+
 @pytest.mark.parametrize(
-    "rule",
-    [SOFT_RAGGED, HARD_RAGGED, dataclasses.replace(HARD_RAGGED, attempts=3)],
-    ids=["soft", "hard", "fallbacks"],
+    ("rule", "changes"),
+    [
+        (SOFT_RAGGED, {}),
+        (HARD_RAGGED, {}),
+        (dataclasses.replace(HARD_RAGGED, attempts=3), _STEP),
+    ],
+    ids=["soft", "hard", "fallbacks by steps"],
 )
-def test_segments_of_unequal_length_match_closed_form(rule: Rule) -> None:
-    params = dataclasses.replace(params_of(rule, 2), **SETTINGS)
+def test_segments_of_unequal_length_match_closed_form(rule: Rule, changes: Any) -> None:
+    params = dataclasses.replace(params_of(rule, 2), **(SETTINGS | changes))
     counts = count(ragged_engine(), params, REQUESTS)
     assert p_value(counts, closed_form(rule)) > 1e-3
     assert p_value(counts, closed_form(dataclasses.replace(rule, world=EVEN))) < 1e-6

@@ -1,4 +1,4 @@
-"""Segments that end at clauses and sentences: the engine against the loop written out."""
+"""Segments that end at clauses, sentences and steps: the engine against the loop written out."""
 
 from __future__ import annotations
 
@@ -35,6 +35,13 @@ PARAMS = StarsParams(
     temperature=1.5,
     top_k=0,
     ignore_eos=True,
+)
+
+
+#: Two letters that the random model's tokens put together in many ways.
+_LETTERS = bpe_tokenizer().convert_tokens_to_ids(["e", "ee", "te", "er", "ce", "he"])
+STEPS = dataclasses.replace(
+    PARAMS, segment_end="step", step_text="ee", logit_bias=dict.fromkeys(_LETTERS, 4.0)
 )
 
 
@@ -90,14 +97,44 @@ def test_segments_end_at_the_first_border(end: Any, levels: Tensor) -> None:
     assert ended > 3
 
 
-def test_the_number_of_candidates_and_the_rows_beside_change_nothing() -> None:
-    want = [output.token_ids for output in run()]
+@pytest.mark.parametrize("least", [1, 3])
+def test_segments_end_behind_steps_in_whatever_tokens(least: int) -> None:
+    ends: set[tuple[str, ...]] = set()
+    tokenizer = bpe_tokenizer()
+    for output in run(dataclasses.replace(STEPS, min_segment_length=least)):
+        ids = output.token_ids
+        texts = [tokenizer.decode([token], skip_special_tokens=True) for token in ids]
+        steps = ["".join(texts[:end]).count("ee") for end in range(len(texts) + 1)]
+        for segment in output.segments:
+            inside = [steps[i] > steps[i - 1] for i in range(segment.start + 1, segment.end + 1)]
+            assert not any(inside[least - 1 : -1])
+            full = segment.end - segment.start == PARAMS.segment_length
+            assert inside[-1] or full or segment.end == PARAMS.max_tokens
+            if inside[-1]:
+                ends.add(tuple(texts[segment.end - 2 : segment.end]))
+        assert output.finish_reason == "length"
+    assert any("ee" in last for _, last in ends)  # in one token
+    assert any("ee" not in last for _, last in ends)  # in two
+
+
+def test_a_step_that_ends_before_the_stop_token_ends_no_response() -> None:
+    """What was drawn behind a step is not there, an end of the response included."""
+    ended = dataclasses.replace(STEPS, min_segment_length=1, stop_token_ids=_LETTERS[3:])
+    for output in run(ended):
+        assert all(token not in _LETTERS[3:] for token in output.token_ids[:-1])
+        assert output.finish_reason == "stop"
+        assert output.token_ids[-1] in _LETTERS[3:]
+
+
+@pytest.mark.parametrize("params", [PARAMS, STEPS], ids=["clause", "step"])
+def test_the_number_of_candidates_and_the_rows_beside_change_nothing(params: StarsParams) -> None:
+    want = [output.token_ids for output in run(params)]
     for candidates in (3, "auto"):
-        got = run(dataclasses.replace(PARAMS, candidates=candidates))
+        got = run(dataclasses.replace(params, candidates=candidates))
         assert [output.token_ids for output in got] == want
     plain = dataclasses.replace(PARAMS, segment_end="length", min_segment_length=4)
     engine = bpe_engine()
-    each = [dataclasses.replace(p, seed=50) for p in (PARAMS, plain)]
+    each = [dataclasses.replace(p, seed=50) for p in (params, plain)]
     ragged, even = engine.generate([PROMPTS[0]] * 2, each, use_tqdm=False)
     assert ragged.outputs[0].token_ids == want[0]
     assert {s.end - s.start for s in even.outputs[0].segments} == {12, 4}
@@ -116,7 +153,14 @@ def test_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {s.end - s.start for output in got for s in output.segments} > {3}
 
 
-def test_a_tokenizer_is_needed() -> None:
+@pytest.mark.parametrize("end", ["clause", "step"])
+def test_a_tokenizer_is_needed(end: Any) -> None:
     engine = Engine(small_model(), text_reward, num_pages=100)
-    with pytest.raises(ValueError, match="segment_end='clause' needs a tokenizer"):
-        engine.add_request("a", [1, 2, 3], PARAMS)
+    with pytest.raises(ValueError, match=f"segment_end='{end}' needs a tokenizer"):
+        engine.add_request("a", [1, 2, 3], dataclasses.replace(PARAMS, segment_end=end))
+
+
+@pytest.mark.parametrize("text", ["", 3, None, "\ud800"])
+def test_a_step_text_is_text(text: Any) -> None:
+    with pytest.raises(ValueError, match="step_text"):
+        StarsParams(segment_end="step", step_text=text)

@@ -74,6 +74,12 @@ def test_alpaca_eval_as_a_list(tmp_path: Path) -> None:
     assert item.prompt == [{"role": "user", "content": "Do it"}]
 
 
+def test_answers(tmp_path: Path) -> None:
+    records = [{"prompt": "1/2?", "answer": "0.5"}, {"prompt": "6 * 7?", "answer": 42}]
+    path = lines(tmp_path / "in", *records)
+    assert [item.answer for item in read_items(path, chat=True)] == ["0.5", "42"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -87,6 +93,8 @@ def test_alpaca_eval_as_a_list(tmp_path: Path) -> None:
         ),
         ('{"prompt": "x"}\n{"prompt": ""}', "record 2: prompt must be text that is not empty"),
         ('{"prompt": "x", "params": {}}', "unknown key 'params'.*belong to the methods"),
+        ('{"prompt": "x", "answer": true}', "answer must be text or a number, got true"),
+        ('{"prompt": "x", "answer": " "}', "answer must be text or a number"),
         ('{"chosen": "x", "rejected": "y"}', "record 1: chosen has no turn"),
         ('{"chosen": "x"}', "record 1: rejected must be text, got null"),
         ('{"instruction": ""}', "record 1: instruction is empty"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from helpers.tiny_lm import letter_model, letter_tokenizer
 
 from stars_fast import Engine, StarsParams, demo
+from stars_fast.eval.answers import MathScores
 from stars_fast.eval.datasets import Item
 from stars_fast.eval.fluency import response_logprobs
 from stars_fast.eval.gold import TextScorer, gold_source
@@ -149,3 +151,23 @@ def test_parameters_are_those_that_multiply() -> None:
     function = Engine(letter_model(), lambda p, r: [0.0] * len(r), tokenizer=letter_tokenizer())
     untied = sum(p.numel() for p in letter_model().parameters()) - 4 * 16
     assert function.num_parameters() == {"lm": untied, "rm": 0}
+
+
+def test_answers_of_mathematics() -> None:
+    pytest.importorskip("math_verify")
+    pairs = {
+        ("1/2", "So it is $0.5$."): 1.0,
+        (r"\frac{1}{2}", r"First 3, then \boxed{\frac{2}{4}}."): 1.0,
+        ("12 - 2 = 10\n#### 10", "It costs 12, and now it is 10."): 1.0,
+        ("(1, 2)", r"\boxed{(1,2)}"): 1.0,
+        ("42", "41"): 0.0,
+        ("42", "I do not know."): 0.0,
+        ("42", ""): 0.0,
+    }
+    answers, responses = zip(*pairs, strict=True)
+    scores = MathScores()
+    assert scores.score(answers, responses) == list(pairs.values())
+    (failed,) = scores.score([" "], ["42"])
+    assert "is no mathematics" in str(failed)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(scores.score, ["42"], ["42"]).result() == [1.0]

@@ -23,7 +23,7 @@ from stars_fast import CompletionOutput, Segment, StarsParams, _core
 from stars_fast.outputs import Attempt
 from stars_fast.seeds import derive_seed
 
-_NEEDED_LEVEL = {"length": 3, "clause": 1, "sentence": 2}
+_NEEDED_LEVEL = {"length": 3, "clause": 1, "sentence": 2, "step": 3}
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,15 @@ class WrittenOut:
             return True
         if len(segment) < params.min_segment_length:
             return False
+        if params.segment_end == "step":
+            return self._steps(before + segment) > self._steps([*before, *segment[:-1]])
         level = border_level(self.world.tokenizer, segment[-1])
         return level >= _NEEDED_LEVEL[params.segment_end]
+
+    def _steps(self, token_ids: list[int]) -> int:
+        """How many steps have ended; what bytes at the end are is not known yet."""
+        whole = self.texts.whole(token_ids) if token_ids else ""
+        return whole.removesuffix("\ufffd").count(self.params.step_text)
 
     def _segment(self, path: Path) -> Segment:
         """The next segment of a method that tests attempts, or chooses among them."""

@@ -17,6 +17,7 @@ _OTHER: dict[str, Any] = {
     "logit_bias": {5: 1.5},
     "guided": {"regex": "a+"},
     "stop": ("x",),
+    "step_text": "Step",
     "stop_token_ids": (5,),
 }
 

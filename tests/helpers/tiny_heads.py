@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForTokenClassification,
     Gemma2Config,
     LlamaConfig,
+    MistralConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
@@ -32,7 +33,12 @@ OBJECTIVES, QUANTILES = 5, 3
 Reference = Callable[[list[int]], float]
 Builder = Callable[[Path, PreTrainedTokenizerBase], Reference]
 
-_CONFIGS: dict[str, Any] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma2": Gemma2Config}
+_CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "gemma2": Gemma2Config,
+    "mistral": MistralConfig,
+}
 
 
 def tiny_config(family: str, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Any:
@@ -121,12 +127,13 @@ def linear_head(
     lm_head: bool = False,
     head_file: str | None = None,
     extra: tuple[str, ...] = (),
+    family: str = "llama",
     **fields: Any,
 ) -> Builder:
     """A linear layer at every token, under the name that `prefix` is."""
 
     def build(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Reference:
-        base = base_model("llama", tokenizer)
+        base = base_model(family, tokenizer)
         head = seeded(lambda: nn.Linear(SIZE, 1, bias=bias))
         weights = named(prefix, head) | {name: torch.ones(1) for name in extra}
         if lm_head:
@@ -137,18 +144,27 @@ def linear_head(
     return build
 
 
-def two_layers(prefix: str, family: str, architecture: str, inner: int = SIZE) -> Builder:
-    """Linear, ReLU, Linear."""
+def two_layers(
+    prefix: str, family: str, architecture: str, inner: int = SIZE, labels: int = 1
+) -> Builder:
+    """Linear, ReLU, Linear; of two labels the reward is the probability of the second."""
 
     def build(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Reference:
         base = base_model(family, tokenizer)
-        head = seeded(lambda: nn.Sequential(nn.Linear(SIZE, inner), nn.ReLU(), nn.Linear(inner, 1)))
+        head = seeded(
+            lambda: nn.Sequential(nn.Linear(SIZE, inner), nn.ReLU(), nn.Linear(inner, labels))
+        )
         # The real ones bring their code, which nobody runs here.
         code = {"auto_map": {"AutoModel": f"modeling.{architecture}"}}
         save(folder, base, tokenizer, named(prefix, head), architecture, **code)
-        return on_last_token(base, head)
+        return on_last_token(base, head if labels == 1 else good_of(head))
 
     return build
+
+
+def good_of(head: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The probability of the second of two labels."""
+    return lambda hidden: head(hidden).softmax(-1)[:, 1]
 
 
 def uncertain(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Reference:

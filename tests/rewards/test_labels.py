@@ -54,6 +54,7 @@ HEADS: list[tuple[Any, Callable[[Tensor], Any]]] = [
         RewardHead(label="safe", activation="log_odds"),
         lambda x: torch.logit(x.double().softmax(0)[0]),
     ),
+    (RewardHead(label="safe", activation="probability"), lambda x: x.softmax(0)[0]),
     (RewardHead(label_weights={"safe": 1, "unsafe": -1}), lambda x: x[0] - x[1]),
     (RewardHead(label_weights={"0": 0.5, 2: 2}), lambda x: 0.5 * x[0] + 2 * x[2]),
 ]

@@ -282,9 +282,9 @@ def test_system_message_before_the_messages(chat: str) -> None:
         bound = source.bind(prompt)
         rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         assert bound.empty_ids.tolist() == rendered["input_ids"]
-        (ids,) = source.encode([bound], [ScoreJob(0, 0, [50, tokenizer.eos_token_id], "")])
-        assert not isinstance(ids, Exception)
-        assert ids.tolist() == [*rendered["input_ids"], 50, tokenizer.eos_token_id]
+        (text,) = source.encode([bound], [ScoreJob(0, 0, [50, tokenizer.eos_token_id], "")])
+        assert not isinstance(text, Exception)
+        assert text.ids.tolist() == [*rendered["input_ids"], 50, tokenizer.eos_token_id]
 
 
 def test_the_prompt_itself_as_persona_gives_the_draft_probabilities(model: PreTrainedModel) -> None:

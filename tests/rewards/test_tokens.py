@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from stars_fast.rewards import Prompt, ScoreJob
 from stars_fast.rewards.text import make_template
-from stars_fast.rewards.tokens import RetokenizedText, SharedTokens, common_length
+from stars_fast.rewards.tokens import Encoded, RetokenizedText, SharedTokens, common_length
 from stars_fast.text.tokenization import TextEncoder
 
 PROMPT = Prompt("What is rice?", bpe_tokenizer()("What is rice?")["input_ids"], None)
@@ -47,10 +47,10 @@ def test_tokenizer_that_adds_eos() -> None:
     )
     bound = source.bind(PROMPT)
     assert bound.tail == 1
-    (ids,) = source.encode([bound], [job([50, 51], "")])
-    assert isinstance(ids, np.ndarray)
+    (text,) = source.encode([bound], [job([50, 51], "")])
+    assert isinstance(text, Encoded)
     before = tokenizer("What is rice?|")["input_ids"]
-    assert ids.tolist() == [*before[:-1], 50, 51, 1]
+    assert text.ids.tolist() == [*before[:-1], 50, 51, 1]
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
@@ -64,9 +64,9 @@ def test_ids_are_those_of_the_template_s_text(family: str, behind: str) -> None:
     for text in (" The film", " It is bad"):
         whole = tok(f"Q: What is rice?\nA:{text}{behind}")["input_ids"]
         response = tok(f"Q: What is rice?\nA:{text}")["input_ids"][len(before) :]
-        (ids,) = source.encode([source.bind(PROMPT)], [job(response, "")])
-        assert isinstance(ids, np.ndarray)
-        assert ids.tolist() == whole
+        (encoded,) = source.encode([source.bind(PROMPT)], [job(response, "")])
+        assert isinstance(encoded, Encoded)
+        assert encoded.ids.tolist() == whole
 
 
 @pytest.mark.parametrize("chat", [*CHAT_TEMPLATES, "words"])
@@ -92,10 +92,10 @@ def test_only_the_text_behind_the_last_special_token_is_tokenised(chat: str, mes
     source._encoder.encode = recorded  # type: ignore[method-assign, assignment]
     responses = ["", "a", "era", "\n\nYes", " <|im_end no", "naïve 日本 🙂", *TEXTS]
     encoded = source.encode([bound] * len(responses), [job([9], text) for text in responses])
-    for response, ids in zip(responses, encoded, strict=True):
+    for response, text in zip(responses, encoded, strict=True):
         whole = tokenizer.apply_chat_template([*conversation, {**answer, "content": response}])
-        assert isinstance(ids, np.ndarray)
-        assert ids.tolist() == whole["input_ids"]
+        assert isinstance(text, Encoded)
+        assert text.ids.tolist() == whole["input_ids"]
     assert all(
         len(text) < len(response) + 40 for text, response in zip(seen, responses, strict=True)
     )
@@ -114,8 +114,8 @@ def test_template_function_that_raises_fails_its_job_alone() -> None:
     good, bad = source.encode([bound] * 2, [job([9], "yes"), job([9], "no")])
     assert isinstance(bad, ValueError)
     assert "reward_template raised KeyError: 'no'" in str(bad)
-    assert isinstance(good, np.ndarray)
-    assert good.tolist() == tokenizer("What is rice?yes")["input_ids"]
+    assert isinstance(good, Encoded)
+    assert good.ids.tolist() == tokenizer("What is rice?yes")["input_ids"]
 
 
 def test_small_vocabularies() -> None:

@@ -22,7 +22,7 @@ from stars_fast.rewards.kinds.base import Kind, Loaded
 from stars_fast.rewards.kinds.classifier import labelled
 from stars_fast.rewards.labels import label_readout
 from stars_fast.rewards.reading import Cut, Head, LastToken
-from stars_fast.rewards.tokens import Ids, TokenPrompt
+from stars_fast.rewards.tokens import Encoded, Ids, TokenPrompt
 
 __all__ = ["GATED", "GatedReading"]
 
@@ -55,34 +55,33 @@ class GatedReading(LastToken):
         self._gate = gate
         self._boundary = boundary
 
-    def mark(self, ids: Ids) -> int:
+    def marks(self, ids: Ids) -> tuple[int, ...]:
         """Return the first id of the last boundary."""
         width = len(self._boundary)
         if len(ids) >= width:
             windows = np.lib.stride_tricks.sliding_window_view(ids, width)
             found = np.flatnonzero((windows == self._boundary).all(axis=1))
             if len(found):
-                return int(found[-1])
+                return (int(found[-1]),)
         raise ValueError(
             "the reward model's gate reads the token behind the prompt, and its text does not have "
             f"the ids {self._boundary.tolist()} that begin an assistant's message there: use "
             "reward_template='chat' with the reward model's own chat template"
         )
 
-    def cut(self, ids: Ids, prompt: TokenPrompt, committed: Ids) -> Cut | Exception:
+    def cut(self, text: Encoded, prompt: TokenPrompt, committed: Ids) -> Cut | Exception:
         """Return the ids up to the last that is not padding, and the gate's."""
-        cut = super().cut(ids, prompt, committed)
+        cut = super().cut(text, prompt, committed)
         if isinstance(cut, Exception):
             return cut
         try:
-            return replace(cut, mark=self.mark(cut.ids))
+            return replace(cut, marks=self.marks(cut.ids))
         except ValueError as error:
             return error
 
-    def values(self, hidden: Tensor, cuts: Sequence[Cut]) -> list[float]:
-        """Return the sums of objectives; the hidden states of gate and last token alternate."""
-        weights = self._gate(hidden[::2])
-        rewards: list[float] = (self._head(hidden[1::2]) * weights).sum(dim=1).tolist()
+    def values(self, hidden: Tensor, marked: Tensor, cuts: Sequence[Cut]) -> list[float]:
+        """Return the sums of objectives; `marked` is what the gate reads."""
+        rewards: list[float] = (self.head(hidden) * self._gate(marked)).sum(dim=1).tolist()
         return rewards
 
 
@@ -103,7 +102,7 @@ def _load(checkpoint: Checkpoint, head: RewardHead, how: Loading) -> Loaded:
         )
     count = checkpoint.shapes[_TRANSFORM][0]
     readout = None
-    if head.of_labels or head.of_tokens:  # labels are the objectives, before the gate
+    if head.is_asked:  # labels are the objectives, before the gate
         readout = label_readout(head, config, count, checkpoint.name)
     model = checkpoint.backbone(how, (_REGRESSION, _TRANSFORM, _GATE))
     regression = checkpoint.tensors(_REGRESSION, model.device)

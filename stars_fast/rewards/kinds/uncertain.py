@@ -38,7 +38,7 @@ def _fits(checkpoint: Checkpoint, _: RewardHead) -> bool:
 def _load(checkpoint: Checkpoint, head: RewardHead, how: Loading) -> Loaded:
     attributes = checkpoint.shapes[_WEIGHTS + "4.weight"][0]
     readout = None
-    if head.of_labels or head.of_tokens:  # labels are the attributes' means
+    if head.is_asked:  # labels are the attributes' means
         readout = label_readout(head, checkpoint.config, attributes, checkpoint.name)
     model = checkpoint.backbone(how, (_SCORE, _WEIGHTS))
     score = checkpoint.tensors(_SCORE, model.device)
