@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,7 +58,7 @@ class Pools:
 
         def pool(layout: LayerLayout, dim: int) -> Tensor:
             shape = (num_pages, page_size, layout.kv_heads, dim)
-            return torch.zeros(shape, dtype=_stored(layout, kv_dtype), device=device)
+            return _zeros(shape, _stored(layout, kv_dtype), device)
 
         def scales() -> list[Tensor | None]:
             if kv_dtype == "auto":
@@ -93,6 +95,15 @@ class Pools:
     def heads_per_kv(self) -> set[int]:
         """The distinct numbers of query heads per KV head."""
         return {layout.heads // layout.kv_heads for layout in self.layouts}
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros, on a CPU in memory that the system gives when it is first written to."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _stored(layout: LayerLayout, kv_dtype: KvDtype) -> torch.dtype:

@@ -281,10 +281,10 @@ def _causal_scorer(
     assert loaded.reading is not None
     reading = loaded.reading(tokenizer)
     try:
+        paged = pool.paged(model)
         check_numbers(model, backend=pool.backend)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{error} As a reward model: {CALLABLE_ADVICE}") from error
-    paged = pool.paged(model)
     source: TokenSource
     if (
         lm_tokenizer is not None
