@@ -98,4 +98,5 @@ def _setting(value: object) -> tuple[Hashable, ...]:
     """
     if isinstance(value, bool | int | float | str | None):
         return (value,)
-    return type(value), getattr(value, "__qualname__", None)
+    kind: Hashable = type(value)
+    return kind, getattr(value, "__qualname__", None)
