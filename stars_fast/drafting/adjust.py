@@ -234,8 +234,8 @@ class _Words:
         shape = (rows, widths.words, widths.word_tokens)
         self._words = torch.full(shape, -1, dtype=torch.int64, device=device)
         # The last tokens of the response, then those of the round; -2 matches none.
-        shape = (rows, self._before + max_new)
-        self._drawn = torch.full(shape, -2, dtype=torch.int64, device=device)
+        columns = self._before + max_new
+        self._drawn = torch.full((rows, columns), -2, dtype=torch.int64, device=device)
         self._window = torch.arange(self._before, device=device)
 
     def write(self, sampling: Sequence[RowSampling]) -> None:

@@ -98,5 +98,4 @@ def _setting(value: object) -> tuple[Hashable, ...]:
     """
     if isinstance(value, bool | int | float | str | None):
         return (value,)
-    kind: Hashable = type(value)
-    return kind, getattr(value, "__qualname__", None)
+    return repr(type(value)), getattr(value, "__qualname__", None)
