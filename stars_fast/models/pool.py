@@ -54,7 +54,20 @@ class Pools:
         device: torch.device,
         kv_dtype: KvDtype = "auto",
     ) -> Pools:
-        """Return pools of zeros, ``"auto"`` in the dtype of the model's own keys and values."""
+        """Return pools of zeros, ``"auto"`` in the dtype of the model's own keys and values.
+
+        Raises
+        ------
+        ValueError
+            If they do not fit the memory of a machine.
+        """
+        page = _page_bytes(layouts, page_size, kv_dtype)
+        if device.type == "cpu" and num_pages * page > memory_bytes():
+            # What is allocated is not yet there, so that no allocation would fail.
+            raise ValueError(
+                f"num_pages must be at most {memory_bytes() // page}, which fill the machine's "
+                f"memory, got {num_pages}"
+            )
 
         def pool(layout: LayerLayout, dim: int) -> Tensor:
             shape = (num_pages, page_size, layout.kv_heads, dim)
@@ -113,9 +126,13 @@ def _stored(layout: LayerLayout, kv_dtype: KvDtype) -> torch.dtype:
 def page_bytes(model: PreTrainedModel, page_size: int, kv_dtype: KvDtype = "auto") -> int:
     """Return the bytes of one page over all layers, keys and values."""
     check_architecture(model)
+    return _page_bytes(attention_layout(model), page_size, kv_dtype)
+
+
+def _page_bytes(layouts: Sequence[LayerLayout], page_size: int, kv_dtype: KvDtype) -> int:
     return page_size * sum(
         layer.kv_heads * (layer.key_dim + layer.value_dim) * _stored(layer, kv_dtype).itemsize
-        for layer in attention_layout(model)
+        for layer in layouts
     )
 
 
