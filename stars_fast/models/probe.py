@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from stars_fast.errors import UnsupportedModelError
 from stars_fast.models.checks import unsupported
 from stars_fast.models.interface import attention_configs, attention_implementation
+from stars_fast.models.sharded import local
 
 _PROBE = "stars_probe"
 
@@ -123,7 +124,10 @@ def _without_products(model: nn.Module) -> Iterator[None]:
     linears = [
         module
         for module in model.modules()
-        if type(module) is nn.Linear and "forward" not in module.__dict__
+        # Hooks of those that are split over ranks expect what their products return.
+        if type(module) is nn.Linear
+        and "forward" not in module.__dict__
+        and local(module.weight) is module.weight
     ]
     try:
         for module in linears:

@@ -16,6 +16,7 @@ from stars_fast.models.first_layers import first_layers
 from stars_fast.models.interface import attention_configs, attention_implementation
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.probe import attention_layout
+from stars_fast.models.sharded import local
 from stars_fast.ops.batch import RowBatch
 
 _PAGE_SIZE = 4
@@ -126,7 +127,8 @@ def check_weights(model: PreTrainedModel) -> None:
     ModelLoadError
         With the name of the first such weight, and its row.
     """
-    for name, weight in model.named_parameters():
+    for name, parameter in model.named_parameters():
+        weight = local(parameter)
         if weight.is_meta or weight.dtype.itemsize < torch.float16.itemsize:  # of quantised layers
             continue
         # A sum is read at the speed of the memory; in float16 it may be infinite by itself.
