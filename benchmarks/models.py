@@ -47,6 +47,8 @@ class Shape:
 
 #: About 14 million parameters.
 SMALL = Shape(16384, 288, 768, 10, 6, 6)
+#: 135 million parameters, the shape of SmolLM2-135M.
+SMOLLM2_135M = Shape(49_152, 576, 1536, 30, 9, 3)
 #: About 1.2 billion parameters, the shape of Llama-3.2-1B.
 ONE_BILLION = Shape(128_256, 2048, 8192, 16, 32, 8)
 #: 6.7 billion parameters, the shape of Llama-2-7B: of the paper's language and reward models.

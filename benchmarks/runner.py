@@ -19,8 +19,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from stars_fast.benchmarks.interpreter import interpret_without_gpu
-
 HERE = Path(__file__).resolve().parent
 
 
@@ -71,6 +69,8 @@ def run_suites(
     SuiteError
         If no test was measured, with what pytest printed.
     """
+    from stars_fast.benchmarks.interpreter import interpret_without_gpu  # imports torch
+
     interpret_without_gpu()
     import pytest
 

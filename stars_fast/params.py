@@ -282,12 +282,23 @@ class StarsParams:
             "Added to the logits of tokens, by token id, in [-100, 100]; before any penalty."
         ),
     )
+    bad_words: Sequence[str] | None = field(
+        default=None,
+        metadata=_about(
+            """
+            Up to 1,024 texts whose tokens the response does not have in a row: the last of them is
+            not drawn behind the others. Each stands for the tokens of the text at the beginning of
+            a word and, where they are as many, inside of one, as in vLLM. Not with `guided`.
+            """
+        ),
+    )
     min_tokens: int = field(
         default=0,
         metadata=_about(
             """
-            Tokens of the response before a token can end it: until then end-of-sequence tokens and
-            `stop_token_ids` are not drawn. At most `max_tokens`. Texts of `stop` end it earlier.
+            Tokens of the response that cannot end it: until then end-of-sequence tokens and
+            `stop_token_ids` are not drawn, and a text of `stop` is text as any other. At most
+            `max_tokens`.
             """,
             Range(0, _MOST, whole=True),
         ),
@@ -454,6 +465,7 @@ class StarsParams:
         # Sequences become tuples, so that a frozen object cannot change under its owner.
         object.__setattr__(self, "stop", _stop_texts(self.stop))
         _check_step_text(self.step_text)
+        object.__setattr__(self, "bad_words", _bad_words(self.bad_words))
         object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         object.__setattr__(self, "guided", _grammar(self.guided))
@@ -462,6 +474,8 @@ class StarsParams:
                 raise ValueError(f"min_tokens must be 0 with guided, got {self.min_tokens}")
             if self.rules == "public":
                 raise ValueError("rules must be 'paper' with guided, got 'public'")
+            if self.bad_words:
+                raise ValueError(f"bad_words must be None with guided, got {self.bad_words!r}")
 
     def _check_own_parameters(self) -> None:
         if self.acceptance == "gibbs" and not has_gibbs(self.method):
@@ -615,6 +629,19 @@ def _check_step_text(value: object) -> None:
     if not isinstance(value, str) or not value:
         raise ValueError(f"step_text must be text that is not empty, got {value!r}")
     check_unicode(value, "step_text")
+
+
+def _bad_words(value: Sequence[str] | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise TypeError(f"bad_words must be a sequence of texts, got {value!r}")
+    _check_number_of_stops("bad_words", value)
+    for word in value:
+        if not isinstance(word, str) or not word.strip():
+            raise ValueError(f"bad_words must be texts that are not empty, got {word!r}")
+    check_unicode(tuple(value), "bad_words")
+    return tuple(value) or None
 
 
 def _check_number_of_stops(name: str, stops: Sequence[object]) -> None:

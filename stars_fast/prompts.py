@@ -161,10 +161,12 @@ class PromptReader:
         tokenizer = self._need_tokenizer("a chat prompt")
         check_unicode(chat.messages, "messages")
         check_unicode(chat.template_kwargs, "chat_template_kwargs")
+        check_unicode(chat.tools, "tools")
         as_text = replace(
             chat,
             messages=self._special.marked_in(chat.messages),
             template_kwargs=self._special.marked_in(chat.template_kwargs),
+            tools=self._special.marked_in(chat.tools),
         )
         marked = render(as_text, tokenizer, self._template_kwargs)
         text, control = self._special.unmarked(marked)

@@ -24,6 +24,7 @@ from stars_fast.cli.model_flags import (
 from stars_fast.cli.terminal import say
 from stars_fast.params import StarsParams
 from stars_fast.records import LineError
+from stars_fast.text.tool_calls import TOOL_CALL_PARSERS
 
 if TYPE_CHECKING:
     from stars_fast.engine import Engine
@@ -75,6 +76,12 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         default=[],
         metavar="ORIGIN",
         help="origin whose pages may call this server (CORS), or *; can be repeated",
+    )
+    server.add_argument(
+        "--tool-call-parser",
+        choices=[*TOOL_CALL_PARSERS],
+        help="how the model writes calls of tools, which chats then answer as tool_calls "
+        "(default: they stay text)",
     )
     server.add_argument("--log-prompts", action="store_true", help="also log prompts and responses")
     server.add_argument("--seed", type=int, default=0, metavar="INT", help="(default: 0)")
@@ -217,6 +224,7 @@ def _settings(args: argparse.Namespace, base: StarsParams) -> ServerSettings:
         log_prompts=args.log_prompts,
         model_path=args.model,
         allowed_origins=tuple(args.allow_origin),
+        tool_call_parser=args.tool_call_parser,
     )
 
 

@@ -71,6 +71,7 @@ class ServeArgs(EngineArgs):
     chat_template: str | None = Field(None, description="File, read where this is built.")
     log_prompts: bool = False
     allowed_origins: tuple[str, ...] = ()
+    tool_call_parser: str | None = None
     max_running: int | None = Field(None, ge=1)
     max_waiting: int = Field(256, ge=0)
     max_prompt_tokens: int | None = Field(None, ge=1)
@@ -123,6 +124,7 @@ class ServeArgs(EngineArgs):
             log_prompts=self.log_prompts,
             model_path=self.model,
             allowed_origins=self.allowed_origins,
+            tool_call_parser=self.tool_call_parser,
         )
 
     def engine_options(self) -> dict[str, Any]:

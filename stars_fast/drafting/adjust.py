@@ -61,10 +61,16 @@ class Widths:
         Of a row.
     seen
         Different tokens of a row's prompt and response.
+    words
+        Rows of tokens that are not drawn, of a row.
+    word_tokens
+        Tokens of the longest of these.
     """
 
     biases: int
     seen: int
+    words: int = 0
+    word_tokens: int = 0
 
     @classmethod
     def of(cls, sampling: Sequence[RowSampling]) -> Widths:
@@ -72,11 +78,13 @@ class Widths:
         return cls(
             biases=max(len(s.logit_bias) for s in sampling),
             seen=max(len(s.counts or ()) for s in sampling),
+            words=max(len(s.bad_words) for s in sampling),
+            word_tokens=max((len(word) for s in sampling for word in s.bad_words), default=0),
         )
 
     def hold(self, needed: Widths) -> bool:
         """Whether rows that need so much fit."""
-        return self.biases >= needed.biases and self.seen >= needed.seen
+        return all(vars(self)[name] >= width for name, width in vars(needed).items())
 
 
 class Adjustments:
@@ -115,6 +123,7 @@ class Adjustments:
         self._presence = torch.zeros(rows, dtype=torch.float32, device=device)
         self._frequency = torch.zeros(rows, dtype=torch.float32, device=device)
         self._min_tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._words = _Words(rows, widths, max_new, device) if widths.words else None
 
     def write(self, sampling: Sequence[RowSampling]) -> None:
         """Store the rows of a round, in one transfer; rows past them change nothing."""
@@ -153,9 +162,16 @@ class Adjustments:
         own = (self._repetition, self._presence, self._frequency, self._min_tokens)
         for at, column in enumerate(own, biases + seen):
             column.copy_(numbers[:, at])
+        if self._words is not None:
+            self._words.write(sampling)
 
     def apply(
-        self, logits: Tensor, position: Tensor, stop_ids: Tensor, known: Tensor | None
+        self,
+        logits: Tensor,
+        position: Tensor,
+        step: Tensor,
+        stop_ids: Tensor,
+        known: Tensor | None,
     ) -> Tensor:
         """Return the logits to draw from.
 
@@ -164,7 +180,9 @@ class Adjustments:
         logits
             ``[R, V]``; not changed.
         position
-            int64 ``[R]``, tokens of each row's response before the one that is drawn.
+            int64 ``[R]``, tokens of each row's response before those of the round.
+        step
+            int64 ``[R]``, the number of tokens drawn in the round, the same for every row.
         stop_ids
             int64 ``[R, S]``, tokens that end the response; negative ones are none.
         known
@@ -175,12 +193,17 @@ class Adjustments:
         Tensor
             float32 ``[R, V]``.
         """
+        held_ids, held = stop_ids, position + step < self._min_tokens
+        if self._words is not None:
+            early = torch.where(held.unsqueeze(1), stop_ids, -1)
+            held_ids = torch.cat((early, self._words.last_tokens(step)), dim=1)
+            held = torch.ones_like(held)
         return ops.adjust_logits(  # type: ignore[no-any-return]
             logits,
             self._bias_ids,
             self._bias,
-            stop_ids,
-            position < self._min_tokens,
+            held_ids,
+            held,
             self._seen,
             self._counts,
             self._repetition,
@@ -198,3 +221,42 @@ class Adjustments:
         column = (self.widths.seen + step).unsqueeze(1)
         self._seen.scatter_(1, column, torch.where(new, token, -1).unsqueeze(1))
         self._counts.scatter_(1, column, new.to(torch.int32).unsqueeze(1))
+        if self._words is not None:
+            self._words.record(token, step)
+
+
+class _Words:
+    """Tokens that rows do not draw in a row, and what they have drawn; as for `Adjustments`."""
+
+    def __init__(self, rows: int, widths: Widths, max_new: int, device: torch.device) -> None:
+        self._before = widths.word_tokens - 1
+        # [R, words, tokens], each at the right end behind tokens that match any, -1.
+        shape = (rows, widths.words, widths.word_tokens)
+        self._words = torch.full(shape, -1, dtype=torch.int64, device=device)
+        # The last tokens of the response, then those of the round; -2 matches none.
+        columns = self._before + max_new
+        self._drawn = torch.full((rows, columns), -2, dtype=torch.int64, device=device)
+        self._window = torch.arange(self._before, device=device)
+
+    def write(self, sampling: Sequence[RowSampling]) -> None:
+        """Store the rows of a round."""
+        words = np.full(self._words.shape, -1, np.int64)
+        drawn = np.full(self._drawn.shape, -2, np.int64)
+        for row, s in enumerate(sampling):
+            for at, word in enumerate(s.bad_words):
+                words[row, at, -len(word) :] = word
+            last = s.drawn[max(0, len(s.drawn) - self._before) :] if s.bad_words else ()
+            drawn[row, self._before - len(last) : self._before] = last
+        self._words.copy_(torch.from_numpy(words))
+        self._drawn.copy_(torch.from_numpy(drawn))
+
+    def last_tokens(self, step: Tensor) -> Tensor:
+        """Return the last token of each word ``[R, words]`` that the others stand before, or -1."""
+        before = self._drawn.gather(1, step.unsqueeze(1) + self._window).unsqueeze(1)
+        first, last = self._words[:, :, :-1], self._words[:, :, -1]
+        stands = ((first == before) | (first == -1)).all(dim=2)
+        return torch.where(stands, last, -1)
+
+    def record(self, token: Tensor, step: Tensor) -> None:
+        """Note the token ``[R]`` that each row has drawn in the step."""
+        self._drawn.scatter_(1, (self._before + step).unsqueeze(1), token.unsqueeze(1))

@@ -35,9 +35,11 @@ class RowSampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()  # not drawn in a row, each at least one token
     min_tokens: int = 0
     top_logprobs: int = 0
     counts: dict[int, int] | None = None
+    drawn: Sequence[int] = ()  # the tokens of the response so far, kept up by their owner
     guide: Guide | None = None  # where the response stands in its grammar
 
     @property
@@ -48,7 +50,7 @@ class RowSampling:
     def adjusts(self, position: int) -> bool:
         """Whether logits are changed behind so many tokens of the response."""
         changes = self.logit_bias or self.counts is not None or self.guide is not None
-        return bool(changes) or position < self.min_tokens
+        return bool(changes or self.bad_words) or position < self.min_tokens
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,8 @@ class _Columns:
             widths = Widths(
                 biases=_power_of_two(self.widths.biases) if self.widths.biases else 0,
                 seen=_power_of_two(max(_SEEN, self.widths.seen)),
+                words=_power_of_two(self.widths.words) if self.widths.words else 0,
+                word_tokens=_power_of_two(self.widths.word_tokens) if self.widths.words else 0,
             )
         return _Columns(_power_of_two(max(_STOP_IDS, self.stop_ids)), widths)
 

@@ -333,7 +333,7 @@ class Progress:
             logits, mask = logits[:, : self._known.count], self._known.mask
         if self.adjustments is not None:
             p = self._parameters
-            return self.adjustments.apply(logits, p.position + step, p.stop_ids, mask)
+            return self.adjustments.apply(logits, p.position, step, p.stop_ids, mask)
         return logits if mask is None else logits.masked_fill(~mask, -torch.inf)
 
     def read(self, rows: int, steps: int, ran: int | None = None) -> Draft:

@@ -158,9 +158,14 @@ def find_step_end(
 
 
 def find_stop(
-    committed: ResponseText, segment: Sequence[int], stops: Sequence[str]
+    committed: ResponseText, segment: Sequence[int], stops: Sequence[str], held: int = 0
 ) -> tuple[int, int] | None:
     """Return where a stop text ends the response, if the segment completes one.
+
+    Parameters
+    ----------
+    held
+        Tokens of the segment that come too early to end it: a stop text that they complete is text.
 
     Returns
     -------
@@ -168,17 +173,19 @@ def find_stop(
         The fewest tokens of the segment that complete a stop text, and where that text begins in
         the response's text.
     """
-    # No stop text lies in what was committed.
-    start = max(0, len(committed.text) - max(map(len, stops)) + 1)
+    held = max(0, held)
+    text = committed.extended(segment[:held])
+    # Those that lie in this text came too early.
+    starts = {stop: max(0, len(text.text) - len(stop) + 1) for stop in stops}
 
     def begin(text: ResponseText) -> int | None:
         decided = text.decided
-        return min((at for stop in stops if (at := decided.find(stop, start)) >= 0), default=None)
+        found = (decided.find(stop, start) for stop, start in starts.items())
+        return min((at for at in found if at >= 0), default=None)
 
     if not committed._decoder.cleans_up and begin(committed.extended(segment)) is None:
         return None
-    text = committed
-    for kept, token in enumerate(segment, 1):
+    for kept, token in enumerate(segment[held:], held + 1):
         text = text.extended((token,))
         found = begin(text)
         if found is not None:

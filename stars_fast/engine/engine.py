@@ -342,7 +342,6 @@ def _on_pages(model: PreTrainedModel, config: EngineConfig, ranks: Ranks) -> Pag
             kv_dtype=config.kv_dtype,
         )
         num_pages = ranks.smallest(num_pages)
-    check_numbers(model, backend=config.backend)
     paged = PagedModel(
         model,
         num_pages=num_pages,
@@ -352,6 +351,7 @@ def _on_pages(model: PreTrainedModel, config: EngineConfig, ranks: Ranks) -> Pag
         compile_model=config.compile_model,
         ranks=ranks,
     )
+    check_numbers(model, backend=config.backend)
     if config.device_timing and paged.device.type != "cuda":
         raise ValueError(
             f"device_timing must be False for a model on {paged.device}: CUDA has the events"

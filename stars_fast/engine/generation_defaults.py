@@ -17,7 +17,7 @@ _CHANGES: dict[str, tuple[object, str | None]] = {
     "min_length": (0, "min_tokens"),
     "suppress_tokens": (None, "logit_bias"),
     "begin_suppress_tokens": (None, None),
-    "bad_words_ids": (None, None),
+    "bad_words_ids": (None, "bad_words"),
     "no_repeat_ngram_size": (0, None),
     "exponential_decay_length_penalty": (None, None),
     "typical_p": (1.0, None),

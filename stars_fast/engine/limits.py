@@ -51,6 +51,8 @@ class Limits:
                 raise ValueError(f"logit_bias must be of tokens in [0, {vocab_size}), got {token}")
         if params.stop_texts and not self.has_tokenizer:
             raise ValueError("stop needs a tokenizer: pass Engine(..., tokenizer=...)")
+        if params.bad_words and not self.has_tokenizer:
+            raise ValueError("bad_words needs a tokenizer: pass Engine(..., tokenizer=...)")
         if params.segment_end != "length" and not self.has_tokenizer:
             raise ValueError(
                 f"segment_end={params.segment_end!r} needs a tokenizer: pass Engine(..., "
@@ -83,6 +85,7 @@ class Limits:
     def _can_come(self, params: StarsParams) -> int:
         """Return how many tokens can come next at least."""
         number = self.vocab_size if self.num_tokens is None else self.num_tokens
+        number -= 2 * len(params.bad_words or ())  # at most, each in two forms
         if not params.min_tokens:
             return number
         ends = () if params.ignore_eos else self.eos_ids

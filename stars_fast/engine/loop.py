@@ -38,6 +38,7 @@ from stars_fast.params import StarsParams
 from stars_fast.rewards.base import Prompt, ScoreJob, Scorer
 from stars_fast.seeds import derive_seed
 from stars_fast.text.decoders import Decodes
+from stars_fast.text.words import word_tokens
 
 PHASES = ("plan", "fork", "prefill", "draft", "score", "commit")
 
@@ -248,7 +249,8 @@ class Loop:
                 for handle in handles:
                     self._needed_scorer.finish(handle)
             raise
-        sampling = row_sampling(params, stop_token_ids)
+        words = word_tokens(self._tokenizer, params.bad_words or ())
+        sampling = row_sampling(params, stop_token_ids, words)
         responses = [
             Response(
                 handle,

@@ -101,6 +101,10 @@ class Response:
     drafted_tokens: int = 0
     rm_tokens: int = 0
 
+    def __post_init__(self) -> None:
+        if self.sampling.bad_words:
+            self.sampling = replace(self.sampling, drawn=self.output.token_ids)
+
     @property
     def scored(self) -> bool:
         """Whether its segments are scored and tested."""
@@ -144,7 +148,7 @@ class Response:
         self.keeps = source.keeps
         mine.text, mine.finish_reason = theirs.text, theirs.finish_reason
         mine.reward, mine.rewards = theirs.reward, theirs.rewards
-        mine.token_ids = list(theirs.token_ids)
+        mine.token_ids[:] = theirs.token_ids  # the same list: `sampling` reads it
         mine.logprobs = list(theirs.logprobs)
         mine.top_logprobs = list(theirs.top_logprobs)
         if self.sampling.guide is not None:

@@ -113,7 +113,8 @@ def cut_candidates(
         ids = draft.tokens[row, :length].tolist()
         stop_at = None
         if response.params.stop_texts:
-            found = find_stop(response.text, ids, response.params.stop_texts)
+            held = response.params.min_tokens - len(response.output.token_ids)
+            found = find_stop(response.text, ids, response.params.stop_texts, held)
             if found is not None:
                 length, stop_at = found
                 done.lengths[row], done.stopped[row] = length, 1

@@ -17,8 +17,12 @@ _SEGMENT_ENDS = {
 }
 
 
-def row_sampling(params: StarsParams, stop_token_ids: tuple[int, ...]) -> RowSampling:
-    """Return it without what belongs to one response: its counts and its grammar."""
+def row_sampling(
+    params: StarsParams,
+    stop_token_ids: tuple[int, ...],
+    bad_words: tuple[tuple[int, ...], ...] = (),
+) -> RowSampling:
+    """Return it without what belongs to one response: its counts, its tokens and its grammar."""
     return RowSampling(
         params.temperature,
         params.top_k,
@@ -33,6 +37,7 @@ def row_sampling(params: StarsParams, stop_token_ids: tuple[int, ...]) -> RowSam
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         logit_bias=tuple((params.logit_bias or {}).items()),
+        bad_words=bad_words,
         min_tokens=params.min_tokens,
         top_logprobs=params.top_logprobs,
     )

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 #: Parameters of every method.
 COMMON = (
     "method", "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
-    "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens", "top_logprobs", "seed",
-    "stop", "stop_token_ids", "ignore_eos", "n",
+    "presence_penalty", "frequency_penalty", "logit_bias", "bad_words", "min_tokens",
+    "top_logprobs", "seed", "stop", "stop_token_ids", "ignore_eos", "n",
 )  # fmt: skip
 
 

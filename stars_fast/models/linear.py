@@ -7,9 +7,9 @@ layers are redirected while a forward of ours runs.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
@@ -26,18 +26,43 @@ _MEMORY_SHARE = 1 / 8
 Forward = Callable[[Tensor], Tensor]
 
 
-@dataclass
 class _Layer:
-    module: nn.Linear
-    version: tuple[int, int]  # of the weight that was packed
-    forward: Forward
+    """A linear layer, with a packed copy of its weight from its first run on."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        self._module = module
+        self._version: tuple[int, int] | None = None  # of the weight that was packed
+        self._packed = module.weight
+
+    def forward(self, packs: bool) -> Forward:
+        """Return what runs in place of the module's forward, on packed weights if `packs`."""
+        module, product = self._module, torch.ops.mkldnn._linear_pointwise.default
+
+        def forward(input: Tensor) -> Tensor:
+            weight = self._weight() if packs else module.weight
+            result: Tensor = product(input, weight, module.bias, "none", [], "")
+            return result
+
+        return forward
+
+    def _weight(self) -> Tensor:
+        weight = self._module.weight
+        version = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+        if version != self._version:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
+            self._version = version
+        return self._packed
+
+
+#: Of each module, as long as anyone holds it: engines that share a model share the copies.
+_LAYERS: weakref.WeakValueDictionary[nn.Linear, _Layer] = weakref.WeakValueDictionary()
 
 
 class OneDnnLinears:
     """The float32 `nn.Linear` layers of a model on a CPU, or none of them.
 
-    Holds a second copy of the weights where memory allows. Weights that are changed in place later
-    are packed again.
+    Holds a second copy of the weights of the layers that have run, where memory allows. Weights
+    that are changed in place later are packed again.
 
     Parameters
     ----------
@@ -47,36 +72,24 @@ class OneDnnLinears:
 
     def __init__(self, model: nn.Module) -> None:
         modules = [module for module in model.modules() if _fits(module)]
-        size = sum(module.weight.nbytes for module in modules)
-        self._packs = size <= _MEMORY_SHARE * memory_bytes()
-        self._layers = [_Layer(m, _version(m), self._forward(m)) for m in modules]
+        packs = sum(module.weight.nbytes for module in modules) <= _MEMORY_SHARE * memory_bytes()
+        self._layers = [_LAYERS.setdefault(module, _Layer(module)) for module in modules]
+        self._forwards = [
+            (module, layer.forward(packs))
+            for module, layer in zip(modules, self._layers, strict=True)
+        ]
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Redirect the layers for the time of a forward."""
-        for layer in self._layers:
-            if layer.version != _version(layer.module):
-                layer.version = _version(layer.module)
-                layer.forward = self._forward(layer.module)
+        for module, forward in self._forwards:
             # Past nn.Module.__setattr__, which is slow and meant for parameters.
-            layer.module.__dict__["forward"] = layer.forward
+            module.__dict__["forward"] = forward
         try:
             yield
         finally:
-            for layer in self._layers:
-                del layer.module.__dict__["forward"]
-
-    def _forward(self, module: nn.Linear) -> Forward:
-        weight, bias = module.weight.detach(), module.bias
-        if self._packs:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
-        product = torch.ops.mkldnn._linear_pointwise.default
-
-        def forward(input: Tensor) -> Tensor:
-            result: Tensor = product(input, weight, bias, "none", [], "")
-            return result
-
-        return forward
+            for module, _ in self._forwards:
+                del module.__dict__["forward"]
 
 
 def _fits(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -95,8 +108,3 @@ def _available() -> bool:
     names = ("_linear_pointwise", "_reorder_linear_weight")
     has_onednn = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
     return has_onednn and all(hasattr(torch.ops.mkldnn, name) for name in names)
-
-
-def _version(module: nn.Linear) -> tuple[int, int]:
-    weight = module.weight
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version

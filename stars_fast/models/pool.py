@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,11 +54,24 @@ class Pools:
         device: torch.device,
         kv_dtype: KvDtype = "auto",
     ) -> Pools:
-        """Return pools of zeros, ``"auto"`` in the dtype of the model's own keys and values."""
+        """Return pools of zeros, ``"auto"`` in the dtype of the model's own keys and values.
+
+        Raises
+        ------
+        ValueError
+            If they do not fit the memory of a machine.
+        """
+        page = _page_bytes(layouts, page_size, kv_dtype)
+        if device.type == "cpu" and num_pages * page > memory_bytes():
+            # What is allocated is not yet there, so that no allocation would fail.
+            raise ValueError(
+                f"num_pages must be at most {memory_bytes() // page}, which fill the machine's "
+                f"memory, got {num_pages}"
+            )
 
         def pool(layout: LayerLayout, dim: int) -> Tensor:
             shape = (num_pages, page_size, layout.kv_heads, dim)
-            return torch.zeros(shape, dtype=_stored(layout, kv_dtype), device=device)
+            return _zeros(shape, _stored(layout, kv_dtype), device)
 
         def scales() -> list[Tensor | None]:
             if kv_dtype == "auto":
@@ -95,6 +110,15 @@ class Pools:
         return {layout.heads // layout.kv_heads for layout in self.layouts}
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros, on a CPU in memory that the system gives when it is first written to."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
 def _stored(layout: LayerLayout, kv_dtype: KvDtype) -> torch.dtype:
     return FP8 if kv_dtype == "fp8" else layout.dtype
 
@@ -102,9 +126,13 @@ def _stored(layout: LayerLayout, kv_dtype: KvDtype) -> torch.dtype:
 def page_bytes(model: PreTrainedModel, page_size: int, kv_dtype: KvDtype = "auto") -> int:
     """Return the bytes of one page over all layers, keys and values."""
     check_architecture(model)
+    return _page_bytes(attention_layout(model), page_size, kv_dtype)
+
+
+def _page_bytes(layouts: Sequence[LayerLayout], page_size: int, kv_dtype: KvDtype) -> int:
     return page_size * sum(
         layer.kv_heads * (layer.key_dim + layer.value_dim) * _stored(layer, kv_dtype).itemsize
-        for layer in attention_layout(model)
+        for layer in layouts
     )
 
 

@@ -7,7 +7,9 @@ model really builds, not from configuration fields that it may or may not obey.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from stars_fast.errors import UnsupportedModelError
 from stars_fast.models.checks import unsupported
 from stars_fast.models.interface import attention_configs, attention_implementation
+from stars_fast.models.sharded import local
 
 _PROBE = "stars_probe"
 
@@ -78,7 +81,8 @@ class _Mask:
 def attention_layout(model: PreTrainedModel) -> list[LayerLayout]:
     """Shapes and windows of the attention calls of one forward of a model's backbone.
 
-    Runs two tokens through the backbone; leaves the model as it was.
+    Runs two tokens through the backbone, its linear layers left out: what is asked for does not
+    depend on their results. Leaves the model as it was.
 
     Raises
     ------
@@ -91,7 +95,11 @@ def attention_layout(model: PreTrainedModel) -> list[LayerLayout]:
     positions = torch.arange(2, device=model.device).unsqueeze(0)
     try:
         configs = attention_configs(model)
-        with torch.inference_mode(), attention_implementation(configs, _PROBE):
+        with (
+            torch.inference_mode(),
+            attention_implementation(configs, _PROBE),
+            _without_products(model),
+        ):
             model.base_model(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -108,6 +116,30 @@ def attention_layout(model: PreTrainedModel) -> list[LayerLayout]:
     if not calls:
         raise unsupported(model, "it makes no call through transformers' attention interface")
     return calls
+
+
+@contextlib.contextmanager
+def _without_products(model: nn.Module) -> Iterator[None]:
+    """Have linear layers return zeros, so that their weights are not read."""
+    linears = [
+        module
+        for module in model.modules()
+        # Hooks of those that are split over ranks expect what their products return.
+        if type(module) is nn.Linear
+        and "forward" not in module.__dict__
+        and local(module.weight) is module.weight
+    ]
+    try:
+        for module in linears:
+            module.__dict__["forward"] = functools.partial(_zeros, module.weight)
+        yield
+    finally:
+        for module in linears:
+            module.__dict__.pop("forward", None)
+
+
+def _zeros(weight: Tensor, input: Tensor) -> Tensor:
+    return input.new_zeros((*input.shape[:-1], weight.shape[0]), dtype=weight.dtype)
 
 
 def _probe_mask(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
-__all__ = ["loading_options", "num_shards", "why_not_sharded"]
+__all__ = ["loading_options", "local", "num_shards", "why_not_sharded"]
 
 #: Projections whose output is attention heads, by name; a rank gets whole ones.
 _HEADS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "qkv_proj", "query_key_value")
@@ -23,6 +25,11 @@ def loading_options(size: int) -> dict[str, Any]:
 def num_shards(model: PreTrainedModel) -> int:
     """Return the number of ranks that hold a loaded model together, 1 if it is whole."""
     return model.tp_size or 1
+
+
+def local(weight: Tensor) -> Tensor:
+    """Return this rank's part of a weight, all of it where it is whole."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def why_not_sharded(config: PreTrainedConfig, size: int) -> str:

@@ -89,6 +89,11 @@ class Server:
                 "guided must be None with RemoteEngine: a call cannot begin in the middle of a "
                 f"grammar, got {params.guided!r}"
             )
+        if params.bad_words:
+            raise ValueError(
+                "bad_words must be None with RemoteEngine, whose calls do not see the tokens of "
+                f"those before, got {params.bad_words!r}"
+            )
         if params.top_logprobs:
             raise ValueError(
                 f"top_logprobs must be 0 with RemoteEngine, which keeps no log-probabilities, got "

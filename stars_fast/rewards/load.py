@@ -322,10 +322,10 @@ def _causal_scorer(
             )
         reading = at_steps(reading, head, type(model).__name__)
     try:
+        paged = pool.paged(model, lora)
         check_numbers(model, backend=pool.backend)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{error} As a reward model: {CALLABLE_ADVICE}") from error
-    paged = pool.paged(model, lora)
     source: TokenSource
     if head.at == "steps":
         source = StepTokens(tokenizer, _of_answers(chosen, head), head)

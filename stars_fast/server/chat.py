@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import count
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from stars_fast.server.answers import FinishReason, Head, StarsAnswer, StarsDelta, Usage
+from stars_fast.server.answers import Head, StarsAnswer, StarsDelta, Usage
+from stars_fast.server.generation import Generation
 from stars_fast.server.logprobs import TokenScore
 from stars_fast.server.openapi import RANGES
 from stars_fast.server.protocol import GenerationRequest
 from stars_fast.server.transcript import Delta, Transcript
 from stars_fast.server.writer import ChoiceWriter
 from stars_fast.text.chats import CHAT_OPTIONS, PART_TYPES
+from stars_fast.text.tool_calls import TOOL_CALL_PARSERS, HermesToolCalls, ToolCallText
+
+#: Why a choice ended; ``"tool_calls"`` only where calls are parsed.
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 def _has_text(name: str) -> dict[str, Any]:
@@ -102,6 +110,17 @@ class ChatRequest(GenerationRequest):
         default=None, description="A variable of the chat template, too."
     )
 
+    tools: list[dict[str, Any]] | None = Field(
+        default=None, description="Functions that the model may call; the chat template reads them."
+    )
+    tool_choice: str | dict[str, Any] | None = Field(
+        default=None,
+        description="`auto`, or `none`: the model is not told of the tools.",
+        json_schema_extra={"enum": ["auto", "none", None]},
+    )
+    parallel_tool_calls: bool | None = Field(
+        default=None, description="False: of the calls in an answer only the first is one."
+    )
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None,
         description='Variables of the chat template, such as `{"enable_thinking": false}`.',
@@ -131,9 +150,25 @@ class ChatRequest(GenerationRequest):
             values["top_logprobs"] = self.top_logprobs
         return values
 
+    @model_validator(mode="after")
+    def _no_call_is_forced(self) -> ChatRequest:
+        if self.tool_choice not in (None, "none", "auto"):
+            raise ValueError(
+                "tool_choice must be 'auto' or 'none', for no call is forced here, got "
+                f"{self.tool_choice!r}"
+            )
+        return self
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether the model is told of tools that it may call."""
+        return bool(self.tools) and self.tool_choice != "none"
+
     def prompts(self) -> list[dict[str, Any]]:
         """Return the one prompt."""
         chat = self.model_dump(include={"messages", *CHAT_OPTIONS}, exclude_unset=True)
+        if not self.calls_tools:
+            chat.pop("tools", None)
         if self.reasoning_effort is not None:
             variables = {"reasoning_effort": self.reasoning_effort}
             chat["chat_template_kwargs"] = variables | (self.chat_template_kwargs or {})
@@ -164,12 +199,31 @@ class ChatLogprobs(BaseModel):
     refusal: None
 
 
+class CalledFunction(BaseModel):
+    """The function of a call."""
+
+    name: str
+    arguments: str = Field(description="JSON of an object.")
+
+
+class AnsweredCall(BaseModel):
+    """A call of a tool that the answer makes."""
+
+    index: int | None = Field(default=None, description="Of the call; in chunks only.")
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(BaseModel):
     """The model's answer."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None = Field(description="Null where all of it is calls of tools.")
     refusal: None
+    tool_calls: list[AnsweredCall] = Field(
+        default=[], description="With `--tool-call-parser`, where there are any."
+    )
 
 
 class MessageDelta(BaseModel):
@@ -179,6 +233,9 @@ class MessageDelta(BaseModel):
         default=None, description="With the first chunk only."
     )
     content: str
+    tool_calls: list[AnsweredCall] = Field(
+        default=[], description="Those that this chunk completes, each as a whole."
+    )
 
 
 class ChatChoice(BaseModel):
@@ -187,7 +244,7 @@ class ChatChoice(BaseModel):
     index: int = Field(ge=0)
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
     stars: StarsAnswer
 
 
@@ -197,7 +254,7 @@ class ChatDelta(BaseModel):
     index: int = Field(ge=0)
     delta: MessageDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
     stars: StarsDelta
 
 
@@ -224,10 +281,24 @@ class ChatWriter(ChoiceWriter):
     answer, chunk = ChatAnswer, ChatChunk
     object, chunk_object = "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, generation: Generation, body: ChatRequest) -> None:
+        super().__init__(generation, body)
+        self._new_parser: Callable[[], HermesToolCalls] | None = None
+        if body.calls_tools and generation.tool_call_parser is not None:
+            kind = TOOL_CALL_PARSERS[generation.tool_call_parser]
+            self._new_parser = partial(kind, single=body.parallel_tool_calls is False)
+        self._parsers: dict[int, HermesToolCalls] = {}
+
     def choice(self, transcript: Transcript, fields: dict[str, Any]) -> ChatChoice:
         """Return a whole answer."""
         output = transcript.latest
         message = AssistantMessage(role="assistant", content=output.text, refusal=None)
+        if self._new_parser is not None:
+            content, calls = self._new_parser().push(output.text, finished=True)
+            if calls:
+                message.content = content or None
+                message.tool_calls = [_answered(call, None) for call in calls]
+                fields = _ended_by_calls(fields)
         scores = self.scores(transcript, None)
         return ChatChoice(message=message, logprobs=_objects(scores), **fields)
 
@@ -236,10 +307,35 @@ class ChatWriter(ChoiceWriter):
     ) -> ChatDelta:
         """Return what the message gets; the role comes first."""
         message = MessageDelta(content=delta.text)
+        if self._new_parser is not None:
+            parser = self._parsers.setdefault(transcript.index, self._new_parser())
+            begun = parser.count
+            message.content, calls = parser.push(
+                delta.text, finished=delta.finish_reason is not None
+            )
+            if calls:
+                message.tool_calls = [_answered(*call) for call in zip(calls, count(begun))]
+            if parser.count:
+                fields = _ended_by_calls(fields)
         if first:
             message.role = "assistant"
         scores = self.scores(transcript, delta)
         return ChatDelta(delta=message, logprobs=_objects(scores), **fields)
+
+
+def _answered(call: ToolCallText, index: int | None) -> AnsweredCall:
+    place = {} if index is None else {"index": index}
+    return AnsweredCall(
+        **place,
+        id=f"call_{uuid.uuid4().hex}",
+        type="function",
+        function=CalledFunction(name=call.name, arguments=call.arguments),
+    )
+
+
+def _ended_by_calls(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fields of a choice that has calls; one that was cut is so nonetheless."""
+    return fields | {"finish_reason": "tool_calls"} if fields["finish_reason"] == "stop" else fields
 
 
 def _objects(scores: Sequence[TokenScore] | None) -> ChatLogprobs | None:

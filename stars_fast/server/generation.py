@@ -75,6 +75,7 @@ class Generation:
         self._engine = engine
         self._settings = settings
         self.model = body.model or settings.model_name
+        self.tool_call_parser = settings.tool_call_parser
         self.tokenizer = engine.tokenizer
         self.params: StarsParams = params_of(body, settings.params, named, asked)
         self.prompts: Sequence[Any] = body.prompts()

@@ -27,7 +27,6 @@ from stars_fast.text.surrogates import check_unicode
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "allowed_token_ids": ([],),
     "audio": (),
-    "bad_words": ([],),
     "best_of": (1,),
     "chat_template": (),
     "detokenize": (True,),
@@ -185,9 +184,12 @@ class Body(Strict):
     logit_bias: dict[str, float] | None = Field(
         default=None, description="Added to logits, by token id, in [-100, 100]."
     )
+    bad_words: list[str] | None = Field(
+        default=None, description="Texts whose tokens a response does not have in a row."
+    )
     min_tokens: int | None = Field(
         default=None,
-        description="Tokens of a response before a token can end it.",
+        description="Tokens of a response that cannot end it.",
         json_schema_extra=RANGES["min_tokens"],
     )
     seed: int | None = Field(
@@ -250,8 +252,8 @@ class Body(Strict):
         """Return the fields of `StarsParams` that the body's own stand for."""
         names = (
             "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
-            "frequency_penalty", "logit_bias", "min_tokens", "seed", "stop", "stop_token_ids",
-            "ignore_eos",
+            "frequency_penalty", "logit_bias", "bad_words", "min_tokens", "seed", "stop",
+            "stop_token_ids", "ignore_eos",
         )  # fmt: skip
         values = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.seed is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from stars_fast.params import StarsParams
+from stars_fast.text.tool_calls import TOOL_CALL_PARSERS
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class ServerSettings:
         Where the model came from, which ``/v1/models`` tells; None: `model_name`.
     allowed_origins
         Origins whose pages may read answers (CORS); ``"*"``: all.
+    tool_call_parser
+        How calls of tools stand in the text of a chat's answer, one of
+        `stars_fast.text.tool_calls.TOOL_CALL_PARSERS`; None: they stay text.
     """
 
     model_name: str
@@ -46,8 +50,14 @@ class ServerSettings:
     log_prompts: bool = False
     model_path: str | None = None
     allowed_origins: tuple[str, ...] = ()
+    tool_call_parser: str | None = None
 
     def __post_init__(self) -> None:
+        if self.tool_call_parser not in (None, *TOOL_CALL_PARSERS):
+            known = ", ".join(map(repr, TOOL_CALL_PARSERS))
+            raise ValueError(
+                f"tool_call_parser must be None or one of {known}, got {self.tool_call_parser!r}"
+            )
         if self.api_key == "":
             raise ValueError("api_key must be text that is not empty, or None")
         if self.request_timeout is not None and self.request_timeout <= 0:

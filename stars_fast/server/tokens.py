@@ -26,6 +26,7 @@ class TokenizeRequest(Lenient):
         description="With what the tokenizer puts around a text; by default for texts alone.",
     )
     return_token_strs: bool | None = None
+    tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 ChatLike: TypeAlias = "Sequence[Mapping[str, Any]] | Mapping[str, Any]"
 
 #: What an object with ``messages`` may have beside.
-CHAT_OPTIONS = ("chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+CHAT_OPTIONS = (
+    "tools",
+    "chat_template_kwargs",
+    "add_generation_prompt",
+    "continue_final_message",
+)
 
 #: Parts of a content, and where each has its text.
 PART_TYPES = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
@@ -56,6 +61,8 @@ class Chat:
         Each with ``role`` and ``content``, text both, and what else templates may read.
     template_kwargs
         Variables of the template, such as ``{"enable_thinking": False}``.
+    tools
+        Functions that the model may call, in OpenAI's form.
     add_generation_prompt
         The template opens the assistant's message that is to be written.
     continue_final_message
@@ -64,6 +71,7 @@ class Chat:
 
     messages: list[dict[str, Any]]
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tools: list[dict[str, Any]] = field(default_factory=list)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
 
@@ -117,7 +125,11 @@ def chat_of(value: ChatLike, name: str = "messages") -> Chat:
             "continue_final_message needs a last message of role 'assistant', "
             f"got {plain[-1]['role']!r}"
         )
-    return Chat(plain, checked_kwargs(options.get("chat_template_kwargs", {})), opens, continues)
+    variables = checked_kwargs(options.get("chat_template_kwargs", {}))
+    tools = _tools(options.get("tools", []))
+    if tools and "tools" in variables:
+        raise ValueError("tools is given twice: in the chat and in its chat_template_kwargs")
+    return Chat(plain, variables, tools, opens, continues)
 
 
 def checked_kwargs(value: object) -> Mapping[str, Any]:
@@ -153,7 +165,8 @@ def render(
     Raises
     ------
     ValueError
-        There is no template, it refuses the chat or fails on it, or it leaves a message out.
+        There is no template, it refuses the chat or fails on it, or it leaves a message or the
+        tools out.
     """
     if not tokenizer.chat_template:
         raise ValueError(
@@ -162,14 +175,16 @@ def render(
     knows_developers = "developer" in str(tokenizer.chat_template)
     messages = chat.messages if knows_developers else chat.plain_messages
 
-    def write(messages: list[dict[str, Any]]) -> str:
+    variables = {**template_kwargs, **chat.template_kwargs}
+
+    def write(messages: list[dict[str, Any]], tools: list[dict[str, Any]] = chat.tools) -> str:
         return str(
             tokenizer.apply_chat_template(
                 messages,
                 tokenize=False,
                 add_generation_prompt=chat.add_generation_prompt,
                 continue_final_message=chat.continue_final_message,
-                **{**template_kwargs, **chat.template_kwargs},
+                **(variables | ({"tools": tools} if tools else {})),
             )
         )
 
@@ -183,6 +198,8 @@ def render(
         raise ValueError(
             f"messages of roles {roles} are refused by the chat template: {kind}{error}"
         ) from error
+    if chat.tools and _leaves_out_tools(write, messages, text):
+        raise ValueError("tools has no place in the model's chat template, which leaves them out")
     for number, message in enumerate(messages):
         # Of the assistant's turns templates may leave out what it thought.
         role, content = message["role"], message["content"]
@@ -215,6 +232,35 @@ def _shows(
         return _PROBE in write(probed)
     except Exception:  # noqa: BLE001 - it has read that part, at least
         return True
+
+
+def _leaves_out_tools(
+    write: Callable[[list[dict[str, Any]], list[dict[str, Any]]], str],
+    messages: list[dict[str, Any]],
+    text: str,
+) -> bool:
+    """Whether a template writes the same with tools and without them."""
+    try:
+        return write(messages, []) == text
+    except Exception:  # noqa: BLE001 - it asks for tools
+        return False
+
+
+def _tools(value: object) -> list[dict[str, Any]]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"tools must be a list, got {_short(value)}")
+    for number, tool in enumerate(value):
+        where = f"tools[{number}]"
+        kind = tool.get("type", "function") if isinstance(tool, Mapping) else None
+        if not isinstance(tool, Mapping) or kind != "function":
+            raise ValueError(f'{where} must be {{"type": "function", ...}}, got {_short(tool)}')
+        function = tool.get("function")
+        if not isinstance(function, Mapping):
+            raise ValueError(f"{where}.function must be an object, got {_short(function)}")
+        name = function.get("name")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{where}.function.name must be text, got {_short(name)}")
+    return [dict(tool) for tool in value]
 
 
 def _message(where: str, message: object) -> dict[str, Any]:

@@ -22,6 +22,7 @@ EXAMPLES: dict[str, tuple[list[str], object]] = {
     "alpha": (["--alpha", "1"], 1.0),
     "temperature": (["--temperature", "0"], 0.0),
     "logit_bias": (["--logit-bias", '{"5": -100, "6": 1.5}'], {5: -100.0, 6: 1.5}),
+    "bad_words": (["--bad-words", "x", "--bad-words", "y z"], ("x", "y z")),
     "guided": (["--guided", '{"regex": "a+"}'], {"regex": "a+"}),
     "stop": (["--stop", "END", "--stop", "12"], ("END", "12")),
     "stop_token_ids": (["--stop-token-ids", "5", "--stop-token-ids", "6"], (5, 6)),

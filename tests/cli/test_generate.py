@@ -546,6 +546,16 @@ def test_input_and_output_must_differ(
     assert "same file" in capfd.readouterr().err
 
 
+def test_help_imports_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from stars_fast.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True)
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["generate", "--help"], ["demo", "--help"]])
 def test_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):

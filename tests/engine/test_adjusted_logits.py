@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -13,6 +14,7 @@ from helpers.tiny_tokenizers import bpe_tokenizer
 
 from stars_fast import Engine, RequestOutput, StarsParams
 from stars_fast.rewards import Persona
+from stars_fast.text.words import word_tokens
 
 PROMPTS = ["The film was slow at first, but", "A terrible kettle", "Not bad at all. " * 3]
 BASE = StarsParams(
@@ -324,15 +326,103 @@ def test_greedy_is_transformers_generate(changes: dict[str, Any]) -> None:
         assert output.outputs[0].token_ids == want[0, ids.shape[1] :].tolist()
 
 
+class TestBadWords:
+    """Each of the words is one that the model says without them."""
+
+    def words(self, tokens: list[list[int]], length: int) -> list[str]:
+        """Texts of tokens in a row that a tokenizer reads as these."""
+        tokenizer = bpe_tokenizer()
+        found = []
+        for ids in tokens:
+            for at in range(1, len(ids) - length):
+                part = ids[at : at + length]
+                text = tokenizer.decode(part)
+                if text.strip() and tuple(part) in word_tokens(tokenizer, [text]):
+                    found.append(text)
+        return list(dict.fromkeys(found))[:3]
+
+    @pytest.mark.parametrize("backend", ["pytorch", "triton"])
+    @pytest.mark.parametrize("length", [1, 2])
+    def test_greedy_is_transformers_generate(self, length: int, backend: str) -> None:
+        model = small_model(400, layers=1)
+        greedy = dataclasses.replace(
+            METHODS["vanilla"], temperature=0.0, segment_length=32, max_tokens=10, ignore_eos=True
+        )
+        free = tokens(run(greedy, PROMPTS[:2], model=model))
+        words = self.words(free, length)
+        assert words
+        params = dataclasses.replace(greedy, bad_words=words)
+        outputs = run(params, PROMPTS[:2], model=model, backend=backend, num_pages=100)
+        ids_of_words = [list(ids) for ids in word_tokens(bpe_tokenizer(), words)]
+        for output, before in zip(outputs, free, strict=True):
+            ids = output.prompt_token_ids
+            # Words that the prompt begins are the response's to end, as in vLLM.
+            assert not any(word[:-1] and word[:-1] == ids[1 - len(word) :] for word in ids_of_words)
+            want = model.generate(
+                torch.tensor([ids]), attention_mask=torch.ones((1, len(ids)), dtype=torch.long),
+                do_sample=False, max_new_tokens=10, pad_token_id=0, bad_words_ids=ids_of_words,
+                eos_token_id=None,
+            )  # fmt: skip
+            assert output.outputs[0].token_ids == want[0, len(ids) :].tolist()
+            assert output.outputs[0].token_ids != before or not any(
+                has(before, word) for word in ids_of_words
+            )
+
+    @every_method
+    def test_are_not_in_a_response(self, method: str) -> None:
+        """Nor across segments, on any method; a neighbour that has none draws as ever."""
+        params = dataclasses.replace(METHODS[method], max_tokens=16, ignore_eos=True)
+        if "segment_length" in params.own_parameters():
+            params = dataclasses.replace(params, segment_length=3)
+        free = tokens(run(params, method=method))
+        words = self.words(free, 2)
+        ids_of_words = word_tokens(bpe_tokenizer(), words)
+        assert any(has(ids, word) for ids in free for word in ids_of_words)
+        some = dataclasses.replace(params, bad_words=words)
+        engine = engine_for(method)
+        each = [dataclasses.replace(p, seed=70 + i) for i, p in enumerate((some, some, params))]
+        found = tokens(engine.generate(PROMPTS, each, use_tqdm=False))
+        assert not any(has(ids, word) for ids in found[:2] for word in ids_of_words)
+        assert found[2] == free[2]
+
+
+def has(ids: list[int], word: Sequence[int]) -> bool:
+    """Whether tokens have some in a row."""
+    return any(ids[at : at + len(word)] == list(word) for at in range(len(ids)))
+
+
+def test_a_stop_text_before_min_tokens_is_text() -> None:
+    vanilla = dataclasses.replace(METHODS["vanilla"], ignore_eos=True)
+    (output,) = run(vanilla, PROMPTS[:1])
+    response = output.outputs[0]
+    tokenizer = bpe_tokenizer()
+    stop = tokenizer.decode(response.token_ids[2:4])
+    (cut,) = run(dataclasses.replace(vanilla, stop=[stop]), PROMPTS[:1])
+    assert cut.outputs[0].finish_reason == "stop"
+    assert len(cut.outputs[0].token_ids) <= 4
+    for method in ("vanilla", "stars"):
+        params = dataclasses.replace(METHODS[method], ignore_eos=True, segment_length=3)
+        (free,) = run(params, PROMPTS[:1])
+        at = free.outputs[0].token_ids
+        again = [n for n in range(5, len(at)) if stop in tokenizer.decode(at[4:n])]
+        (held,) = run(dataclasses.replace(params, stop=[stop], min_tokens=4), PROMPTS[:1])
+        want = at[: again[0]] if again else at
+        if method == "vanilla":
+            assert held.outputs[0].token_ids == want
+        assert len(held.outputs[0].token_ids) > 4
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"logit_bias": {400: 1.0}}, r"logit_bias must be of tokens in \[0, 400\), got 400"),
+        ({"bad_words": "x"}, "bad_words must be a sequence of texts, got 'x'"),
+        ({"bad_words": [" "]}, "bad_words must be texts that are not empty, got ' '"),
         ({"min_tokens": 30}, "min_tokens must be at most max_tokens, 24, got 30"),
     ],
 )
 def test_what_the_model_cannot_do_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         bpe_engine().add_request("a", "b", dataclasses.replace(BASE, **changes))
 
 

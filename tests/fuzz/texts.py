@@ -110,13 +110,16 @@ class Texts:
     prompt: ReadPrompt
     stop_texts: tuple[str, ...]
     stop_ids: frozenset[int]
+    min_tokens: int = 0  # which complete no stop text
 
     def read(self, token_ids: Sequence[int]) -> Ending:
         """Nothing before the last token must end the response."""
-        if self.stop_texts:
+        if self.stop_texts and len(token_ids) > self.min_tokens:
             # What bytes at the end are is not known before the next token.
             text = self.whole(token_ids).removesuffix("\ufffd")
-            found = [text.find(stop) for stop in self.stop_texts if stop in text]
+            early = len(self.whole(token_ids[: self.min_tokens]).removesuffix("\ufffd"))
+            starts = [(stop, max(0, early - len(stop) + 1)) for stop in self.stop_texts]
+            found = [at for stop, start in starts if (at := text.find(stop, start)) >= 0]
             if found:
                 return Ending(text[: min(found)], True)
         if token_ids and token_ids[-1] in self.stop_ids:

@@ -69,7 +69,9 @@ class WrittenOut:
         stop_ids = {*(params.stop_token_ids or ()), *(world.eos_ids if ends else ())}
         self.stop_ids = stop_ids
         stops = tuple(params.stop or ())
-        self.texts = Texts(world.tokenizer, self.prompt, stops, frozenset(stop_ids))
+        self.texts = Texts(
+            world.tokenizer, self.prompt, stops, frozenset(stop_ids), self.params.min_tokens
+        )
         self.logits = PlainLogits(world.model, self.prompt.token_ids)
         self.judge: PlainLogits | None = None
         if world.rewards.name == "persona":

@@ -15,6 +15,7 @@ _OTHER: dict[str, Any] = {
     "candidates": 3,
     "seed": 4,
     "logit_bias": {5: 1.5},
+    "bad_words": ("x",),
     "guided": {"regex": "a+"},
     "stop": ("x",),
     "step_text": "Step",

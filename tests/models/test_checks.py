@@ -12,6 +12,7 @@ from helpers.tiny_architectures import CONFIGS, MAX_LENGTH, tiny_lm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
+from stars_fast.models import selfcheck
 from stars_fast.models.checks import max_length
 from stars_fast.models.pool import page_bytes
 from stars_fast.models.probe import attention_layout
@@ -216,6 +217,7 @@ def test_max_length() -> None:
     [
         ("lm_head.weight", torch.nan, "weights contain NaN: lm_head.weight row 7$"),
         ("model.norm.weight", torch.inf, "weights contain infinity: model.norm.weight at 7$"),
+        ("model.layers.2.mlp.up_proj.weight", torch.nan, "NaN: model.layers.2.mlp.up_proj.weight"),
     ],
 )
 def test_weights_that_are_no_numbers_are_named(name: str, value: float, words: str) -> None:
@@ -224,3 +226,46 @@ def test_weights_that_are_no_numbers_are_named(name: str, value: float, words: s
         model.get_parameter(name)[7] = value
     with pytest.raises(ModelLoadError, match=words):
         check_numbers(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "run"),
+    [
+        ("llama", {}, 2),
+        ("qwen2", {"layer_types": ["full_attention"] + ["sliding_attention"] * 7}, 2),
+        ("gemma3", {"layer_types": ["sliding_attention"] * 5 + ["full_attention"] * 3}, 6),
+        (
+            "smollm3",
+            {"no_rope_layers": [1, 1, 1, 0] * 2, "layer_types": ["full_attention"] * 8},
+            4,
+        ),
+        ("deepseek_v3", {"first_k_dense_replace": 2}, 3),
+        ("gpt2", {}, 8),  # scales its scores by the number of the layer
+    ],
+)
+def test_the_first_layers_of_each_kind_are_compared(
+    name: str, changes: dict[str, Any], run: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selfcheck, "_PASSED", set())
+    compared: list[int] = []
+    monkeypatch.setattr(
+        selfcheck, "_difference", lambda m, *_: _noted(compared, len(attention_layout(m)))
+    )
+    model = tiny_lm(name, num_hidden_layers=8, **changes)
+    check_numbers(model)
+    assert compared == [run]
+    assert len(attention_layout(model)) == 8
+
+
+def _noted(where: list[int], number: int) -> str:
+    where.append(number)
+    return ""
+
+
+def test_what_has_passed_is_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selfcheck, "_PASSED", set())
+    compared: list[int] = []
+    monkeypatch.setattr(selfcheck, "_difference", lambda *_: _noted(compared, 1))
+    for changes in ({}, {}, {"rms_norm_eps": 1e-3}):
+        check_numbers(tiny_lm("llama", **changes))
+    assert len(compared) == 2

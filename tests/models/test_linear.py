@@ -58,3 +58,23 @@ def test_other_layers_are_left_alone() -> None:
         [Doubled(4, 4), nn.Linear(4, 4, dtype=torch.bfloat16), nn.Embedding(3, 4)]
     )
     assert not OneDnnLinears(mixed)._layers
+
+
+def test_copies_are_made_at_the_first_run_and_shared(
+    model: nn.Sequential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed: list[torch.Size] = []
+    pack = torch.ops.mkldnn._reorder_linear_weight
+
+    def counted(weight: torch.Tensor, rows: int) -> torch.Tensor:
+        packed.append(weight.shape)
+        return pack(weight, rows)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", counted)
+    both = [OneDnnLinears(model), OneDnnLinears(model)]
+    assert not packed
+    with torch.inference_mode():
+        for linears in both:
+            with linears.active():
+                model(torch.randn(3, 24))
+    assert packed == [(40, 24), (7, 40)]

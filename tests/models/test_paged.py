@@ -203,6 +203,12 @@ def test_bad_pool_sizes(field: str, value: int) -> None:
         PagedModel(tiny_lm("llama"), **sizes)
 
 
+def test_a_pool_beyond_the_memory_is_refused() -> None:
+    """Its memory is taken when it is written to: no allocation fails."""
+    with pytest.raises(ValueError, match=r"num_pages must be at most \d+, which fill the machine"):
+        PagedModel(tiny_lm("llama"), num_pages=1 << 40, page_size=16)
+
+
 def test_training_mode_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
         PagedModel(tiny_lm("llama").train(), num_pages=8, page_size=4)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from helpers.tiny_lm import small_model
@@ -109,3 +111,69 @@ def test_errors_name_the_place(
     error = response.json()["error"]
     assert message in error["message"]
     assert error["param"] == param
+
+
+@pytest.fixture(scope="module")
+def calling() -> Iterator[Served]:
+    """Its template knows tools, and calls are parsed."""
+    made = engine()
+    assert made.tokenizer is not None
+    made.tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + TEMPLATE
+    params = dataclasses.replace(PARAMS, max_tokens=200)
+    settings = ServerSettings("chat", params, tool_call_parser="hermes")
+    with serving(made, Gate(), settings) as running:
+        yield running
+
+
+class TestTools:
+    """A grammar makes the model say what it is to say."""
+
+    TOOL: ClassVar[dict[str, Any]] = {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"type": "object", "properties": {}}},
+    }
+    SAID = 'Well. <tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
+
+    def ask(self, served: Served, **options: Any) -> Any:
+        regex = {"structured_outputs": {"regex": re.escape(self.SAID)}}
+        return served.client().chat.completions.create(
+            model="chat", messages=[USER], extra_body=regex, **options
+        )
+
+    def test_calls_in_the_answer(self, calling: Served) -> None:
+        pytest.importorskip("llguidance", reason="needs llguidance, of the extra guided")
+        (choice,) = self.ask(calling, tools=[self.TOOL]).choices
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.content == "Well. "
+        (call,) = choice.message.tool_calls
+        assert (call.function.name, call.function.arguments) == ("f", '{"x": 1}')
+        assert self.ask(calling).choices[0].message.content == self.SAID  # no tools, no calls
+        content, calls, ends = "", [], []
+        for chunk in self.ask(calling, tools=[self.TOOL], stream=True):
+            content += chunk.choices[0].delta.content
+            calls += chunk.choices[0].delta.tool_calls or []
+            ends.append(chunk.choices[0].finish_reason)
+        assert (content, ends[-1], {*ends[:-1]}) == ("Well. ", "tool_calls", {None})
+        assert [(c.index, c.function.name, c.function.arguments) for c in calls] == [
+            (0, "f", '{"x": 1}')
+        ]
+
+    def test_the_model_is_told_of_them_unless_it_may_not_call(self, calling: Served) -> None:
+        told = {}
+        for choice in ("auto", "none", None):
+            body = {"messages": [USER], "tools": [self.TOOL], "tool_choice": choice}
+            response = calling.post({**body, "max_tokens": 1}, PATH)
+            told[choice] = response.json()["usage"]["prompt_tokens"]
+        assert told["auto"] == told[None] > told["none"]
+
+    def test_what_cannot_be_done_is_refused(self, served: Served) -> None:
+        body = {"messages": [USER], "tools": [self.TOOL]}
+        for changes, words in (
+            ({"tool_choice": "required"}, "tool_choice must be 'auto' or 'none'"),
+            ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "no call is forced"),
+            ({}, "tools has no place in the model's chat template"),
+            ({"tools": [{"type": "function"}]}, "tools[0].function must be an object"),
+        ):
+            response = served.post({**body, **changes}, PATH)
+            assert response.status_code == 400
+            assert words in response.json()["error"]["message"]

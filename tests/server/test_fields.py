@@ -74,6 +74,7 @@ def engine_text(prompt: Any = "ab", **fields: Any) -> str:
         ({"presence_penalty": 1.5}, {"presence_penalty": 1.5}),
         ({"frequency_penalty": -1.5}, {"frequency_penalty": -1.5}),
         ({"logit_bias": {"2": 50}}, {"logit_bias": {2: 50}}),
+        ({"bad_words": ["ab", "c"]}, {"bad_words": ["ab", "c"]}),
         ({"min_tokens": 9, "ignore_eos": False}, {"min_tokens": 9, "ignore_eos": False}),
     ],
 )
@@ -110,7 +111,7 @@ def test_what_asks_for_nothing_is_accepted(letters: Served, chats: Served) -> No
 @pytest.mark.parametrize(
     ("name", "value"),
     [("use_beam_search", True), ("length_penalty", 2), ("tools", [{"type": "function"}]),
-     ("truncate_prompt_tokens", 5), ("prompt_logprobs", 1), ("bad_words", ["x"])],
+     ("truncate_prompt_tokens", 5), ("prompt_logprobs", 1)],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused(letters: Served, name: str, value: Any) -> None:
     response = letters.post({"prompt": "ab", name: value})

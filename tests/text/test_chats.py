@@ -96,6 +96,32 @@ def test_a_developer_is_the_system_where_the_template_knows_none() -> None:
     assert chat_of(chat).plain_messages[0]["role"] == "system"
 
 
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+def test_functions_that_may_be_called_reach_the_template() -> None:
+    template = "{{ tools | tojson }}" + TOOLS
+    asked = {"messages": [USER], "tools": [WEATHER]}
+    assert written(asked, template).startswith('[{"type": "function", "function": {"name": "wea')
+    assert written({"messages": [USER], "tools": []}, template).startswith("null[user")
+    with pytest.raises(ValueError, match="tools has no place in the model's chat template"):
+        written(asked)
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ("f", "tools must be a list, got 'f'"),
+        ([{"type": "web_search"}], r"tools\[0\] must be .*got .*web_search"),
+        ([{"type": "function"}], r"tools\[0\].function must be an object, got null"),
+        ([{"function": {}}], r"tools\[0\].function.name must be text, got null"),
+    ],
+)
+def test_tools_that_are_none(tools: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        chat_of({"messages": [USER], "tools": tools})
+
+
 class TestNothingIsLostSilently:
     def test_roles(self) -> None:
         chat = [USER, {"role": "tool", "content": "rain"}]
