@@ -112,7 +112,7 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     add_handlers(app)
-    metrics = Metrics(engine)
+    metrics = app.state.metrics = Metrics(engine)
     serving = Serving(engine, settings, metrics)
     created = int(time.time())
     page = files("stars_fast.server").joinpath("page.html").read_text(encoding="utf-8")
@@ -162,7 +162,7 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
 
     def named(model: str | None) -> None:
         if values_in_name(model, settings.model_name) is None:
-            raise ApiError(404, f"the model {model!r} does not exist", code="model_not_found")
+            raise ApiError(404, f"the model {model!r:.200} does not exist", code="model_not_found")
 
     timeout = settings.request_timeout
 

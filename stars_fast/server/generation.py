@@ -65,7 +65,8 @@ class Generation:
         if named is None:
             raise ApiError(
                 404,
-                f"the model {body.model!r} does not exist; this server has {settings.model_name!r}",
+                f"the model {body.model!r:.200} does not exist; "
+                f"this server has {settings.model_name!r}",
                 param="model",
                 code="model_not_found",
             )
