@@ -21,7 +21,7 @@ class TokenizeRequest(Lenient):
 
     model: str | None = None
     prompt: str | None = Field(default=None, min_length=1)
-    messages: list[ChatMessage] | None = None
+    messages: list[ChatMessage] | None = Field(default=None, json_schema_extra={"minItems": 1})
     add_special_tokens: bool | None = Field(
         default=None,
         description="With what the tokenizer puts around a text; by default for texts alone.",
