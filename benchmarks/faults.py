@@ -9,8 +9,10 @@ succeeds, its text must be that of every other with the same prompt and seed, wh
 beside it. The function also hangs, raises what would end a process, and returns what are no
 rewards: none of that may end the server. At the end nothing may run or wait, no page may be held,
 each request must be in the log once, and memory must be flat over the last quarter: before that,
-oneDNN compiles kernels for new shapes of batches, and keeps them. Ends with 1 and a list of what is
-wrong otherwise.
+oneDNN compiles kernels for new shapes of batches, and keeps them.
+
+Then what a hostile client (`hostile`) and a new user (`processes`) try, on ``stars-fast serve`` as
+it comes: a table says what held. Ends with 1 and a list of what is wrong if not all did.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +38,12 @@ import torch
 from tqdm import tqdm
 
 from stars_fast import demo
+from stars_fast.benchmarks import hostile, processes
 from stars_fast.benchmarks.clients import Answer, complete, many_connections, read_metrics
 from stars_fast.benchmarks.faulty_server import MAX_BODY_BYTES, MAX_PROMPT_TOKENS
 from stars_fast.benchmarks.flags import number
 from stars_fast.benchmarks.measure import header
-from stars_fast.benchmarks.served import Served, served
+from stars_fast.benchmarks.served import COMMAND, Served, served
 
 HERE = Path(__file__).resolve().parent
 #: How often each kind of request is made.
@@ -222,6 +226,18 @@ def check_log(text: str, found: Findings) -> None:
     found.wrong += [f"in the log: {line}" for line in text.splitlines() if "Traceback" in line]
 
 
+def tried(folder: Path) -> dict[str, str | None]:
+    """Return why each row did not hold, None where it did."""
+    log = folder / "served.log"
+    body = {"prompt": "The film", "max_tokens": 48, "seed": 1}
+    with served([*COMMAND, "--port", "0"], log) as server:
+        found = hostile.attack(hostile.Target(server.url, body))
+    for name, row in processes.ROWS.items():
+        own = Path(tempfile.mkdtemp(dir=folder))
+        found[name] = hostile.why(partial(row, own))
+    return found
+
+
 def growth(resident: Sequence[int]) -> float:
     """Bytes that memory grew by over the last quarter, along the line through it."""
     late = np.asarray(resident[-(len(resident) // 4) :], float)
@@ -242,6 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             asyncio.run(run.run(options.clients))
         found = run.found
         check_log(log.read_text(encoding="utf-8"), found)
+        rows = {} if options.load_only else tried(Path(folder))
     megabytes = growth(found.resident) / 2**20
     if megabytes > options.max_growth:
         found.wrong.append(f"memory grew by {megabytes:.1f} MiB")
@@ -252,6 +269,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"memory   {first:.0f} MiB first, {last:.0f} last, {megabytes:+.1f} over the last quarter"
     )
+    for name, why in rows.items():
+        print(f"{'held' if why is None else 'FAILED':<8} {name}{'' if why is None else f': {why}'}")
+        if why is not None:
+            found.wrong.append(f"{name}: {why}")
     if options.out is not None:
         record = {
             **header(" ".join(command), torch.device("cpu")),
@@ -261,6 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "errors": dict(found.errors),
             "resident_mib": [round(x / 2**20, 1) for x in found.resident],
             "growth_mib": megabytes,
+            "rows": rows,
             "wrong": found.wrong,
         }
         (HERE / options.out).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -279,6 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--clients", type=number(int, low=1), default=64, help="at a time")
     add("--seed", type=number(int, low=0), default=0, help="of what is asked for")
     add("--max-growth", type=number(float, low=0), default=8.0, help="of memory, in MiB")
+    add("--load-only", action="store_true", help="not what hostile clients and new users try")
     add("--log", type=Path, help="where the server's log stays")
     add("--out", type=Path, help="where to write what was found, from benchmarks/")
     return parser

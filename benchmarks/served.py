@@ -18,7 +18,8 @@ import psutil
 _ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
 #: Torch included.
 _START_SECONDS = 180.0
-_STOP_SECONDS = 60.0
+#: That a server has to end.
+STOP_SECONDS = 60.0
 
 #: Of this interpreter's environment.
 COMMAND = (str(Path(sysconfig.get_path("scripts")) / "stars-fast"), "serve")
@@ -67,15 +68,27 @@ def served(
     RuntimeError
         If it ends before it serves, or not with 0 when it is told to end.
     """
+    with started(command, log, environment) as (url, process):
+        yield Served(url, psutil.Process(process.pid), log)
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(STOP_SECONDS)
+        if code != 0:
+            raise RuntimeError(f"the server ended with {code}; {log} says more")
+
+
+@contextmanager
+def started(
+    command: Sequence[str], log: Path, environment: dict[str, str] | None = None
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Start a server, and kill it at the end; gives its address and its process.
+
+    Parameters and errors are those of `served`.
+    """
     variables = {**os.environ, **(environment or {})}
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(list(command), stdout=stream, stderr=stream, env=variables)
     try:
-        yield Served(_address(process, log), psutil.Process(process.pid), log)
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(_STOP_SECONDS)
-        if code != 0:
-            raise RuntimeError(f"the server ended with {code}; {log} says more")
+        yield _address(process, log), process
     finally:
         process.kill()
         process.wait()

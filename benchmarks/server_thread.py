@@ -12,7 +12,7 @@ import uvicorn
 
 from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.server import ServerSettings, create_app
-from stars_fast.server.run import http_protocol
+from stars_fast.server.run import uvicorn_config
 
 _SECONDS = 30.0
 
@@ -29,8 +29,7 @@ def server_thread(engine: AsyncEngine, settings: ServerSettings) -> Iterator[str
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         app = create_app(engine, settings)
-        config = uvicorn.Config(app, log_config=None, access_log=False, http=http_protocol())
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(uvicorn_config(app))
         thread = threading.Thread(target=lambda: server.run([listener]))
         thread.start()
         try:

@@ -596,7 +596,7 @@ def with_fields(params: StarsParams, values: Mapping[str, object]) -> StarsParam
         if name not in known:
             raise ValueError(f"unknown parameter {name!r}; the parameters are {', '.join(known)}")
     changes: dict[str, Any] = dict(values)
-    if changes.get("method") in METHODS:
+    if isinstance(changes.get("method"), str) and changes["method"] in METHODS:
         return params.with_method(**changes)
     return replace(params, **changes)
 
@@ -608,7 +608,9 @@ def plain_text(name: str) -> str:
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r:.200}"
+        )
 
 
 def _stop_texts(value: str | Sequence[str] | None) -> tuple[str, ...] | None:

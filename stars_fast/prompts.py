@@ -125,6 +125,15 @@ class PromptReader:
         self._check(read.token_ids, max_tokens)
         return read
 
+    def response_ids(self, text: str) -> list[int]:
+        """Return the ids of a response's text, which stands behind its prompt.
+
+        Without a tokenizer there are none.
+        """
+        if self._tokenizer is None:
+            return []
+        return self._chat_encoder.behind(self._special.marked(text))
+
     def _parse(self, prompt: PromptLike, max_tokens: int) -> Prompt:
         if isinstance(prompt, str):
             if not prompt:

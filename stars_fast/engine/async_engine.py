@@ -18,6 +18,7 @@ from queue import SimpleQueue
 from typing import TypeVar
 
 from stars_fast.engine import Engine
+from stars_fast.engine.readers import ReaderThreads
 from stars_fast.engine.streams import Outbox, RequestStream
 from stars_fast.errors import DeadlineError, EngineStoppedError, QueueFullError
 from stars_fast.outputs import CompletionOutput, RequestOutput
@@ -47,8 +48,10 @@ _LAST_ROUND_SECONDS = 10.0
 class AsyncEngine:
     """Runs an `Engine` on its own thread, for any number of asyncio tasks.
 
-    Nothing here blocks an event loop: prompts are tokenised and rounds run on that thread, the only
-    one that touches the engine. Requests are added and aborted between rounds.
+    Nothing here blocks an event loop. Rounds run on that thread, and requests are added and aborted
+    between them. Prompts are read beside it, on threads of their own: however long one is, the
+    rounds go on. Requests are queued in the order of `submit`; only short prompts do not wait until
+    long ones before them have been read.
 
     Parameters
     ----------
@@ -101,10 +104,14 @@ class AsyncEngine:
         self._process = os.getpid()
         self._numbers = itertools.count()
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        # Ids of requests that are waiting or running, as the callers see them.
+        # A fast tokenizer may be called by several threads at once.
+        self._readers = ReaderThreads(together=bool(getattr(engine.tokenizer, "is_fast", True)))
+        # Ids of requests that are unfinished, as the callers see them.
         self._open: set[str] = set()
         self._lock = threading.Lock()
         self._refuses = False
+        # Whose prompts are being read: the engine's thread takes out what `submit` puts in.
+        self._reading: dict[str, RequestStream] = {}
         # Of the engine's thread.
         self._waiting: OrderedDict[str, tuple[RequestStream, Prompt]] = OrderedDict()
         self._running: dict[str, RequestStream] = {}
@@ -189,7 +196,8 @@ class AsyncEngine:
             )
             self._open.add(name)
             # Inside, so that none comes behind those that a stopping thread still answers.
-            self._commands.put(partial(self._take, stream))
+            self._reading[name] = stream
+            self._readers.put(partial(self._read, stream), prompt)
         return stream
 
     async def call(self, work: Callable[[Engine], T], timeout: float | None = None) -> T:
@@ -209,6 +217,35 @@ class AsyncEngine:
         DeadlineError
             If it was not done in time; if it had not begun, it is not.
         """
+        return await self._call(work, timeout, self._commands.put)
+
+    async def read(
+        self, work: Callable[[Engine], T], prompt: object, timeout: float | None = None
+    ) -> T:
+        """Do something with the engine's tokenizer beside the rounds, and return what that gives.
+
+        Parameters
+        ----------
+        work
+            Called where prompts are read; may only read prompts. What it raises is raised.
+        prompt
+            What is read, of any form: long ones do not hold up short ones.
+        timeout
+            Seconds from now; None: as many as it takes.
+
+        Raises
+        ------
+        QueueFullError, EngineStoppedError, DeadlineError
+            As `call`.
+        """
+        return await self._call(work, timeout, lambda run: self._readers.put(run, prompt))
+
+    async def _call(
+        self,
+        work: Callable[[Engine], T],
+        timeout: float | None,
+        put: Callable[[Callable[[], None]], None],
+    ) -> T:
         name = f"call-{next(self._numbers)}"
         done: futures.Future[T] = futures.Future()
 
@@ -221,13 +258,13 @@ class AsyncEngine:
                 if self._ended.done():
                     raise EngineStoppedError("the engine has stopped")  # noqa: TRY301 - as it fails
                 done.set_result(work(self._engine))
-            except Exception as error:  # noqa: BLE001 - it is the caller's
-                done.set_exception(error)
+            except BaseException as error:  # noqa: BLE001 - it is the caller's
+                done.set_exception(_harmless(error))
 
         with self._lock:
             self._check_room()
             self._open.add(name)
-            self._commands.put(run)
+            put(run)
         try:
             return await asyncio.wait_for(asyncio.wrap_future(done), timeout)
         except asyncio.TimeoutError:
@@ -285,11 +322,12 @@ class AsyncEngine:
 
     @property
     def stuck(self) -> bool:
-        """Whether a round, or taking in a request, has taken more than `stuck_after` so far."""
-        began = self._work_began
-        if began is None or self._stuck_after is None:
+        """Whether a round, or reading a prompt, has taken more than `stuck_after` so far."""
+        if self._stuck_after is None:
             return False
-        return time.monotonic() - began > self._stuck_after
+        began = self._work_began
+        in_work = 0.0 if began is None else time.monotonic() - began
+        return max(in_work, self._readers.seconds()) > self._stuck_after
 
     @property
     def failure(self) -> BaseException | None:
@@ -335,11 +373,23 @@ class AsyncEngine:
     def _close_at_exit(self) -> None:
         self.close(_LAST_ROUND_SECONDS)
 
+    # Where prompts are read
+
+    def _read(self, stream: RequestStream) -> None:
+        if self._reading.get(stream.request_id) is not stream:
+            return  # it has left
+        read: Prompt | Exception
+        try:
+            read = self.check_request(stream.prompt, stream.params)
+        except BaseException as error:  # noqa: BLE001 - it is the caller's
+            read = _harmless(error)
+        self._commands.put(partial(self._take, stream, read))
+
     # On the engine's thread
 
     def _run(self) -> None:
         try:
-            while not (self._ends_when_idle and not self._running and not self._waiting):
+            while not (self._ends_when_idle and self._idle):
                 self._obey(wait=not self._running)
                 self._hand_over()
                 if self._running:
@@ -359,16 +409,22 @@ class AsyncEngine:
                 "the engine has stopped" + (f": {type(why).__name__}: {why}" if why else "")
             )
             waiting = (stream for stream, _ in self._waiting.values())
-            for stream in [*self._running.values(), *waiting]:
+            for stream in [*self._running.values(), *waiting, *self._reading.values()]:
                 self._fail(stream, stopped)
             self._running.clear()
             self._waiting.clear()
+            self._reading.clear()
             self._outbox.send()
-            atexit.unregister(self._close_at_exit)
             self._ended.set_result(None)
             while not self._commands.empty():
                 self._commands.get()()
             self._outbox.send()
+            self._readers.close(_LAST_ROUND_SECONDS)
+            atexit.unregister(self._close_at_exit)
+
+    @property
+    def _idle(self) -> bool:
+        return not (self._running or self._waiting or self._reading)
 
     def _obey(self, *, wait: bool) -> None:
         """Carry out what was asked for since the last round; `wait` for something to do."""
@@ -384,7 +440,7 @@ class AsyncEngine:
         self._work_began = None
 
     def check_request(self, prompt: PromptLike | Prompt, params: StarsParams) -> Prompt:
-        """Return a prompt that may be run, as `Engine.check_request`; for `call`."""
+        """Return a prompt that may be run, as `Engine.check_request`; for `read`."""
         read = self._engine.check_request(prompt, params)
         tokens = len(read.token_ids)
         if self._max_prompt_tokens is not None and tokens > self._max_prompt_tokens:
@@ -393,19 +449,18 @@ class AsyncEngine:
             )
         return read
 
-    def _take(self, stream: RequestStream) -> None:
-        """Look at a request and put it into the queue."""
-        try:
-            if self._ended.done():
-                raise EngineStoppedError("the engine has stopped")  # noqa: TRY301 - as it fails
-            prompt = self.check_request(stream.prompt, stream.params)
-            tokens = len(prompt.token_ids)
-        except Exception as error:  # noqa: BLE001 - it is the caller's
-            self._fail(stream, error)
+    def _take(self, stream: RequestStream, read: Prompt | Exception) -> None:
+        """Put a request whose prompt was read into the queue."""
+        name = stream.request_id
+        if self._reading.get(name) is not stream:
+            return  # it has left, and its id may be another's
+        del self._reading[name]
+        if isinstance(read, Exception):
+            self._fail(stream, read)
             return
-        self._waiting[stream.request_id] = stream, prompt
+        self._waiting[name] = stream, read
         self._admit()
-        self._outbox.put(stream, partial(stream.admit, tokens))
+        self._outbox.put(stream, partial(stream.admit, len(read.token_ids)))
 
     def _admit(self) -> None:
         """Put requests into the engine while there is room."""
@@ -422,13 +477,18 @@ class AsyncEngine:
         # Its id may be another request's by now.
         name = stream.request_id
         waiting, _ = self._waiting.get(name, (None, None))
-        if stream in (waiting, self._running.get(name)):
+        if stream in (waiting, self._running.get(name), self._reading.get(name)):
             self._abort(name)
 
     def _abort(self, request_id: str) -> None:
-        if request_id in self._waiting:
+        nothing = [CompletionOutput(0, finish_reason="abort")]
+        if request_id in self._reading:
+            stream = self._reading.pop(request_id)
+            given = stream.prompt if isinstance(stream.prompt, str) else None
+            self._outbox.put(stream, partial(stream.admit, 0))
+            self._pass_on(stream, RequestOutput(request_id, given, [], nothing, finished=True))
+        elif request_id in self._waiting:
             stream, prompt = self._waiting.pop(request_id)
-            nothing = [CompletionOutput(0, finish_reason="abort")]
             read = prompt.text or None, list(prompt.token_ids)
             self._pass_on(stream, RequestOutput(request_id, *read, nothing, finished=True))
         elif request_id in self._running:
@@ -438,7 +498,7 @@ class AsyncEngine:
         self._admit()
 
     def _abort_all(self) -> None:
-        for name in [*self._waiting, *self._running]:
+        for name in [*self._reading, *self._waiting, *self._running]:
             self._abort(name)
 
     def _end_when_idle(self) -> None:
@@ -490,3 +550,10 @@ class AsyncEngine:
         now = time.monotonic()
         if idle or now - self._stats_at >= _STATS_SECONDS:
             self._stats, self._stats_at = self._engine.stats(), now
+
+
+def _harmless(error: BaseException) -> Exception:
+    """Return an error that ends the request it came from, and nothing else."""
+    if isinstance(error, Exception):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")

@@ -36,6 +36,10 @@ class Reader(Protocol):
         """Return the prompt, ready to be continued by `max_tokens` tokens."""
         ...
 
+    def response_ids(self, text: str) -> list[int]:
+        """Return the ids of a response's text, which stands behind its prompt."""
+        ...
+
 
 class BaseEngine(OneThread):
     """Requests and the rounds that run them; `BatchEngine` adds whole lists of prompts.

@@ -17,7 +17,6 @@ from stars_fast.outputs import Calibration, CompletionOutput, RequestOutput
 from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptLike, as_prompt_list
 from stars_fast.seeds import derive_seed
-from stars_fast.text.tokenization import SpecialTokens, TextEncoder
 
 _log = logging.getLogger(__name__)
 
@@ -116,12 +115,10 @@ class BatchEngine(BaseEngine):
         texts = as_prompt_list(prompts)
         if len(texts) != len(responses):
             raise ValueError(f"score: {len(texts)} prompts but {len(responses)} responses")
-        pairs = []
-        for text, response in zip(texts, responses, strict=True):
-            ids: list[int] = []
-            if self.tokenizer is not None and response:
-                ids = self._response_ids(response)
-            pairs.append((self._reader.read(text, 0), ids, response))
+        pairs = [
+            (self._reader.read(text, 0), self._reader.response_ids(response), response)
+            for text, response in zip(texts, responses, strict=True)
+        ]
         with self._broadcast_call("score", texts, list(responses)):
             return _rewards(self.loop.score_whole(pairs))
 
@@ -141,12 +138,6 @@ class BatchEngine(BaseEngine):
         read = [replace(self._reader.read(text, 0), whole=True) for text in texts]
         with self._broadcast_call("score_texts", list(texts)):
             return _rewards(self.loop.score_whole([(prompt, [], "") for prompt in read]))
-
-    def _response_ids(self, response: str) -> list[int]:
-        """Return the ids of a response's text, which stands behind its prompt."""
-        assert self.tokenizer is not None
-        encoder = TextEncoder(self.tokenizer, add_special_tokens=False)
-        return encoder.behind(SpecialTokens(self.tokenizer).marked(response))
 
     @one_thread
     def calibrate(

@@ -94,7 +94,7 @@ class ChatRequest(GenerationRequest):
         "add_special_tokens": (False,),
     }
 
-    messages: list[ChatMessage]
+    messages: list[ChatMessage] = Field(json_schema_extra={"minItems": 1})
     max_completion_tokens: int | None = Field(
         default=None, description="As `max_tokens`.", json_schema_extra=RANGES["max_tokens"]
     )

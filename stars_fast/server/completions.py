@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from stars_fast.server.answers import FinishReason, Head, StarsAnswer, StarsDelta, Usage
 from stars_fast.server.generation import Generation
 from stars_fast.server.logprobs import TokenScore
-from stars_fast.server.openapi import RANGES
+from stars_fast.server.openapi import NOT_EMPTY, RANGES
 from stars_fast.server.protocol import GenerationRequest
 from stars_fast.server.transcript import Delta, Transcript
 from stars_fast.server.writer import ChoiceWriter
@@ -21,7 +21,7 @@ class CompletionRequest(GenerationRequest):
     """Body of ``/v1/completions``."""
 
     prompt: str | list[str] | list[int] | list[list[int]] = Field(
-        description="Text, token ids, or a list of either."
+        description="Text, token ids, or a list of either.", json_schema_extra=NOT_EMPTY
     )
     echo: bool | None = Field(
         default=None,

@@ -84,6 +84,8 @@ def api_error(error: Exception, retry_after: int = 1) -> ApiError:
         message = str(error)
         name = _NAME.match(message)
         return ApiError(400, message, param=name[0] if name and name[0] in _PARAMS else None)
+    if isinstance(error, RecursionError):
+        return ApiError(400, "the body is nested too deeply")
     return ApiError(500, f"{type(error).__name__}: {error}", "server_error")
 
 
@@ -133,6 +135,10 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     first = found[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', '')}")
+    if isinstance(first.get("input"), bytes):
+        return ApiError(
+            400, "the body is not read as JSON: send the header 'Content-Type: application/json'"
+        )
     place = [str(part) for part in first["loc"] if part != "body"]
     name = place[0] if place else None
     where = _where(first["loc"])

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from stars_fast.engine.async_engine import AsyncEngine
-from stars_fast.engine.base import BaseEngine
 from stars_fast.engine.prompt_scores import TokenScore
 from stars_fast.engine.requests import samples_per_response
 from stars_fast.engine.streams import RequestStream
@@ -67,7 +65,8 @@ class Generation:
         if named is None:
             raise ApiError(
                 404,
-                f"the model {body.model!r} does not exist; this server has {settings.model_name!r}",
+                f"the model {body.model!r:.200} does not exist; "
+                f"this server has {settings.model_name!r}",
                 param="model",
                 code="model_not_found",
             )
@@ -122,19 +121,20 @@ class Generation:
         self._prompt_tokens = sum(counts)
 
     async def _read_prompts(self) -> None:
-        top, timeout = self._body.prompt_logprobs, self._settings.request_timeout
         for prompt in self.prompts:
-            work = functools.partial(self._read_prompt, prompt=prompt, top=top)
-            read, scores = await self._engine.call(work, timeout)
-            self._read.append(read)
-            self._prompt_scores.append(scores)
+            await self._read_prompt(prompt)
         self._prompt_tokens = sum(len(read.token_ids) for read in self._read)
 
-    def _read_prompt(
-        self, engine: BaseEngine, prompt: PromptLike, top: int | None
-    ) -> tuple[Prompt, list[TokenScore]]:
-        read = self._engine.check_request(prompt, self.params)
-        return read, [] if top is None else engine.prompt_scores(read.token_ids, top)
+    async def _read_prompt(self, prompt: PromptLike) -> None:
+        engine, timeout = self._engine, self._settings.request_timeout
+        read = await engine.read(
+            lambda _: engine.check_request(prompt, self.params), prompt, timeout
+        )
+        self._read.append(read)
+        top = self._body.prompt_logprobs
+        if top is not None:
+            scores = await engine.call(lambda e: e.prompt_scores(read.token_ids, top), timeout)
+            self._prompt_scores.append(scores)
 
     def abort(self) -> None:
         """Stop what is unfinished."""

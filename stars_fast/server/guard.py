@@ -66,6 +66,8 @@ class Guard:
         if refused is not None:
             await refused.response()(scope, receive, send_with_id)
             return
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}  # uvicorn, which has its own, sends no body
         await self._app(scope, self._limited(receive), send_with_id)
 
     def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:

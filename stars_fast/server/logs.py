@@ -42,10 +42,10 @@ def log(
 
 
 def configure_logs() -> None:
-    """Have this package and uvicorn write JSON lines to standard error."""
+    """Have this package, uvicorn and asyncio write JSON lines to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    for name in ("stars_fast", "uvicorn"):
+    for name in ("stars_fast", "uvicorn", "asyncio"):  # asyncio's knows of lacking files
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.setLevel(logging.INFO)

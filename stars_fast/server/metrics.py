@@ -7,9 +7,9 @@ requests, too; times and distributions are taken from what the requests return.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -32,14 +32,23 @@ class Metrics:
     ----------
     engine
         Whose counters they show.
+
+    Attributes
+    ----------
+    connections
+        Returns how many connections are open, idle ones included.
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
+        self.connections: Callable[[], int] = lambda: 0
         self._mean_seconds = 0.0
         registry = CollectorRegistry()
         registry.register(_EngineCollector(engine))
         self._registry = registry
+        Gauge(
+            "stars:http_connections", "Open connections, idle ones included.", registry=registry
+        ).set_function(lambda: self.connections())  # noqa: PLW0108 - it is set later
         self._first_token = Histogram(
             "stars:time_to_first_token_seconds",
             "From a request's arrival to its first accepted segment.",

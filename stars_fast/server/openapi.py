@@ -42,6 +42,13 @@ RANGES: dict[str, dict[str, Any]] = {
     **{name: bounds for name, allowed in params.RANGES.items() if (bounds := _keywords(allowed))},
 }
 
+#: Texts and lists that must hold something; each keyword is for values of its own kind.
+NOT_EMPTY: dict[str, Any] = {
+    "minLength": 1,
+    "minItems": 1,
+    "items": {"minLength": 1, "minItems": 1},
+}
+
 _ERRORS = {
     400: "The request cannot be honoured; `param` says why.",
     401: "The API key is missing or wrong.",

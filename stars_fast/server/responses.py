@@ -74,7 +74,8 @@ class ResponsesRequest(Body):
     }
 
     input: str | list[InputItem] = Field(
-        description="Text, or messages; an output can be sent back as it came."
+        description="Text, or messages; an output can be sent back as it came.",
+        json_schema_extra={"minItems": 1},
     )
     instructions: str | None = Field(default=None, description="The system's message.")
     max_output_tokens: int | None = Field(

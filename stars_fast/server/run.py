@@ -7,9 +7,10 @@ import importlib.util
 import signal
 import socket
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 import uvicorn
+from fastapi import FastAPI
 
 from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.errors import EngineStoppedError
@@ -21,13 +22,17 @@ from stars_fast.server.settings import ServerSettings
 _LAST_SECONDS = 5
 
 
-def http_protocol() -> type[asyncio.Protocol] | Literal["auto"]:
-    """Return uvicorn's ``http``; without httptools that is h11, whose heads are limited."""
-    if importlib.util.find_spec("httptools") is None:
-        return "auto"
-    from stars_fast.server.head_limit import LimitedHead
+def uvicorn_config(app: FastAPI, **options: Any) -> uvicorn.Config:
+    """Return how uvicorn serves the application: no web sockets, and requests that end.
 
-    return LimitedHead
+    Without httptools its protocol is h11's, whose heads are limited too.
+    """
+    http: type[asyncio.Protocol] | Literal["auto"] = "auto"
+    if importlib.util.find_spec("httptools") is not None:
+        from stars_fast.server.connection import Connection
+
+        http = Connection
+    return uvicorn.Config(app, http=http, ws="none", log_config=None, access_log=False, **options)
 
 
 class DrainingServer(uvicorn.Server):
@@ -95,19 +100,10 @@ def run_server(engine: AsyncEngine, settings: ServerSettings, host: str, port: i
         If the engine has stopped by itself, and the server with it.
     """
     configure_logs()
-    server = DrainingServer(
-        uvicorn.Config(
-            create_app(engine, settings),
-            host=host,
-            port=port,
-            log_config=None,
-            access_log=False,
-            http=http_protocol(),
-            timeout_graceful_shutdown=_LAST_SECONDS,
-        ),
-        engine,
-        settings.drain_timeout,
-    )
+    app = create_app(engine, settings)
+    config = uvicorn_config(app, host=host, port=port, timeout_graceful_shutdown=_LAST_SECONDS)
+    server = DrainingServer(config, engine, settings.drain_timeout)
+    app.state.metrics.connections = lambda: len(server.server_state.connections)
     # Uvicorn raises the signal again when it has drained; that is not to end the process halfway.
     signal.signal(signal.SIGTERM, lambda *_: None)
     engine.call_when_ended(lambda: setattr(server, "should_exit", True))

@@ -14,6 +14,7 @@ from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.engine.batches import BatchEngine
 from stars_fast.server.answers import Head
 from stars_fast.server.chat import ChatMessage
+from stars_fast.server.openapi import NOT_EMPTY
 from stars_fast.server.protocol import Lenient
 from stars_fast.server.settings import ServerSettings
 
@@ -32,10 +33,14 @@ class PoolingRequest(Lenient):
 
     model: str | None = None
     input: str | list[str] | None = Field(
-        default=None, description="Texts, read as they are: no template is put around them."
+        default=None,
+        description="Texts, read as they are: no template is put around them.",
+        json_schema_extra=NOT_EMPTY,
     )
     messages: list[ChatMessage] | None = Field(
-        default=None, description="A chat whose last message, the assistant's, is scored."
+        default=None,
+        description="A chat whose last message, the assistant's, is scored.",
+        json_schema_extra={"minItems": 2},
     )
     use_activation: bool | None = Field(
         default=None,
@@ -48,8 +53,10 @@ class ScoreRequest(Lenient):
     """Body of ``/score``: pairs of a prompt and its response."""
 
     model: str | None = None
-    text_1: str | list[str] = Field(description="Prompts; one is that of all responses.")
-    text_2: str | list[str] = Field(description="Responses.")
+    text_1: str | list[str] = Field(
+        description="Prompts; one is that of all responses.", json_schema_extra=NOT_EMPTY
+    )
+    text_2: str | list[str] = Field(description="Responses.", json_schema_extra={"minItems": 1})
     use_activation: bool | None = Field(
         default=None, description="The sigmoid of a score in its place."
     )

@@ -29,6 +29,8 @@ B = TypeVar("B", bound=Body)
 
 #: Status that the metrics and the log have where the client has left (nginx's).
 CLIENT_LEFT = 499
+#: Characters at most of what a client may write into a line of the log.
+_LOGGED = 500
 
 
 class Serving:
@@ -98,9 +100,9 @@ class Call:
         self._metrics = metrics
         self._fields: dict[str, object] = {
             "request_id": request.state.request_id,
-            "path": request.url.path,
+            "path": request.url.path[:_LOGGED],
             "stream": bool(body.stream),
-            **({} if body.user is None else {"user": body.user}),
+            **({} if body.user is None else {"user": body.user[:_LOGGED]}),
         }
         self._saw_first = False
         self.generation: Generation | None = None
@@ -126,7 +128,7 @@ class Call:
         seconds = time.monotonic() - self._begun
         fields = {**self._fields, "status": status, "seconds": round(seconds, 4)}
         if message is not None:
-            fields["message"] = message
+            fields["message"] = message[:_LOGGED]
         generation = self.generation
         usage = {} if generation is None else generation.usage().model_dump()
         self._metrics.ended(status, seconds, usage.get("prompt_tokens", 0))

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.engine.base import BaseEngine
+from stars_fast.prompts import PromptLike
 from stars_fast.server.chat import ChatMessage
 from stars_fast.server.protocol import Lenient
 from stars_fast.text.chats import CHAT_OPTIONS
@@ -20,7 +21,7 @@ class TokenizeRequest(Lenient):
 
     model: str | None = None
     prompt: str | None = Field(default=None, min_length=1)
-    messages: list[ChatMessage] | None = None
+    messages: list[ChatMessage] | None = Field(default=None, json_schema_extra={"minItems": 1})
     add_special_tokens: bool | None = Field(
         default=None,
         description="With what the tokenizer puts around a text; by default for texts alone.",
@@ -66,7 +67,11 @@ async def tokenize(
     """
     if (body.prompt is None) == (body.messages is None):
         raise ValueError("prompt or messages must be given, and not both")
-    ids = await engine.call(functools.partial(_ids, body), timeout)
+    prompt: PromptLike | None = body.prompt
+    if body.messages is not None:
+        prompt = body.model_dump(include={"messages", *CHAT_OPTIONS}, exclude_unset=True)
+    assert prompt is not None
+    ids = await engine.read(functools.partial(_ids, body, prompt), prompt, timeout)
     strings = None
     if body.return_token_strs:
         strings = [str(one) for one in _tokenizer(engine).convert_ids_to_tokens(ids)]
@@ -89,22 +94,20 @@ async def detokenize(
     for number, token in enumerate(body.tokens):
         if not 0 <= token < size:
             raise ValueError(f"tokens[{number}] must be in [0, {size}), got {token}")
-    text = await engine.call(lambda _: _tokenizer(engine).decode(body.tokens), timeout)
+    text = await engine.read(lambda _: _tokenizer(engine).decode(body.tokens), body.tokens, timeout)
     return DetokenizeAnswer(prompt=str(text))
 
 
-def _ids(body: TokenizeRequest, engine: BaseEngine) -> list[int]:
+def _ids(body: TokenizeRequest, prompt: PromptLike, engine: BaseEngine) -> list[int]:
     if body.messages is not None:
         if body.add_special_tokens:
             raise ValueError("add_special_tokens must be false with messages: templates write them")
-        options = {"messages", *CHAT_OPTIONS}
-        return engine.read(body.model_dump(include=options, exclude_unset=True)).token_ids
-    assert body.prompt is not None
+        return engine.read(prompt).token_ids
     if body.add_special_tokens is False:
-        ids: list[int] = _tokenizer(engine)(body.prompt, add_special_tokens=False)["input_ids"]
+        ids: list[int] = _tokenizer(engine)(prompt, add_special_tokens=False)["input_ids"]
         return list(ids)
     _tokenizer(engine)
-    return engine.read(body.prompt).token_ids
+    return engine.read(prompt).token_ids
 
 
 def _tokenizer(engine: AsyncEngine | BaseEngine) -> PreTrainedTokenizerBase:

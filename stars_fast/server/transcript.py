@@ -5,11 +5,12 @@ What has been sent is never taken back.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from stars_fast.outputs import CompletionOutput, FinishReason, Segment
-from stars_fast.text.decoders import CONTEXT, HALF_CHARACTER, Decodes, decoder_of, overlap
+from stars_fast.text.decoders import CONTEXT, HALF_CHARACTER, Decodes, decoder_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class TextDeltas:
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
-        self._stops = tuple(stops)
+        self._stops = sorted(stops)
+        self._longest = max(map(len, stops), default=1) - 1  # that is held back
         self._sent = 0
 
     def push(self, text: str, *, finished: bool) -> str:
@@ -67,7 +69,13 @@ class TextDeltas:
         return delta
 
     def _sendable(self, text: str) -> int:
-        return len(text) - max((overlap(text, stop) for stop in self._stops), default=0)
+        for at in range(max(0, len(text) - self._longest), len(text)):
+            # Sorted, the stop texts that begin with what is left come right behind it.
+            rest = text[at:]
+            next_stop = bisect.bisect_right(self._stops, rest)
+            if next_stop < len(self._stops) and self._stops[next_stop].startswith(rest):
+                return at
+        return len(text)
 
 
 @dataclass(frozen=True)

@@ -234,10 +234,12 @@ class _MarkedReader:
         if any(not added and token in self._special_ids for token, added in from_text):
             # Pieces of a unigram model may be special tokens: they are cut in two.
             encoding = self._encoded(self._twin, parts, add_special_tokens, self._with_cuts)
-        kept = [n for n, token in enumerate(encoding.ids) if token != self._cut_id]
+        # Each look at an attribute of an encoding copies it.
+        pairs = zip(encoding.ids, encoding.type_ids, strict=True)
+        kept = [(token, kind) for token, kind in pairs if token != self._cut_id]
         found = {
-            "input_ids": [self._ids.get(encoding.ids[n], encoding.ids[n]) for n in kept],
-            "token_type_ids": [encoding.type_ids[n] for n in kept],
+            "input_ids": [self._ids.get(token, token) for token, _ in kept],
+            "token_type_ids": [kind for _, kind in kept],
         }
         return {name: found[name] for name in self._names}
 

@@ -18,6 +18,7 @@ from helpers.tiny_lm import letter_model, letter_tokenizer
 
 from stars_fast import Engine, RequestOutput, StarsParams
 from stars_fast.engine.async_engine import AsyncEngine
+from stars_fast.engine.readers import LONG_TEXT, is_long
 from stars_fast.engine.streams import Outbox, RequestStream
 from stars_fast.errors import DeadlineError, EngineStoppedError, QueueFullError
 
@@ -115,6 +116,123 @@ def test_a_prompt_is_read_once(
     assert parsed == ["ab"]
 
 
+LONG_PROMPT = "b" * (LONG_TEXT + 1)
+
+
+@pytest.fixture
+def reading(
+    make: Callable[..., AsyncEngine], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[AsyncEngine, Gate]]:
+    """An engine, and a gate at which those who read long prompts wait."""
+    engine, gate = make(), Gate()
+    parse = engine._engine._reader._parse
+
+    def slow(prompt: Any, max_tokens: int) -> Any:
+        if prompt == LONG_PROMPT:
+            gate([], [])
+        if prompt == "cc":
+            raise SystemExit(1)
+        return parse(prompt, max_tokens)
+
+    monkeypatch.setattr(engine._engine._reader, "_parse", slow)
+    gate.open.clear()
+    yield engine, gate
+    gate.open.set()
+
+
+def test_rounds_go_on_while_a_long_prompt_is_read(reading: tuple[AsyncEngine, Gate]) -> None:
+    async def main() -> None:
+        engine, gate = reading
+        long = asyncio.create_task(collect(engine, LONG_PROMPT, PARAMS))
+        await until(lambda: gate.calls)
+        assert await engine.call(lambda e: e.max_rows) == 8
+        with pytest.raises(RuntimeError, match="SystemExit: 1"):
+            await collect(engine, "cc", PARAMS)
+        assert await engine.read(lambda e: e.read("ab").text, "ab") == "ab"
+        started: list[str] = []
+        add = engine._engine.add_request
+
+        def noted(name: str, *rest: Any) -> None:
+            started.append(name)
+            add(name, *rest)
+
+        engine._engine.add_request = noted  # type: ignore[method-assign]
+        names = [f"short-{i}" for i in range(12)]
+        done = await asyncio.gather(
+            *(collect(engine, "ab", PARAMS, request_id=name) for name in names)
+        )
+        assert all(outputs[-1].finished for outputs in done)
+        assert started == names
+        assert not long.done()
+        assert engine.num_waiting == 1
+        gate.open.set()
+        with pytest.raises(ValueError, match="does not fit"):
+            await long
+        await until(lambda: idle(engine))
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", ["abort", "leave", "deadline", "drain", "stuck"])
+def test_who_leaves_while_the_prompt_is_read(reading: tuple[AsyncEngine, Gate], how: str) -> None:
+    async def main() -> None:
+        engine, gate = reading
+        streams = [
+            engine.submit(
+                LONG_PROMPT, PARAMS, request_id=name, timeout=0.2 if how == "deadline" else None
+            )
+            for name in ("one", "two")
+        ]
+        await until(lambda: gate.calls)
+        if how == "stuck":
+            engine._stuck_after = 1e-3
+            await until(lambda: not engine.healthy)
+            engine._stuck_after = None
+        if how == "drain":
+            draining = asyncio.create_task(engine.drain(0.01))
+        for stream in streams:
+            if how in ("leave", "stuck"):
+                stream.abort()
+                continue
+            if how == "abort":
+                engine.abort(stream.request_id)
+            if how == "deadline":
+                with pytest.raises(DeadlineError):
+                    await stream.admitted()
+                continue
+            assert await stream.admitted() == 0
+            (output,) = [output async for output in stream]
+            assert output.outputs[0].finish_reason == "abort"
+        if how == "drain":
+            await draining
+        else:
+            await until(lambda: idle(engine))
+            # Its id may be used again, and what is still read is not taken for that.
+            gate.open.set()
+            assert (await collect(engine, "ab", PARAMS, request_id="one"))[-1].finished
+            await until(lambda: idle(engine))
+        assert gate.calls == 1  # nobody reads for who has left
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "long"),
+    [
+        ("a" * LONG_TEXT, False),
+        ("a" * (LONG_TEXT + 1), True),
+        ([1] * (LONG_TEXT + 1), True),
+        ([{"role": "user", "content": "a" * LONG_TEXT}], True),
+        ({"messages": [{"role": "user", "content": [{"text": "a" * 100}]}]}, False),
+        (b"a", False),
+        (None, False),
+        ([], False),
+    ],
+)
+def test_long_prompts(prompt: Any, long: bool) -> None:
+    assert is_long(prompt) == long
+
+
 @pytest.mark.parametrize("how", ["cancel", "break", "abort"])
 def test_who_leaves_frees_the_pages(make: Callable[..., AsyncEngine], how: str) -> None:
     async def main() -> None:
@@ -193,6 +311,7 @@ def test_a_waiting_request_can_leave(make: Callable[..., AsyncEngine], gate: Gat
         gate.open.clear()
         left = engine.submit("ab", PARAMS)
         named = engine.submit("ab", PARAMS, request_id="named")
+        await until(lambda: engine._commands.qsize() == 2)  # both prompts have been read
         left.abort()
         engine.abort("named")
         gate.open.set()

@@ -10,6 +10,7 @@ from fuzz.tokenizers import tokenizer
 from helpers.tiny_architectures import tiny_lm
 
 from stars_fast import Engine, StarsParams
+from stars_fast.prompts import PromptReader
 from stars_fast.server.transcript import TextDeltas
 
 FAMILIES = ["llama2", "sentencepiece_first", "unigram"]
@@ -72,11 +73,30 @@ def test_text_that_was_shown_is_not_changed(family: str) -> None:
 def test_a_scored_response_stands_behind_its_prompt() -> None:
     """The ids of a text that is scored are those of a continuation, not of a text of its own."""
     tok = tokenizer("llama2", 420)
-    ids = engine(tok, None)._response_ids(" the film")
+    reader = PromptReader(tok, len(tok), None)
+    ids = reader.response_ids(" the film")
     assert ids == tok("the film", add_special_tokens=False)["input_ids"]
-    ids = engine(tok, None)._response_ids("the film</s>")
+    ids = reader.response_ids("the film</s>")
     assert tok.convert_ids_to_tokens(ids[0]) != "\u2581the"
     assert tok.eos_token_id not in ids
+
+
+@pytest.mark.parametrize("parse_special", [False, True])
+def test_special_tokens_of_a_scored_response(
+    parse_special: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are text to the models like those of prompts, unless the engine is told otherwise."""
+    tok = tokenizer("llama2", 420)
+    lm = engine(tok, Reward(), parse_special=parse_special)
+    seen: list[list[int]] = []
+
+    def score_whole(pairs: Any) -> list[float]:
+        seen.extend(ids for _, ids, _ in pairs)
+        return [0.0] * len(pairs)
+
+    monkeypatch.setattr(lm.loop, "score_whole", score_whole)
+    lm.score("the film", ["good</s>"])
+    assert (tok.eos_token_id in seen[0]) == parse_special
 
 
 def test_an_aborted_response_has_all_of_its_text() -> None:

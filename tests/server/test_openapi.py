@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -149,6 +152,40 @@ def test_every_answer_is_as_described(description: Any, method: str, path: str, 
         assert 200 in statuses
     if mode == "negative":
         assert 400 in statuses
+
+
+def test_schemathesis_by_itself_in_all_modes(served: Served, tmp_path: Path) -> None:
+    """Every check but one, the values at each border and beyond, for the cheap operations.
+
+    With ``STARS_FAST_EXAMPLES`` for all of them, and that many at random. What is left out asks
+    that all that fits the description is answered, which knows nothing of a model's context or of
+    parameters together.
+    """
+    cheap = ("--include-path-regex", "^/(detokenize|score|health|v1/models)$")
+    much = ("--phases", "coverage,fuzzing", "--max-examples", str(EXAMPLES))
+    command = [
+        *(sys.executable, "-m", "schemathesis.cli", "run", f"{served.url}/openapi.json"),
+        *("--mode", "all", "--generation-deterministic", "--request-timeout", "60"),
+        *("--exclude-checks", "positive_data_acceptance", "--warnings", "off", "--no-color"),
+        *(much if "STARS_FAST_EXAMPLES" in os.environ else ("--phases", "coverage", *cheap)),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stdout
+    found = re.search(r"(\d+) generated", done.stdout)
+    assert found is not None
+    assert int(found[1]) > 20
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/v1/responses", "/tokenize", "/classify"])
+def test_what_must_hold_something_is_described_so(description: Any, path: str) -> None:
+    names = {"prompt", "messages", "input", "text_1"}
+    schema = description.raw_schema
+    content = schema["paths"][path]["post"]["requestBody"]["content"]
+    body = schema["components"]["schemas"][content["application/json"]["schema"]["$ref"][21:]]
+    found = {n: one for n, one in body["properties"].items() if n in names}
+    assert found
+    for one in found.values():
+        assert "minLength" in str(one) or "minItems" in str(one)
 
 
 @pytest.mark.parametrize("logprobs", [False, True])

@@ -197,6 +197,17 @@ def test_markup_is_text(page: Page) -> None:
     assert page.driver.title == "stars_fast"
 
 
+def test_the_policy_runs_no_other_script(page: Page) -> None:
+    page.driver.execute_script(
+        "const other = document.createElement('script');"
+        "other.textContent = 'document.title = `taken`';"
+        "document.body.append(other);"
+    )
+    assert page.driver.title == "stars_fast"
+    (line,) = page.console()
+    assert "Content Security Policy" in line["message"]
+
+
 def test_the_policy_lets_nothing_else_in(page: Page, served: Served) -> None:
     def fetched(url: str) -> Any:
         return page.driver.execute_async_script(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hashlib
 import json
 import logging
 import socket
@@ -506,6 +508,11 @@ def test_openapi_and_the_page(shared: Served) -> None:
     assert "stars" in schema["components"]["schemas"]["CompletionRequest"]["properties"]
     page = httpx.get(shared.url)
     assert page.headers["content-type"].startswith("text/html")
-    assert "default-src 'none'" in page.headers["content-security-policy"]
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    script = page.text.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}';" in policy
     for outside in ("http://", "https://", "//cdn", "src="):
         assert outside not in page.text

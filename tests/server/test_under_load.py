@@ -7,16 +7,23 @@ from pathlib import Path
 
 import pytest
 
-for package in ("fastapi", "uvicorn", "prometheus_client", "aiohttp", "psutil"):
+for package in ("fastapi", "uvicorn", "prometheus_client", "aiohttp", "psutil", "httpx", "openai"):
     pytest.importorskip(package, reason=f"needs {package}, of the extras server and bench")
 
-from stars_fast.benchmarks import faults, load, overhead  # noqa: E402
+from helpers.serving import PARAMS, Gate, serving  # noqa: E402
+from helpers.tiny_lm import small_model  # noqa: E402
+from helpers.tiny_tokenizers import bpe_tokenizer  # noqa: E402
+
+from stars_fast import Engine  # noqa: E402
+from stars_fast.benchmarks import faults, hostile, load, overhead  # noqa: E402
+from stars_fast.server import ServerSettings  # noqa: E402
 
 
 def test_faults_harm_no_neighbour_and_leave_nothing_behind(tmp_path: Path) -> None:
     out = tmp_path / "faults.json"
     # Memory is for a long run to judge: libraries keep what they compile for each new shape.
-    options = ["--requests", "180", "--clients", "40", "--max-growth", "1000", "--out", str(out)]
+    options = ["--requests", "180", "--clients", "40", "--max-growth", "1000", "--load-only"]
+    options += ["--out", str(out)]
     assert faults.main(options) == 0
     record = json.loads(out.read_text())
     assert record["statuses"]["stream"]["200"] > 10
@@ -62,3 +69,16 @@ def test_both_sides_of_the_overhead_give_the_same_texts(tmp_path: Path) -> None:
     record = json.loads(out.read_text())
     assert record["tokens"] == 64
     assert len(record["engine_seconds"]) == len(record["server_seconds"]) == 1
+
+
+def test_hostile_clients_harm_no_neighbour() -> None:
+    gate = Gate()
+    engine = Engine(small_model(), gate, tokenizer=bpe_tokenizer(chat="chatml"), num_pages=400)
+    with serving(engine, gate, ServerSettings("small", PARAMS)) as served:
+        target = hostile.Target(served.url, {"prompt": "Not bad", "seed": 1, "n": 1}, size=5)
+        found = hostile.attack(target)
+        assert {name: why for name, why in found.items() if why} == {}
+        assert target.tried > 100
+        # What does not hold is found.
+        target.body["prompt"] = ""
+        assert "a plain request: 400, not 200" in str(hostile.why(target.text))

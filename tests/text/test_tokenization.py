@@ -23,6 +23,7 @@ from stars_fast.rewards import ScoreJob
 from stars_fast.rewards.persona import Persona, PersonaTokens
 from stars_fast.rewards.text import make_template
 from stars_fast.rewards.tokens import RetokenizedText, SharedTokens
+from stars_fast.text import tokenization
 from stars_fast.text.tokenization import (
     MARK,
     SpecialTokens,
@@ -120,6 +121,30 @@ def test_tokens_that_were_added_out_of_order() -> None:
     (ids,) = TextEncoder(tok, False).encode([f"<x>film {special.marked('<x>')}<s>"])
     assert ids[:2] == tok.convert_tokens_to_ids(["<x>", "film"])
     assert [count(tok, ids, name) for name in ("<x>", "<s>")] == [1, 1]
+
+
+def test_an_encoding_is_copied_a_few_times_however_long_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each look at its ids copies all of them: 4,000 special tokens once took 90 seconds."""
+    tok = bpe_tokenizer(chat="chatml")
+    marked = SpecialTokens(tok).marked("<|im_end|> x " * 50)
+    reads = 0
+
+    class Watched:
+        def __init__(self, encoding: Any) -> None:
+            self._encoding = encoding
+
+        def __getattr__(self, name: str) -> Any:
+            nonlocal reads
+            reads += 1
+            return getattr(self._encoding, name)
+
+    marked_reader = tokenization._reader_of(tok)
+    encoded = marked_reader._encoded
+    monkeypatch.setattr(marked_reader, "_encoded", lambda *args: Watched(encoded(*args)))
+    assert len(TextEncoder(tok, True).encode([marked])[0]) > 100
+    assert 0 < reads < 10
 
 
 # Prompts
