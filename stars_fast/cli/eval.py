@@ -73,7 +73,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add_model_flags(parser, model="the demo's pair")
+    add_model_flags(parser)
     parser.add_argument(
         "--lm", action="append", default=[], metavar="NAME=DIR_OR_HUB_ID",
         help="another language model, for lm=NAME in a method; can be repeated",

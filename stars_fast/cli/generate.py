@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tqdm import tqdm
 
+from stars_fast.cli import demo
 from stars_fast.cli.calibration import read_target, write_target
 from stars_fast.cli.continuation import beside, check_settings, only_writer, write_json
 from stars_fast.cli.errors import UsageError, file_errors, value_errors
@@ -25,8 +26,8 @@ from stars_fast.cli.lines import (
 from stars_fast.cli.model_flags import (
     add_model_flags,
     add_tensor_parallel_flag,
+    check_models,
     load_engine,
-    reward_model_of,
 )
 from stars_fast.cli.runner import Runner, WriteError
 from stars_fast.cli.terminal import say
@@ -44,6 +45,9 @@ DEFAULTS = {"target_reward": "auto"}
 _REQUESTS_PER_ROW = 2
 
 _EPILOG = """\
+Without models, the demo's pair runs, with segments of 16 tokens and beta 0.3 unless flags say
+otherwise.
+
 An input line is {"prompt": "text"}, {"messages": [{"role": "user", "content": "text"}]} or
 {"prompt_token_ids": [1, 2]}; "id" (text or an integer) and "params" (an object with parameters of
 this request, which override the flags) are optional. Output lines are in the order in which
@@ -63,7 +67,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = commands.add_parser(
         "generate",
         help="generate responses for prompts in a file, a pipe or on the command line",
-        description="Generate responses with your own models.",
+        description="Generate responses for prompts in a file, a pipe or on the command line.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -121,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         Before any model is loaded where that is possible.
     """
     with value_errors():
-        base = params_from(args, DEFAULTS)
+        base = params_from(args, demo.DEFAULTS if args.model is None else DEFAULTS)
     source = None if args.input in (None, "-") else Path(args.input)
     output = None if args.output in (None, "-") else Path(args.output)
     _check_flags(args, base)
@@ -200,8 +204,7 @@ def _check_flags(args: argparse.Namespace, base: StarsParams) -> None:
         raise UsageError("--prompt and --input cannot be given together")
     if args.resume and args.output in (None, "-"):
         raise UsageError("--resume needs --output FILE, the file to continue")
-    if reward_model_of(args) is None and base.kind.needs_reward:
-        raise UsageError(f"--reward-model is needed for method {base.method!r}")
+    check_models(args, base)
     if args.calibration_prompts < 1:
         raise UsageError(
             f"--calibration-prompts must be at least 1, got {args.calibration_prompts}"

@@ -13,6 +13,7 @@ from stars_fast.reward import Reward, rewards_of
 
 if TYPE_CHECKING:
     from stars_fast.engine import Engine
+    from stars_fast.params import StarsParams
     from stars_fast.rewards.log_ratio import LogRatio
 
 
@@ -48,22 +49,13 @@ _KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def add_model_flags(parser: argparse.ArgumentParser, model: str | None = None) -> None:
-    """Add flags for models and memory.
-
-    Parameters
-    ----------
-    parser
-        Changed: gets two argument groups.
-    model
-        Default of ``--model`` as the help names it; None: the flag is required.
-    """
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add flags for models and memory, in two argument groups."""
     models = parser.add_argument_group("models")
     models.add_argument(
         "--model",
-        required=model is None,
         metavar="DIR_OR_HUB_ID",
-        help="language model" + (f" (default: {model})" if model else ""),
+        help="language model (default: the demo's pair)",
     )
     reward = models.add_mutually_exclusive_group()
     reward.add_argument(
@@ -108,6 +100,22 @@ def add_tensor_parallel_flag(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="split the models over the processes that torchrun has started",
     )
+
+
+def check_models(args: argparse.Namespace, base: StarsParams) -> None:
+    """Refuse models that do not go together; with none, the demo's pair runs.
+
+    Raises
+    ------
+    UsageError
+        Naming the flag that is missing.
+    """
+    reward_model = reward_model_of(args)
+    if args.model is None and reward_model is not None:
+        flag = "--reward" if args.reward else "--reward-model"
+        raise UsageError(f"{flag} needs --model beside it")
+    if args.model is not None and reward_model is None and base.kind.needs_reward:
+        raise UsageError(f"--reward-model is needed for method {base.method!r}")
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:

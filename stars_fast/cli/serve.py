@@ -18,8 +18,8 @@ from stars_fast.cli.lines import Requests, opened_input
 from stars_fast.cli.model_flags import (
     add_model_flags,
     add_tensor_parallel_flag,
+    check_models,
     load_engine,
-    reward_model_of,
 )
 from stars_fast.cli.terminal import say
 from stars_fast.params import StarsParams
@@ -58,7 +58,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add_model_flags(parser, model="the demo's pair")
+    add_model_flags(parser)
     add_tensor_parallel_flag(parser)
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="(default: 127.0.0.1)")
@@ -198,11 +198,7 @@ def run(args: argparse.Namespace) -> int:
 def _settings(args: argparse.Namespace, base: StarsParams) -> ServerSettings:
     from stars_fast.server import ServerSettings
 
-    reward_model = reward_model_of(args)
-    if args.model is None and reward_model is not None:
-        raise ValueError(f"{'--reward' if args.reward else '--reward-model'} needs --model")
-    if args.model is not None and reward_model is None and base.kind.needs_reward:
-        raise ValueError(f"--reward-model is needed for method {base.method!r}")
+    check_models(args, base)
     if not 0 < args.calibration_quantile < 1:
         raise ValueError(
             f"--calibration-quantile must be in (0, 1), got {args.calibration_quantile}"

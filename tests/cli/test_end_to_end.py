@@ -75,6 +75,19 @@ def test_results_are_those_of_the_engine(tmp_path: Path) -> None:
     assert records[3]["prompt"] == ids
 
 
+def test_without_models_the_demos_pair_runs_with_its_parameters(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    flags = ("--prompt", demo.prompts(1)[0], "--max-tokens", "20", "--device", "cpu", *TARGET)
+    outputs = []
+    for others in ((), (*MODELS, "--segment-length", "16", "--beta", "0.3")):
+        assert main(["generate", *flags, *others]) == 0
+        (output,) = json.loads(capfd.readouterr().out)["outputs"]
+        outputs.append((output["text"], [s["attempts"] for s in output["segments"]]))
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0][1]) == 2
+
+
 def test_a_killed_run_is_resumed_with_the_same_tokens(tmp_path: Path) -> None:
     source = write(tmp_path / "in", *({"prompt": prompt} for prompt in demo.prompts(8)))
     flags = [*MODELS, *SHORT, "--max-rows", "2", "--calibration-prompts", "2"]

@@ -530,9 +530,18 @@ def test_wrong_flags_are_named_before_a_model_is_loaded(
     assert engines == []
 
 
-def test_a_missing_reward_model_is_named(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run("--prompt", "a", models=("--model", "lm")) == 2
-    assert "--reward-model is needed for method 'stars'" in capfd.readouterr().err
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        (("--model", "lm"), "--reward-model is needed for method 'stars'"),
+        (("--reward-model", "rm"), "--reward-model needs --model"),
+    ],
+)
+def test_a_missing_model_is_named(
+    models: tuple[str, ...], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--prompt", "a", models=models) == 2
+    assert message in capfd.readouterr().err
 
 
 def test_input_and_output_must_differ(
