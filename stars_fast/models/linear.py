@@ -7,7 +7,7 @@ layers are redirected while a forward of ours runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeGuard
@@ -43,20 +43,22 @@ class OneDnnLinears:
     ----------
     model : nn.Module
         On any device; nothing is done unless it is a CPU with oneDNN.
+    without : collection of nn.Linear
+        Layers that are never called.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        modules = [module for module in model.modules() if _fits(module)]
-        size = sum(module.weight.nbytes for module in modules)
-        self._packs = size <= _MEMORY_SHARE * memory_bytes()
-        self._layers = [_Layer(m, _version(m), self._forward(m)) for m in modules]
+    def __init__(self, model: nn.Module, without: Collection[nn.Linear] = ()) -> None:
+        left_out = {id(module) for module in without}
+        modules = [m for m in model.modules() if fits(m) and id(m) not in left_out]
+        self._packs = may_pack(model)
+        self._layers = [_Layer(m, version(m), self._forward(m)) for m in modules]
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Redirect the layers for the time of a forward."""
         for layer in self._layers:
-            if layer.version != _version(layer.module):
-                layer.version = _version(layer.module)
+            if layer.version != version(layer.module):
+                layer.version = version(layer.module)
                 layer.forward = self._forward(layer.module)
             # Past nn.Module.__setattr__, which is slow and meant for parameters.
             layer.module.__dict__["forward"] = layer.forward
@@ -69,7 +71,7 @@ class OneDnnLinears:
     def _forward(self, module: nn.Linear) -> Forward:
         weight, bias = module.weight.detach(), module.bias
         if self._packs:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+            weight = pack(weight)
         product = torch.ops.mkldnn._linear_pointwise.default
 
         def forward(input: Tensor) -> Tensor:
@@ -79,7 +81,19 @@ class OneDnnLinears:
         return forward
 
 
-def _fits(module: nn.Module) -> TypeGuard[nn.Linear]:
+def may_pack(model: nn.Module) -> bool:
+    """Whether memory allows for second copies of a model's linear weights."""
+    size = sum(module.weight.nbytes for module in model.modules() if fits(module))
+    return size <= _MEMORY_SHARE * memory_bytes()
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Return a copy of a weight in the layout that oneDNN's products like best."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+    return packed
+
+
+def fits(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is a plain linear layer that oneDNN can run in place of MKL."""
     return (
         type(module) is nn.Linear
@@ -97,6 +111,7 @@ def _available() -> bool:
     return has_onednn and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
-def _version(module: nn.Linear) -> tuple[int, int]:
+def version(module: nn.Linear) -> tuple[int, int]:
+    """Return what changes with a layer's weight."""
     weight = module.weight
     return weight.data_ptr(), 0 if weight.is_inference() else weight._version
