@@ -1,4 +1,4 @@
-"""Build of the C++ core: CMake, driven by setuptools. Everything else stands in pyproject.toml."""
+"""Build of the C++ modules: CMake, driven by setuptools. The rest stands in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BuildCore(build_ext):
     """
 
     def build_extension(self, ext: Extension) -> None:
-        """Configure and build the target ``_core``; the only extension there is."""
+        """Configure and build the target of an extension's name."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build_dir = Path(self.build_temp).resolve() / "core"
         config = "Debug" if self.debug else "Release"
@@ -47,7 +47,8 @@ class BuildCore(build_ext):
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         configure += shlex.split(os.environ.get("STARS_CMAKE_ARGS", ""))
 
-        build = ["cmake", "--build", str(build_dir), "--config", config, "--target", "_core"]
+        build = ["cmake", "--build", str(build_dir), "--config", config, "--target"]
+        build.append(ext.name.rpartition(".")[2])
         if self.parallel:
             build += ["--parallel", str(self.parallel)]
         subprocess.run(configure, check=True)
@@ -55,6 +56,6 @@ class BuildCore(build_ext):
 
 
 setup(
-    ext_modules=[Extension("stars_fast._core", sources=[])],
+    ext_modules=[Extension(f"stars_fast.{name}", sources=[]) for name in ("_core", "_cpu")],
     cmdclass={"build_ext": BuildCore},
 )

@@ -5,11 +5,13 @@ Usage: python .ci/check_dists.py DIST_DIR, from the root of the checkout.
 
 from __future__ import annotations
 
+import re
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
+COMPILED = re.compile(r"stars_fast/_(core|cpu)\.")
 IN_SDIST = ("csrc", "kernels", "stars_fast", "tests", "benchmarks", "docs", "examples", "scripts")
 TOP_LEVEL = {
     "CHANGELOG.md",
@@ -47,13 +49,15 @@ def main(dist: Path) -> int:
     mapped = {name for name in sources("kernels") | sources("benchmarks") if name.endswith(".py")}
     expected_wheel = sources("stars_fast") | {f"stars_fast/{name}" for name in mapped}
     package = {name for name in in_wheel if ".dist-info/" not in name}
-    cores = {name for name in package if name.startswith("stars_fast/_core.") and "pyi" not in name}
+    compiled = {name for name in package if not name.endswith("pyi") and COMPILED.match(name)}
 
     problems = [f"{sdist.name} lacks {name}" for name in sorted(expected_sdist - in_sdist)]
     problems += [f"{wheel.name} lacks {name}" for name in sorted(expected_wheel - package)]
-    problems += [f"{wheel.name} holds {name}" for name in sorted(package - expected_wheel - cores)]
-    if len(cores) != 1:
-        problems.append(f"{wheel.name} holds {len(cores)} compiled cores, not one")
+    problems += [
+        f"{wheel.name} holds {name}" for name in sorted(package - expected_wheel - compiled)
+    ]
+    if len(compiled) != 2:
+        problems.append(f"{wheel.name} holds {len(compiled)} compiled modules, not two")
     print("\n".join(problems) or f"{sdist.name} and {wheel.name} are complete")
     return 1 if problems else 0
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from stars_fast.models.probe import LayerLayout
 from stars_fast.ops.attention import AttentionOptions, attention_weights
 from stars_fast.ops.batch import BatchLike
+from stars_fast.ops.fused import Rotary, rotate
 from stars_fast.ops.tiling import Tile, prefix_slots, tile_rows
 
 _NO_LIMIT = 1 << 30  # suffixes are read row by row, so a long block costs nothing
@@ -135,8 +136,11 @@ class DecodeAttention:
         scaling: float,
         softcap: float,
         sinks: Tensor | None,
+        rotary: Rotary | None = None,
     ) -> Tensor:
         """Attention of the next layer, see `LayerAttention`; one query per row."""
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
         layer = self._layer
         self._layer += 1
         k_pages, v_pages = self._k_pages[layer], self._v_pages[layer]

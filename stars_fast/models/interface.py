@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from stars_fast.ops.fused import Rotary
+
 STARS_PAGED = "stars_paged"
 
 
@@ -33,6 +35,7 @@ class LayerAttention(Protocol):
         scaling: float,
         softcap: float,
         sinks: Tensor | None,
+        rotary: Rotary | None = None,
     ) -> Tensor:
         """Store the new keys and values and attend.
 
@@ -48,6 +51,8 @@ class LayerAttention(Protocol):
             Soft cap on the scores, 0 is off.
         sinks : Tensor or None
             ``[heads]``, attention sinks.
+        rotary : Rotary or None
+            How to turn query and key first; None: that is done already. Both may be overwritten.
 
         Returns
         -------

@@ -19,6 +19,7 @@ from stars_fast.kernels.pages import kv_append
 from stars_fast.models.pool import Pools
 from stars_fast.ops.attention import AttentionOptions
 from stars_fast.ops.batch import BatchLike
+from stars_fast.ops.fused import Rotary, rotate
 
 
 class KernelAttention:
@@ -52,8 +53,11 @@ class KernelAttention:
         scaling: float,
         softcap: float,
         sinks: Tensor | None,
+        rotary: Rotary | None = None,
     ) -> Tensor:
         """Attention of the next layer, see `LayerAttention`."""
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
         layer, pools = self._layer, self._pools
         self._layer += 1
         layout = pools.layouts[layer]

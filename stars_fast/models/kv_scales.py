@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stars_fast.models.pool import Pools
+from stars_fast.ops.fused import Rotary, rotate
 
 #: Where the largest number of the measured text is put, an eighth of the largest there is.
 _TARGET = 56.0
@@ -36,8 +37,11 @@ class ScaleProbe:
         scaling: float,
         softcap: float,
         sinks: Tensor | None,
+        rotary: Rotary | None = None,
     ) -> Tensor:
         """Record the largest key and value of each head, and attend."""
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
         layer = self._layer
         self._layer += 1
         for scales, new in ((self._pools.k_scales, key), (self._pools.v_scales, value)):

@@ -46,11 +46,10 @@ class _Layer:
         return forward
 
     def _weight(self) -> Tensor:
-        weight = self._module.weight
-        version = weight.data_ptr(), 0 if weight.is_inference() else weight._version
-        if version != self._version:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
-            self._version = version
+        found = version(self._module)
+        if found != self._version:
+            self._packed = pack(self._module.weight.detach())
+            self._version = found
         return self._packed
 
 
@@ -71,8 +70,8 @@ class OneDnnLinears:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        modules = [module for module in model.modules() if _fits(module)]
-        packs = sum(module.weight.nbytes for module in modules) <= _MEMORY_SHARE * memory_bytes()
+        modules = [module for module in model.modules() if fits(module)]
+        packs = may_pack(model)
         self._layers = [_LAYERS.setdefault(module, _Layer(module)) for module in modules]
         self._forwards = [
             (module, layer.forward(packs))
@@ -92,7 +91,25 @@ class OneDnnLinears:
                 del module.__dict__["forward"]
 
 
-def _fits(module: nn.Module) -> TypeGuard[nn.Linear]:
+def may_pack(model: nn.Module) -> bool:
+    """Whether memory allows for second copies of a model's linear weights."""
+    size = sum(module.weight.nbytes for module in model.modules() if fits(module))
+    return size <= _MEMORY_SHARE * memory_bytes()
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Return a copy of a weight in the layout that oneDNN's products like best."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+    return packed
+
+
+def version(module: nn.Linear) -> tuple[int, int]:
+    """Return what changes with a layer's weight."""
+    weight = module.weight
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
+def fits(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is a plain linear layer that oneDNN can run in place of MKL."""
     return (
         type(module) is nn.Linear

@@ -17,6 +17,7 @@ from stars_fast.config import Backend, KvDtype
 from stars_fast.distributed import ALONE, Ranks
 from stars_fast.models.checks import check_architecture, max_length
 from stars_fast.models.decode import DecodeAttention, Workspace
+from stars_fast.models.fusion import FusedLayers
 from stars_fast.models.interface import (
     STARS_PAGED,
     LayerAttention,
@@ -26,12 +27,15 @@ from stars_fast.models.interface import (
 from stars_fast.models.kv_scales import ScaleProbe
 from stars_fast.models.linear import OneDnnLinears
 from stars_fast.models.lora import LoraLayers
+from stars_fast.models.native_decode import NativeDecode
 from stars_fast.models.pool import Pools
 from stars_fast.models.probe import attention_layout
 from stars_fast.ops.attention import AttentionOptions, AttentionPlan, attend, plan_attention
 from stars_fast.ops.backend import backend as choose_backend
 from stars_fast.ops.backend import check_backend, uses_triton
 from stars_fast.ops.batch import BatchLike
+from stars_fast.ops.cpu import runs_on
+from stars_fast.ops.fused import Rotary, rotate
 from stars_fast.ops.pages import copy_pages, kv_append
 
 if TYPE_CHECKING:  # Triton is for Linux only
@@ -128,14 +132,17 @@ class PagedModel:
         with self.on_backend():
             #: Whether operators run as Triton kernels.
             self.on_kernels = uses_triton(model.device)
+            #: Whether operators run as C++ on the processor's vectors.
+            self.on_vectors = runs_on(next(model.parameters()))
         if kv_dtype == "fp8" and not self.on_kernels:
             raise ValueError(
                 f"kv_dtype='fp8' needs the Triton backend, which backend={backend!r} is not on "
                 f"{model.device}"
             )
         self._configs = attention_configs(model)
+        layouts = attention_layout(model)
         self._pools = Pools.allocate(
-            attention_layout(model),
+            layouts,
             num_pages=num_pages,
             page_size=page_size,
             device=model.device,
@@ -145,6 +152,10 @@ class PagedModel:
         self.copied_bytes = 0
         self._workspace = Workspace()
         self._ranks = ranks
+        self._fused: FusedLayers | None = None
+        if self.on_vectors and not compile_model and ranks.size == 1 and lora is None:
+            with self.on_backend():
+                self._fused = FusedLayers.of(model, layouts)
         self._linears = None if compile_model else OneDnnLinears(model)
         self._compiled: dict[nn.Module, Callable[..., Any]] = {}
         if compile_model:
@@ -272,9 +283,14 @@ class PagedModel:
             decode.write(batch)
             return DecodeState(decode.attention, decode.seek, start, last, ones, batch.max_new)
         pools = self._pools
-        attention = DecodeAttention(
-            batch, pools.layouts, pools.k_pages, pools.v_pages, self._workspace
-        )
+        attention: NativeDecode | DecodeAttention
+        with self.on_backend():
+            if NativeDecode.fits(pools):
+                attention = NativeDecode(batch, pools)
+            else:
+                attention = DecodeAttention(
+                    batch, pools.layouts, pools.k_pages, pools.v_pages, self._workspace
+                )
         return DecodeState(attention, attention.begin_step, start, last, ones, batch.max_new)
 
     def decode_tiles(self, rows_per_group: int) -> dict[int, Tiles]:
@@ -360,9 +376,11 @@ class PagedModel:
         """First output of a forward on packed tokens ``[T]``, without its batch dimension."""
         ids = input_ids.unsqueeze(0)
         linears = contextlib.nullcontext() if self._linears is None else self._linears.active()
+        fused = contextlib.nullcontext() if self._fused is None else self._fused.active()
         lora = contextlib.nullcontext() if self._lora is None else self._lora.active()
         together = self._ranks.together()
-        with attention_implementation(self._configs, STARS_PAGED), linears, lora, together:
+        paged = attention_implementation(self._configs, STARS_PAGED)
+        with paged, fused, linears, lora, together:
             output = self._compiled.get(module, module)(
                 input_ids=ids,
                 # Padding is not expressed through the mask; some models ask for one all the same.
@@ -394,7 +412,10 @@ class _ExtendAttention:
         scaling: float,
         softcap: float,
         sinks: Tensor | None,
+        rotary: Rotary | None = None,
     ) -> Tensor:
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
         layer = self.layer
         self.layer += 1
         k_pages, v_pages = self.pools.k_pages[layer], self.pools.v_pages[layer]

@@ -1,6 +1,7 @@
-"""Which form of an operator runs: PyTorch, or Triton.
+"""Which form of an operator runs: PyTorch, Triton, or C++.
 
-``auto`` is Triton on a CUDA device and PyTorch elsewhere. The two give the same results up to
+``auto`` is Triton on a CUDA device, and on a CPU C++ where there is such a form (`ops.cpu`) and
+PyTorch for the rest; ``pytorch`` is PyTorch alone. The forms give the same results up to
 rounding, so the choice is one of speed; forcing one serves tests and the search for faults.
 """
 
@@ -59,3 +60,8 @@ def uses_triton(device: torch.device) -> bool:
             "start: without it, Triton kernels run on CUDA devices only"
         )
     return chosen == "triton"
+
+
+def plain() -> bool:
+    """Whether PyTorch's own form is asked for, whatever else there is."""
+    return _chosen.get() != "auto"

@@ -1,0 +1,465 @@
+"""Decoder layers with few calls: what lies between their products, in the operators of `ops.fused`.
+
+transformers writes a layer as some forty small operators. Here a module is known by what it
+computes: one that has the parts of a known form is run both ways on what it got in a forward of the
+model, and replaced only if the results agree. The rest stays as it is. The model is not changed:
+replacements take the place of `forward` while a forward of ours runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stars_fast.models.first_layers import first_layers
+from stars_fast.models.interface import (
+    STARS_PAGED,
+    attention_configs,
+    attention_implementation,
+)
+from stars_fast.models.joined import JoinedLinears
+from stars_fast.models.linear import may_pack
+from stars_fast.models.probe import LayerLayout
+from stars_fast.ops.fused import Activation, Norm, Rotary, gated, rms_norm, rotate
+
+Forward: TypeAlias = Callable[..., Any]
+MlpForward: TypeAlias = Callable[[Tensor], Tensor]
+Product: TypeAlias = Callable[[Tensor], Sequence[Tensor]]
+Turn: TypeAlias = Callable[[Tensor, Tensor], Rotary]
+
+_TOKENS = 3  # of the forward on which modules are compared
+_FIRST = 5  # their first position, where rotary embeddings turn
+_TOLERANCE = 1e-4  # largest difference over the standard deviation of the result
+
+
+def _repeated(table: Tensor) -> Tensor:
+    return table[..., : table.shape[-1] // 2].repeat_interleave(2, dim=-1)
+
+
+# How models give their tables of cosines and sines: a column for each channel, ...
+_TURNS: tuple[Turn, ...] = (
+    Rotary,
+    lambda cos, sin: Rotary(cos, sin, interleaved=True),
+    # ... twice those of the pairs (GLM), or once (GPT-OSS).
+    lambda cos, sin: Rotary(_repeated(cos), _repeated(sin), interleaved=True),
+    lambda cos, sin: Rotary(torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)),
+)
+
+
+@dataclass
+class _Seen:
+    """Queries, keys and options of the attention calls of a forward, which returns its values."""
+
+    calls: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    options: list[dict[str, Any]] = field(default_factory=list)
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        softcap: float,
+        sinks: Tensor | None,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        """Record a call, see `LayerAttention`."""
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        self.calls.append((query.clone(), key.clone()))
+        self.options.append({"scaling": scaling, "softcap": softcap, "sinks": sinks})
+        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+
+
+@dataclass
+class _Call:
+    """What a module was called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, forward: Forward) -> tuple[Tensor, _Seen]:
+        """Return the first output of a forward on copies of it, and the attention it asked for."""
+        seen = _Seen()
+        kwargs = dict(self.kwargs)
+        if "stars_attention" in kwargs:
+            kwargs["stars_attention"] = seen
+        output = forward(*(x.clone() if isinstance(x, Tensor) else x for x in self.args), **kwargs)
+        first = output[0] if isinstance(output, tuple) else output
+        assert isinstance(first, Tensor)
+        return first, seen
+
+
+class _NormForm:
+    """A norm's `forward`, and the same behind a residual."""
+
+    def __init__(self, norm: Norm) -> None:
+        self.norm = norm
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return rms_norm(flat, self.norm)[0].view(hidden_states.shape)
+
+    def of_heads(self, x: Tensor, dim: int) -> Tensor:
+        """Normalise ``[T, heads * dim]``: each head, or all of it if the weight is that long."""
+        if len(self.norm.weight) == dim:
+            return rms_norm(x.view(len(x), -1, dim), self.norm)[0].flatten(1)
+        return rms_norm(x, self.norm)[0]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What an attention module asks for; `sinks` is the name of its parameter."""
+
+    heads: int
+    kv_heads: int
+    key_dim: int
+    scaling: float
+    softcap: float
+    sinks: str | None
+
+
+class FusedLayers:
+    """The replacements of a model's modules, or none.
+
+    What is learned on the first layers holds for the others of their kind. Modules with hooks, and
+    those whose `forward` somebody has replaced, stay as they are.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal decoder in eval mode, on one device, as `check_architecture` has it.
+    layouts : sequence of LayerLayout
+        Its attention calls.
+    """
+
+    def __init__(self, model: PreTrainedModel, layouts: Sequence[LayerLayout]) -> None:
+        self._packs = may_pack(model)
+        self._products: dict[nn.Module, JoinedLinears] = {}
+        self._norms: dict[nn.Module, _NormForm] = {}
+        self._mlps: dict[nn.Module, MlpForward] = {}
+        self._attentions: dict[nn.Module, Forward] = {}
+        self._asked: dict[Hashable, _Asked] = {}  # by kind of attention module
+        self._chosen: dict[Hashable, int] = {}  # by kind of module: which of its forms agreed
+        self._replaced: dict[nn.Module, Forward] = {}
+        short, _ = first_layers(model, layouts)
+        paged = attention_implementation(attention_configs(model), STARS_PAGED)
+        with torch.inference_mode(), paged:
+            calls = _calls(short)
+            self._replace(model, calls, "norm", _norm_forms, self._norms)
+            self._replace(model, calls, "mlp", self._mlp_forms, self._mlps)
+            for module, call in calls.items():
+                if (asked := _asked_by(module, call)) is not None:
+                    self._asked[_kind(module)] = asked
+            self._replace(model, calls, "attention", self._attention_forms, self._attentions)
+            layers: dict[nn.Module, Forward] = {}
+            self._replace(model, calls, "layer", self._layer_forms, layers)
+        for layer in layers:
+            for part in list(layer.modules())[1:]:
+                self._replaced.pop(part, None)
+        parts = [part for module in self._replaced for part in module.modules()]
+        #: Empty while the replacements may be used.
+        self._hooks = [h for part in parts for h in (part._forward_hooks, part._forward_pre_hooks)]
+        self._attributes = [vars(part) for part in parts]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, layouts: Sequence[LayerLayout]) -> FusedLayers:
+        """Return those of a model, which all that run it share as long as one of them is there."""
+        found = _FUSED.get(model)
+        if found is None:
+            found = _FUSED[model] = cls(model, layouts)
+        return found
+
+    @property
+    def replaced(self) -> list[nn.Module]:
+        """The modules that are replaced."""
+        return list(self._replaced)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Put the replacements in place for the time of a forward."""
+        if any(self._hooks) or any("forward" in names for names in self._attributes):
+            yield
+            return
+        for module, forward in self._replaced.items():
+            # Past nn.Module.__setattr__, which is slow and meant for parameters.
+            module.__dict__["forward"] = forward
+        try:
+            yield
+        finally:
+            for module in self._replaced:
+                del module.__dict__["forward"]
+
+    def _replace(
+        self,
+        model: PreTrainedModel,
+        calls: dict[nn.Module, _Call],
+        part: str,
+        forms_of: Callable[[nn.Module], Iterator[Any]],
+        found: dict[nn.Module, Any],
+    ) -> None:
+        """Find which form the called modules have, and replace all of their kinds."""
+        compared = set()
+        for module, call in calls.items():
+            kind = part, _kind(module)
+            if kind in compared:
+                continue
+            compared.add(kind)
+            for number, form in enumerate(forms_of(module)):
+                if _equal(call, module.forward, form):
+                    self._chosen[kind] = number
+                    break
+        for module in model.modules():
+            chosen = self._chosen.get((part, _kind(module)))
+            if chosen is not None:
+                form = next(itertools.islice(forms_of(module), chosen, None))
+                self._replaced[module] = found[module] = form
+
+    def _join(self, module: nn.Module, names: tuple[str, ...]) -> JoinedLinears | None:
+        """Return the product of a module's linear layers; None if it has no such layers."""
+        parts = [getattr(module, name, None) for name in names]
+        linears = [part for part in parts if isinstance(part, nn.Linear)]
+        if len(linears) < len(parts):
+            return None
+        if module not in self._products:
+            self._products[module] = JoinedLinears(linears, packs=self._packs)
+        return self._products[module]
+
+    def _mlp_forms(self, module: nn.Module) -> Iterator[MlpForward]:
+        """Down(act(gate(x)) * up(x)), its products joined."""
+        down = getattr(module, "down_proj", None)
+        both = getattr(module, "gate_up_proj", None)
+        if not isinstance(down, nn.Linear):
+            return
+        product: Product | None = self._join(module, ("gate_proj", "up_proj"))
+        if isinstance(both, nn.Linear):
+            product = lambda x: both(x).chunk(2, dim=-1)  # noqa: E731
+        if product is None:
+            return
+        for activation in get_args(Activation):
+            yield _mlp_form(product, down, activation)
+
+    def _attention_forms(self, module: nn.Module) -> Iterator[Forward]:
+        """o(attention(q(x), k(x), v(x))), its products joined, norms and rotary between."""
+        asked = self._asked.get(_kind(module))
+        out = getattr(module, "o_proj", None)
+        both = getattr(module, "qkv_proj", None)
+        if asked is None or out is None:
+            return
+        product: Product | None = self._join(module, ("q_proj", "k_proj", "v_proj"))
+        if isinstance(both, nn.Linear):
+            sizes = [asked.heads * asked.key_dim, asked.kv_heads * asked.key_dim]
+            sizes.append(both.out_features - sum(sizes))
+            product = lambda x: both(x).split(sizes, dim=-1)  # noqa: E731
+        if product is None:
+            return
+        norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
+        if any(norm is not None and norm not in self._norms for norm in norms):
+            return
+        normed = [None if norm is None else self._norms[norm] for norm in norms]
+        sinks = None if asked.sinks is None else getattr(module, asked.sinks)
+        for turn in (*_TURNS, None):
+            yield _attention_form(product, out, normed, asked, sinks, turn)
+
+    def _layer_forms(self, module: nn.Module) -> Iterator[Forward]:
+        """Add attention(norm(x)) to x, then the same with the MLP; norms may follow both."""
+        parts = dict(module.named_children())
+        attention = self._attentions.get(parts.get("self_attn"))  # type: ignore[arg-type]
+        mlp = parts.get("mlp")
+        first = self._norms.get(parts.get("input_layernorm"))  # type: ignore[arg-type]
+        if attention is None or mlp is None or first is None:
+            return
+        run_mlp = self._mlps.get(mlp, mlp)
+
+        def norm(*names: str) -> _NormForm | None:
+            found = [self._norms[parts[n]] for n in names if parts.get(n) in self._norms]
+            return found[0] if found else None
+
+        before = norm("pre_feedforward_layernorm")
+        if before is not None:  # Gemma 2 and 3
+            behind = norm("post_attention_layernorm"), norm("post_feedforward_layernorm")
+        else:
+            before = norm("post_attention_layernorm")
+            behind = norm("post_self_attn_layernorm"), norm("post_mlp_layernorm")  # GLM 4
+        if before is None:
+            return
+        yield _layer_form(first, attention, before, run_mlp, behind)
+
+
+def _mlp_form(product: Product, down: nn.Linear, act: Activation) -> MlpForward:
+    def forward(hidden: Tensor) -> Tensor:
+        gate, up = product(hidden.reshape(-1, hidden.shape[-1]))
+        result: Tensor = down(gated(gate, up, act))
+        return result.view(hidden.shape)
+
+    return forward
+
+
+def _attention_form(
+    product: Product,
+    out: nn.Module,
+    norms: list[_NormForm | None],
+    asked: _Asked,
+    sinks: Tensor | None,
+    turn: Turn | None,
+) -> Forward:
+    heads, kv_heads, dim = asked.heads, asked.kv_heads, asked.key_dim
+    query_norm, key_norm = norms
+
+    def forward(
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        *,
+        stars_attention: Any,  # noqa: ANN401
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        query, key, value = product(hidden_states.squeeze(0))
+        if query_norm is not None:
+            query = query_norm.of_heads(query, dim)
+        if key_norm is not None:
+            key = key_norm.of_heads(key, dim)
+        rotary = None
+        if turn is not None and position_embeddings is not None:
+            cos, sin = position_embeddings
+            rotary = turn(cos.squeeze(0), sin.squeeze(0))
+        attended = stars_attention(
+            query.view(-1, heads, dim),
+            key.view(-1, kv_heads, dim),
+            value.view(len(value), kv_heads, -1),
+            scaling=asked.scaling,
+            softcap=asked.softcap,
+            sinks=sinks,
+            rotary=rotary,
+        )
+        return out(attended.flatten(1)).unsqueeze(0), None
+
+    return forward
+
+
+def _layer_form(
+    first: _NormForm,
+    attention: Forward,
+    second: _NormForm,
+    mlp: MlpForward,
+    behind: tuple[_NormForm | None, _NormForm | None],
+) -> Forward:
+    behind_attention, behind_mlp = behind
+
+    def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        hidden = hidden_states.squeeze(0)
+        normed, _ = rms_norm(hidden, first.norm)
+        attended, _ = attention(hidden_states=normed.unsqueeze(0), **kwargs)
+        attended = attended.squeeze(0)
+        if behind_attention is not None:
+            attended, _ = rms_norm(attended, behind_attention.norm)
+        normed, hidden = rms_norm(attended, second.norm, hidden)
+        result = mlp(normed)
+        if behind_mlp is not None:
+            result, _ = rms_norm(result, behind_mlp.norm)
+        return (hidden + result).unsqueeze(0)
+
+    return forward
+
+
+def _norm_forms(module: nn.Module) -> Iterator[_NormForm]:
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    names = [name for name, _ in module.named_parameters()]
+    if names != ["weight"] or not isinstance(weight, Tensor) or weight.ndim != 1:
+        return
+    if not isinstance(eps, float) or list(module.children()):
+        return
+    for offset in (0.0, 1.0):
+        for rounds_first in (True, False):
+            yield _NormForm(Norm(weight, eps, offset, rounds_first))
+
+
+def _asked_by(module: nn.Module, call: _Call) -> _Asked | None:
+    """What a module asks attention for, if it calls it once, with a parameter of its own."""
+    if "stars_attention" not in call.kwargs or getattr(module, "o_proj", None) is None:
+        return None
+    _, seen = call.run(module.forward)
+    if len(seen.calls) != 1:
+        return None
+    (query, key), options = seen.calls[0], seen.options[0]
+    names = {id(parameter): name for name, parameter in module.named_parameters(recurse=False)}
+    sinks = options["sinks"]
+    if sinks is not None and id(sinks) not in names:
+        return None
+    return _Asked(
+        query.shape[1],
+        key.shape[1],
+        query.shape[2],
+        options["scaling"],
+        options["softcap"],
+        names.get(id(sinks)),
+    )
+
+
+def _calls(model: PreTrainedModel) -> dict[nn.Module, _Call]:
+    """What each module of the backbone is called with, in a forward of some tokens."""
+    calls: dict[nn.Module, _Call] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.setdefault(module, _Call(args, kwargs))
+
+    ids = torch.arange(_TOKENS, device=model.device).unsqueeze(0)
+    hooks = [m.register_forward_pre_hook(record, with_kwargs=True) for m in model.modules()]
+    try:
+        model.base_model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            position_ids=ids + _FIRST,
+            use_cache=False,
+            stars_attention=_Seen(),
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    """Equal for modules that differ in their weights alone."""
+    parts = []
+    for part in module.modules():
+        plain = {k: v for k, v in vars(part).items() if isinstance(v, bool | int | float | str)}
+        plain.pop("layer_idx", None)
+        shapes = tuple((n, p.shape) for n, p in part.named_parameters(recurse=False))
+        parts.append((type(part), tuple(sorted(plain.items())), shapes))
+    return tuple(parts)
+
+
+def _equal(call: _Call, one: Forward, other: Forward) -> bool:
+    """Whether two forwards give the same result and ask for the same attention."""
+    want, want_seen = call.run(one)
+    try:
+        got, got_seen = call.run(other)
+    except (TypeError, ValueError, RuntimeError):  # shapes or arguments of another kind
+        return False
+    if len(want_seen.calls) != len(got_seen.calls) or want_seen.options != got_seen.options:
+        return False
+    pairs = [(want, got)]
+    for wanted, found in zip(want_seen.calls, got_seen.calls, strict=True):
+        pairs += zip(wanted, found, strict=True)
+    return all(_close(a, b) for a, b in pairs)
+
+
+def _close(want: Tensor, got: Tensor) -> bool:
+    if want.shape != got.shape or want.dtype != got.dtype:
+        return False
+    spread = float(want.float().std())
+    return float((want.float() - got.float()).abs().max()) <= _TOLERANCE * max(spread, 1e-30)
+
+
+#: Of each model, as long as anyone holds them.
+_FUSED: weakref.WeakValueDictionary[PreTrainedModel, FusedLayers] = weakref.WeakValueDictionary()
