@@ -7,6 +7,7 @@ void test_page_pool();
 void test_sequence_cache();
 void test_group();
 void test_scheduler();
+void test_c_api();
 
 int main() {
   test_philox();
@@ -15,6 +16,7 @@ int main() {
   test_sequence_cache();
   test_group();
   test_scheduler();
-  std::puts("6 passed, 0 failed");
+  test_c_api();
+  std::puts("7 passed, 0 failed");
   return 0;
 }
