@@ -68,7 +68,7 @@ constexpr std::size_t kSchedulerOptionsSize =
 constexpr std::size_t kRequestOptionsSize =
     offsetof(stars_request_options, last_untested) + sizeof(std::int32_t);
 constexpr std::size_t kPlanSize = offsetof(stars_plan, preempted) + sizeof(void*);
-constexpr std::size_t kRoundSize = offsetof(stars_round, seconds) + sizeof(double);
+constexpr std::size_t kRoundSize = offsetof(stars_round, breaks) + sizeof(void*);
 constexpr std::size_t kDecisionSize = offsetof(stars_decision, finish) + sizeof(void*);
 constexpr std::size_t kStateSize = offsetof(stars_state, page_copies) + sizeof(std::int64_t);
 
@@ -353,6 +353,7 @@ stars_status stars_scheduler_commit(stars_scheduler* scheduler, const stars_roun
     result.rewards = given.rewards;
     result.rows = static_cast<std::size_t>(given.num_rows);
     result.seconds = given.seconds;
+    result.breaks = given.breaks;
     scheduler->forget_last();
     scheduler->decision = scheduler->core.commit(result);
     scheduler->ended = std::move(scheduler->out.front());

@@ -138,12 +138,14 @@ typedef struct stars_round {
                                  // finite: no valid result, the request fails at the row's turn
   const double* prompt_rewards;  // [U] in the order of the plan; ignored for requests aborted since
   double seconds;                // that the round took, by token position; 0: not measured
+  const uint8_t* breaks;         // [R] 1: the row breaks a constraint: it passes no test, and is
+                                 // worse than any that keeps all; NULL: none does
 } stars_round;
 
 enum { STARS_ROW_PRUNED = 0, STARS_ROW_WINNER = 1, STARS_ROW_KEPT = 2 };
 enum {
   STARS_EVENT_ACCEPTED = 0,
-  STARS_EVENT_FALLBACK = 1,  // no attempt passed: the one of the largest reward
+  STARS_EVENT_FALLBACK = 1,  // no attempt passed: the best of them
   STARS_EVENT_FAILED = 2,    // the request is over, without this segment
   STARS_EVENT_CHOSEN = 3
 };

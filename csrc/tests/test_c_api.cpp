@@ -187,6 +187,24 @@ void test_results() {
   stars_scheduler_destroy(scheduler);
 }
 
+// A row that breaks a constraint passes no test, whatever its reward.
+void test_breaks() {
+  stars_scheduler* scheduler = create();
+  const stars_request_options request = request_options();
+  CHECK(stars_scheduler_add(scheduler, 5, kPrompt.data(), kPrompt.size(), &request) == STARS_OK);
+  const stars_plan plan = plan_of(scheduler);
+  Results results(plan);
+  const std::vector<std::uint8_t> breaks(results.lengths.size(), 1);
+  results.round.breaks = breaks.data();
+  stars_decision decision{};
+  CHECK(commit(scheduler, results.round, &decision) == STARS_OK);
+  CHECK(decision.num_rows == results.round.num_rows);
+  for (std::int32_t i = 0; i < decision.num_events; ++i) {
+    CHECK(decision.kind[i] != STARS_EVENT_ACCEPTED);
+  }
+  stars_scheduler_destroy(scheduler);
+}
+
 // With two lanes: a plan outlives the next, commits take the oldest, a cancel gives all back.
 void test_lanes() {
   stars_scheduler* scheduler = create(2);
@@ -244,5 +262,6 @@ void test_c_api() {
   test_arguments();
   test_sizes();
   test_results();
+  test_breaks();
   test_lanes();
 }
