@@ -177,3 +177,21 @@ def first_to_pass(table: Iterable[tuple[Tokens, float, float, float]], attempts:
         # Of equal rewards the first drawn is kept.
         law[whole] = p * a * tries + (best * p * (1 - a) / equal if equal else 0.0)
     return law
+
+
+def stars_law(params: StarsParams, world: World = LETTER) -> Law:
+    """The law of responses of STARS, where the target is a number."""
+    target, total = float(params.target_reward or 0), params.max_tokens
+    start = (1 - params.alpha) * world.reward("") + params.alpha * target
+
+    def step(done: Tokens) -> Law:
+        table = []
+        length = min(params.segment_length, total - len(done))
+        for segment, p in segments(done, length, params.temperature, world):
+            whole = done + segment
+            reward = world.reward(text(whole))
+            tau = min(target, start + (target - start) * len(whole) / total)
+            table.append((whole, p, reward, min(1.0, math.exp((reward - tau) / params.beta))))
+        return first_to_pass(table, params.max_attempts)
+
+    return law_of(step, total)
