@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -41,11 +42,11 @@ def log(
     LOGGER.log(level, event, exc_info=error, extra={_FIELDS: fields})
 
 
-def configure_logs() -> None:
-    """Have this package and uvicorn write JSON lines to standard error."""
+def configure_logs(names: Sequence[str] = ("stars_fast", "uvicorn")) -> None:
+    """Have this package and uvicorn, or the loggers of these names, write JSON lines to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    for name in ("stars_fast", "uvicorn"):
+    for name in names:
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.setLevel(logging.INFO)

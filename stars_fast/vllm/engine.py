@@ -1,0 +1,228 @@
+"""The engine whose language model is vLLM's, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Mapping
+from random import SystemRandom
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from stars_fast.config import TemplateLike
+from stars_fast.models.load import load_tokenizer
+from stars_fast.params import StarsParams
+from stars_fast.prompts import Prompt, PromptReader
+from stars_fast.remote.base import CallEngine
+from stars_fast.reward_head import RewardHeadLike
+from stars_fast.rewards.load import RewardModelLike, load_scorer
+from stars_fast.rewards.persona import Persona
+from stars_fast.text.chats import checked_kwargs
+from stars_fast.vllm.callers import AsyncCaller, BatchCaller
+
+if TYPE_CHECKING:
+    from vllm import LLM
+    from vllm.engine.protocol import EngineClient
+
+
+class StarsLLM(CallEngine):
+    """`Engine` with the language model in an engine of vLLM in this process.
+
+    vLLM draws segments by token ids, with its batching and its prefix cache; the scheduler, the
+    accept tests and the reward model are ours. Everything else is as in `Engine`: `generate`,
+    `calibrate`, `add_request`, `step`, `abort`, `score`, and `AsyncEngine` on top.
+
+    The methods are those of `RemoteEngine`; segments end by length.
+
+    Parameters
+    ----------
+    llm
+        A `vllm.LLM`, or an `EngineClient` such as `AsyncLLM`. It stays the caller's, who may use it
+        for other requests: an `AsyncLLM` at any time, an `LLM` between two calls of this engine.
+    reward_model
+        As for `Engine`, except a `Persona`; or a `RemoteReward`, such as vLLM's pooling server.
+    loop
+        The event loop that an `AsyncLLM` runs on, which must not be the one that this engine is
+        called on. None: one of its own on a thread, for an `AsyncLLM` that was made where no event
+        loop ran.
+    tokenizer
+        The language model's, or its directory or hub id; None: vLLM's `model_config.tokenizer`.
+    logprobs
+        Ask vLLM for the log-probabilities of the tokens drawn; otherwise
+        `CompletionOutput.logprobs` stay empty.
+    seed
+        See `RemoteEngine`.
+    max_rows, overlap_scoring
+        See `RemoteEngine`.
+    chat_template_kwargs, parse_special, trust_remote_code
+        See `Engine`.
+    reward_template, reward_head, reward_tokenizer, reward_num_pages, reward_timeout, dtype,
+    allow_pickle
+        Options of the reward model, see `Engine`.
+    reward_device
+        Device of the reward model. vLLM takes most of the memory of its own GPUs.
+
+    Raises
+    ------
+    ValueError
+        A parameter is out of range.
+    """
+
+    def __init__(
+        self,
+        llm: LLM | EngineClient,
+        reward_model: RewardModelLike | None = None,
+        *,
+        loop: asyncio.AbstractEventLoop | None = None,
+        tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
+        logprobs: bool = True,
+        seed: int | None = 0,
+        max_rows: int = 256,
+        overlap_scoring: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        reward_template: TemplateLike = None,
+        reward_head: RewardHeadLike = None,
+        reward_tokenizer: PreTrainedTokenizerBase | None = None,
+        reward_device: str | torch.device = "cpu",
+        reward_num_pages: int | None = None,
+        reward_timeout: float | None = None,
+        dtype: str | torch.dtype = "auto",
+        parse_special: bool = False,
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
+    ) -> None:
+        if max_rows < 1:
+            raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+        if seed is not None and not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be None or in [0, 2**64), got {seed}")
+        if reward_timeout is not None and not reward_timeout > 0:
+            raise ValueError(f"reward_timeout must be above 0 or None, got {reward_timeout}")
+        if chat_template_kwargs is not None:
+            checked_kwargs(chat_template_kwargs)
+        if isinstance(reward_model, Persona):
+            raise ValueError("reward_model must not be a Persona: the judging model is not here")
+        model = llm.model_config
+        if tokenizer is None:
+            tokenizer = model.tokenizer
+        if isinstance(tokenizer, str | os.PathLike):
+            tokenizer = load_tokenizer(os.fspath(tokenizer), trust_remote_code=trust_remote_code)
+        assert isinstance(tokenizer, PreTrainedTokenizerBase)
+        scorer = None
+        if reward_model is not None:
+            scorer = load_scorer(
+                reward_model,
+                lm_tokenizer=tokenizer,
+                reward_tokenizer=reward_tokenizer,
+                device=reward_device,
+                dtype=dtype,
+                template=reward_template,
+                head=reward_head,
+                num_pages=reward_num_pages,
+                max_rows=max_rows,
+                parse_special=parse_special,
+                trust_remote_code=trust_remote_code,
+                allow_pickle=allow_pickle,
+                timeout=reward_timeout,
+            )
+        self._max_length = int(model.max_model_len)
+        vocab_size = int(model.get_vocab_size())
+        self._most_logprobs = vocab_size if model.max_logprobs == -1 else model.max_logprobs
+        self._with_logprobs = logprobs
+        self._own_loop: _LoopThread | None = None
+        if hasattr(llm, "llm_engine"):
+            if loop is not None:
+                raise ValueError("loop must be None with a vllm.LLM, which has none")
+            caller: AsyncCaller | BatchCaller = BatchCaller(llm, logprobs=logprobs)
+        else:
+            if loop is None:
+                self._own_loop = _LoopThread()
+                loop = self._own_loop.loop
+            caller = AsyncCaller(llm, loop, logprobs=logprobs)
+        self._calls = caller.stats
+        end = tokenizer.eos_token_id
+        super().__init__(
+            PromptReader(
+                tokenizer,
+                vocab_size,
+                self._max_length,
+                chat_template_kwargs,
+                parse_special=parse_special,
+            ),
+            caller,
+            _ids_so_far,
+            scorer,
+            tokenizer,
+            tokenizer=tokenizer,
+            eos_ids=() if end is None else (int(end),),
+            vocab_size=vocab_size,
+            seed=SystemRandom().getrandbits(64) if seed is None else seed,
+            seeded=seed is not None,
+            max_rows=max_rows,
+            overlap_scoring=overlap_scoring,
+            rows_at_once=64,
+        )
+
+    @property
+    def max_length(self) -> int:
+        """The language model's context in tokens."""
+        return self._max_length
+
+    def stats(self) -> dict[str, float]:
+        """Return counters as `Engine.stats` does.
+
+        The counts of pages belong to no cache; ``lm_calls`` are calls. In addition
+        ``call_prompt_tokens``, the tokens of the calls' prompts, and ``call_cached_tokens``, those
+        of them that vLLM's prefix cache had.
+        """
+        return {
+            **super().stats(),
+            "call_prompt_tokens": self._calls.prompt_tokens,
+            "call_cached_tokens": self._calls.cached_tokens,
+        }
+
+    def close(self) -> None:
+        """End the thread of its own event loop, if there is one; vLLM's engine goes on."""
+        super().close()
+        if self._own_loop is not None:
+            self._own_loop.close()
+
+    def __enter__(self) -> StarsLLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _resolve(self, params: StarsParams) -> StarsParams:
+        """Check the parameters against vLLM, then as every `CallEngine` does."""
+        params = super()._resolve(params)
+        if params.top_logprobs > self._most_logprobs:
+            raise ValueError(
+                f"top_logprobs must be at most vLLM's max_logprobs, {self._most_logprobs}, got "
+                f"{params.top_logprobs}"
+            )
+        return params
+
+
+class _LoopThread:
+    """An event loop on a thread of its own."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self.loop.run_forever, name="stars-fast-vllm", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread; what still runs on the loop is left unfinished."""
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join()
+            self.loop.close()
+
+
+def _ids_so_far(prompt: Prompt, committed: list[int]) -> list[int]:
+    return prompt.token_ids + committed
