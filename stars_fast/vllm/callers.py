@@ -140,8 +140,8 @@ class BatchCaller:
     def run(self, calls: Sequence[Call]) -> Iterable[list[Drawn] | Exception]:
         """Make calls, see `Caller`."""
         prompts = [{"prompt_token_ids": call.prompt} for call in calls]
-        params = [sampling_params(call, logprobs=self._logprobs) for call in calls]
         try:
+            params = [sampling_params(call, logprobs=self._logprobs) for call in calls]
             outputs = self._llm.generate(prompts, params, use_tqdm=False)
         except Exception as error:  # noqa: BLE001 - of a call that vLLM refuses
             if len(calls) == 1:
@@ -171,6 +171,7 @@ def sampling_params(call: Call, *, logprobs: bool) -> SamplingParams:
         logprobs=params.top_logprobs if logprobs or params.top_logprobs else None,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,  # no other call has them
         **_VLLM.sampling(params, call.position, call.wanted),
     )
 

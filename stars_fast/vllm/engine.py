@@ -55,8 +55,11 @@ class StarsLLM(CallEngine):
         `CompletionOutput.logprobs` stay empty.
     seed
         See `RemoteEngine`.
-    max_rows, overlap_scoring
+    max_rows
         See `RemoteEngine`.
+    overlap_scoring
+        Draw for one half of the requests while the other half is scored. It halves vLLM's batches,
+        and so pays only where scoring takes as long as drafting.
     chat_template_kwargs, parse_special, trust_remote_code
         See `Engine`.
     reward_template, reward_head, reward_tokenizer, reward_num_pages, reward_timeout, dtype,
@@ -81,7 +84,7 @@ class StarsLLM(CallEngine):
         logprobs: bool = True,
         seed: int | None = 0,
         max_rows: int = 256,
-        overlap_scoring: bool = True,
+        overlap_scoring: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         reward_template: TemplateLike = None,
         reward_head: RewardHeadLike = None,

@@ -40,7 +40,7 @@ class PluginOptions(BaseModel):
     logprobs: bool = True
     seed: int | None = Field(0, ge=0, lt=2**64)
     max_rows: int = Field(256, ge=1)
-    overlap_scoring: bool = True
+    overlap_scoring: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     parse_special: bool = False
     trust_remote_code: bool = False

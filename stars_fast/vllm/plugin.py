@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.server.app import create_app
 from stars_fast.server.errors import ApiError
-from stars_fast.server.logs import configure_logs
+from stars_fast.server.logs import configure_logs, log
 from stars_fast.vllm.engine import StarsLLM
 from stars_fast.vllm.options import PluginOptions, options_from
 
@@ -89,9 +89,9 @@ class StarsPlugin:
         self._engine = AsyncEngine(await asyncio.to_thread(made), **options.queue_options())
         names = args.served_model_name or [args.model]
         configure_logs(("stars_fast",))
-        self._app = create_app(
-            self._engine, options.server_settings(str(names[0]), _api_keys(args))
-        )
+        settings = options.server_settings(str(names[0]), _api_keys(args))
+        self._app = create_app(self._engine, settings)
+        log("started", model=settings.model_name, path=PATH)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._app is not None:
@@ -104,6 +104,7 @@ class StarsPlugin:
         if self._engine is not None:
             assert self._options is not None
             await self._engine.drain(self._options.drain_timeout)
+            log("stopped")
 
 
 def _engine(

@@ -43,11 +43,13 @@ def letter_engine(reward: Any = reward_model, model: Any = None, **options: Any)
 
 
 @cache
-def next_probs(tokens: Tokens, temperature: float = 1.0, prompt: str = PROMPT) -> list[float]:
+def next_probs(
+    tokens: Tokens, temperature: float = 1.0, prompt: str = PROMPT, head_dim: int = 8
+) -> list[float]:
     """The model's probability of each letter after the prompt and the tokens."""
     before = [LETTERS.index(c) for c in prompt]
     with torch.no_grad():
-        logits = letter_model()(torch.tensor([[*before, *tokens]])).logits[0, -1].double()
+        logits = letter_model(head_dim)(torch.tensor([[*before, *tokens]])).logits[0, -1].double()
     probs: list[float] = torch.softmax(logits / temperature, -1).tolist()
     return probs
 

@@ -78,7 +78,7 @@ def test_matches_the_closed_form() -> None:
 
 
 def test_draws_depend_on_the_request_alone() -> None:
-    with engine_on(LetterClient()) as one, engine_on(LetterLLM(), overlap_scoring=False) as other:
+    with engine_on(LetterClient()) as one, engine_on(LetterLLM(), overlap_scoring=True) as other:
         params = replace(STARS, max_tokens=8, seed=5)
         first = one.generate(PROMPTS, params, use_tqdm=False)
         again = other.generate(PROMPTS[::-1], replace(params, candidates=3), use_tqdm=False)
