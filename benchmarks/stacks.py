@@ -268,7 +268,7 @@ def _server(options: argparse.Namespace, reward: str) -> Iterator[tuple[str, int
         "params": {"target_reward": 0.0},
     }
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
+        log = options.log or Path(folder) / "log"
         flags = ["--max-model-len", "512", "--block-size", str(options.block_size)]
         with vllm_server(str(options.model), log, own, flags) as found:
             yield found
@@ -289,6 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--block-size", type=number(int, low=1), default=32, help="of vLLM's cache, in tokens")
     add("--logprobs", action=argparse.BooleanOptionalAction, default=True, help="of the plugin")
     add("--repeats", type=number(int, low=1), default=3)
+    add("--log", type=Path, help="file for what vLLM says (default: a temporary one)")
     add("--out", type=Path, help="where to write the figures, from benchmarks/")
     return parser
 

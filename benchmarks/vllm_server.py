@@ -54,7 +54,6 @@ def vllm_server(
             command,
             stdout=stream,
             stderr=stream,
-            cwd=log.parent,
             env={**_SETTINGS, **os.environ, **ours},
         )
     url = f"http://127.0.0.1:{port}"

@@ -93,6 +93,8 @@ class AsyncEngine:
         self.tokenizer = engine.tokenizer
         #: The language model's context in tokens; None where it has no limit, or is not here.
         self.max_length = engine.max_length
+        #: Whether outputs have the log-probabilities of their tokens.
+        self.has_logprobs = engine.has_logprobs
         self._engine = engine
         self._max_running = max_running
         self._max_waiting = max_waiting

@@ -324,6 +324,11 @@ class BaseEngine(OneThread):
         """The language model's context in tokens; None where it has no limit, or is not here."""
         return None
 
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether outputs have the log-probabilities of their tokens."""
+        return True
+
     def has_unfinished(self) -> bool:
         """Whether any request is queued or running."""
         return bool(self._requests)

@@ -16,6 +16,7 @@ from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import PHASES, Loop
 from stars_fast.engine.requests import Request
 from stars_fast.methods import METHODS
+from stars_fast.outputs import RequestOutput
 from stars_fast.params import StarsParams
 from stars_fast.remote.calls import CallDrafter, Caller
 from stars_fast.rewards.base import Prompt, Scorer
@@ -51,6 +52,8 @@ class CallEngine(BatchEngine):
         As `RemoteEngine` has them.
     rows_at_once
         Rows that cost about as much as one.
+    has_logprobs
+        The calls tell the log-probabilities of their tokens.
     """
 
     def __init__(
@@ -69,7 +72,9 @@ class CallEngine(BatchEngine):
         max_rows: int,
         overlap_scoring: bool,
         rows_at_once: int,
+        has_logprobs: bool,
     ) -> None:
+        self._has_logprobs = has_logprobs
         self._drafter = CallDrafter(caller, prompt_of, self._request_of, seeded=seeded)
         scheduler = _core.Scheduler(
             num_pages=1 + _PAGES_PER_ROW * max_rows,
@@ -92,6 +97,20 @@ class CallEngine(BatchEngine):
         limits = Limits(vocab_size, max_rows, tokenizer is not None, scorer)
         super().__init__(reader, loop, limits, tokenizer=tokenizer, eos_ids=eos_ids, seed=seed)
 
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether outputs have the log-probabilities of their tokens."""
+        return self._has_logprobs
+
+    def step(self) -> list[RequestOutput]:
+        """Run one round, see `Engine.step`."""
+        return [self._shown(output) for output in super().step()]
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Stop a request, see `Engine.abort`."""
+        output = super().abort(request_id)
+        return None if output is None else self._shown(output)
+
     def interrupt(self, request_id: str) -> None:
         """Let calls of a request fail at once where they can be, see `BaseEngine.interrupt`."""
         self._drafter.interrupt(request_id)
@@ -102,6 +121,12 @@ class CallEngine(BatchEngine):
 
     def _request_of(self, handle: int) -> Request:
         return self._owners[handle]
+
+    def _shown(self, output: RequestOutput) -> RequestOutput:
+        """Leave out what is not known."""
+        if self._has_logprobs:
+            return output
+        return replace(output, outputs=[replace(one, logprobs=[]) for one in output.outputs])
 
     def _resolve(self, params: StarsParams) -> StarsParams:
         """Check the parameters against what calls can do, then as `Engine` does."""

@@ -15,7 +15,7 @@ from stars_fast.config import TemplateLike
 from stars_fast.engine.base import Reader
 from stars_fast.engine.requests import Request
 from stars_fast.models.load import load_tokenizer
-from stars_fast.outputs import CompletionOutput, RequestOutput
+from stars_fast.outputs import RequestOutput
 from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptReader
 from stars_fast.remote.base import CallEngine
@@ -218,16 +218,8 @@ class RemoteEngine(CallEngine):
             max_rows=max_rows,
             overlap_scoring=overlap_scoring,
             rows_at_once=max_concurrency,
+            has_logprobs=False,
         )
-
-    def step(self) -> list[RequestOutput]:
-        """Run one round, see `Engine.step`."""
-        return [self._shown(output) for output in super().step()]
-
-    def abort(self, request_id: str) -> RequestOutput | None:
-        """Stop a request, see `Engine.abort`; a call under way is not cancelled."""
-        output = super().abort(request_id)
-        return None if output is None else self._shown(output)
 
     def stats(self) -> dict[str, float]:
         """Return counters as `Engine.stats` does.
@@ -273,12 +265,10 @@ class RemoteEngine(CallEngine):
 
     def _shown(self, output: RequestOutput) -> RequestOutput:
         """Leave out what is not known: log-probabilities, and ids that stand for texts."""
+        output = super()._shown(output)
         if self._by_tokens:
-            outputs = [replace(one, logprobs=[]) for one in output.outputs]
-            return replace(output, outputs=outputs)
-        texts: list[CompletionOutput] = [
-            replace(one, token_ids=[], logprobs=[]) for one in output.outputs
-        ]
+            return output
+        texts = [replace(one, token_ids=[]) for one in output.outputs]
         return replace(output, prompt_token_ids=[], outputs=texts)
 
 

@@ -133,7 +133,6 @@ class StarsLLM(CallEngine):
         self._max_length = int(model.max_model_len)
         vocab_size = int(model.get_vocab_size())
         self._most_logprobs = vocab_size if model.max_logprobs == -1 else model.max_logprobs
-        self._with_logprobs = logprobs
         self._own_loop: _LoopThread | None = None
         if hasattr(llm, "llm_engine"):
             if loop is not None:
@@ -166,6 +165,7 @@ class StarsLLM(CallEngine):
             max_rows=max_rows,
             overlap_scoring=overlap_scoring,
             rows_at_once=64,
+            has_logprobs=logprobs,
         )
 
     @property

@@ -108,6 +108,19 @@ def test_answers_are_those_of_our_server() -> None:
     run(test)
 
 
+def test_without_logprobs_nobody_can_ask_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STARS_OPTIONS", json.dumps({**OPTIONS, "logprobs": False}))
+
+    async def test() -> None:
+        async with served(LetterClient()) as http:
+            assert (await http.post("/v1/completions", json=BODY)).status_code == 200
+            refused = await http.post("/v1/completions", json={**BODY, "logprobs": 0})
+            assert refused.status_code == 400
+            assert "keeps none" in refused.json()["error"]["message"]
+
+    run(test)
+
+
 def test_a_chat_reads_the_template_of_vllm(tmp_path: Path) -> None:
     template = tmp_path / "chat.jinja"
     template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
