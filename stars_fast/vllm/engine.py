@@ -71,7 +71,8 @@ class StarsLLM(CallEngine):
     Raises
     ------
     ValueError
-        A parameter is out of range.
+        A parameter is out of range, or vLLM runs on a CPU with chunked prefill: its engine (0.32)
+        dies there when it splits the prompt of a request that has a seed.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class StarsLLM(CallEngine):
             checked_kwargs(chat_template_kwargs)
         if isinstance(reward_model, Persona):
             raise ValueError("reward_model must not be a Persona: the judging model is not here")
+        _check_seeds(llm)
         model = llm.model_config
         if tokenizer is None:
             tokenizer = model.tokenizer
@@ -225,6 +227,21 @@ class _LoopThread:
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join()
             self.loop.close()
+
+
+def _check_seeds(llm: LLM | EngineClient) -> None:
+    """Refuse the one setting in which a call with a seed ends vLLM's engine.
+
+    `GPUModelRunner._bookkeeping_sync` sets the generator of a split prompt back by `set_offset`,
+    which a CPU's generator does not have.
+    """
+    config = (llm.llm_engine if hasattr(llm, "llm_engine") else llm).vllm_config
+    chunked = config.scheduler_config.enable_chunked_prefill
+    if chunked and config.device_config.device_type == "cpu":
+        raise ValueError(
+            "vLLM on a CPU fails when it splits the prompt of a request with a seed: start it with "
+            "--no-enable-chunked-prefill, or LLM(enable_chunked_prefill=False)"
+        )
 
 
 def _ids_so_far(prompt: Prompt, committed: list[int]) -> list[int]:

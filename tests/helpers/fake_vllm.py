@@ -33,6 +33,14 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm.sampling_params", params)
 
 
+def vllm_config(device: str = "cuda", *, chunked: bool = True) -> Any:
+    """Return what is looked at of vLLM's configuration."""
+    return SimpleNamespace(
+        scheduler_config=SimpleNamespace(enable_chunked_prefill=chunked),
+        device_config=SimpleNamespace(device_type=device),
+    )
+
+
 class ModelConfig(SimpleNamespace):
     """Of the letters."""
 
@@ -48,6 +56,7 @@ class LetterClient:
     """
 
     hold: asyncio.Event | None = None
+    vllm_config: Any = field(default_factory=vllm_config)
     calls: list[SamplingParams] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     model_config: ModelConfig = field(
@@ -74,7 +83,7 @@ class LetterLLM:
     """A `vllm.LLM`."""
 
     def __init__(self) -> None:
-        self.llm_engine = None
+        self.llm_engine = SimpleNamespace(vllm_config=vllm_config())
         self.model_config = LetterClient().model_config
 
     def generate(self, prompts: Any, params: Any, *, use_tqdm: bool) -> list[Any]:

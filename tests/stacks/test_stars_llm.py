@@ -150,6 +150,13 @@ def test_constructor() -> None:
             options["loop"].close()
 
 
+def test_chunked_prefill_on_a_cpu_is_refused() -> None:
+    """It would end vLLM's engine, for all who use it."""
+    with pytest.raises(ValueError, match="start it with --no-enable-chunked-prefill"):
+        StarsLLM(LetterClient(vllm_config=fake_vllm.vllm_config("cpu")))
+    StarsLLM(LetterClient(vllm_config=fake_vllm.vllm_config("cpu", chunked=False))).close()
+
+
 def test_rounds_on_the_event_loop_of_the_engine_are_refused() -> None:
     async def run() -> None:
         with engine_on(LetterClient(), loop=asyncio.get_running_loop()) as engine:
