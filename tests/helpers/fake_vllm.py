@@ -61,7 +61,7 @@ class LetterClient:
     aborted: list[str] = field(default_factory=list)
     model_config: ModelConfig = field(
         default_factory=lambda: ModelConfig(
-            tokenizer=letter_tokenizer(), max_model_len=64, max_logprobs=2
+            tokenizer=letter_tokenizer(), max_model_len=64, max_logprobs=3
         )
     )
 
@@ -116,7 +116,7 @@ def _completion(index: int, prompt: list[int], params: SamplingParams, rng: rand
         else:
             ids += rng.choices(range(len(probs)), [p ** (1 / params.temperature) for p in probs])
         if params.logprobs is not None:
-            shown = {ids[-1]: 0} | dict.fromkeys(order[: params.logprobs], 0)
+            shown = {ids[-1]: 0} | dict.fromkeys(order[: params.logprobs][::-1], 0)
             logprobs.append(
                 {
                     token: SimpleNamespace(

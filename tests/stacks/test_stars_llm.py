@@ -24,7 +24,7 @@ from stars_fast.vllm import StarsLLM
 
 PROMPTS = ["ab", "ba", "bab"]
 GREEDY = StarsParams(
-    method="vanilla", temperature=0.0, top_k=0, segment_length=3, max_tokens=12, top_logprobs=2
+    method="vanilla", temperature=0.0, top_k=0, segment_length=3, max_tokens=12, top_logprobs=3
 )
 STARS = StarsParams(
     segment_length=2,
@@ -124,7 +124,7 @@ def test_a_request_that_fails_harms_no_neighbour(made: Any) -> None:
         ({"segment_end": "clause"}, "segment_end must be 'length' with StarsLLM"),
         ({"guided": {"regex": "a+"}}, "guided must be None with StarsLLM"),
         ({"presence_penalty": 0.5}, "presence_penalty must be 0.0 with StarsLLM where"),
-        ({"top_logprobs": 3}, "top_logprobs must be at most vLLM's max_logprobs, 2, got 3"),
+        ({"top_logprobs": 4}, "top_logprobs must be at most vLLM's max_logprobs, 3, got 4"),
         ({"top_k": 5}, "top_k must be at most the vocabulary, 4"),
         ({"max_tokens": 63}, "64"),
     ],
