@@ -47,7 +47,7 @@ class StarsLLM(CallEngine):
     loop
         The event loop that an `AsyncLLM` runs on, which must not be the one that this engine is
         called on. None: one of its own on a thread, for an `AsyncLLM` that was made where no event
-        loop ran.
+        loop ran, and that nobody uses after `close`.
     tokenizer
         The language model's, or its directory or hub id; None: vLLM's `model_config.tokenizer`.
     logprobs
@@ -189,7 +189,7 @@ class StarsLLM(CallEngine):
         }
 
     def close(self) -> None:
-        """End the thread of its own event loop, if there is one; vLLM's engine goes on."""
+        """End its own event loop, if there is one; vLLM's engine is left as it is."""
         super().close()
         if self._own_loop is not None:
             self._own_loop.close()
@@ -222,11 +222,21 @@ class _LoopThread:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread; what still runs on the loop is left unfinished."""
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.loop.stop)
-            self._thread.join()
-            self.loop.close()
+        """Cancel what runs on the loop, and end the thread."""
+        if self.loop.is_closed():
+            return
+        asyncio.run_coroutine_threadsafe(_cancel_others(), self.loop).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+
+async def _cancel_others() -> None:
+    """Cancel the other tasks of this loop: calls, and an `AsyncLLM`'s reader of outputs."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def _check_seeds(llm: LLM | EngineClient) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -155,6 +156,32 @@ def test_chunked_prefill_on_a_cpu_is_refused() -> None:
     with pytest.raises(ValueError, match="start it with --no-enable-chunked-prefill"):
         StarsLLM(LetterClient(vllm_config=fake_vllm.vllm_config("cpu")))
     StarsLLM(LetterClient(vllm_config=fake_vllm.vllm_config("cpu", chunked=False))).close()
+
+
+def test_a_loop_of_its_own_ends_with_what_runs_on_it() -> None:
+    """An `AsyncLLM` has a task there that reads outputs."""
+    ended = threading.Event()
+
+    class Reading(LetterClient):
+        reader: asyncio.Task[None] | None = None
+
+        async def read(self) -> None:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                ended.set()
+
+        async def generate(self, *call: Any) -> AsyncIterator[Any]:
+            self.reader = self.reader or asyncio.ensure_future(self.read())
+            async for output in super().generate(*call):
+                yield output
+
+    with engine_on(Reading()) as engine:
+        (output,) = engine.generate("ab", STARS, use_tqdm=False)
+        assert output.error is None
+        assert not ended.is_set()
+    assert ended.is_set()
+    engine.close()  # once more
 
 
 def test_rounds_on_the_event_loop_of_the_engine_are_refused() -> None:
