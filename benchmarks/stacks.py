@@ -41,6 +41,7 @@ from stars_fast.benchmarks.flags import number
 from stars_fast.benchmarks.measure import header
 from stars_fast.benchmarks.vllm_server import vllm_server
 from stars_fast.engine.async_engine import AsyncEngine
+from stars_fast.tables import markdown_table
 
 HERE = Path(__file__).resolve().parent
 WAYS = ("remote", "remote, whole rounds", "plugin")
@@ -245,6 +246,27 @@ def _summary(turns: list[Turn]) -> dict[str, float]:
         "computed_per_accepted": sum(turn.computed for turn in turns) / tokens,
         "first_segment_seconds": float(np.median([s for turn in turns for s in turn.first])),
     }
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """Return the table of a record, as docs/stacks.md has it."""
+    headings = (
+        *("way", "accepted tokens/s (range)", "processor ms a token"),
+        *("computed a token", "first segment, s"),
+    )
+    return markdown_table(
+        headings,
+        [
+            (
+                f"`{way}`",
+                f"{one['tokens_per_second']:.0f} ({one['lowest']:.0f} to {one['highest']:.0f})",
+                f"{one['processor_ms_per_token']:.1f}",
+                f"{one['computed_per_accepted']:.2f}",
+                f"{one['first_segment_seconds']:.1f}",
+            )
+            for way, one in record["ways"].items()
+        ],
+    )
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
