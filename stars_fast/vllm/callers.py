@@ -168,7 +168,7 @@ def sampling_params(call: Call, *, logprobs: bool) -> SamplingParams:
         n=len(call.rows),
         seed=call.seed,
         max_tokens=call.wanted,
-        logprobs=params.top_logprobs if logprobs or params.top_logprobs else None,
+        logprobs=params.top_logprobs if logprobs else None,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
         skip_clone=True,  # no other call has them

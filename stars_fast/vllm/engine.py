@@ -203,6 +203,10 @@ class StarsLLM(CallEngine):
     def _resolve(self, params: StarsParams) -> StarsParams:
         """Check the parameters against vLLM, then as every `CallEngine` does."""
         params = super()._resolve(params)
+        if params.top_logprobs and not self.has_logprobs:
+            raise ValueError(
+                f"top_logprobs must be 0 with StarsLLM(logprobs=False), got {params.top_logprobs}"
+            )
         if params.top_logprobs > self._most_logprobs:
             raise ValueError(
                 f"top_logprobs must be at most vLLM's max_logprobs, {self._most_logprobs}, got "

@@ -95,6 +95,11 @@ def test_what_vllm_is_asked_for() -> None:
     with engine_on(client, logprobs=False, seed=None) as engine:
         (output,) = engine.generate("ab", replace(params, candidates=2), use_tqdm=False)
     assert output.outputs[0].logprobs == []
+    with (
+        engine_on(LetterLLM(), logprobs=False) as engine,
+        pytest.raises(ValueError, match="must be 0"),
+    ):
+        engine.add_request("a", "ab", GREEDY)
     asked = vars(client.calls[0])
     assert options.items() <= asked.items()
     assert asked["stop_token_ids"] == [1]
