@@ -15,9 +15,9 @@ from concurrent import futures
 from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Literal, TypeVar
 
-from stars_fast.engine import Engine
+from stars_fast.engine.batches import BatchEngine
 from stars_fast.engine.readers import ReaderThreads
 from stars_fast.engine.streams import Outbox, RequestStream
 from stars_fast.errors import DeadlineError, EngineStoppedError, QueueFullError
@@ -75,7 +75,7 @@ class AsyncEngine:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: BatchEngine,
         *,
         max_running: int | None = None,
         max_waiting: int = 256,
@@ -96,6 +96,8 @@ class AsyncEngine:
         self.tokenizer = engine.tokenizer
         #: The language model's context in tokens; None where it has no limit, or is not here.
         self.max_length = engine.max_length
+        #: Whether outputs have the log-probabilities of their tokens.
+        self.has_logprobs = engine.has_logprobs
         self._engine = engine
         self._max_running = max_running
         self._max_waiting = max_waiting
@@ -108,6 +110,8 @@ class AsyncEngine:
         self._readers = ReaderThreads(together=bool(getattr(engine.tokenizer, "is_fast", True)))
         # Ids of requests that are unfinished, as the callers see them.
         self._open: set[str] = set()
+        # Of those, the ones that a round under way was asked to stop.
+        self._interrupted: set[str] = set()
         self._lock = threading.Lock()
         self._refuses = False
         # Whose prompts are being read: the engine's thread takes out what `submit` puts in.
@@ -191,7 +195,7 @@ class AsyncEngine:
                 name,
                 prompt,
                 params or StarsParams(),
-                lambda: self._commands.put(partial(self._abort_stream, stream)),
+                lambda: self._ask_abort(name, partial(self._abort_stream, stream)),
                 timeout,
             )
             self._open.add(name)
@@ -200,7 +204,7 @@ class AsyncEngine:
             self._readers.put(partial(self._read, stream), prompt)
         return stream
 
-    async def call(self, work: Callable[[Engine], T], timeout: float | None = None) -> T:
+    async def call(self, work: Callable[[BatchEngine], T], timeout: float | None = None) -> T:
         """Do something with the engine between two rounds, and return what that gives.
 
         Parameters
@@ -220,7 +224,7 @@ class AsyncEngine:
         return await self._call(work, timeout, self._commands.put)
 
     async def read(
-        self, work: Callable[[Engine], T], prompt: object, timeout: float | None = None
+        self, work: Callable[[BatchEngine], T], prompt: object, timeout: float | None = None
     ) -> T:
         """Do something with the engine's tokenizer beside the rounds, and return what that gives.
 
@@ -242,7 +246,7 @@ class AsyncEngine:
 
     async def _call(
         self,
-        work: Callable[[Engine], T],
+        work: Callable[[BatchEngine], T],
         timeout: float | None,
         put: Callable[[Callable[[], None]], None],
     ) -> T:
@@ -276,7 +280,7 @@ class AsyncEngine:
         May be called from any thread. The pages are free after the round under way; an unknown id
         is ignored.
         """
-        self._commands.put(partial(self._abort, request_id))
+        self._ask_abort(request_id, partial(self._abort, request_id))
 
     async def drain(self, timeout: float | None = None) -> None:
         """Refuse further requests, wait for the others, then end the thread.
@@ -290,7 +294,7 @@ class AsyncEngine:
         ended = asyncio.wrap_future(self._ended)
         done, _ = await asyncio.wait([ended], timeout=timeout)
         if not done:
-            self._commands.put(self._abort_all)
+            self._ask_abort_all()
             await asyncio.wait([ended], timeout=_LAST_ROUND_SECONDS)
 
     def close(self, timeout: float | None = None) -> None:
@@ -302,7 +306,7 @@ class AsyncEngine:
         if self._forked:
             return
         self._refuse()
-        self._commands.put(self._abort_all)
+        self._ask_abort_all()
         self._commands.put(self._end_when_idle)
         self._thread.join(timeout)
 
@@ -473,6 +477,25 @@ class AsyncEngine:
             else:
                 self._running[name] = stream
 
+    def _ask_abort(self, request_id: str, abort: Callable[[], None]) -> None:
+        """Abort a request after the round under way, which need draw no more for it."""
+        self._commands.put(abort)
+        self._interrupt(request_id)
+
+    def _ask_abort_all(self) -> None:
+        self._commands.put(self._abort_all)
+        with self._lock:
+            names = [*self._open]
+        for name in names:
+            self._interrupt(name)
+
+    def _interrupt(self, request_id: str) -> None:
+        with self._lock:
+            if request_id not in self._open:
+                return
+            self._interrupted.add(request_id)
+        self._engine.interrupt(request_id)
+
     def _abort_stream(self, stream: RequestStream) -> None:
         # Its id may be another request's by now.
         name = stream.request_id
@@ -516,7 +539,8 @@ class AsyncEngine:
         for output in outputs:
             stream = self._running.get(output.request_id)
             if stream is not None:
-                self._pass_on(stream, output)
+                stopped = output.error is not None and output.request_id in self._interrupted
+                self._pass_on(stream, _ended(output, "abort") if stopped else output)
         self._admit()
 
     def _pass_on(self, stream: RequestStream, output: RequestOutput) -> None:
@@ -533,9 +557,7 @@ class AsyncEngine:
         for name, stream in list(self._running.items()):
             output = self._engine.abort(name)
             if output is not None:
-                for completion in output.outputs:
-                    completion.finish_reason = "error"
-                self._pass_on(stream, replace(output, finished=True, error=reason))
+                self._pass_on(stream, _ended(output, "error", reason))
         self._admit()
 
     def _fail(self, stream: RequestStream, error: Exception) -> None:
@@ -545,6 +567,7 @@ class AsyncEngine:
     def _forget(self, stream: RequestStream) -> None:
         with self._lock:
             self._open.discard(stream.request_id)
+            self._interrupted.discard(stream.request_id)
 
     def _refresh_stats(self, *, idle: bool) -> None:
         now = time.monotonic()
@@ -557,3 +580,14 @@ def _harmless(error: BaseException) -> Exception:
     if isinstance(error, Exception):
         return error
     return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _ended(
+    output: RequestOutput, how: Literal["abort", "error"], reason: str | None = None
+) -> RequestOutput:
+    """Return the output of a request that was stopped halfway; responses that are whole stay so."""
+    outputs = [
+        one if one.finish_reason in ("stop", "length") else replace(one, finish_reason=how)
+        for one in output.outputs
+    ]
+    return replace(output, outputs=outputs, finished=True, error=reason)

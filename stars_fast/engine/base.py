@@ -236,6 +236,13 @@ class BaseEngine(OneThread):
         request.unchosen = False
         return request.to_output()
 
+    def interrupt(self, request_id: str) -> None:
+        """Have what a round under way draws for a request fail, where it can be; from any thread.
+
+        A request that this reaches has an `error` when the round ends; `abort` it all the same.
+        Where a round cannot be reached into, this does nothing.
+        """
+
     @one_thread
     def reset_prefix_cache(self) -> None:
         """Forget the cached pages of finished prompts; call it when weights have changed.
@@ -321,6 +328,11 @@ class BaseEngine(OneThread):
     def max_length(self) -> int | None:
         """The language model's context in tokens; None where it has no limit, or is not here."""
         return None
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether outputs have the log-probabilities of their tokens."""
+        return True
 
     def has_unfinished(self) -> bool:
         """Whether any request is queued or running."""

@@ -11,21 +11,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from stars_fast import _core
 from stars_fast.config import Combine, TemplateLike, check_combine
 from stars_fast.engine.base import Reader
-from stars_fast.engine.batches import BatchEngine
-from stars_fast.engine.clock import PhaseClock
-from stars_fast.engine.limits import Limits
-from stars_fast.engine.loop import PHASES, Loop
 from stars_fast.engine.requests import Request
-from stars_fast.methods import METHODS
 from stars_fast.models.load import load_tokenizer
-from stars_fast.outputs import CompletionOutput, RequestOutput
+from stars_fast.outputs import RequestOutput
 from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptReader
+from stars_fast.remote.base import CallEngine
+from stars_fast.remote.caller import CompletionsCaller
 from stars_fast.remote.completions import Completions
-from stars_fast.remote.drafter import RemoteDrafter
 from stars_fast.remote.history import History, TextHistory, TokenHistory
 from stars_fast.remote.http import Endpoint, RemoteError
 from stars_fast.remote.prompts import TextPromptReader
@@ -37,18 +32,11 @@ from stars_fast.rewards.persona import Persona
 from stars_fast.text.chats import checked_kwargs
 from stars_fast.text.decoders import Decodes
 
-#: Those that need no more of a segment than its text and its number of tokens.
-BY_TEXT = tuple(method for method, kind in METHODS.items() if kind.by_text)
-
-#: The scheduler counts the pages of a cache that is not here: 16384 tokens a row.
-_PAGE_SIZE = 256
-_PAGES_PER_ROW = 64
-
 #: Size of an unknown vocabulary.
 _MOST_TOKENS = 2**31
 
 
-class RemoteEngine(BatchEngine):
+class RemoteEngine(CallEngine):
     """`Engine` with the language model on a server of OpenAI's completions API.
 
     The server draws segments, with their length as ``max_tokens``; the scheduler, the accept tests
@@ -222,49 +210,27 @@ class RemoteEngine(BatchEngine):
             with_ids=by_tokens,
             extra_body=extra_body or {},
         )
-        self._drafter = RemoteDrafter(
-            completions,
-            self._history,
-            self._request_of,
-            max_concurrency=max_concurrency,
-            # A segment that ends within a character is drawn again, with the same seed.
-            seeded=seed is not None or not by_tokens,
-        )
-        scheduler = _core.Scheduler(
-            num_pages=1 + _PAGES_PER_ROW * max_rows,
-            page_size=_PAGE_SIZE,
-            max_rows=max_rows,
-            max_prefill_tokens=2**30,
-            prefix_caching=False,
-            fixed_cost_rows=float(max_concurrency),
-            lanes=2 if overlap_scoring else 1,
+        self._caller = CompletionsCaller(
+            completions, self._history, max_concurrency=max_concurrency
         )
         end = None if tokenizer is None else tokenizer.eos_token_id
         super().__init__(
             reader,
-            Loop(
-                _NoPages(),
-                self._drafter,
-                scheduler,
-                scorer,
-                texts,
-                PhaseClock(PHASES),
-                overlap=overlap_scoring,
-            ),
-            Limits(_MOST_TOKENS, max_rows, tokenizer is not None, scorer),
+            self._caller,
+            self._history.prompt,
+            scorer,
+            texts,
             tokenizer=tokenizer,
             eos_ids=() if end is None else (int(end),),
+            vocab_size=_MOST_TOKENS,
             seed=SystemRandom().getrandbits(64) if seed is None else seed,
+            # A segment that ends within a character is drawn again, with the same seed.
+            seeded=seed is not None or not by_tokens,
+            max_rows=max_rows,
+            overlap_scoring=overlap_scoring,
+            rows_at_once=max_concurrency,
+            has_logprobs=False,
         )
-
-    def step(self) -> list[RequestOutput]:
-        """Run one round, see `Engine.step`."""
-        return [self._shown(output) for output in super().step()]
-
-    def abort(self, request_id: str) -> RequestOutput | None:
-        """Stop a request, see `Engine.abort`; a call under way is not cancelled."""
-        output = super().abort(request_id)
-        return None if output is None else self._shown(output)
 
     def stats(self) -> dict[str, float]:
         """Return counters as `Engine.stats` does.
@@ -276,12 +242,12 @@ class RemoteEngine(BatchEngine):
         return {
             **super().stats(),
             **self._endpoint.stats(),
-            "cut_characters": self._drafter.cut_characters,
+            "cut_characters": self._caller.cut_characters,
         }
 
     def close(self) -> None:
         """Close the connections; unfinished requests cannot continue."""
-        self._drafter.close()
+        super().close()
         self._endpoint.close()
 
     def __enter__(self) -> RemoteEngine:
@@ -290,21 +256,8 @@ class RemoteEngine(BatchEngine):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _request_of(self, handle: int) -> Request:
-        return self._owners[handle]
-
     def _resolve(self, params: StarsParams) -> StarsParams:
-        """Check the parameters against the server, then as `Engine` does."""
-        if not params.kind.by_text:
-            raise ValueError(
-                f"method must be one of {', '.join(map(repr, BY_TEXT))} with RemoteEngine, got "
-                f"{params.method!r}: it needs more of the model than texts"
-            )
-        if params.segment_end != "length":
-            raise ValueError(
-                f"segment_end must be 'length' with RemoteEngine, got {params.segment_end!r}: a "
-                "server ends a segment by its number of tokens"
-            )
+        """Check the parameters against the server, then as every `CallEngine` does."""
         if params.trace and not self._by_tokens:
             raise ValueError(
                 "trace needs token ids: a server that tells them, and RemoteEngine(tokenizer=...)"
@@ -315,8 +268,7 @@ class RemoteEngine(BatchEngine):
                 "tells them, and RemoteEngine(tokenizer=...)"
             )
         self._server.check(params)
-        # Stop texts are found in texts, whatever made them.
-        return replace(super()._resolve(replace(params, stop=None)), stop=params.stop)
+        return super()._resolve(params)
 
     def _drop(self, request: Request) -> None:
         super()._drop(request)
@@ -324,27 +276,11 @@ class RemoteEngine(BatchEngine):
 
     def _shown(self, output: RequestOutput) -> RequestOutput:
         """Leave out what is not known: log-probabilities, and ids that stand for texts."""
+        output = super()._shown(output)
         if self._by_tokens:
-            outputs = [replace(one, logprobs=[]) for one in output.outputs]
-            return replace(output, outputs=outputs)
-        texts: list[CompletionOutput] = [
-            replace(one, token_ids=[], logprobs=[]) for one in output.outputs
-        ]
+            return output
+        texts = [replace(one, token_ids=[]) for one in output.outputs]
         return replace(output, prompt_token_ids=[], outputs=texts)
-
-
-class _NoPages:
-    """What rounds and engine ask of a model on pages, where there are none."""
-
-    model = None
-    device = torch.device("cpu")
-    copied_bytes = 0
-
-    def copy_pages(self, *_: object) -> None:
-        """Do nothing: forks are the server's prefix cache."""
-
-    def prefill(self, *_: object) -> None:
-        """Do nothing: the server prefills."""
 
 
 def _models(endpoint: Endpoint) -> list[dict[str, Any]]:

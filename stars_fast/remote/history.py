@@ -9,24 +9,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast.params import StarsParams
+from stars_fast.remote.calls import Drawn
 from stars_fast.remote.completions import Choice
 from stars_fast.remote.http import RemoteError
 from stars_fast.rewards.base import Prompt
 from stars_fast.rewards.tokens import special_ids
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A segment as the rounds take it: its ids, and whether the last of them ends the response."""
-
-    token_ids: list[int]
-    stopped: bool
 
 
 class History(Protocol):

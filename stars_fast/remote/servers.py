@@ -76,24 +76,6 @@ class Server:
                     f"{name} must be {off!r} with server={self.name!r}, which does not take it, "
                     f"got {value!r}"
                 )
-        for name in _COUNTED_BY_CALL:
-            value = getattr(params, name)
-            if value and params.draft_length < params.max_tokens:
-                raise ValueError(
-                    f"{name} must be 0.0 with RemoteEngine where a response takes several calls "
-                    f"(segments of {params.draft_length} tokens, max_tokens={params.max_tokens}), "
-                    f"got {value!r}: a server counts the tokens of its own call"
-                )
-        if params.guided is not None:
-            raise ValueError(
-                "guided must be None with RemoteEngine: a call cannot begin in the middle of a "
-                f"grammar, got {params.guided!r}"
-            )
-        if params.bad_words:
-            raise ValueError(
-                "bad_words must be None with RemoteEngine, whose calls do not see the tokens of "
-                f"those before, got {params.bad_words!r}"
-            )
         if params.top_logprobs:
             raise ValueError(
                 f"top_logprobs must be 0 with RemoteEngine, which keeps no log-probabilities, got "

@@ -77,6 +77,8 @@ class Generation:
         self.tool_call_parser = settings.tool_call_parser
         self.tokenizer = engine.tokenizer
         self.params: StarsParams = params_of(body, settings.params, named, asked)
+        if body.wants_logprobs and not engine.has_logprobs:
+            raise ValueError("logprobs cannot be had: the engine of this server keeps none")
         self.prompts: Sequence[Any] = body.prompts()
         drawn = len(self.prompts) * self.params.n * samples_per_response(self.params)
         if drawn > settings.max_choices:

@@ -37,14 +37,17 @@ class Guard:
     app
         What comes behind.
     api_key
-        None: no key is asked for.
+        One, or several of which each will do; None: no key is asked for.
     max_body_bytes
         Longer bodies are refused.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, api_key: str | tuple[str, ...] | None, max_body_bytes: int
+    ) -> None:
         self._app = app
-        self._key = None if api_key is None else _digest(api_key)
+        keys = (api_key,) if isinstance(api_key, str) else api_key or ()
+        self._keys = [_digest(key) for key in keys]
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,12 +74,12 @@ class Guard:
         await self._app(scope, self._limited(receive), send_with_id)
 
     def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
-        if self._key is not None and asks_for_key(scope["path"]):
+        if self._keys and asks_for_key(_path(scope)):
             scheme, _, key = headers.get("authorization", "").partition(" ")
             # Digests have one length, so the time tells nothing of the key.
-            if not hmac.compare_digest(_digest(key.strip()), self._key) or (
-                scheme.lower() != "bearer"
-            ):
+            digest = _digest(key.strip())
+            known = [hmac.compare_digest(digest, own) for own in self._keys]
+            if not any(known) or scheme.lower() != "bearer":
                 return ApiError(
                     401,
                     "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'",
@@ -106,6 +109,12 @@ class Guard:
             return message
 
         return limited
+
+
+def _path(scope: Scope) -> str:
+    """Return the path within the application, which may be mounted in another one."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path.removeprefix(root) if root and path.startswith(f"{root}/") else path
 
 
 def _digest(text: str) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -41,11 +42,11 @@ def log(
     LOGGER.log(level, event, exc_info=error, extra={_FIELDS: fields})
 
 
-def configure_logs() -> None:
-    """Have this package, uvicorn and asyncio write JSON lines to standard error."""
+def configure_logs(names: Sequence[str] = ("stars_fast", "uvicorn", "asyncio")) -> None:
+    """Have loggers of these names write JSON lines to standard error; asyncio's tells of files."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    for name in ("stars_fast", "uvicorn", "asyncio"):  # asyncio's knows of lacking files
+    for name in names:
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.setLevel(logging.INFO)

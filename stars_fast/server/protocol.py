@@ -235,6 +235,11 @@ class Body(Strict):
         )
 
     @property
+    def wants_logprobs(self) -> bool:
+        """Whether each token's log-probability is asked for."""
+        return False
+
+    @property
     def only_prompts(self) -> bool:
         """Whether nothing is to be generated."""
         return False
@@ -302,11 +307,6 @@ class GenerationRequest(Body):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options must be left out unless stream is true")
         return self
-
-    @property
-    def wants_logprobs(self) -> bool:
-        """Whether each token's log-probability is asked for."""
-        return False
 
     def grammars(self) -> list[Mapping[str, Any] | None]:
         """Return what a response has to keep to, as `StarsParams.guided`."""

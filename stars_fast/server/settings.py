@@ -19,7 +19,8 @@ class ServerSettings:
     params
         Parameters of a request where it does not say otherwise.
     api_key
-        What requests to ``/v1`` must bring as ``Authorization: Bearer KEY``; None: nothing.
+        What requests to ``/v1`` must bring as ``Authorization: Bearer KEY``, or several of which
+        each will do; None: nothing.
     request_timeout
         Seconds that a request has; None: as many as it takes.
     drain_timeout
@@ -42,7 +43,7 @@ class ServerSettings:
 
     model_name: str
     params: StarsParams = field(default_factory=StarsParams)
-    api_key: str | None = None
+    api_key: str | tuple[str, ...] | None = None
     request_timeout: float | None = 600.0
     drain_timeout: float = 30.0
     max_body_bytes: int = 1 << 20
@@ -58,7 +59,7 @@ class ServerSettings:
             raise ValueError(
                 f"tool_call_parser must be None or one of {known}, got {self.tool_call_parser!r}"
             )
-        if self.api_key == "":
+        if self.api_key == "" or (isinstance(self.api_key, tuple) and not all(self.api_key)):
             raise ValueError("api_key must be text that is not empty, or None")
         if self.request_timeout is not None and self.request_timeout <= 0:
             raise ValueError(f"request_timeout must be above 0 or None, got {self.request_timeout}")

@@ -43,11 +43,13 @@ def letter_engine(reward: Any = reward_model, model: Any = None, **options: Any)
 
 
 @cache
-def next_probs(tokens: Tokens, temperature: float = 1.0, prompt: str = PROMPT) -> list[float]:
+def next_probs(
+    tokens: Tokens, temperature: float = 1.0, prompt: str = PROMPT, head_dim: int = 8
+) -> list[float]:
     """The model's probability of each letter after the prompt and the tokens."""
     before = [LETTERS.index(c) for c in prompt]
     with torch.no_grad():
-        logits = letter_model()(torch.tensor([[*before, *tokens]])).logits[0, -1].double()
+        logits = letter_model(head_dim)(torch.tensor([[*before, *tokens]])).logits[0, -1].double()
     probs: list[float] = torch.softmax(logits / temperature, -1).tolist()
     return probs
 
@@ -177,3 +179,21 @@ def first_to_pass(table: Iterable[tuple[Tokens, float, float, float]], attempts:
         # Of equal rewards the first drawn is kept.
         law[whole] = p * a * tries + (best * p * (1 - a) / equal if equal else 0.0)
     return law
+
+
+def stars_law(params: StarsParams, world: World = LETTER) -> Law:
+    """The law of responses of STARS, where the target is a number."""
+    target, total = float(params.target_reward or 0), params.max_tokens
+    start = (1 - params.alpha) * world.reward("") + params.alpha * target
+
+    def step(done: Tokens) -> Law:
+        table = []
+        length = min(params.segment_length, total - len(done))
+        for segment, p in segments(done, length, params.temperature, world):
+            whole = done + segment
+            reward = world.reward(text(whole))
+            tau = min(target, start + (target - start) * len(whole) / total)
+            table.append((whole, p, reward, min(1.0, math.exp((reward - tau) / params.beta))))
+        return first_to_pass(table, params.max_attempts)
+
+    return law_of(step, total)

@@ -15,8 +15,11 @@ LETTERS = ("a", "b", "c", "$")
 
 
 @cache
-def letter_model() -> LlamaForCausalLM:
-    """A causal LM over LETTERS whose next-token probabilities depend visibly on the context."""
+def letter_model(head_dim: int = 8) -> LlamaForCausalLM:
+    """A causal LM over LETTERS whose next-token probabilities depend visibly on the context.
+
+    vLLM's attention on a CPU takes heads of 32 and more.
+    """
     torch.manual_seed(3)
     config = LlamaConfig(
         vocab_size=len(LETTERS),
@@ -25,6 +28,7 @@ def letter_model() -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
+        head_dim=head_dim,
         max_position_embeddings=512,
         bos_token_id=None,
         eos_token_id=len(LETTERS) - 1,

@@ -17,6 +17,7 @@ FLOORS = (
     ("cli",),
     ("cluster",),
     ("benchmarks",),
+    ("vllm",),
     ("server", "eval", "hf"),
     ("remote",),
     ("engine",),

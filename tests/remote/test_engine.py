@@ -278,6 +278,9 @@ def test_answers_that_are_no_completions(answer: Any, message: str) -> None:
         ({"segment_end": "clause", "target_reward": 1.0}, "segment_end must be 'length'"),
         ({"trace": True, "target_reward": 1.0}, "trace needs token ids"),
         ({"ignore_eos": True, "target_reward": 1.0}, "ignore_eos needs token ids"),
+        ({"presence_penalty": 0.5, "target_reward": 1.0}, "presence_penalty must be 0.0 with Rem"),
+        ({"frequency_penalty": 0.5, "target_reward": 1.0}, "frequency_penalty .* several calls"),
+        ({"guided": {"regex": "a+"}, "target_reward": 1.0}, "guided must be None with RemoteEng"),
         ({}, "needs Engine.calibrate first"),
     ],
 )
@@ -286,6 +289,15 @@ def test_parameters_that_cannot_be_had(connect: Any, options: dict[str, Any], me
     with pytest.raises(ValueError, match=message):
         engine.add_request("a", "ab", StarsParams(**options))
     assert not engine.has_unfinished()
+
+
+def test_penalties_are_for_responses_of_one_call(connect: Any) -> None:
+    for params in (
+        StarsParams(method="rejection", target_reward=0.0, top_k=0, presence_penalty=0.5),
+        StarsParams(method="vanilla", segment_length=9, max_tokens=9, top_k=0, frequency_penalty=1),
+    ):
+        (output,) = connect(tokens=False).generate("ab", params, use_tqdm=False)
+        assert output.error is None
 
 
 @pytest.mark.parametrize("prompt", ["", [0, 1], [{"role": "user", "content": "ab"}]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -14,15 +13,10 @@ pytest.importorskip("httpx", reason="needs httpx, of the extra remote")
 from helpers.letter_law import (
     EOS,
     PROMPT,
-    Law,
     Tokens,
-    first_to_pass,
-    law_of,
     model_law,
     p_value,
-    reward_of,
-    segments,
-    text,
+    stars_law,
 )
 from helpers.tiny_lm import LETTERS
 
@@ -42,22 +36,6 @@ PARAMS = StarsParams(
 )
 
 
-def closed_form(params: StarsParams) -> Law:
-    target, total = float(params.target_reward or 0), params.max_tokens
-    start = (1 - params.alpha) * reward_of("") + params.alpha * target
-
-    def step(done: Tokens) -> Law:
-        table = []
-        for segment, p in segments(done, min(params.segment_length, total - len(done))):
-            whole = done + segment
-            reward = reward_of(text(whole))
-            tau = min(target, start + (target - start) * len(whole) / total)
-            table.append((whole, p, reward, min(1.0, math.exp((reward - tau) / params.beta))))
-        return first_to_pass(table, params.max_attempts)
-
-    return law_of(step, total)
-
-
 def response_of(output: Any) -> Tokens:
     """The tokens, from text and finish reason alone: without an end the four letters are all."""
     assert output.error is None
@@ -73,7 +51,7 @@ def drawn(connect: Any, tokens: bool, requests: int) -> list[Any]:
     return outputs
 
 
-def test_matches_closed_form(connect: Any) -> None:
+def test_matches_stars_law(connect: Any) -> None:
     """By tokens; by text, the same responses: seeds are those of the requests."""
     outputs = drawn(connect, True, REQUESTS)
     responses = [response_of(output) for output in outputs]
@@ -81,8 +59,8 @@ def test_matches_closed_form(connect: Any) -> None:
     by_text = [response_of(output) for output in drawn(connect, False, BY_TEXT)]
     assert by_text == responses[:BY_TEXT]
     counts = Counter(responses)
-    assert p_value(counts, closed_form(PARAMS)) > 1e-3
+    assert p_value(counts, stars_law(PARAMS)) > 1e-3
     # And not that of a slightly different algorithm.
     for other in ({"max_attempts": 1}, {"beta": 1.0}, {"target_reward": 1.2}):
-        assert p_value(counts, closed_form(replace(PARAMS, **other))) < 1e-3, other
+        assert p_value(counts, stars_law(replace(PARAMS, **other))) < 1e-3, other
     assert p_value(counts, model_law(PARAMS.max_tokens)) < 1e-9

@@ -62,18 +62,6 @@ def test_penalties_biases_and_a_minimum_are_sent() -> None:
     assert sent_by("vllm", longer, 4)["min_tokens"] == 8
 
 
-@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
-def test_what_a_server_counts_by_call_is_for_responses_of_one_call(name: str) -> None:
-    for params in (
-        StarsParams(method="rejection", target_reward=0.0, **{name: 0.5}),
-        StarsParams(method="vanilla", segment_length=20, max_tokens=20, **{name: 0.5}),
-    ):
-        SERVERS["vllm"].check(params)
-    several = StarsParams(method="vanilla", segment_length=19, max_tokens=20, **{name: 0.5})
-    with pytest.raises(ValueError, match=f"{name} must be 0.0 with RemoteEngine where .* several"):
-        SERVERS["vllm"].check(several)
-
-
 def test_what_is_off_is_said_to_be_off() -> None:
     assert sent_by("vllm", PLAIN)["top_k"] == -1
     assert sent_by("llama.cpp", PLAIN) == {
