@@ -37,7 +37,7 @@ def test_text(text: str, head: RewardHead) -> None:
         ("", "must be name=value"),
         ("lable=safe", "names among label, label_weights, token, tokens, activation"),
         ("label=a,token=b", r"takes one of .* got \['label', 'token'\]"),
-        ("label=a,activation=softmax", "must be one of none, log_odds, got 'softmax'"),
+        ("label=a,activation=softmax", "must be one of none, log_odds, probability, got 'softmax'"),
         ("activation=log_odds", "needs label or token"),
         ('tokens=["a", "b"],activation=log_odds', "needs label or token"),
         ('tokens=["a"]', "must be two"),

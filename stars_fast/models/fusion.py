@@ -151,15 +151,16 @@ class FusedLayers:
         self._asked: dict[Hashable, _Asked] = {}  # by kind of attention module
         self._chosen: dict[Hashable, int] = {}  # by kind of module: which of its forms agreed
         self._replaced: dict[nn.Module, Forward] = {}
+        self._kinds = {module: _kind(module) for module in model.modules() if module is not model}
         short, _ = first_layers(model, layouts)
         paged = attention_implementation(attention_configs(model), STARS_PAGED)
         with torch.inference_mode(), paged:
-            calls = _calls(short)
+            calls = {m: call for m, call in _calls(short).items() if m in self._kinds}
             self._replace(model, calls, "norm", _norm_forms, self._norms)
             self._replace(model, calls, "mlp", self._mlp_forms, self._mlps)
             for module, call in calls.items():
                 if (asked := _asked_by(module, call)) is not None:
-                    self._asked[_kind(module)] = asked
+                    self._asked[self._kinds[module]] = asked
             self._replace(model, calls, "attention", self._attention_forms, self._attentions)
             layers: dict[nn.Module, Forward] = {}
             self._replace(model, calls, "layer", self._layer_forms, layers)
@@ -210,7 +211,7 @@ class FusedLayers:
         """Find which form the called modules have, and replace all of their kinds."""
         compared = set()
         for module, call in calls.items():
-            kind = part, _kind(module)
+            kind = part, self._kinds[module]
             if kind in compared:
                 continue
             compared.add(kind)
@@ -218,8 +219,8 @@ class FusedLayers:
                 if _equal(call, module.forward, form):
                     self._chosen[kind] = number
                     break
-        for module in model.modules():
-            chosen = self._chosen.get((part, _kind(module)))
+        for module, kind_of_it in self._kinds.items():
+            chosen = self._chosen.get((part, kind_of_it))
             if chosen is not None:
                 form = next(itertools.islice(forms_of(module), chosen, None))
                 self._replaced[module] = found[module] = form
@@ -250,7 +251,7 @@ class FusedLayers:
 
     def _attention_forms(self, module: nn.Module) -> Iterator[Forward]:
         """o(attention(q(x), k(x), v(x))), its products joined, norms and rotary between."""
-        asked = self._asked.get(_kind(module))
+        asked = self._asked.get(self._kinds[module])
         out = getattr(module, "o_proj", None)
         both = getattr(module, "qkv_proj", None)
         if asked is None or out is None:
@@ -434,7 +435,7 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
     for part in module.modules():
         plain = {k: v for k, v in vars(part).items() if isinstance(v, bool | int | float | str)}
         plain.pop("layer_idx", None)
-        shapes = tuple((n, p.shape) for n, p in part.named_parameters(recurse=False))
+        shapes = tuple((n, p.shape, p.dtype) for n, p in part.named_parameters(recurse=False))
         parts.append((type(part), tuple(sorted(plain.items())), shapes))
     return tuple(parts)
 

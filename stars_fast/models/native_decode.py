@@ -6,7 +6,6 @@ which turns queries and keys, stores the new keys and values and attends.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from stars_fast.models.pool import Pools
@@ -56,7 +55,7 @@ class NativeDecode:
         """Attention of the next layer, see `LayerAttention`; one query per row."""
         layer, pools = self._layer, self._pools
         self._layer += 1
-        out = torch.empty((*query.shape[:2], value.shape[2]))
+        out = query.new_empty((*query.shape[:2], value.shape[2]))
         attend_step(
             self._round,
             self._step,

@@ -42,8 +42,8 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """See `stars_fast.ops.fused.rms_norm`."""
     x = _rows(x)
-    out = torch.empty(x.shape)
-    total = x if residual is None else torch.empty(x.shape)
+    out = x.new_empty(x.shape)
+    total = x if residual is None else x.new_empty(x.shape)
     added = None if residual is None else _rows(residual)
     dim = x.shape[-1]
     heads = x.shape[1] if x.ndim == 3 else 1
@@ -70,7 +70,7 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     gate, up = _rows(gate), _rows(up)
     if gate.stride(0) != up.stride(0):
         gate, up = gate.contiguous(), up.contiguous()
-    out = torch.empty(gate.shape)
+    out = gate.new_empty(gate.shape)
     _cpu.gated(
         gate.data_ptr(),
         up.data_ptr(),
@@ -147,7 +147,7 @@ def attend_step(
     """
     query, key, value, out = tensors
     query, key, value = _rows(query), _rows(key), _rows(value)
-    sinks = None if sinks is None else sinks.contiguous()
+    sinks = None if sinks is None else sinks.to(query.dtype).contiguous()
     turned = (0, 0, 0, False)
     if rotary is not None:
         cos, sin = rotary.cos.contiguous(), rotary.sin.contiguous()

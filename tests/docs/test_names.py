@@ -26,8 +26,18 @@ IMPORTS = re.compile(r"^from (stars_fast[\w.]*) import (.+)$", re.MULTILINE)
 
 #: Programs of others, whose flags are theirs.
 OTHERS = ("pip", "setup.py", "pytest", "cmake", "ctest", "vllm", "lm_eval", "guidellm", "curl")
+OTHERS += ("cibuildwheel",)
 #: Flags of others in running text.
 FLAGS_OF_OTHERS = {"--shutdown-timeout", "--nproc-per-node"}
+FLAGS_OF_OTHERS |= {  # vLLM's, in docs/stacks.md
+    "--api-server-count",
+    "--block-size",
+    "--chat-template",
+    "--logprobs-mode",
+    "--max-logprobs",
+    "--no-enable-chunked-prefill",
+    "--served-model-name",
+}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 
@@ -62,6 +72,7 @@ def test_files(page: Path) -> None:
     for name in re.findall(rf"(?<![\w/.(])(?:{folders})/[\w./*-]*[\w*/]", TEXTS[page]):
         if name.endswith("_NAME.py") or name.startswith("stars_fast/_core."):
             continue  # a pattern; compiled
+        name = re.sub(r"^stars_fast/(\w+\.h)$", r"csrc/\1", name)  # where it is installed
         assert list(ROOT.glob(name.rstrip("/"))), name
 
 

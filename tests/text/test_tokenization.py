@@ -8,7 +8,6 @@ import sys
 import unicodedata
 from typing import Any
 
-import numpy as np
 import pytest
 from fuzz.tokenizers import ALL_FAMILIES, tokenizer
 from helpers.tiny_tokenizers import bpe_tokenizer, encoder_tokenizer
@@ -22,7 +21,7 @@ from stars_fast.prompts import Prompt, PromptReader
 from stars_fast.rewards import ScoreJob
 from stars_fast.rewards.persona import Persona, PersonaTokens
 from stars_fast.rewards.text import make_template
-from stars_fast.rewards.tokens import RetokenizedText, SharedTokens
+from stars_fast.rewards.tokens import Encoded, RetokenizedText, SharedTokens
 from stars_fast.text import tokenization
 from stars_fast.text.tokenization import (
     MARK,
@@ -228,9 +227,9 @@ def test_half_of_a_surrogate_pair_in_stop() -> None:
 
 def read_by(tok: Any, template: Any, prompt: Prompt, response: str, **options: Any) -> list[int]:
     source = RetokenizedText(tok, make_template(template, tok, pairs=False, **options))
-    (ids,) = source.encode([source.bind(prompt)], [ScoreJob(0, 0, [1], response)])
-    assert isinstance(ids, np.ndarray)
-    found: list[int] = ids.tolist()
+    (encoded,) = source.encode([source.bind(prompt)], [ScoreJob(0, 0, [1], response)])
+    assert isinstance(encoded, Encoded)
+    found: list[int] = encoded.ids.tolist()
     return found
 
 
