@@ -72,8 +72,8 @@ def test_files(page: Path) -> None:
     for name in re.findall(rf"(?<![\w/.(])(?:{folders})/[\w./*-]*[\w*/]", TEXTS[page]):
         if name.endswith("_NAME.py") or name.startswith("stars_fast/_core."):
             continue  # a pattern; compiled
-        name = re.sub(r"^stars_fast/(\w+\.h)$", r"csrc/\1", name)  # where it is installed
-        assert list(ROOT.glob(name.rstrip("/"))), name
+        path = re.sub(r"^stars_fast/(\w+\.h)$", r"csrc/\1", name)  # where it is installed
+        assert list(ROOT.glob(path.rstrip("/"))), name
 
 
 def commands() -> dict[str, set[str]]:
