@@ -24,6 +24,7 @@ from stars_fast.benchmarks.models import (
     prompts,
     reward_model,
 )
+from stars_fast.benchmarks.neighbour import Neighbour
 from stars_fast.rewards.base import Prompt, ScoreJob
 
 
@@ -58,6 +59,47 @@ def test_draft(compare: Compare, device: torch.device, full: bool, rows: int) ->
     compare(
         ours, {"generate": theirs}, work={"rows": rows, "context": context}, tokens=rows * tokens
     )
+
+
+@pytest.mark.sizes("rows", full=[16], small=[3])
+def test_draft_beside_a_busy_neighbour(
+    compare: Compare, device: torch.device, full: bool, rows: int
+) -> None:
+    """Segments while another process keeps a core busy, against the same without it."""
+    if device.type != "cpu":
+        pytest.skip("a neighbour on the CPU")
+    shape, tokens, context = (SMALL, 32, 64) if full else (TINY, 4, 8)
+    model: Any = language_model(shape)
+    engine = Engine(model, tokenizer=id_tokenizer(shape), max_rows=rows, num_pages=16 * rows)
+    asked = prompts(shape, rows, context, context)
+    ids = torch.tensor(asked)
+    params = StarsParams(
+        method="vanilla", segment_length=tokens, max_tokens=8 * tokens, temperature=0.8, top_k=40,
+        seed=0,
+    )  # fmt: skip
+
+    def alone() -> list[list[int]]:
+        outputs = engine.generate(asked, params, use_tqdm=False)
+        return [output.outputs[0].token_ids for output in outputs]
+
+    with Neighbour() as neighbour:
+
+        def beside() -> list[list[int]]:
+            with neighbour.busy():
+                return alone()
+
+        def generate() -> None:
+            with neighbour.busy(), torch.inference_mode():
+                model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=8 * tokens,
+                    pad_token_id=0, do_sample=True, temperature=0.8, top_k=40,
+                )  # fmt: skip
+
+        assert alone() == beside()
+        compare(
+            beside, {"alone": alone, "generate beside it": generate}, work={"rows": rows},
+            tokens=8 * rows * tokens,
+        )  # fmt: skip
 
 
 @pytest.mark.sizes(

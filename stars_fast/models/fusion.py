@@ -148,6 +148,8 @@ class FusedLayers:
         self._norms: dict[nn.Module, _NormForm] = {}
         self._mlps: dict[nn.Module, MlpForward] = {}
         self._attentions: dict[nn.Module, Forward] = {}
+        self._layers: dict[nn.Module, Forward] = {}
+        self._calls = len(layouts)
         self._asked: dict[Hashable, _Asked] = {}  # by kind of attention module
         self._chosen: dict[Hashable, int] = {}  # by kind of module: which of its forms agreed
         self._replaced: dict[nn.Module, Forward] = {}
@@ -162,9 +164,8 @@ class FusedLayers:
                 if (asked := _asked_by(module, call)) is not None:
                     self._asked[self._kinds[module]] = asked
             self._replace(model, calls, "attention", self._attention_forms, self._attentions)
-            layers: dict[nn.Module, Forward] = {}
-            self._replace(model, calls, "layer", self._layer_forms, layers)
-        for layer in layers:
+            self._replace(model, calls, "layer", self._layer_forms, self._layers)
+        for layer in self._layers:
             for part in list(layer.modules())[1:]:
                 self._replaced.pop(part, None)
         parts = [part for module in self._replaced for part in module.modules()]
@@ -179,6 +180,13 @@ class FusedLayers:
         if found is None:
             found = _FUSED[model] = cls(model, layouts)
         return found
+
+    @property
+    def whole(self) -> bool:
+        """Whether every layer is replaced, MLP included: no other operator does real work."""
+        mlps = set(self._mlps)
+        layers = [part for part in self._replaced if part in self._layers]
+        return len(layers) == self._calls and all(mlps & set(layer.modules()) for layer in layers)
 
     @property
     def replaced(self) -> list[nn.Module]:

@@ -30,6 +30,7 @@ from stars_fast.models.lora import LoraLayers
 from stars_fast.models.native_decode import NativeDecode
 from stars_fast.models.pool import Pools
 from stars_fast.models.probe import attention_layout
+from stars_fast.models.threads import StepThreads
 from stars_fast.ops.attention import AttentionOptions, AttentionPlan, attend, plan_attention
 from stars_fast.ops.backend import backend as choose_backend
 from stars_fast.ops.backend import check_backend, uses_triton
@@ -156,6 +157,10 @@ class PagedModel:
         if self.on_vectors and not compile_model and ranks.size == 1 and lora is None:
             with self.on_backend():
                 self._fused = FusedLayers.of(model, layouts)
+        #: Chooses the number of threads of decode steps, where their results do not depend on it.
+        self._threads: StepThreads | None = None
+        if self._fused is not None and self._fused.whole and NativeDecode.fits(self._pools):
+            self._threads = StepThreads()
         self._linears = None if compile_model else OneDnnLinears(model)
         self._compiled: dict[nn.Module, Callable[..., Any]] = {}
         if compile_model:
@@ -285,6 +290,8 @@ class PagedModel:
         pools = self._pools
         attention: NativeDecode | DecodeAttention
         with self.on_backend():
+            if self._threads is not None:
+                self._threads.begin_round()
             if NativeDecode.fits(pools):
                 attention = NativeDecode(batch, pools)
             else:
@@ -329,7 +336,11 @@ class PagedModel:
         # A row that has ended stays where it is: the context may also end there.
         positions = state.first_position + state.last_step.clamp(max=j)
         with self.on_backend():
-            return self.forward_decode(input_ids, positions, state.attention, state.ones)
+            if self._threads is None:
+                return self.forward_decode(input_ids, positions, state.attention, state.ones)
+            return self._threads.run(
+                lambda: self.forward_decode(input_ids, positions, state.attention, state.ones)
+            )
 
     def forward_decode(
         self, input_ids: Tensor, positions: Tensor, attention: LayerAttention, ones: Tensor
