@@ -207,8 +207,10 @@ def test_an_abort_reaches_the_engine() -> None:
         client = LetterClient(hold=asyncio.Event())
         engine = AsyncEngine(StarsLLM(client, reward_model, loop=asyncio.get_running_loop()))
         assert client.hold is not None
-        together = threading.Event()
-        waits = asyncio.ensure_future(engine.call(lambda _: together.wait()))
+        began, together = threading.Event(), threading.Event()
+        waits = asyncio.ensure_future(engine.call(lambda _: (began.set(), together.wait())))
+        while not began.is_set():
+            await asyncio.sleep(0.001)
         stopped = engine.submit("ab", replace(STARS, candidates=2), request_id="stopped")
         left = engine.submit("ab", STARS, request_id="left")
         kept = engine.submit("ba", STARS, request_id="kept")
