@@ -7,7 +7,8 @@
 #include "kernels.h"
 
 #ifdef _OPENMP
-#include <omp.h>
+// All of omp.h that is needed; compilers that check the code may lack the file.
+extern "C" int omp_get_max_threads();
 #endif
 
 namespace stars_fast::cpu {
