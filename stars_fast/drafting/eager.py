@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,7 +12,7 @@ from stars_fast import _core
 from stars_fast.drafting.adjust import KnownTokens, Widths, num_tokens
 from stars_fast.drafting.base import Draft, RowSampling
 from stars_fast.drafting.rows import Progress, RowParameters, StepNeeds, most_stop_ids
-from stars_fast.models.paged import PagedModel
+from stars_fast.models.paged import DecodeState, PagedModel
 
 
 class EagerDrafter:
@@ -67,10 +68,14 @@ class EagerDrafter:
         step = torch.zeros(rows, dtype=torch.int64, device=device)
         state = self._model.begin_decode(batch)
         guided = progress.guided_rows(sampling)
+        threads = self._model.step_threads if rows > 1 else None  # one row's sums are divided
+        if threads is not None:
+            threads.begin_round()
         for number in range(steps):
             if guided is not None:
                 guided.allow()
-            ids = progress.draw(self._model.decode_step(state, number, ids), step)
+            draw = functools.partial(self._step, progress, state, number, ids, step)
+            ids = draw() if threads is None else threads.run(draw)
             step += 1
             if guided is not None:
                 guided.advance(ids, progress.live)
@@ -78,3 +83,8 @@ class EagerDrafter:
             if device.type == "cpu" and not bool(progress.live.any()):
                 break
         return progress.read(rows, steps, ran=number + 1)
+
+    def _step(
+        self, progress: Progress, state: DecodeState, number: int, ids: Tensor, step: Tensor
+    ) -> Tensor:
+        return progress.draw(self._model.decode_step(state, number, ids), step)

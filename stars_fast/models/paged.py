@@ -157,10 +157,10 @@ class PagedModel:
         if self.on_vectors and not compile_model and ranks.size == 1 and lora is None:
             with self.on_backend():
                 self._fused = FusedLayers.of(model, layouts)
-        #: Chooses the number of threads of decode steps, where their results do not depend on it.
-        self._threads: StepThreads | None = None
+        #: Chooses the number of threads of decode steps; None where results depend on it.
+        self.step_threads: StepThreads | None = None
         if self._fused is not None and self._fused.whole and NativeDecode.fits(self._pools):
-            self._threads = StepThreads()
+            self.step_threads = StepThreads()
         self._linears = None if compile_model else OneDnnLinears(model)
         self._compiled: dict[nn.Module, Callable[..., Any]] = {}
         if compile_model:
@@ -290,8 +290,6 @@ class PagedModel:
         pools = self._pools
         attention: NativeDecode | DecodeAttention
         with self.on_backend():
-            if self._threads is not None:
-                self._threads.begin_round()
             if NativeDecode.fits(pools):
                 attention = NativeDecode(batch, pools)
             else:
@@ -336,11 +334,7 @@ class PagedModel:
         # A row that has ended stays where it is: the context may also end there.
         positions = state.first_position + state.last_step.clamp(max=j)
         with self.on_backend():
-            if self._threads is None:
-                return self.forward_decode(input_ids, positions, state.attention, state.ones)
-            return self._threads.run(
-                lambda: self.forward_decode(input_ids, positions, state.attention, state.ones)
-            )
+            return self.forward_decode(input_ids, positions, state.attention, state.ones)
 
     def forward_decode(
         self, input_ids: Tensor, positions: Tensor, attention: LayerAttention, ones: Tensor

@@ -5,7 +5,8 @@ system. Where another program has a core, every region waits for the thread that
 the others spin: with one busy neighbour on two cores a step takes three times as long, and on one
 thread one and a half times as long as on two with no neighbour. So now and then a few steps of a
 round run on fewer or on more threads, and the faster number stays. The operators of `csrc/cpu` and
-oneDNN's products give the same bits on any number of threads.
+oneDNN's products give the same bits on any number of threads, and so does PyTorch's sampling of
+more than one row.
 """
 
 from __future__ import annotations

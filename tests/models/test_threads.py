@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
-import numpy as np
 import pytest
 import torch
-from helpers.attention_cases import random_batch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stars_fast.models.paged import PagedModel
+from stars_fast import Engine, StarsParams
 from stars_fast.models.threads import StepThreads
+
+T = TypeVar("T")
 
 
 @pytest.fixture(autouse=True)
@@ -64,27 +65,36 @@ def test_one_thread_is_left_alone() -> None:
     assert machine.threads.count == 1
 
 
-def test_results_do_not_depend_on_it() -> None:
+class Fixed(StepThreads):
+    """Steps on one number of threads."""
+
+    def __init__(self, fixed: int) -> None:
+        super().__init__()
+        self._fixed = fixed
+
+    def run(self, step: Callable[[], T]) -> T:
+        torch.set_num_threads(self._fixed)
+        try:
+            return step()
+        finally:
+            torch.set_num_threads(2)
+
+
+@pytest.mark.parametrize("sampling", [{"top_k": 40}, {"top_k": 0, "top_p": 0.9}, {"min_p": 0.01}])
+def test_results_do_not_depend_on_it(sampling: dict[str, Any]) -> None:
     """Bit for bit, or tokens would depend on what else runs on the machine."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=2048, hidden_size=256, intermediate_size=1024, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=16384, hidden_size=256, intermediate_size=1024, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    paged = PagedModel(model, num_pages=256, page_size=16)
-    assert paged._threads is not None
-    batch = random_batch(
-        np.random.default_rng(0), prefixes=[200, 70, 130], candidates=[7, 5, 9], max_new=4,
-        page_size=16, num_pages=256,
-    )  # fmt: skip
-    for pages in (*paged._pools.k_pages, *paged._pools.v_pages):
-        pages.normal_()
-    ids = torch.arange(batch.num_rows)
+    engine = Engine(LlamaForCausalLM(config).eval(), num_pages=256, prefix_caching=False)
+    assert engine.loop.model.step_threads is not None
+    prompts = [list(range(start, start + 40)) for start in (5, 300, 7000)]
+    params = StarsParams(method="vanilla", max_tokens=12, seed=3, top_logprobs=2, **sampling)
     found = []
     for count in (2, 1):
-        torch.set_num_threads(count)
-        state = paged.begin_decode(batch)
-        found.append([paged.decode_step(state, step, ids) for step in range(4)])
-    for two, one in zip(*found, strict=True):
-        assert torch.equal(two, one)
+        engine.loop.model.step_threads = Fixed(count)
+        outputs = [output.outputs[0] for output in engine.generate(prompts, params)]
+        found.append([(one.token_ids, one.logprobs, one.top_logprobs) for one in outputs])
+    assert found[0] == found[1]
