@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +21,9 @@ from stars_fast.outputs import RequestOutput
 from stars_fast.params import StarsParams
 from stars_fast.remote.calls import CallDrafter, Caller
 from stars_fast.rewards.base import Prompt, Scorer
+from stars_fast.rewards.load_several import named_rewards
+from stars_fast.rewards.persona import Persona
+from stars_fast.text.chats import checked_kwargs
 from stars_fast.text.decoders import Decodes
 
 #: Those that need no more of a segment than its text and its number of tokens.
@@ -161,6 +165,36 @@ class CallEngine(BatchEngine):
             )
         # Stop texts are found in texts, whatever made them.
         return replace(super()._resolve(replace(params, stop=None)), stop=params.stop)
+
+
+def check_options(
+    max_rows: int,
+    seed: int | None,
+    reward_timeout: float | None,
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> None:
+    """Raise ValueError if an option that all such engines have is out of range."""
+    if max_rows < 1:
+        raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+    if seed is not None and not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be None or in [0, 2**64), got {seed}")
+    if reward_timeout is not None and not reward_timeout > 0:
+        raise ValueError(f"reward_timeout must be above 0 or None, got {reward_timeout}")
+    if chat_template_kwargs is not None:
+        checked_kwargs(chat_template_kwargs)
+
+
+def check_rewards(reward_model: object, **options: object) -> None:
+    """Refuse rewards that need the language model here, or that do not go together.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `named_rewards`, which takes the same options.
+    """
+    if isinstance(reward_model, Persona):
+        raise ValueError("reward_model must not be a Persona: the judging model is not here")
+    named_rewards(reward_model, **options)
 
 
 class _NoPages:

@@ -16,11 +16,9 @@ from stars_fast.config import Combine, TemplateLike, check_combine
 from stars_fast.models.load import load_tokenizer
 from stars_fast.params import StarsParams
 from stars_fast.prompts import Prompt, PromptReader
-from stars_fast.remote.base import CallEngine
+from stars_fast.remote.base import CallEngine, check_options, check_rewards
 from stars_fast.reward_head import RewardHeadLike
-from stars_fast.rewards.load_several import RewardModelsLike, load_rewards, named_rewards
-from stars_fast.rewards.persona import Persona
-from stars_fast.text.chats import checked_kwargs
+from stars_fast.rewards.load_several import RewardModelsLike, load_rewards
 from stars_fast.vllm.callers import AsyncCaller, BatchCaller
 
 if TYPE_CHECKING:
@@ -100,18 +98,9 @@ class StarsLLM(CallEngine):
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
     ) -> None:
-        if max_rows < 1:
-            raise ValueError(f"max_rows must be at least 1, got {max_rows}")
-        if seed is not None and not 0 <= seed < 2**64:
-            raise ValueError(f"seed must be None or in [0, 2**64), got {seed}")
-        if reward_timeout is not None and not reward_timeout > 0:
-            raise ValueError(f"reward_timeout must be above 0 or None, got {reward_timeout}")
+        check_options(max_rows, seed, reward_timeout, chat_template_kwargs)
         check_combine(combine, combine_stds)
-        if chat_template_kwargs is not None:
-            checked_kwargs(chat_template_kwargs)
-        if isinstance(reward_model, Persona):
-            raise ValueError("reward_model must not be a Persona: the judging model is not here")
-        named_rewards(
+        check_rewards(
             reward_model,
             template=reward_template,
             head=reward_head,

@@ -532,7 +532,7 @@ def test_a_judge(
 
 
 def test_rewards_of_a_log_ratio(tmp_path: Path) -> None:
-    """Of the language model against itself: nothing is better than anything."""
+    """The language model is compared with itself: no response is better than another."""
     lm = demo.model_dir()
     models = ("--model", lm, "--log-ratio", f"{lm},beta=2", "--gold", "demo", "--prompts", "demo")
     flags = ("--method", "stars:segment_length=4,target_reward=-1", "--no-plots")

@@ -42,7 +42,7 @@ def vllm_config(device: str = "cuda", *, chunked: bool = True) -> Any:
 
 
 class ModelConfig(SimpleNamespace):
-    """Of the letters."""
+    """What `StarsLLM` reads of vLLM's model configuration."""
 
     def get_vocab_size(self) -> int:
         return len(LETTERS)

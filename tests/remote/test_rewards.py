@@ -30,7 +30,7 @@ def scores_of(texts: list[str]) -> list[float]:
 
 
 def listed(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the shape of OpenAI's lists; in reverse, for the index says what belongs to what."""
+    """An answer in the form of OpenAI's lists, in reverse order; `index` tells the places."""
     return {"object": "list", "data": [{"index": i, **e} for i, e in enumerate(entries)][::-1]}
 
 
