@@ -69,14 +69,7 @@ class ResponseText:
         if self._decoder.cleans_up:
             text, held = cleaned(text, held)
         window, taken = self._decoder.trimmed(window, decoded, end)
-        return replace(
-            self,
-            text=self.text + text,
-            _window=window,
-            _taken=taken,
-            _rest=decoded[end:],
-            _held=held,
-        )
+        return ResponseText(self.text + text, self._decoder, window, taken, decoded[end:], held)
 
 
 def response_text(tokenizer: Decodes | None, prompt: Prompt) -> ResponseText:

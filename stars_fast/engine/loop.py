@@ -447,7 +447,7 @@ class Loop:
             if candidate is None:
                 raise RuntimeError(f"request {handle} fell back to an attempt it does not have")
             if row >= 0 and response.scored:
-                candidate = done.scored(row, _threshold(thresholds[row]))
+                candidate = done.tested(row, thresholds[row])
             segment = Segment(
                 start=start,
                 end=start + len(candidate.token_ids),
@@ -493,7 +493,7 @@ class Loop:
             kept = outcomes[row] == _core.ROW_KEPT
             if not (traced or kept):
                 continue
-            candidate = done.scored(row, _threshold(thresholds[row]))
+            candidate = done.tested(row, thresholds[row])
             assert candidate.reward is not None
             if traced:
                 tokens = tuple(candidate.token_ids)
@@ -555,8 +555,3 @@ class Loop:
             if handle in owners:
                 owners[handle].rm_tokens += tokens
         return [errors[i] if i in errors else next(scored) for i in range(len(texts))]
-
-
-def _threshold(value: float) -> float | None:
-    """Return tau, None where nothing was tested."""
-    return None if math.isnan(value) else value

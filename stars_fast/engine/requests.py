@@ -20,9 +20,9 @@ from stars_fast.params import StarsParams
 from stars_fast.prompts import Prompt
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Candidate:
-    """A drafted segment and its results.
+    """A drafted segment and, once it is scored and tested, its results.
 
     Attributes
     ----------
@@ -135,8 +135,8 @@ class Response:
         self.output.text = self.text.text
         if finish is not None:
             self.output.text = self.text.whole[: candidate.stop_text_at]
-        rejected = [a for a in self.rejected if a.number != candidate.attempt]
-        self.output.segments.append(replace(segment, rejected=tuple(rejected)))
+        rejected = tuple(a for a in self.rejected if a.number != candidate.attempt)
+        self.output.segments.append(replace(segment, rejected=rejected) if rejected else segment)
         self.kept = None
         self.rejected.clear()
         self.known.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -30,13 +31,9 @@ class Round:
         The drawn segments.
     responses, candidates
         The response of each row and the segment in it, cut at a stop text.
-    rewards
-        float64, as they are shown and compared; NaN where there is none.
     lengths, stopped, merits
         As `commit` of the scheduler takes them; merits are rewards, or what a method decides by in
         their place.
-    combined
-        With several rewards, what `rewards` were made of, by row.
     errors
         Why a row has no valid result.
     prompt_rewards
@@ -51,10 +48,8 @@ class Round:
     candidates: list[Candidate]
     lengths: npt.NDArray[np.int32]
     stopped: npt.NDArray[np.uint8]
-    rewards: npt.NDArray[np.float64]
     merits: npt.NDArray[np.float64]
     errors: dict[int, str]
-    combined: dict[int, CombinedReward] = field(default_factory=dict)
     prompt_rewards: dict[int, float | Exception] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -66,23 +61,18 @@ class Round:
     @property
     def breaks(self) -> npt.NDArray[np.uint8] | None:
         """Which rows break a constraint, as `commit` of the scheduler takes it; None: none does."""
-        breaking = [row for row, reward in self.combined.items() if not reward.keeps]
+        breaking = [row for row, candidate in enumerate(self.candidates) if not candidate.keeps]
         if not breaking:
             return None
         breaks = np.zeros(len(self.responses), np.uint8)
         breaks[breaking] = 1
         return breaks
 
-    def scored(self, row: int, threshold: float | None) -> Candidate:
-        """Return a row's candidate with its rewards and the threshold of its test."""
-        combined = self.combined.get(row)
-        return replace(
-            self.candidates[row],
-            reward=float(self.rewards[row]),
-            threshold=threshold,
-            rewards={} if combined is None else combined.rewards,
-            keeps=combined is None or combined.keeps,
-        )
+    def tested(self, row: int, threshold: float) -> Candidate:
+        """Return a row's candidate with the threshold of its test; NaN: there was none."""
+        candidate = self.candidates[row]
+        candidate.threshold = None if math.isnan(threshold) else threshold
+        return candidate
 
 
 def cut_candidates(
@@ -103,7 +93,6 @@ def cut_candidates(
         candidates=[],
         lengths=draft.lengths.copy(),
         stopped=draft.stopped.astype(np.uint8),
-        rewards=np.zeros(rows),
         merits=np.zeros(rows),
         errors={},
     )
@@ -146,7 +135,7 @@ def cut_candidates(
             done.errors[row] = f"the model's logits at response position {at} are NaN or infinite"
     done.errors |= draft.errors
     for row in done.errors:
-        done.rewards[row] = done.merits[row] = np.nan
+        done.merits[row] = np.nan
     return done
 
 
@@ -193,17 +182,19 @@ def score_round(
     for row, reward in zip(rows, scorer.score(jobs), strict=True):
         if isinstance(reward, Exception):
             done.errors[row] = f"reward: {reward}"
-            done.rewards[row] = done.merits[row] = np.nan
+            done.merits[row] = np.nan
             continue
-        if isinstance(reward, CombinedReward):
-            done.combined[row] = reward
         response, candidate = done.responses[row], done.candidates[row]
+        if isinstance(reward, CombinedReward):
+            candidate.rewards, candidate.keeps = reward.rewards, reward.keeps
         tokens = len(response.output.token_ids) + len(candidate.token_ids)
         shown = effective_reward(response.params, reward, candidate, tokens, response.prefixes)
         # Methods may use log-probabilities, in which equal candidates differ by rounding.
         known = response.known.setdefault(tuple(candidate.token_ids), (shown, candidate.logprobs))
-        shown, same = known[0], replace(candidate, logprobs=known[1])
-        done.rewards[row], done.merits[row] = shown, merit(response.params, shown, same)
+        candidate.reward, same = known[0], candidate
+        if known[1] is not candidate.logprobs:
+            same = replace(candidate, logprobs=known[1])
+        done.merits[row] = merit(response.params, known[0], same)
     done.seconds["score"] = time.perf_counter() - begun
 
 

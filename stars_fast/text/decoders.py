@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeGuard, cast
 from weakref import WeakKeyDictionary
 
@@ -37,11 +38,10 @@ class Decoder:
     """How one tokenizer decodes."""
 
     def __init__(self, tokenizer: Decodes | None) -> None:
-        self._tokenizer = tokenizer
         self._bytes: _ByteTokens | None = None
         self._silent: frozenset[int] = frozenset()
         self._known: Callable[[int], bool] = self._decodes_to_text
-        self._options: dict[str, bool] = {}
+        self._decode: _Decode = getattr(tokenizer, "decode", _nothing)
         self._before: tuple[int, ...] = ()
         self.cleans_up = False
         if _is_tokenizer(tokenizer):
@@ -50,8 +50,7 @@ class Decoder:
             self._known = _knows(tokenizer)
             self._bytes = _byte_tokens(tokenizer)
             self.cleans_up = _cleans_up(tokenizer)
-            if self.cleans_up:
-                self._options = {"clean_up_tokenization_spaces": False}
+            self._decode = _decode_of(tokenizer, cleans_up=self.cleans_up)
             self._before = self._plain_token(tokenizer)
 
     def speaks(self, token: int) -> bool:
@@ -78,13 +77,11 @@ class Decoder:
         short. Decoders with byte fallback (Llama 2, Mistral, Gemma) would make a whole run of byte
         tokens U+FFFD while its last character lacks a byte: text that has been read would change.
         """
-        if self._tokenizer is None:
-            return ""
         ids = [token for token in token_ids if self._known(token)] if special else list(token_ids)
         if self._bytes is not None:
             silent = frozenset[int]() if special else self._silent
             ids = _valid_utf8(ids, self._bytes, silent)
-        return str(self._tokenizer.decode(ids, skip_special_tokens=not special, **self._options))
+        return str(self._decode(ids, skip_special_tokens=not special))
 
     def piece(self, token_ids: Sequence[int]) -> str:
         """Return the text that the ids are behind another text."""
@@ -141,6 +138,32 @@ def prompt_text(tokenizer: Decodes, token_ids: Sequence[int]) -> str:
     if decoder.cleans_up:
         text, _ = cleaned(text, NOTHING_HELD, flush=True)
     return text.removesuffix(HALF_CHARACTER)
+
+
+class _Decode(Protocol):
+    def __call__(self, token_ids: list[int], *, skip_special_tokens: bool) -> object: ...
+
+
+def _nothing(token_ids: list[int], *, skip_special_tokens: bool) -> str:
+    return ""
+
+
+def _decode_of(tokenizer: PreTrainedTokenizerBase, *, cleans_up: bool) -> _Decode:
+    """Return what decodes without cleaning up.
+
+    Where transformers only hands the ids on, this is whom it hands them to: a round decodes some
+    hundred short texts, and looking at each of their ids takes longer than that.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    own = {"decode": "tokenization_utils_base", "_decode": "tokenization_utils_tokenizers"}
+    if backend is not None and all(
+        getattr(type(tokenizer), name).__module__ == f"transformers.{module}"
+        for name, module in own.items()
+    ):
+        return cast("_Decode", backend.decode)
+    if cleans_up:
+        return cast("_Decode", partial(tokenizer.decode, clean_up_tokenization_spaces=False))
+    return tokenizer.decode
 
 
 def _knows(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], bool]:
