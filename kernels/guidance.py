@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,7 @@ def guide_logits_kernel(  # type: ignore[no-untyped-def]
     width,
     vocab_size,
     BLOCK: tl.constexpr,
+    REFERRED: tl.constexpr,  # otherwise the reference is not read
 ):
     """Program (row): the masses of guide and reference, then the sum, block by block."""
     row = tl.program_id(0).to(tl.int64)
@@ -42,14 +45,18 @@ def guide_logits_kernel(  # type: ignore[no-untyped-def]
             tl.store(out_ptr + at, x.to(tl.float32), mask=at < vocab_size)
     else:
         given_mass = _log_mass(guide_ptr, width, BLOCK)
-        taken_mass = _log_mass(reference_ptr, width, BLOCK)
+        taken_mass = 0.0
+        if REFERRED:
+            taken_mass = _log_mass(reference_ptr, width, BLOCK)
         for start in range(0, vocab_size, BLOCK):
             at = start + tl.arange(0, BLOCK)
             shared = at < width
             x = tl.load(logits_ptr + at, mask=shared, other=-float("inf")).to(tl.float32)
-            given = tl.load(guide_ptr + at, mask=shared, other=0.0).to(tl.float32) - given_mass
-            taken = tl.load(reference_ptr + at, mask=shared, other=0.0).to(tl.float32) - taken_mass
-            change = tl.where(given == taken, 0.0, given - taken)  # -inf - -inf is no number
+            change = tl.load(guide_ptr + at, mask=shared, other=0.0).to(tl.float32) - given_mass
+            if REFERRED:
+                taken = tl.load(reference_ptr + at, mask=shared, other=0.0).to(tl.float32)
+                taken -= taken_mass
+                change = tl.where(change == taken, 0.0, change - taken)  # -inf - -inf is no number
             x = tl.where(x == -float("inf"), x, x + weight * change)
             tl.store(out_ptr + at, x, mask=at < vocab_size)
 
@@ -72,7 +79,7 @@ def _log_mass(row_ptr, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-d
 
 
 def guide_logits(
-    logits: Tensor, guide: Tensor, reference: Tensor, weight: Tensor, width: int
+    logits: Tensor, guide: Tensor, reference: Tensor | None, weight: Tensor, width: int
 ) -> Tensor:
     """Return the guided logits, float32 ``[R, V]``; `stars_fast.ops.guide_logits` on a GPU.
 
@@ -84,7 +91,8 @@ def guide_logits(
     Parameters
     ----------
     logits, guide, reference : Tensor
-        float32, bfloat16 or float16 ``[R, *]``, each at least `width` wide; not changed.
+        float32, bfloat16 or float16 ``[R, *]``, each at least `width` wide; not changed. The
+        reference may be None.
     weight : Tensor
         float32 ``[R]``.
     width : int
@@ -96,7 +104,8 @@ def guide_logits(
         If a shape or a dtype differs from the above.
     """
     rows, vocab_size = check_logits(logits)
-    inputs = {"logits": logits, "guide": guide, "reference": reference}
+    given = {"logits": logits, "guide": guide, "reference": reference}
+    inputs = {name: x for name, x in given.items() if x is not None}
     for name, x in inputs.items():
         if x.ndim != 2 or x.dtype not in DTYPES or x.shape[0] != rows or x.shape[1] < width:
             raise ValueError(
@@ -110,16 +119,18 @@ def guide_logits(
         )
     if len({x.dtype for x in inputs.values()}) > 1:
         inputs = {name: x.float() for name, x in inputs.items()}
-    given = [x if x.stride(1) == 1 else x.contiguous() for x in inputs.values()]
+    inputs = {name: x if x.stride(1) == 1 else x.contiguous() for name, x in inputs.items()}
+    read = (inputs["logits"], inputs["guide"], inputs.get("reference", inputs["guide"]))
     out = torch.empty((rows, vocab_size), dtype=torch.float32, device=logits.device)
     if rows:
         guide_logits_kernel[(rows,)](
-            *(argument for x in given for argument in (x, x.stride(0))),
+            *(argument for x in read for argument in (x, x.stride(0))),
             weight.contiguous(),
             out,
             width,
             vocab_size,
             BLOCK=_BLOCK,
+            REFERRED=reference is not None,
             num_warps=_WARPS,
         )
     return out
@@ -128,7 +139,7 @@ def guide_logits(
 def variants() -> list[Variant]:
     """Every form of the kernel, for logits of aligned rows."""
     found = []
-    for dtype in DTYPES.values():
+    for dtype, referred in itertools.product(DTYPES.values(), (True, False)):
         signature = {
             "logits_ptr": f"*{dtype}",
             "logits_stride": "i32",
@@ -141,14 +152,15 @@ def variants() -> list[Variant]:
             "width": "i32",
             "vocab_size": "i32",
             "BLOCK": "constexpr",
+            "REFERRED": "constexpr",
         }
         aligned = {name for name in signature if name.endswith(("_ptr", "_stride"))}
         found.append(
             Variant(
-                f"guide_logits-{dtype}",
+                f"guide_logits-{dtype}{'' if referred else '-unreferred'}",
                 guide_logits_kernel,
                 signature,
-                {"BLOCK": _BLOCK},
+                {"BLOCK": _BLOCK, "REFERRED": referred},
                 num_warps=_WARPS,
                 aligned=frozenset(aligned),
             )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["FLAGS", "Backend", "Combine", "EngineConfig", "KvDtype", "LanguageModelLike"]
+__all__ = ["FLAGS", "UNIFORM", "Backend", "Combine", "EngineConfig", "KvDtype", "LanguageModelLike"]
 __all__ += ["TemplateLike", "check_combine"]
 
 #: How several rewards become one.
@@ -25,6 +25,8 @@ Backend = Literal["auto", "pytorch", "triton"]
 KvDtype = Literal["auto", "fp8"]
 #: What `Engine` and the reward models take as `reward_template`.
 TemplateLike: TypeAlias = "str | Callable[..., Any] | None"
+#: As `guide_reference`, a reference that gives every token the same chance.
+UNIFORM = "uniform"
 #: A directory, a hub id, or a loaded model.
 LanguageModelLike: TypeAlias = "str | os.PathLike[str] | PreTrainedModel"
 
@@ -108,7 +110,8 @@ class EngineConfig:
     guide_reference: LanguageModelLike | None = field(
         default=None,
         metadata=_flag(
-            "what the guide is compared with (default: the language model)",
+            "what the guide is compared with: a language model, or uniform, nothing (default: the "
+            "model that it guides)",
             metavar="DIR_OR_HUB_ID",
         ),
     )

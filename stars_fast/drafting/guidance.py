@@ -60,6 +60,7 @@ class _GuidedSteps:
     def __init__(self, model: GuidedModel, weight: Tensor) -> None:
         self._models = (model.lm, *model.guides)
         self._lm = model.lm
+        self._reference = model.reference
         self._weight = weight
         self.device = model.device
         self.vocab_size = model.lm.vocab_size
@@ -80,10 +81,11 @@ class _GuidedSteps:
 
     def decode_step(self, state: Any, j: int, input_ids: Tensor) -> Tensor:  # noqa: ANN401
         """Run each row's j-th new token in every model; return the guided logits."""
-        logits, guide, *reference = (
+        logits, guide, *rest = (
             one.decode_step(own, j, input_ids) for one, own in zip(self._models, state, strict=True)
         )
-        guided: Tensor = ops.guide_logits(
-            logits, guide, reference[0] if reference else None, self._weight
-        )
+        reference: Tensor | None = rest[0] if rest else None
+        if self._reference == "lm":
+            reference = logits
+        guided: Tensor = ops.guide_logits(logits, guide, reference, self._weight)
         return guided

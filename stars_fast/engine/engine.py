@@ -76,9 +76,9 @@ class Engine(BatchEngine):
     guide, guide_reference
         Language models, as `model`: requests with a `guide_weight` are drawn from the model's
         distribution times (p_guide / p_reference) to that power. The reference is `model` itself
-        where it is None. Both have the tokens of `model`; the directory of a LoRA adapter whose
-        base is `model` shares its weights. Each takes as many pages as `model` does
-        (docs/guidance.md).
+        where it is None, and ``"uniform"`` compares with nothing. Both have the tokens of `model`;
+        the directory of a LoRA adapter whose base is `model` shares its weights. Each takes as many
+        pages as `model` does (docs/guidance.md).
     tokenizer
         The language model's; None loads it from `model` if that is a directory or id.
     device, dtype

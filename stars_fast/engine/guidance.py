@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stars_fast.config import EngineConfig
+from stars_fast.config import UNIFORM, EngineConfig
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.guidance import GuidedModel
 from stars_fast.models.lora import LoraLayers
@@ -39,7 +39,7 @@ def load_guides(
     tokenizer: PreTrainedTokenizerBase | None,
     source: str | None,
 ) -> list[LoadedGuide]:
-    """Return the guide and, where that is not the language model, its reference.
+    """Return the guide and, where that is a model beside the language model, its reference.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def load_guides(
     )
     loaded = []
     for name, wanted in named.items():
-        if wanted is None:
+        if wanted is None or wanted == UNIFORM:
             continue
         try:
             guide, lora, own = drafting.load(
@@ -91,21 +91,21 @@ def guided_model(
     """Return the language model with its guides on as many pages; None if there are none."""
     if not guides:
         return None
-    return GuidedModel(
-        lm,
-        [
-            PagedModel(
-                guide.model,
-                num_pages=lm.num_pages,
-                page_size=lm.page_size,
-                backend=config.backend,
-                kv_dtype=config.kv_dtype,
-                compile_model=config.compile_model,
-                lora=guide.lora,
-            )
-            for guide in guides
-        ],
+    guide, *reference = (
+        PagedModel(
+            one.model,
+            num_pages=lm.num_pages,
+            page_size=lm.page_size,
+            backend=config.backend,
+            kv_dtype=config.kv_dtype,
+            compile_model=config.compile_model,
+            lora=one.lora,
+        )
+        for one in guides
     )
+    if reference:
+        return GuidedModel(lm, guide, reference[0])
+    return GuidedModel(lm, guide, "lm" if config.guide_reference is None else "uniform")
 
 
 def _check_tokens(

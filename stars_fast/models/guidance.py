@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,18 +24,25 @@ class GuidedModel:
     ----------
     lm : PagedModel
         The language model.
-    guides : sequence of PagedModel
-        The guide and, unless that is `lm`, its reference; on the device of `lm`.
+    guide : PagedModel
+        On the device of `lm`.
+    reference : PagedModel or str
+        What the guide is compared with: likewise, or ``"lm"`` itself, or ``"uniform"``, nothing.
     """
 
-    def __init__(self, lm: PagedModel, guides: Sequence[PagedModel]) -> None:
+    def __init__(
+        self, lm: PagedModel, guide: PagedModel, reference: PagedModel | Literal["lm", "uniform"]
+    ) -> None:
+        guides = (guide,) if isinstance(reference, str) else (guide, reference)
         if any(
             (one.num_pages, one.page_size, one.device) != (lm.num_pages, lm.page_size, lm.device)
             for one in guides
         ):
             raise ValueError("guides must have the language model's pages and device")
         self.lm = lm
-        self.guides = tuple(guides)
+        self.reference = reference
+        #: Those that have pages of their own, the guide first.
+        self.guides = guides
 
     @property
     def model(self) -> PreTrainedModel:

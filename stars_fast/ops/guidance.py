@@ -12,8 +12,9 @@ from stars_fast.ops.backend import uses_triton
 def guide_logits(logits: Tensor, guide: Tensor, reference: Tensor | None, weight: Tensor) -> Tensor:
     """Return ``logits + weight * (log p_guide - log p_reference)``.
 
-    This is the distribution p_lm (p_guide / p_reference)^weight / Z of proxy tuning (arXiv
-    2401.08565), GenARM (arXiv 2410.08193) and DeRa (arXiv 2402.02992), token by token.
+    This is the distribution p_lm (p_guide / p_reference)^weight / Z, token by token: proxy tuning
+    (arXiv 2401.08565); with the language model as reference DeRa (arXiv 2402.02992), with none
+    GenARM (arXiv 2410.08193).
 
     Parameters
     ----------
@@ -23,7 +24,7 @@ def guide_logits(logits: Tensor, guide: Tensor, reference: Tensor | None, weight
         ``[R, G]`` of such a dtype, the guide's. Vocabularies may be padded to different widths:
         token i is column i of each.
     reference : Tensor or None
-        ``[R, F]``; None: it is `logits`.
+        ``[R, F]``; may be `logits`. None: it gives every token the same chance.
     weight : Tensor
         float32 ``[R]``. A row whose weight is 0 keeps its logits to the bit.
 
@@ -37,12 +38,14 @@ def guide_logits(logits: Tensor, guide: Tensor, reference: Tensor | None, weight
     if uses_triton(logits.device):
         from stars_fast.kernels import guide_logits as kernel
 
-        return kernel(logits, guide, logits if reference is None else reference, weight, width)
+        return kernel(logits, guide, reference, weight, width)
     plain = logits.to(torch.float32, copy=True)
     shared = plain[:, :width]
     given = guide[:, :width].float().log_softmax(dim=-1)
-    taken = (shared if reference is None else reference[:, :width].float()).log_softmax(dim=-1)
-    change = torch.where(given == taken, 0.0, given - taken)  # -inf - -inf is no number
+    change = given
+    if reference is not None:
+        taken = reference[:, :width].float().log_softmax(dim=-1)
+        change = torch.where(given == taken, 0.0, given - taken)  # -inf - -inf is no number
     guided = torch.full_like(plain, -torch.inf)
     guided[:, :width] = torch.where(shared == -torch.inf, shared, shared + weight[:, None] * change)
     return torch.where(weight[:, None] == 0, plain, guided)

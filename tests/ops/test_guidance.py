@@ -29,19 +29,21 @@ def some(width: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @both
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("referred", [True, False])
-def test_is_the_sum_as_written(form: str, dtype: torch.dtype, referred: bool) -> None:
-    logits, guide, reference = some(2500, 1, dtype), some(2500, 2, dtype), some(2500, 3, dtype)
-    got = guided(form, logits, guide, reference if referred else None, WEIGHTS)
-    log_p = [x.double().log_softmax(-1) for x in (guide, reference if referred else logits)]
-    want = logits.double() + WEIGHTS.double()[:, None] * (log_p[0] - log_p[1])
+@pytest.mark.parametrize("referred", ["own", "lm", None])
+def test_is_the_sum_as_written(form: str, dtype: torch.dtype, referred: str | None) -> None:
+    logits, guide = some(2500, 1, dtype), some(2500, 2, dtype)
+    reference = {"own": some(2500, 3, dtype), "lm": logits}.get(referred or "")
+    got = guided(form, logits, guide, reference, WEIGHTS)
+    change = guide.double().log_softmax(-1)
+    if reference is not None:
+        change -= reference.double().log_softmax(-1)
+    want = logits.double() + WEIGHTS.double()[:, None] * change
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
     assert torch.equal(got[0], logits[0].float())
-    alone = guided(
-        form, logits[2:3], guide[2:3], reference[2:3] if referred else None, WEIGHTS[2:3]
-    )
-    assert torch.equal(alone[0], got[2])
+    one = slice(2, 3)  # alone
+    away = None if reference is None else reference[one]
+    assert torch.equal(guided(form, logits[one], guide[one], away, WEIGHTS[one])[0], got[2])
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
