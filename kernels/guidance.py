@@ -12,6 +12,9 @@ from torch import Tensor
 from stars_fast.kernels.aot import Variant
 from stars_fast.kernels.sample import DTYPES, check_logits
 
+#: The least log-probability, as in `stars_fast.ops.guidance`.
+NO_CHANCE = tl.constexpr(-1e30)
+
 _BLOCK = 2048
 _WARPS = 8
 
@@ -52,13 +55,18 @@ def guide_logits_kernel(  # type: ignore[no-untyped-def]
             at = start + tl.arange(0, BLOCK)
             shared = at < width
             x = tl.load(logits_ptr + at, mask=shared, other=-float("inf")).to(tl.float32)
-            change = tl.load(guide_ptr + at, mask=shared, other=0.0).to(tl.float32) - given_mass
+            change = _log_probs(guide_ptr + at, given_mass, shared)
             if REFERRED:
-                taken = tl.load(reference_ptr + at, mask=shared, other=0.0).to(tl.float32)
-                taken -= taken_mass
-                change = tl.where(change == taken, 0.0, change - taken)  # -inf - -inf is no number
-            x = tl.where(x == -float("inf"), x, x + weight * change)
+                change -= _log_probs(reference_ptr + at, taken_mass, shared)
+            x += weight * change
             tl.store(out_ptr + at, x, mask=at < vocab_size)
+
+
+@triton.jit
+def _log_probs(ptr, log_mass, mask):  # type: ignore[no-untyped-def]
+    """Log-probabilities of a block, finite unless NaN: infinite ones have no differences."""
+    x = tl.load(ptr, mask=mask, other=0.0).to(tl.float32) - log_mass
+    return tl.where(x < NO_CHANCE, NO_CHANCE, x)
 
 
 @triton.jit

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from stars_fast.ops.backend import uses_triton
 
+_NO_CHANCE = -1e30  # the least log-probability: differences of infinite ones are no numbers
+
 
 @torch.library.custom_op("stars_fast::guide_logits", mutates_args=())
 def guide_logits(logits: Tensor, guide: Tensor, reference: Tensor | None, weight: Tensor) -> Tensor:
@@ -32,23 +34,29 @@ def guide_logits(logits: Tensor, guide: Tensor, reference: Tensor | None, weight
     -------
     Tensor
         float32 ``[R, V]``. Where the weight is not 0, columns that one of the models lacks are
-        -inf. Tokens that guide and reference both give no chance keep their logits.
+        -inf. A logit of -inf of the guide or the reference counts as a log-probability of -1e30, so
+        that tokens to which both give no chance keep theirs.
     """
     width = min(x.shape[1] for x in (logits, guide, reference) if x is not None)
     if uses_triton(logits.device):
         from stars_fast.kernels import guide_logits as kernel
 
         return kernel(logits, guide, reference, weight, width)
-    plain = logits.to(torch.float32, copy=True)
-    shared = plain[:, :width]
-    given = guide[:, :width].float().log_softmax(dim=-1)
-    change = given
+    out = logits.to(torch.float32, copy=True)
+    guided = weight.nonzero().squeeze(1)
+    rows = slice(None) if len(guided) == len(out) else guided
+    change = _log_probs(guide, rows, width)
     if reference is not None:
-        taken = reference[:, :width].float().log_softmax(dim=-1)
-        change = torch.where(given == taken, 0.0, given - taken)  # -inf - -inf is no number
-    guided = torch.full_like(plain, -torch.inf)
-    guided[:, :width] = torch.where(shared == -torch.inf, shared, shared + weight[:, None] * change)
-    return torch.where(weight[:, None] == 0, plain, guided)
+        change -= _log_probs(reference, rows, width)
+    change *= weight[rows, None]
+    out[rows, :width] += change
+    out[rows, width:] = -torch.inf
+    return out
+
+
+def _log_probs(logits: Tensor, rows: slice | Tensor, width: int) -> Tensor:
+    """Log-probabilities of some rows over the first tokens, float32, finite unless NaN."""
+    return logits[rows, :width].float().log_softmax(dim=-1).clamp_(min=_NO_CHANCE)
 
 
 @guide_logits.register_fake
