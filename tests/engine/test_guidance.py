@@ -18,6 +18,9 @@ from helpers.tiny_tokenizers import bpe_tokenizer
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from stars_fast import Engine, StarsParams
+from stars_fast.models import pool
+from stars_fast.models.guidance import GuidedModel
+from stars_fast.models.pool import page_bytes
 from stars_fast.outputs import CompletionOutput
 
 PROMPTS = ["The film was slow at first, but", "A terrible kettle", "Not bad at all. " * 3]
@@ -127,8 +130,9 @@ def test_a_weight_of_zero_is_no_guide() -> None:
     params = dataclasses.replace(BASE, guide_weight=1.0)
     beside = run(engine(), params)[1].outputs[0]
     one = engine()
-    for model in one.loop.model.guides:  # type: ignore[attr-defined]
-        model.decode_step = None
+    assert isinstance(one.loop.model, GuidedModel)
+    for model in one.loop.model.guides:
+        model.decode_step = None  # type: ignore[assignment, method-assign]
     alone = run(one, BASE)
     plain = run(bpe_engine(), BASE)
     assert alone[1].outputs[0].token_ids == beside.token_ids
@@ -151,23 +155,23 @@ def expected() -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("candidates", "options"),
     [
-        {"page_size": 3, "num_pages": 900},
-        {"max_rows": 2},
-        {"max_prefill_tokens": 5},
-        {"prefix_caching": False},
-        {"num_pages": 12},
+        (4, {"page_size": 3, "num_pages": 900}),
+        (4, {"max_rows": 2}),
+        (4, {"max_prefill_tokens": 5, "prefix_caching": False}),
+        (1, {"num_pages": 12}),
+        (4, {"num_pages": 12}),
+        (1, {"overlap_scoring": True}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("candidates", [1, 4])
 def test_same_tokens_whatever_the_pages(
     expected: list[list[int]], options: dict[str, Any], candidates: int
 ) -> None:
     one = engine(**options)
     assert tokens(run(one, dataclasses.replace(GUIDED, candidates=candidates))) == expected
-    if "num_pages" in options and "page_size" not in options:
+    if options.get("num_pages") == 12:
         assert one.stats()["preemptions"] > 0
 
 
@@ -242,6 +246,15 @@ def test_penalties_follow_and_calibration_is_guided() -> None:
         for w in (3.0, 0.0)
     ]
     assert drawn[0] != drawn[1] == bpe_engine().calibrate(PROMPTS, params=BASE).target_reward
+
+
+def test_all_share_the_memory_of_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = (small_model(), guide(), reference())
+    budget = 100 * sum(page_bytes(model, 8) for model in models)
+    monkeypatch.setattr(pool, "_memory_budget", lambda *_: budget)
+    model = engine(num_pages=None).loop.model
+    assert isinstance(model, GuidedModel)
+    assert [one.num_pages for one in (model.lm, *model.guides)] == [100] * 3
 
 
 class TestRefused:
