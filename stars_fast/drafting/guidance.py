@@ -58,9 +58,7 @@ class _GuidedSteps:
     """The steps of one round, whose rows have these weights ``[R]``; a `StepModel`."""
 
     def __init__(self, model: GuidedModel, weight: Tensor) -> None:
-        self._models = (model.lm, *model.guides)
-        self._lm = model.lm
-        self._reference = model.reference
+        self._model = model
         self._weight = weight
         self.device = model.device
         self.vocab_size = model.lm.vocab_size
@@ -68,24 +66,26 @@ class _GuidedSteps:
     @property
     def step_threads(self) -> StepThreads | None:
         """Chooses the threads of a step; None where any model's results depend on them."""
-        alike = all(one.step_threads is not None for one in self._models)
-        return self._lm.step_threads if alike else None
+        alike = all(one.step_threads is not None for one in self._model.guides)
+        return self._model.lm.step_threads if alike else None
 
     def on_backend(self) -> contextlib.AbstractContextManager[None]:
         """Run operators as the language model's do."""
-        return self._lm.on_backend()
+        return self._model.lm.on_backend()
 
     def begin_decode(self, batch: BatchLike) -> list[DecodeState]:
         """Start the round in every model."""
-        return [one.begin_decode(batch) for one in self._models]
+        return [one.begin_decode(batch) for one in (self._model.lm, *self._model.guides)]
 
     def decode_step(self, state: Any, j: int, input_ids: Tensor) -> Tensor:  # noqa: ANN401
         """Run each row's j-th new token in every model; return the guided logits."""
-        logits, guide, *rest = (
-            one.decode_step(own, j, input_ids) for one, own in zip(self._models, state, strict=True)
+        logits = self._model.lm.decode_step(state[0], j, input_ids)
+        guide, *rest = (
+            one.decode_step(own, j, self._model.read_by(one, input_ids))
+            for one, own in zip(self._model.guides, state[1:], strict=True)
         )
         reference: Tensor | None = rest[0] if rest else None
-        if self._reference == "lm":
+        if self._model.reference == "lm":
             reference = logits
         guided: Tensor = ops.guide_logits(logits, guide, reference, self._weight)
         return guided

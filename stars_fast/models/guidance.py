@@ -76,5 +76,13 @@ class GuidedModel:
         """Run prompts in every model, since any request may come to share their pages."""
         self.lm.prefill(batch, input_ids)
         for one in self.guides:
-            # Ids that only the language model has a row for are no tokens: of use to nobody.
-            one.prefill(batch, input_ids.clamp(max=one.vocab_size - 1))
+            one.prefill(batch, self.read_by(one, input_ids))
+
+    def read_by(self, guide: PagedModel, input_ids: Tensor) -> Tensor:
+        """Return ids that a guide can read: what it has no embedding for becomes its last token.
+
+        Such ids are padding of the language model's vocabulary, or of a request that has no weight.
+        """
+        if guide.vocab_size >= self.lm.vocab_size:
+            return input_ids
+        return input_ids.clamp(max=guide.vocab_size - 1)

@@ -248,6 +248,18 @@ def test_penalties_follow_and_calibration_is_guided() -> None:
     assert drawn[0] != drawn[1] == bpe_engine().calibrate(PROMPTS, params=BASE).target_reward
 
 
+def test_ids_that_the_guide_has_no_embedding_for_harm_nobody() -> None:
+    """In a prompt, beside one as any other; and they are not drawn."""
+    one = engine(model=small_model(512))
+    prompts = [[5, 500, 6, 500], [7, 8, 9]]
+    params = dataclasses.replace(BASE.with_method("vanilla"), guide_weight=0.7, seed=3)
+    outputs = one.generate(prompts, params, use_tqdm=False)
+    assert [output.error for output in outputs] == [None, None]
+    assert max(map(max, tokens(outputs))) < 400
+    alone = one.generate(prompts[1:], dataclasses.replace(params, seed=3), use_tqdm=False)
+    assert tokens(alone) == tokens(outputs)[1:]
+
+
 def test_all_share_the_memory_of_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     models = (small_model(), guide(), reference())
     budget = 100 * sum(page_bytes(model, 8) for model in models)
