@@ -12,6 +12,7 @@ if __name__ != "kernels":
     from stars_fast.kernels.adjust import adjust_named
     from stars_fast.kernels.attention import attention, paged_attention
     from stars_fast.kernels.attention_plan import AttentionPlan, PlanCapacity
+    from stars_fast.kernels.guidance import guide_logits
     from stars_fast.kernels.pages import PoolTable, copy_pages, kv_append, pool_table
     from stars_fast.kernels.philox import philox4x32
     from stars_fast.kernels.sample import sample
@@ -25,6 +26,7 @@ __all__ = [
     "adjust_named",
     "attention",
     "copy_pages",
+    "guide_logits",
     "kv_append",
     "paged_attention",
     "philox4x32",

@@ -11,10 +11,13 @@ from stars_fast.reward_head import RewardHead, RewardHeadLike
 from stars_fast.text.chats import checked_kwargs
 
 if TYPE_CHECKING:
-    import torch
+    import os
 
-__all__ = ["FLAGS", "Backend", "Combine", "EngineConfig", "KvDtype", "TemplateLike"]
-__all__ += ["check_combine"]
+    import torch
+    from transformers import PreTrainedModel
+
+__all__ = ["FLAGS", "UNIFORM", "Backend", "Combine", "EngineConfig", "KvDtype", "LanguageModelLike"]
+__all__ += ["TemplateLike", "check_combine"]
 
 #: How several rewards become one.
 Combine = Literal["sum", "min", "mean_minus_std"]
@@ -22,6 +25,10 @@ Backend = Literal["auto", "pytorch", "triton"]
 KvDtype = Literal["auto", "fp8"]
 #: What `Engine` and the reward models take as `reward_template`.
 TemplateLike: TypeAlias = "str | Callable[..., Any] | None"
+#: As `guide_reference`, a reference that gives every token the same chance.
+UNIFORM = "uniform"
+#: A directory, a hub id, or a loaded model.
+LanguageModelLike: TypeAlias = "str | os.PathLike[str] | PreTrainedModel"
 
 
 def _flag(
@@ -90,6 +97,22 @@ class EngineConfig:
             "standard deviations that mean_minus_std takes off (default: 1)",
             metavar="FLOAT",
             flag="reward-combine-stds",
+        ),
+    )
+    guide: LanguageModelLike | None = field(
+        default=None,
+        metadata=_flag(
+            "language model whose log-ratio to --guide-reference, times --guide-weight, is added "
+            "to the logits",
+            metavar="DIR_OR_HUB_ID",
+        ),
+    )
+    guide_reference: LanguageModelLike | None = field(
+        default=None,
+        metadata=_flag(
+            "what the guide is compared with: a language model, or uniform, nothing (default: the "
+            "model that it guides)",
+            metavar="DIR_OR_HUB_ID",
         ),
     )
     dtype: str | torch.dtype = field(
@@ -161,6 +184,12 @@ class EngineConfig:
             checked_kwargs(self.chat_template_kwargs)
         RewardHead.of(self.reward_head)
         check_combine(self.combine, self.combine_stds)
+        if self.guide is None and self.guide_reference is not None:
+            raise ValueError(
+                f"guide_reference must be None without a guide, got {self.guide_reference!r:.80}"
+            )
+        if self.guide is not None and self.tensor_parallel:
+            raise ValueError("guide must be None with tensor_parallel=True")
         if self.page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {self.page_size}")
         if self.max_rows < 1:

@@ -314,6 +314,18 @@ class StarsParams:
             Range(0, 20, whole=True),
         ),
     )
+    guide_weight: float = field(
+        default=0.0,
+        metadata=_about(
+            """
+            w: tokens are drawn from the model's distribution times (p_guide / p_reference)^w, by
+            the models of ``Engine(guide=..., guide_reference=...)``; before penalties, biases,
+            temperature and filters, and what log-probabilities and entropies are of. 0 is off;
+            below 0 leads away from the guide.
+            """,
+            Range(),
+        ),
+    )
     guided: Mapping[str, Any] | None = field(
         default=None,
         hash=False,

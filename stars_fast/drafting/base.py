@@ -38,6 +38,7 @@ class RowSampling:
     bad_words: tuple[tuple[int, ...], ...] = ()  # not drawn in a row, each at least one token
     min_tokens: int = 0
     top_logprobs: int = 0
+    guide_weight: float = 0.0  # of the engine's guide; 0: it is not guided
     counts: dict[int, int] | None = None
     drawn: Sequence[int] = ()  # the tokens of the response so far, kept up by their owner
     guide: Guide | None = None  # where the response stands in its grammar

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +14,39 @@ from stars_fast import _core
 from stars_fast.drafting.adjust import KnownTokens, Widths, num_tokens
 from stars_fast.drafting.base import Draft, RowSampling
 from stars_fast.drafting.rows import Progress, RowParameters, StepNeeds, most_stop_ids
-from stars_fast.models.paged import DecodeState, PagedModel
+from stars_fast.models.threads import StepThreads
+from stars_fast.ops.batch import BatchLike
+
+
+class StepModel(Protocol):
+    """What runs steps: a `PagedModel`, or one with its guides."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Logits of a step."""
+        ...
+
+    @property
+    def step_threads(self) -> StepThreads | None:
+        """Chooses the threads of a step."""
+        ...
+
+    def on_backend(self) -> contextlib.AbstractContextManager[None]:
+        """Run operators in the form that the model's do."""
+        ...
+
+    def begin_decode(self, batch: BatchLike) -> Any:  # noqa: ANN401 - its own
+        """Start a round; see `PagedModel.begin_decode`."""
+        ...
+
+    def decode_step(self, state: Any, j: int, input_ids: Tensor) -> Tensor:  # noqa: ANN401
+        """Return the logits of a step; see `PagedModel.decode_step`."""
+        ...
 
 
 class EagerDrafter:
@@ -30,7 +64,7 @@ class EagerDrafter:
 
     def __init__(
         self,
-        model: PagedModel,
+        model: StepModel,
         segment_ends: Callable[[], Tensor],
         known: KnownTokens | None = None,
         share: Callable[[Tensor], None] | None = None,
@@ -85,6 +119,11 @@ class EagerDrafter:
         return progress.read(rows, steps, ran=number + 1)
 
     def _step(
-        self, progress: Progress, state: DecodeState, number: int, ids: Tensor, step: Tensor
+        self,
+        progress: Progress,
+        state: Any,  # noqa: ANN401 - the model's own
+        number: int,
+        ids: Tensor,
+        step: Tensor,
     ) -> Tensor:
         return progress.draw(self._model.decode_step(state, number, ids), step)

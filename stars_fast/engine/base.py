@@ -17,6 +17,7 @@ from stars_fast.engine.one_thread import OneThread, one_thread
 from stars_fast.engine.prompt_scores import TokenScore
 from stars_fast.engine.requests import Request
 from stars_fast.errors import NotCalibratedError
+from stars_fast.models.guidance import GuidedModel
 from stars_fast.models.parameters import multiplied_parameters
 from stars_fast.outputs import (
     Calibration,
@@ -351,21 +352,26 @@ class BaseEngine(OneThread):
         """
         return self.loop.stats()
 
-    def num_parameters(self) -> dict[str, int]:
+    def num_parameters(self, *, guided: bool = False) -> dict[str, int]:
         """Return how many weights a token is multiplied with, for an estimate of operations.
 
         ``"lm"`` and ``"rm"``: all parameters but an input embedding that is not the output head as
         well. 0 where the model is not here, or is a function. Of several reward models the mean:
         each counts its own tokens.
+
+        Parameters
+        ----------
+        guided
+            The tokens run through the guide and its reference as well, which count as ``"lm"``.
         """
-        model, scorer = self.loop.model.model, self.loop.scorer
-        models = {
-            "lm": [] if model is None else [model],
-            "rm": [] if scorer is None else scorer.modules,
-        }
+        model, scorer = self.loop.model, self.loop.scorer
+        lms = [] if model.model is None else [model.model]
+        if guided and isinstance(model, GuidedModel):
+            lms += [guide.model for guide in model.guides]
+        rms = [] if scorer is None else scorer.modules
         return {
-            name: sum(map(multiplied_parameters, those)) // max(1, len(those))
-            for name, those in models.items()
+            "lm": sum(map(multiplied_parameters, lms)),
+            "rm": sum(map(multiplied_parameters, rms)) // max(1, len(rms)),
         }
 
     def _resolve(self, params: StarsParams) -> StarsParams:

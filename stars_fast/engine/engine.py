@@ -13,16 +13,25 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_fast import _core
-from stars_fast.config import Backend, Combine, EngineConfig, KvDtype, TemplateLike
+from stars_fast.config import (
+    Backend,
+    Combine,
+    EngineConfig,
+    KvDtype,
+    LanguageModelLike,
+    TemplateLike,
+)
 from stars_fast.distributed import ALONE, OneRank, Ranks
 from stars_fast.drafting.adjust import KnownTokens, num_tokens
 from stars_fast.drafting.base import Drafter
 from stars_fast.drafting.eager import EagerDrafter
+from stars_fast.drafting.guidance import GuidedDrafter
 from stars_fast.drafting.guide import Guides
 from stars_fast.drafting.segment_ends import segment_end_levels
 from stars_fast.engine.batches import BatchEngine
 from stars_fast.engine.clock import PhaseClock
 from stars_fast.engine.generation_defaults import GenerationDefaults
+from stars_fast.engine.guidance import guided_model, load_guides
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import PHASES, Loop
 from stars_fast.engine.one_thread import one_thread
@@ -64,6 +73,12 @@ class Engine(BatchEngine):
         a method `score`, or None: then only ``method="vanilla"`` can be run. The directory of a
         LoRA adapter whose base is `model` shares its weights. A list of `Reward` is several at once
         (docs/rewards.md).
+    guide, guide_reference
+        Language models, as `model`: requests with a `guide_weight` are drawn from the model's
+        distribution times (p_guide / p_reference) to that power. The reference is `model` itself
+        where it is None, and ``"uniform"`` compares with nothing. Both have the tokens of `model`;
+        the directory of a LoRA adapter whose base is `model` shares its weights. Each takes as many
+        pages as `model` does (docs/guidance.md).
     tokenizer
         The language model's; None loads it from `model` if that is a directory or id.
     device, dtype
@@ -148,6 +163,8 @@ class Engine(BatchEngine):
         model: str | os.PathLike[str] | PreTrainedModel,
         reward_model: RewardModelsLike | None = None,
         *,
+        guide: LanguageModelLike | None = None,
+        guide_reference: LanguageModelLike | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
@@ -178,6 +195,8 @@ class Engine(BatchEngine):
         allow_pickle: bool = False,
     ) -> None:
         config = EngineConfig(
+            guide=guide,
+            guide_reference=guide_reference,
             device=device,
             dtype=dtype,
             page_size=page_size,
@@ -228,7 +247,9 @@ class Engine(BatchEngine):
             gguf_file=gguf_file,
         )
         tokenizer = tokenizer if tokenizer is not None else found_tokenizer
-        lm = _on_pages(loaded, config, ranks)
+        guides = load_guides(config, loaded, tokenizer, _source_of(model, config))
+        lm = _on_pages(loaded, config, ranks, [guide.model for guide in guides])
+        guided = guided_model(lm, guides, config)
         scorer = _scorer_for(
             reward_model, config, lm, _source_of(model, config), tokenizer, reward_tokenizer, ranks
         )
@@ -246,9 +267,13 @@ class Engine(BatchEngine):
         known = _known_tokens(tokenizer, lm)
         eos_ids = _eos_token_ids(loaded, tokenizer)
         self._guides = Guides(tokenizer, eos_ids)
+        segment_ends = _segment_ends_of(tokenizer, lm)
+        drafter = make_drafter(lm, segment_ends, ranks, known)
+        if guided is not None:
+            drafter = GuidedDrafter(guided, drafter, segment_ends, known)
         loop = Loop(
-            lm,
-            make_drafter(lm, _segment_ends_of(tokenizer, lm), ranks, known),
+            lm if guided is None else guided,
+            drafter,
             scheduler,
             scorer,
             tokenizer,
@@ -258,13 +283,14 @@ class Engine(BatchEngine):
             guides=self._guides,
         )
         self._lm = lm
+        self._max_length = lm.max_length if guided is None else guided.max_length
         self._logit_head: LogitHead | None = None
         self._generation_defaults = GenerationDefaults(getattr(loaded, "generation_config", None))
         super().__init__(
             PromptReader(
                 tokenizer,
                 lm.vocab_size,
-                lm.max_length,
+                self._max_length,
                 chat_template_kwargs,
                 parse_special=parse_special,
             ),
@@ -277,6 +303,7 @@ class Engine(BatchEngine):
                 judges,
                 num_tokens=num_tokens(lm.vocab_size, known),
                 eos_ids=eos_ids,
+                guides=guided is not None,
             ),
             tokenizer=tokenizer,
             eos_ids=eos_ids,
@@ -305,8 +332,8 @@ class Engine(BatchEngine):
 
     @property
     def max_length(self) -> int | None:
-        """The language model's context in tokens; None where it has no limit."""
-        return self._lm.max_length
+        """The language model's context in tokens, or its guide's; None where it has no limit."""
+        return self._max_length
 
     @classmethod
     def demo(cls, **options: Any) -> Engine:
@@ -330,8 +357,10 @@ def _connected(config: EngineConfig) -> Ranks:
     return ranks
 
 
-def _on_pages(model: PreTrainedModel, config: EngineConfig, ranks: Ranks) -> PagedModel:
-    """Return the language model on a pool of pages."""
+def _on_pages(
+    model: PreTrainedModel, config: EngineConfig, ranks: Ranks, beside: Sequence[PreTrainedModel]
+) -> PagedModel:
+    """Return the language model on a pool of pages; those beside it are to have as many."""
     num_pages = config.num_pages
     if num_pages is None:
         num_pages = default_num_pages(
@@ -340,6 +369,7 @@ def _on_pages(model: PreTrainedModel, config: EngineConfig, ranks: Ranks) -> Pag
             max_rows=config.max_rows,
             gpu_share=LM_POOL_SHARE,
             kv_dtype=config.kv_dtype,
+            beside=beside,
         )
         num_pages = ranks.smallest(num_pages)
     paged = PagedModel(

@@ -28,6 +28,8 @@ class Limits:
         Tokens that can be drawn; None: `vocab_size`.
     eos_ids
         Tokens that end a response.
+    guides
+        There is a model that guides.
     """
 
     vocab_size: int
@@ -37,6 +39,7 @@ class Limits:
     judges: bool = False
     num_tokens: int | None = None
     eos_ids: tuple[int, ...] = ()
+    guides: bool = False
 
     def check(self, params: StarsParams) -> None:
         """Raise ValueError, naming the parameter, for what the models cannot do."""
@@ -49,6 +52,11 @@ class Limits:
         for token in params.logit_bias or ():
             if token >= vocab_size:
                 raise ValueError(f"logit_bias must be of tokens in [0, {vocab_size}), got {token}")
+        if params.guide_weight and not self.guides:
+            raise ValueError(
+                f"guide_weight must be 0 on an engine without a guide, got {params.guide_weight}: "
+                "pass Engine(..., guide=...)"
+            )
         if params.stop_texts and not self.has_tokenizer:
             raise ValueError("stop needs a tokenizer: pass Engine(..., tokenizer=...)")
         if params.bad_words and not self.has_tokenizer:

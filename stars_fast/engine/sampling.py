@@ -40,6 +40,7 @@ def row_sampling(
         bad_words=bad_words,
         min_tokens=params.min_tokens,
         top_logprobs=params.top_logprobs,
+        guide_weight=params.guide_weight,
     )
 
 

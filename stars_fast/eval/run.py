@@ -218,7 +218,7 @@ def _run(
         engine.stats(),
         # The last token of a prompt is the first that drafting runs.
         prompt_tokens=sum(max(len(output.prompt_token_ids) - 1, 0) for output in outputs),
-        parameters=engine.num_parameters(),
+        parameters=engine.num_parameters(guided=any(params.guide_weight for params in each)),
         seconds=seconds,
     )
     name = plan.fingerprint(spec, seed)

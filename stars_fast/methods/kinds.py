@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 COMMON = (
     "method", "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
     "presence_penalty", "frequency_penalty", "logit_bias", "bad_words", "min_tokens",
-    "top_logprobs", "seed", "stop", "stop_token_ids", "ignore_eos", "n",
+    "top_logprobs", "guide_weight", "seed", "stop", "stop_token_ids", "ignore_eos", "n",
 )  # fmt: skip
 
 

@@ -143,6 +143,7 @@ def default_num_pages(
     max_rows: int,
     gpu_share: float,
     kv_dtype: KvDtype = "auto",
+    beside: Sequence[PreTrainedModel] = (),
 ) -> int:
     """Return enough pages for `max_rows` full contexts, or as many as the memory budget holds.
 
@@ -161,9 +162,12 @@ def default_num_pages(
         In (0, 1].
     kv_dtype : str
         ``"auto"`` or ``"fp8"``.
+    beside : sequence of PreTrainedModel
+        Models that are to have as many pages within the same budget.
     """
     wanted = enough_pages(model, page_size=page_size, max_rows=max_rows)
-    budget = _memory_budget(model.device, gpu_share) // page_bytes(model, page_size, kv_dtype)
+    page = sum(page_bytes(one, page_size, kv_dtype) for one in (model, *beside))
+    budget = _memory_budget(model.device, gpu_share) // page
     return max(min(wanted, budget), _MIN_PAGES)
 
 

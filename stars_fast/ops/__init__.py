@@ -9,6 +9,7 @@ from stars_fast.ops.adjust import adjust_logits
 from stars_fast.ops.attention import AttentionOptions, paged_attention
 from stars_fast.ops.backend import backend
 from stars_fast.ops.batch import RowBatch
+from stars_fast.ops.guidance import guide_logits
 from stars_fast.ops.pages import copy_pages, kv_append
 from stars_fast.ops.philox import philox4x32
 from stars_fast.ops.sample import sample
@@ -21,6 +22,7 @@ __all__ = [
     "adjust_logits",
     "backend",
     "copy_pages",
+    "guide_logits",
     "kv_append",
     "paged_attention",
     "philox4x32",

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stars_fast.config import Backend, KvDtype, TemplateLike
+from stars_fast.config import Backend, KvDtype, LanguageModelLike, TemplateLike
 from stars_fast.distributed import ALONE, Ranks
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.checks import has_lm_head
@@ -36,7 +36,7 @@ from stars_fast.rewards.kinds.language_model import of_language_model
 from stars_fast.rewards.labels import Readout
 from stars_fast.rewards.load_log_ratio import Drafting, load_log_ratio
 from stars_fast.rewards.log_probs import log_prob_scorer
-from stars_fast.rewards.log_ratio import LanguageModelLike, LogRatio
+from stars_fast.rewards.log_ratio import LogRatio
 from stars_fast.rewards.persona import Persona, PersonaTokens
 from stars_fast.rewards.pool import RM_POOL_SHARE, RewardPool
 from stars_fast.rewards.shared import shared
@@ -46,7 +46,7 @@ from stars_fast.rewards.tokens import RetokenizedText, SharedTokens, TokenSource
 from stars_fast.rewards.vocabulary import check_vocabulary, embedding_rows, same_tokens
 from stars_fast.text.tokenization import SpecialTokens
 
-__all__ = ["RewardModelLike", "load_scorer"]
+__all__ = ["RewardModelLike", "load_language_model", "load_scorer"]
 
 RewardModelLike: TypeAlias = (
     "str | os.PathLike[str] | PreTrainedModel | LogRatio | Persona | RewardModel | RewardFunction"
@@ -180,7 +180,7 @@ def load_scorer(
             drafting,
             pool,
             functools.partial(
-                _load_language_model,
+                load_language_model,
                 dtype=dtype,
                 device=device,
                 trust_remote_code=trust_remote_code,
@@ -409,7 +409,7 @@ def _persona_scorer(
     )
 
 
-def _load_language_model(
+def load_language_model(
     source: LanguageModelLike,
     *,
     dtype: torch.dtype | str,

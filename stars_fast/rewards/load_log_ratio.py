@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stars_fast.config import TemplateLike
+from stars_fast.config import Backend, LanguageModelLike, TemplateLike
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.load import adapted_model, same_device
 from stars_fast.models.lora import LoraAdapter, LoraLayers
@@ -18,13 +19,17 @@ from stars_fast.rewards.adapter import adapts
 from stars_fast.rewards.base import Prompt
 from stars_fast.rewards.causal import CausalScorer
 from stars_fast.rewards.log_probs import PromptTokens, log_prob_scorer
-from stars_fast.rewards.log_ratio import LanguageModelLike, LogRatio, LogRatioScorer
+from stars_fast.rewards.log_ratio import LogRatio, LogRatioScorer
 from stars_fast.rewards.pool import RewardPool
 from stars_fast.rewards.text import CallableTemplate, FramedPrompt, Template, make_template
 from stars_fast.rewards.tokens import RetokenizedText, TokenSource
 from stars_fast.rewards.vocabulary import check_vocabulary, embedding_rows, same_tokens
 
-__all__ = ["Drafting", "load_log_ratio"]
+__all__ = ["Drafting", "LoadsModel", "load_log_ratio"]
+
+LoadsModel: TypeAlias = (
+    "Callable[[LanguageModelLike], tuple[PreTrainedModel, PreTrainedTokenizerBase | None]]"
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,42 @@ class Drafting:
             return None
         here = device is None or same_device(torch.device(str(device)), self.model.device)
         return self.model if here else None
+
+    def load(
+        self,
+        source: LanguageModelLike,
+        load: LoadsModel,
+        device: torch.device | str | None,
+        *,
+        backend: Backend,
+        shares: bool = True,
+    ) -> tuple[PreTrainedModel, LoraLayers | None, PreTrainedTokenizerBase | None]:
+        """Load a language model that runs beside it, with its tokenizer.
+
+        Parameters
+        ----------
+        source : str, path or PreTrainedModel
+        load
+            Loads one whose weights are its own.
+        device : torch.device or str, optional
+            Where to.
+        backend : str
+            On which the loaded model is checked.
+        shares : bool
+            An adapter whose base is this model is layers beside its weights, the second result.
+        """
+        source = adapted_model(source)
+        adapter = None
+        if isinstance(source, str | os.PathLike) and shares:
+            adapter = LoraAdapter.find(os.fspath(source))
+        base = None if adapter is None else self.base_of(adapter, device)
+        if adapter is not None and base is not None:
+            beside = adapter.beside(base, adapter.weights())
+            if beside is not None and not beside[1]:
+                return base, beside[0], self.tokenizer
+        model, found = load(source)
+        check_numbers(model, backend=backend)
+        return model, None, found
 
 
 @dataclass(frozen=True)
@@ -77,7 +118,7 @@ def load_log_ratio(
     ratio: LogRatio,
     drafting: Drafting,
     pool: RewardPool,
-    load: Callable[[LanguageModelLike], tuple[PreTrainedModel, PreTrainedTokenizerBase | None]],
+    load: LoadsModel,
     *,
     device: torch.device | str | None,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -120,23 +161,10 @@ def load_log_ratio(
         if source is None:
             assert drafting.model is not None
             return _Model(whose, drafting.model, None, _known(whose, drafting.tokenizer))
-        lora = None
-        adapter = None
-        source = adapted_model(source)
-        if isinstance(source, str | os.PathLike) and not pool.compile_model:
-            adapter = LoraAdapter.find(os.fspath(source))
-        shared = None if adapter is None else drafting.base_of(adapter, device)
         try:
-            beside = None
-            if adapter is not None and shared is not None:
-                beside = adapter.beside(shared, adapter.weights())
-            if beside is not None and not beside[1]:
-                assert shared is not None
-                model, lora = shared, beside[0]
-                found = drafting.tokenizer
-            else:
-                model, found = load(source)
-                check_numbers(model, backend=pool.backend)
+            model, lora, found = drafting.load(
+                source, load, device, backend=pool.backend, shares=not pool.compile_model
+            )
         except (ModelLoadError, UnsupportedModelError) as error:
             raise type(error)(f"{whose}: {error}") from error
         own = _known(whose, tokenizer or found)

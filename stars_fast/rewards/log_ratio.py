@@ -12,11 +12,12 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, get_args
 
 import torch
 from transformers import PreTrainedModel
 
+from stars_fast.config import LanguageModelLike
 from stars_fast.models.load import adapted_model
 from stars_fast.rewards.base import Prompt, ScoreJob, Scorer, finite_reward
 from stars_fast.rewards.causal import CausalScorer
@@ -24,7 +25,6 @@ from stars_fast.rewards.causal import CausalScorer
 __all__ = ["LogRatio", "LogRatioScorer", "Over"]
 
 Over = Literal["response", "segment"]
-LanguageModelLike: TypeAlias = "str | os.PathLike[str] | PreTrainedModel"
 
 
 @dataclass(frozen=True)

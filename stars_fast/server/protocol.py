@@ -192,6 +192,9 @@ class Body(Strict):
         description="Tokens of a response that cannot end it.",
         json_schema_extra=RANGES["min_tokens"],
     )
+    guide_weight: float | None = Field(
+        default=None, description="Weight of the server's guide; 0 is off."
+    )
     seed: int | None = Field(
         default=None, description="Fixes every draw; a negative number is taken modulo 2**64."
     )
@@ -257,8 +260,8 @@ class Body(Strict):
         """Return the fields of `StarsParams` that the body's own stand for."""
         names = (
             "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
-            "frequency_penalty", "logit_bias", "bad_words", "min_tokens", "seed", "stop",
-            "stop_token_ids", "ignore_eos",
+            "frequency_penalty", "logit_bias", "bad_words", "min_tokens", "guide_weight", "seed",
+            "stop", "stop_token_ids", "ignore_eos",
         )  # fmt: skip
         values = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.seed is not None:

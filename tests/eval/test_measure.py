@@ -151,6 +151,9 @@ def test_parameters_are_those_that_multiply() -> None:
     function = Engine(letter_model(), lambda p, r: [0.0] * len(r), tokenizer=letter_tokenizer())
     untied = sum(p.numel() for p in letter_model().parameters()) - 4 * 16
     assert function.num_parameters() == {"lm": untied, "rm": 0}
+    led = Engine(letter_model(), guide=letter_model(), tokenizer=letter_tokenizer())
+    assert led.num_parameters()["lm"] == untied
+    assert led.num_parameters(guided=True)["lm"] == 2 * untied
 
 
 def test_answers_of_mathematics() -> None:

@@ -80,7 +80,6 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def letter_engine(gate: Gate) -> Engine:
-    return Engine(
-        letter_model(), gate, tokenizer=letter_tokenizer(), num_pages=400, page_size=4, max_rows=8
-    )
+def letter_engine(gate: Gate, **options: Any) -> Engine:
+    settings: dict[str, Any] = {"num_pages": 400, "page_size": 4, "max_rows": 8}
+    return Engine(letter_model(), gate, tokenizer=letter_tokenizer(), **(settings | options))

@@ -45,6 +45,6 @@ def test_forms_fit_every_architecture(tmp_path: Path) -> None:
     assert {row["capability"] for row in rows} == {80, 90, 100}
     for kernel in (
         "philox", "copy_pages", "kv_append", "sample_reduce", "sample_finish", "adjust",
-        "token_logprobs", "top_chunk", "top_row", "attention", "merge",
+        "guide_logits", "token_logprobs", "top_chunk", "top_row", "attention", "merge",
     ):  # fmt: skip
         assert any(kernel in row["name"] for row in rows), kernel

@@ -220,6 +220,15 @@ def test_language_models_beside_themselves(tmp_path: Path) -> None:
     values = [engine_score(engine) for engine in (shared, apart, merged)]
     assert values == pytest.approx([values[2]] * 3, abs=1e-4)
     assert abs(values[2]) > 0.1
+    guided = Engine(tmp_path / "base", guide=folder, **options)
+    assert guided.loop.model.guides[0].model is guided.loop.model.model  # type: ignore[union-attr]
+    params = StarsParams(method="vanilla", max_tokens=12, seed=2, guide_weight=2.0, ignore_eos=True)
+    drawn = [
+        engine.generate([[5, 6, 7]], params, use_tqdm=False)[0].outputs[0]
+        for engine in (guided, Engine(tmp_path / "base", guide=lm, **options))
+    ]
+    assert drawn[0].token_ids == drawn[1].token_ids
+    assert drawn[0].logprobs == pytest.approx(drawn[1].logprobs, abs=1e-4)
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

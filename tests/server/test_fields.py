@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from helpers.tiny_lm import LETTERS, letter_model, small_model
+from helpers.tiny_lm import LETTERS, coin_model, letter_model, small_model
 from helpers.tiny_tokenizers import bpe_tokenizer
 
 from stars_fast import Engine, StarsParams
@@ -88,12 +88,24 @@ def test_sampling(letters: Served, fields: dict[str, Any], params: dict[str, Any
     assert (texts == plain) == (params == {"top_k": 0})
 
 
+def test_guidance(letters: Served) -> None:
+    guide = coin_model(1e-9, 1e-9)
+    with serving(letter_engine(Gate(), guide=guide), Gate(), ServerSettings("led", VANILLA)) as led:
+        for fields in ({"guide_weight": 1.0}, {"stars": {"guide_weight": 1.0}}):
+            text = choice_of(led.post({"prompt": "ab", "seed": 2, **fields}))["text"]
+            assert set(text) == {"b"} != set(engine_text(seed=2))
+    response = letters.post({"prompt": "ab", "guide_weight": 0.5})
+    assert response.status_code == 400
+    assert "guide_weight must be 0" in response.json()["error"]["message"]
+
+
 NOTHING: dict[str, Any] = {
     "repetition_penalty": 1.0, "min_tokens": 0, "top_k": -1, "min_p": 0.0, "best_of": 1,
     "use_beam_search": False, "length_penalty": 1.0, "skip_special_tokens": True,
     "spaces_between_special_tokens": True, "include_stop_str_in_output": False,
     "truncate_prompt_tokens": None, "prompt_logprobs": None, "priority": 0, "request_id": "x",
     "return_token_ids": False, "temperature": None, "whatever": None, "logit_bias": {},
+    "guide_weight": 0.0,
     "verbosity": "low", "metadata": {"a": "b"}, "response_format": {"type": "text"},
     "tools": [{"type": "function"}], "tool_choice": "none", "store": False, "user": None,
     "parallel_tool_calls": True, "service_tier": "auto", "cache_salt": "x", "detokenize": True,
