@@ -5,6 +5,7 @@ They take addresses, so that shapes, dtypes and strides are this module's to see
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,7 @@ from stars_fast.ops.tiling import prefix_slots
 if TYPE_CHECKING:
     from stars_fast.ops.fused import Rotary
 
+_COLUMNS = (torch.float32, torch.int32, torch.float32, torch.float32, *(torch.int64,) * 4)
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
@@ -107,9 +109,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 def sample(
     logits: Tensor,
-    columns: tuple[Tensor, ...],
+    columns: Sequence[Tensor],
     live: Tensor | None,
-    results: tuple[Tensor, ...],
+    results: Sequence[Tensor],
     *,
     with_entropy: bool,
 ) -> Tensor:
@@ -119,11 +121,11 @@ def sample(
     ----------
     logits : Tensor
         float32 ``[R, V]``.
-    columns : tuple of Tensor
+    columns : sequence of Tensor
         The arguments of `stars_fast.ops.sample` from `temperature` to `stream`.
     live, with_entropy
         As there.
-    results : tuple of Tensor
+    results : sequence of Tensor
         As it returns them, contiguous: those of live rows are written. They depend on the row
         alone.
 
@@ -134,9 +136,8 @@ def sample(
     """
     logits = _rows(logits)
     rows, vocab_size = logits.shape
-    kinds = (torch.float32, torch.int32, torch.float32, torch.float32, *(torch.int64,) * 4)
     # Kept here: addresses hold nothing.
-    columns = tuple(x.to(kind).contiguous() for x, kind in zip(columns, kinds, strict=True))
+    columns = [x.to(kind).contiguous() for x, kind in zip(columns, _COLUMNS, strict=True)]
     temperature, top_k, top_p, min_p, seed, position, attempt, stream = (
         x.data_ptr() for x in columns
     )

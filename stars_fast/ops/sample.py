@@ -12,6 +12,8 @@ row unless rounding could make it another token than the code here draws (`csrc/
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -111,31 +113,29 @@ def _sample_on_vectors(
     """Draw what C++ can decide; returns the results, and the rows that it leaves, bool ``[R]``."""
     logits, *columns = arguments
     results = _nothing_drawn(logits)
+    draw = functools.partial(cpu.sample, with_entropy=with_entropy)
+    if logits.dtype == torch.float32:
+        return results, draw(logits, columns, live, results)
     undecided = torch.zeros_like(results[-1])
-    rows, vocab_size = logits.shape
-    block = rows if logits.dtype == torch.float32 else max(1, _BLOCK // vocab_size)
-    for first in range(0, rows, max(1, block)):
+    block = max(1, _BLOCK // logits.shape[1])
+    for first in range(0, len(logits), block):
         part = slice(first, first + block)
-        undecided[part] = cpu.sample(
+        undecided[part] = draw(
             logits[part].to(torch.float32),
-            tuple(x[part] for x in columns),
+            [x[part] for x in columns],
             None if live is None else live[part],
-            tuple(x[part] for x in results),
-            with_entropy=with_entropy,
+            [x[part] for x in results],
         )
     return results, undecided
 
 
 def _nothing_drawn(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The results of rows that are not live."""
-    rows = logits.shape[0]
-    return (
-        logits.new_zeros(rows, dtype=torch.int64),
-        logits.new_zeros(rows, dtype=torch.float32),
-        logits.new_zeros(rows, dtype=torch.float32),
-        logits.new_zeros(rows, dtype=torch.float32),
-        logits.new_ones(rows, dtype=torch.bool),
-    )
+    rows, device = logits.shape[0], logits.device
+    token = torch.zeros(rows, dtype=torch.int64, device=device)
+    numbers = [torch.zeros(rows, device=device) for _ in range(3)]
+    ok = torch.ones(rows, dtype=torch.bool, device=device)
+    return token, numbers[0], numbers[1], numbers[2], ok
 
 
 def _sample_all(
