@@ -196,17 +196,28 @@ class Sampler {
     return sum;
   }
 
+  // Gathers from the peak downwards until there are enough, or all.
+  template <class Enough>
+  void gather_until(Enough enough) {
+    for (const float depth : {3.0F, 6.0F, 10.0F, std::numeric_limits<float>::infinity()}) {
+      gather(peak_ - depth);
+      if (enough()) {
+        return;
+      }
+    }
+  }
+
   // The k largest, and those equal to the last of them.
   void take_top_k() {
     const Index k = std::min<Index>(t_.top_k[row_], t_.vocab_size);
-    float least = kLowest;
-    // At least k entries reach the k-th maximum of parts.
     if (k < static_cast<Index>(stats_->maxima.size())) {
+      // At least k entries reach the k-th largest of the parts' maxima.
       maxima_ = stats_->maxima;
       std::nth_element(maxima_.begin(), maxima_.begin() + (k - 1), maxima_.end(), std::greater<>());
-      least = maxima_[k - 1] / temperature_;
+      gather(maxima_[k - 1] / temperature_);
+    } else {
+      gather_until([&] { return count_ >= k; });
     }
-    gather(least);
     if (count_ > k) {
       std::nth_element(begin(), begin() + (k - 1), end(), before);
       const float last = begin()[k - 1].value;
@@ -217,14 +228,7 @@ class Sampler {
   // Entries that hold more than top_p of the mass; returns the whole mass.
   double take_top_p() {
     const double whole = kernels().sampling().mass(x_, t_.vocab_size, temperature_, peak_);
-    for (const float depth : {3.0F, 6.0F, 10.0F}) {
-      gather(peak_ - depth);
-      if (weigh() >= t_.top_p[row_] * whole + slack(whole)) {
-        return whole;
-      }
-    }
-    gather(kLowest);
-    weigh();
+    gather_until([&] { return weigh() >= t_.top_p[row_] * whole + slack(whole); });
     return whole;
   }
 
@@ -335,9 +339,9 @@ class Sampler {
       undecided();
       return;
     }
-    const double whole = temperature_ == 1.0F
-                             ? raw_mass_
-                             : kernels().sampling().mass(x_, t_.vocab_size, temperature_, peak_);
+    const double whole = temperature_ == 1.0F ? raw_mass_
+                                              : kernels().sampling().rough_mass(
+                                                    x_, t_.vocab_size, temperature_, peak_);
     finish(draw.index(), below(scaled(draw.index())) - std::log(whole));
   }
 

@@ -95,6 +95,22 @@ BlockSums reduce(const float* x, Index count, bool with_moment, float* maxima) {
   return sums;
 }
 
+double rough_mass(const float* x, Index count, float temperature, float peak) {
+  float padded[kPart];
+  double result = 0.0;
+  for (Index at = 0; at < count; at += kPart) {
+    const float* part = whole_part(x + at, count - at, padded);
+    Vec first{};
+    Vec second{};
+    for (Index i = 0; i < kPart; i += kPair) {
+      first += exp(load(part + i) / temperature - peak);
+      second += exp(load(part + i + kLanes) / temperature - peak);
+    }
+    result += total(first + second);
+  }
+  return result;
+}
+
 constexpr Index kHalf = kLanes / 2;
 using Double __attribute__((vector_size(kLanes * 4))) = double;
 using Long __attribute__((vector_size(kLanes * 4))) = std::int64_t;
@@ -234,7 +250,7 @@ Index hits(const TokenDraws& draws, Index part, std::uint32_t limit, std::int32_
 
 extern const SampleKernels& sampling();
 const SampleKernels& sampling() {
-  static constexpr SampleKernels kTable{reduce, mass, gather, hits};
+  static constexpr SampleKernels kTable{reduce, mass, rough_mass, gather, hits};
   return kTable;
 }
 

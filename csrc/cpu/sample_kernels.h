@@ -41,6 +41,8 @@ struct SampleKernels {
   BlockSums (*reduce)(const float* x, Index count, bool with_moment, float* maxima);
   // The sum of exp(x / temperature - peak) in float64.
   double (*mass)(const float* x, Index count, float temperature, float peak);
+  // The same to a few units in the last place of float32.
+  double (*rough_mass)(const float* x, Index count, float temperature, float peak);
   // Writes value and index of the entries with x / temperature >= least; returns their number.
   Index (*gather)(const float* x, Index count, const float* maxima, float temperature, float least,
                   Candidate* out);

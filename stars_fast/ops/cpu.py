@@ -20,7 +20,14 @@ from stars_fast.ops.tiling import prefix_slots
 if TYPE_CHECKING:
     from stars_fast.ops.fused import Rotary
 
-_COLUMNS = (torch.float32, torch.int32, torch.float32, torch.float32, *(torch.int64,) * 4)
+#: What `sample` reads of each row.
+_COLUMNS = {
+    "temperature": torch.float32,
+    "top_k": torch.int32,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    **dict.fromkeys(("seed", "position", "attempt", "stream"), torch.int64),
+}
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
@@ -133,11 +140,20 @@ def sample(
     -------
     Tensor
         bool ``[R]``, rows that are left undecided, about one in 10**5; their results mean nothing.
+
+    Raises
+    ------
+    ValueError
+        Columns that are not those of R rows.
     """
     logits = _rows(logits)
     rows, vocab_size = logits.shape
+    named = dict(zip(_COLUMNS, columns, strict=True)) | ({} if live is None else {"live": live})
+    for name, x in named.items():
+        if x.shape != (rows,):
+            raise ValueError(f"{name} must have shape ({rows},), got {tuple(x.shape)}")
     # Kept here: addresses hold nothing.
-    columns = [x.to(kind).contiguous() for x, kind in zip(columns, _COLUMNS, strict=True)]
+    columns = [named[name].to(kind).contiguous() for name, kind in _COLUMNS.items()]
     temperature, top_k, top_p, min_p, seed, position, attempt, stream = (
         x.data_ptr() for x in columns
     )

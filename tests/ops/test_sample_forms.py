@@ -144,6 +144,13 @@ def test_rows_that_are_not_live() -> None:
     check(replace(batch, live=torch.zeros(len(batch.logits), dtype=torch.bool)))
 
 
+@pytest.mark.parametrize("name", ["top_k", "stream", "live"])
+def test_columns_of_other_rows_are_refused(name: str) -> None:
+    batch = replace(rows(torch.zeros(3, 8)), **{name: torch.ones(2, dtype=torch.bool)})
+    with pytest.raises(ValueError, match=rf"{name} must have shape \(3,\), got \(2,\)"):
+        batch.draw()
+
+
 @pytest.mark.parametrize("threads", [2, 5])
 def test_threads_and_neighbours_change_no_bit(threads: int) -> None:
     """Rows on threads, and vocabularies of few rows on several."""
