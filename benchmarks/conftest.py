@@ -16,8 +16,9 @@ from stars_fast.benchmarks.measure import default_device  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--full``."""
+    """Add ``--full`` and ``--vllm-python``."""
     parser.addoption("--full", action="store_true", help="benchmark at full size")
+    parser.addoption("--vllm-python", default="", help="a Python that has vLLM for CPUs")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -49,6 +49,12 @@ PANELS = {
         )
         for name in ("temperature", "top-k 40", "top-p 0.95")
     ],
+    "cpu": [
+        Panel("tokens", "rows", "32 tokens, 2 threads", {"threads": 2}),
+        Panel("tokens", "rows", "32 tokens, 1 thread", {"threads": 1}),
+        Panel("draw", "rows", "one draw, top-k 40, 2 threads", {"threads": 2}),
+        Panel("draw", "rows", "one draw, top-k 40, 1 thread", {"threads": 1}),
+    ],
     "pages": [
         Panel("fork", "candidates", "1,024 tokens and half a page", {"context": 1024, "tail": 8}),
         Panel("fork", "context", "8 candidates, half a page", {"candidates": 8, "tail": 8}),

@@ -37,7 +37,13 @@ def suites() -> dict[str, str]:
 
 
 def run_suites(
-    names: Sequence[str], *, full: bool, command: str, select: str = "", use_tqdm: bool = True
+    names: Sequence[str],
+    *,
+    full: bool,
+    command: str,
+    select: str = "",
+    vllm_python: str = "",
+    use_tqdm: bool = True,
 ) -> dict[str, Any]:
     """Run suites and return the record.
 
@@ -51,6 +57,8 @@ def run_suites(
         That makes the record again, for its head.
     select
         An expression of pytest's ``-k`` that selects tests.
+    vllm_python
+        A Python that has vLLM for CPUs, for the suite ``cpu``; empty: without it.
     use_tqdm
         Show a progress bar on standard error.
 
@@ -92,6 +100,7 @@ def run_suites(
             f"--benchmark-json={raw}",
             *(["--full"] if full else []),
             *(["-k", select] if select else []),
+            *([f"--vllm-python={vllm_python}"] if vllm_python else []),
         ]
         printed = io.StringIO()
         # What pytest prints is for whoever writes a suite; it is shown where a test fails.

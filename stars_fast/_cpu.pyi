@@ -48,6 +48,30 @@ def rotate(
 ) -> None:
     """Turn the first `dim` channels of each head, in place."""
 
+def sample(
+    logits: int,
+    rows: int,
+    vocab_size: int,
+    stride: int,
+    temperature: int,
+    top_k: int,
+    top_p: int,
+    min_p: int,
+    seed: int,
+    position: int,
+    attempt: int,
+    stream: int,
+    live: int,
+    with_entropy: bool,
+    token: int,
+    logprob: int,
+    truncated_logprob: int,
+    entropy: int,
+    ok: int,
+    undecided: int,
+) -> None:
+    """Draw a token of each live row (all if the address is 0), or say that it is undecided."""
+
 @final
 class Round:
     """The rows of a round of decode steps: which prefix each reads, where its new tokens go.

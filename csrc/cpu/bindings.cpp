@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -10,6 +11,7 @@
 #include "kernels.h"
 #include "parallel.h"
 #include "round.h"
+#include "sample.h"
 
 namespace py = pybind11;
 
@@ -88,6 +90,40 @@ void attend(Round& round, Index step, Address query, Address key, Address value,
   round.attend(data, step);
 }
 
+void draw(Address logits, Index rows, Index vocab_size, Index stride, Address temperature,
+          Address top_k, Address top_p, Address min_p, Address seed, Address position,
+          Address attempt, Address stream, Address live, bool with_entropy, Address token,
+          Address logprob, Address truncated_logprob, Address entropy, Address ok,
+          Address undecided) {
+  if (vocab_size < 1 || vocab_size > std::numeric_limits<std::int32_t>::max()) {
+    throw std::invalid_argument("vocab_size must be in [1, 2^31), got " +
+                                std::to_string(vocab_size));
+  }
+  const auto longs = [](Address address) { return reinterpret_cast<std::int64_t*>(address); };
+  const Sampling task{at(logits),
+                      rows,
+                      vocab_size,
+                      stride,
+                      at(temperature),
+                      reinterpret_cast<const std::int32_t*>(top_k),
+                      at(top_p),
+                      at(min_p),
+                      longs(seed),
+                      longs(position),
+                      longs(attempt),
+                      longs(stream),
+                      reinterpret_cast<const bool*>(live),
+                      with_entropy,
+                      longs(token),
+                      at(logprob),
+                      at(truncated_logprob),
+                      at(entropy),
+                      reinterpret_cast<bool*>(ok),
+                      reinterpret_cast<bool*>(undecided)};
+  const py::gil_scoped_release release;
+  sample(task);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -98,6 +134,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("norm", &norm);
   m.def("gated", &gated);
   m.def("rotate", &rotate);
+  m.def("sample", &draw);
   py::class_<Round>(m, "Round")
       .def(py::init(&make_round), py::arg("prefix"), py::arg("prefix_begin"), py::arg("row_group"),
            py::arg("slots"))

@@ -357,7 +357,8 @@ void attend(const Attention& a, const Block& block, Heads heads, float* scratch)
 
 }  // namespace
 
+const SampleKernels& sampling();
 extern const Kernels table;
-const Kernels table{kName, norm, gated, rotate, attend};
+const Kernels table{kName, norm, gated, rotate, attend, sampling};
 
 }  // namespace stars_fast::cpu::STARS_SET

@@ -91,6 +91,8 @@ struct Heads {
   Index count;
 };
 
+struct SampleKernels;
+
 // The forms for one instruction set. They run a range of the work on the calling thread.
 struct Kernels {
   const char* name;
@@ -99,6 +101,7 @@ struct Kernels {
   void (*rotate)(const Rotated&, Index begin, Index end);  // of tokens
   // `scratch` has `scratch_floats` of the block's queries for each of the heads.
   void (*attend)(const Attention&, const Block&, Heads, float* scratch);
+  const SampleKernels& (*sampling)();
 };
 
 // Keys that are scored before their values are read.

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -41,6 +42,11 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "-k", dest="select", default="", metavar="EXPRESSION", help="tests to run, as in pytest"
     )
+    parser.add_argument(
+        "--vllm-python",
+        metavar="PATH",
+        help="a Python that has vLLM for CPUs, which the suite cpu runs too (default: without it)",
+    )
     parser.add_argument("--out", metavar="FILE", help="write the record as JSON")
     parser.set_defaults(run=run)
 
@@ -66,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(
                 f"bench needs {package}, which is not installed: pip install 'stars_fast[bench]'"
             )
+    if args.vllm_python is not None and shutil.which(args.vllm_python) is None:
+        raise UsageError(f"--vllm-python must be a program, got {args.vllm_python!r}")
     if args.out is not None:
         with file_errors():
             Path(args.out).open("a").close()  # now rather than when all has been measured
@@ -76,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
             full=args.full,
             command=_command(args),
             select=args.select,
+            vllm_python=args.vllm_python or "",
             use_tqdm=sys.stderr.isatty(),
         )
     except SuiteError as error:
@@ -97,5 +106,6 @@ def _command(args: argparse.Namespace) -> str:
     words = ["stars-fast", "bench", *args.suites]
     words += ["--full"] if args.full else []
     words += ["-k", args.select] if args.select else []
+    words += ["--vllm-python", args.vllm_python] if args.vllm_python else []
     words += ["--out", args.out] if args.out else []
     return shlex.join(words)

@@ -5,6 +5,7 @@ They take addresses, so that shapes, dtypes and strides are this module's to see
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,12 +20,25 @@ from stars_fast.ops.tiling import prefix_slots
 if TYPE_CHECKING:
     from stars_fast.ops.fused import Rotary
 
+#: What `sample` reads of each row.
+_COLUMNS = {
+    "temperature": torch.float32,
+    "top_k": torch.int32,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    **dict.fromkeys(("seed", "position", "attempt", "stream"), torch.int64),
+}
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
+def on_vectors(device: torch.device) -> bool:
+    """Whether operators on a device's tensors run here: unless PyTorch's form is asked for."""
+    return device.type == "cpu" and not plain()
+
+
 def runs_on(x: Tensor) -> bool:
-    """Whether operators on a tensor run here: unless PyTorch's form is asked for."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not plain()
+    """Whether those of a decoder layer on a tensor do."""
+    return x.dtype == torch.float32 and on_vectors(x.device)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -98,6 +112,77 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         interleaved,
     )
     return x
+
+
+def sample(
+    logits: Tensor,
+    columns: Sequence[Tensor],
+    live: Tensor | None,
+    results: Sequence[Tensor],
+    *,
+    with_entropy: bool,
+) -> Tensor:
+    """Draw one token per row where rounding cannot make it another one than PyTorch's.
+
+    Parameters
+    ----------
+    logits : Tensor
+        float32 ``[R, V]``.
+    columns : sequence of Tensor
+        The arguments of `stars_fast.ops.sample` from `temperature` to `stream`.
+    live, with_entropy
+        As there.
+    results : sequence of Tensor
+        As it returns them, contiguous: those of live rows are written. They depend on the row
+        alone.
+
+    Returns
+    -------
+    Tensor
+        bool ``[R]``, rows that are left undecided, about one in 10**5; their results mean nothing.
+
+    Raises
+    ------
+    ValueError
+        Columns that are not those of R rows.
+    """
+    logits = _rows(logits)
+    rows, vocab_size = logits.shape
+    named = dict(zip(_COLUMNS, columns, strict=True)) | ({} if live is None else {"live": live})
+    for name, x in named.items():
+        if x.shape != (rows,):
+            raise ValueError(f"{name} must have shape ({rows},), got {tuple(x.shape)}")
+    # Kept here: addresses hold nothing.
+    columns = [named[name].to(kind).contiguous() for name, kind in _COLUMNS.items()]
+    temperature, top_k, top_p, min_p, seed, position, attempt, stream = (
+        x.data_ptr() for x in columns
+    )
+    token, logprob, truncated_logprob, entropy, ok = (x.data_ptr() for x in results)
+    live = None if live is None else live.contiguous()
+    undecided = torch.zeros_like(results[-1])
+    _cpu.sample(
+        logits.data_ptr(),
+        rows,
+        vocab_size,
+        logits.stride(0),
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seed,
+        position,
+        attempt,
+        stream,
+        0 if live is None else live.data_ptr(),
+        with_entropy,
+        token,
+        logprob,
+        truncated_logprob,
+        entropy,
+        ok,
+        undecided.data_ptr(),
+    )
+    return undecided
 
 
 def decode_round(batch: BatchLike, page_size: int) -> _cpu.Round:

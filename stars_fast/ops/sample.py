@@ -6,15 +6,19 @@ token is drawn from the truncated distribution as the arg max of kept scaled log
 noise (`stars_fast.ops.philox`), which needs no normalisation.
 
 Every row is computed by a route that its own parameters choose, and by sums whose order its
-neighbours cannot change, so a row's result is a function of the row alone.
+neighbours cannot change, so a row's result is a function of the row alone. On a CPU, C++ draws a
+row unless rounding could make it another token than the code here draws (`csrc/cpu/sample.h`).
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stars_fast.ops import cpu
 from stars_fast.ops.backend import uses_triton
 from stars_fast.ops.philox import token_noise, token_noise_all
 
@@ -88,26 +92,50 @@ def sample(
         from stars_fast.kernels import sample as kernel
 
         return kernel(*arguments, live)
-    if live is None or bool(live.all()):
+    if cpu.on_vectors(logits.device):
+        results, live = _sample_on_vectors(arguments, live, with_entropy=with_entropy)
+        if not bool(live.any()):
+            return results
+    elif live is None or bool(live.all()):
         return _sample_all(arguments, with_entropy=with_entropy)
+    else:
+        results = _nothing_drawn(logits)
     rows = live.nonzero().squeeze(1)
-    results = _nothing_drawn(logits)
     drawn = _sample_all(tuple(x[rows] for x in arguments), with_entropy=with_entropy)
     for result, part in zip(results, drawn, strict=True):
         result[rows] = part
     return results
 
 
+def _sample_on_vectors(
+    arguments: tuple[Tensor, ...], live: Tensor | None, *, with_entropy: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Draw what C++ can decide; returns the results, and the rows that it leaves, bool ``[R]``."""
+    logits, *columns = arguments
+    results = _nothing_drawn(logits)
+    draw = functools.partial(cpu.sample, with_entropy=with_entropy)
+    if logits.dtype == torch.float32:
+        return results, draw(logits, columns, live, results)
+    undecided = torch.zeros_like(results[-1])
+    block = max(1, _BLOCK // logits.shape[1])
+    for first in range(0, len(logits), block):
+        part = slice(first, first + block)
+        undecided[part] = draw(
+            logits[part].to(torch.float32),
+            [x[part] for x in columns],
+            None if live is None else live[part],
+            [x[part] for x in results],
+        )
+    return results, undecided
+
+
 def _nothing_drawn(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The results of rows that are not live."""
-    rows = logits.shape[0]
-    return (
-        logits.new_zeros(rows, dtype=torch.int64),
-        logits.new_zeros(rows, dtype=torch.float32),
-        logits.new_zeros(rows, dtype=torch.float32),
-        logits.new_zeros(rows, dtype=torch.float32),
-        logits.new_ones(rows, dtype=torch.bool),
-    )
+    rows, device = logits.shape[0], logits.device
+    token = torch.zeros(rows, dtype=torch.int64, device=device)
+    numbers = [torch.zeros(rows, device=device) for _ in range(3)]
+    ok = torch.ones(rows, dtype=torch.bool, device=device)
+    return token, numbers[0], numbers[1], numbers[2], ok
 
 
 def _sample_all(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,15 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from stars_fast.ops.backend import backend
 from stars_fast.ops.philox import token_noise_all
+
+
+@pytest.fixture(autouse=True, scope="module", params=["auto", "pytorch"])
+def form(request: pytest.FixtureRequest) -> Iterator[None]:
+    """C++, and what it is held to."""
+    with backend(request.param):
+        yield
 
 
 class StableTopP(TopPLogitsWarper):
