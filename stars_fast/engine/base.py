@@ -344,10 +344,11 @@ class BaseEngine(OneThread):
         ``rounds``, ``drafted_tokens``, ``accepted_tokens``, ``prefill_tokens``,
         ``cached_prompt_tokens``, ``attempts``, ``segments``, ``fallbacks``, ``preemptions`` and
         ``page_copies``, ``paths_copied`` and ``paths_dropped`` of the scheduler; ``lm_calls``,
-        forward passes of the language model; ``copied_bytes`` of page copies; ``pages_used`` and
-        ``pages_free`` of the language model's pool; ``requests_running`` and ``requests_waiting``;
-        what the scorer counts (``rm_tokens`` and others); ``seconds_plan``, ``_fork``,
-        ``_prefill``, ``_draft``, ``_score``, ``_commit``.
+        forward passes of the language model; ``row_steps``, rows x steps that drafting ran, of
+        which ``drafted_tokens`` became part of an attempt (0 where the model is not here);
+        ``copied_bytes`` of page copies; ``pages_used`` and ``pages_free`` of the language model's
+        pool; ``requests_running`` and ``requests_waiting``; what the scorer counts (``rm_tokens``
+        and others); ``seconds_plan``, ``_fork``, ``_prefill``, ``_draft``, ``_score``, ``_commit``.
         """
         return self.loop.stats()
 

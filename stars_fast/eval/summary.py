@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from stars_fast.eval.attacks import under
+from stars_fast.eval.budgets import COSTS
 from stars_fast.eval.cost import Cost
 from stars_fast.eval.metrics import (
     Comparison,
@@ -114,10 +115,12 @@ def summarise(settings: Mapping[str, Any], store: Store) -> dict[str, Any]:
     def against(i: int, j: int) -> Comparison | None:
         return compare(golds[i], golds[j], settings["tie_margin"], intervals)
 
-    base_flops = specs[at]["cost"]["flops"]
+    for name in COSTS:
+        base = specs[at]["cost"][name]
+        for spec in specs:
+            spent = spec["cost"][name]
+            spec["cost"][f"relative_{name}"] = spent / base if spent and base else None
     for i, spec in enumerate(specs):
-        flops = spec["cost"]["flops"]
-        spec["cost"]["relative_flops"] = flops / base_flops if flops and base_flops else None
         found = against(i, at) if i != at else None
         spec["against_reference"] = None if found is None else found.to_json()
     _mark_front(specs)
@@ -256,12 +259,15 @@ def _cost(runs: Runs) -> dict[str, Any]:
     """Return what a response costs: means over runs, the median of their seconds."""
     costs = list(runs.costs.values())
     sizes = [len(rows) for rows in runs.responses.values()]
-    names = ("lm_tokens", "rm_tokens", "lm_calls", "rm_calls", "rm_jobs", "flops")
+    names = ("lm_tokens", "rm_tokens", "lm_calls", "rm_calls", "rm_jobs", "row_steps", "flops")
     found: dict[str, Any] = {
         name: _mean([getattr(c, name) / n for c, n in zip(costs, sizes, strict=True)])
         for name in names
     }
+    each = [c.seconds / n for c, n in zip(costs, sizes, strict=True)]
+    found["seconds"] = median(each) if each else None
     found["seconds_per_run"] = median(c.seconds for c in costs) if costs else None
+    found["unused_share"] = _mean([c.unused_share for c in costs])
     found["discarded_per_rejection"] = _mean([c.discarded_per_rejection for c in costs])
     found["lm_parameters"] = costs[0].lm_parameters if costs else None
     found["rm_parameters"] = costs[0].rm_parameters if costs else None
@@ -269,12 +275,15 @@ def _cost(runs: Runs) -> dict[str, Any]:
 
 
 def _mark_front(specs: Sequence[dict[str, Any]]) -> None:
+    """Note the costs by which each spec is on the front."""
     for spec in specs:
-        spec["on_front"] = False
-    placed = [spec for spec in specs if spec["gold"] is not None and spec["cost"]["flops"]]
-    points = [(spec["cost"]["flops"], spec["gold"]["mean"]) for spec in placed]
-    for spec, kept in zip(placed, pareto(points), strict=True):
-        spec["on_front"] = kept
+        spec["on_front"] = []
+    for name in COSTS:
+        placed = [spec for spec in specs if spec["gold"] is not None and spec["cost"][name]]
+        points = [(spec["cost"][name], spec["gold"]["mean"]) for spec in placed]
+        for spec, kept in zip(placed, pareto(points), strict=True):
+            if kept:
+                spec["on_front"].append(name)
 
 
 def _by_seed(runs: Runs) -> list[list[Record]]:

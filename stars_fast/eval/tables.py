@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stars_fast.eval.attacks import UNATTACKED
-from stars_fast.eval.budgets import leaders
+from stars_fast.eval.budgets import COSTS, leaders
 from stars_fast.tables import markdown_table, origin
 
 #: Failures that are listed of each kind; the others are in the files.
@@ -33,7 +33,7 @@ def report(record: Mapping[str, Any], plots: Sequence[str]) -> str:
         _quality(specs, record["settings"]),
         "## Cost",
         _cost(specs),
-        *(["## At equal cost", at_cost] if (at_cost := _at_equal_cost(record)) else []),
+        *_at_equal_cost(record),
         *(f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in plots),
         "## Text",
         _text(specs),
@@ -124,17 +124,24 @@ def _cost(specs: Sequence[Spec]) -> str:
     rows = []
     for spec in specs:
         cost = spec["cost"]
+        relative = [
+            _number(cost[f"relative_{name}"], "{:.2f}")
+            + (" (front)" if name in spec["on_front"] else "")
+            for name in COSTS
+        ]
         rows.append(
             [
-                spec["label"] + (" (front)" if spec["on_front"] else ""),
+                spec["label"],
                 _number(cost["lm_tokens"], "{:,.0f}"),
                 _number(cost["rm_tokens"], "{:,.0f}"),
                 _number(cost["lm_calls"], "{:,.2f}"),
                 _number(cost["rm_calls"], "{:,.2f}"),
-                _number(cost["flops"], "{:.3g}"),
-                _number(cost["relative_flops"], "{:.2f}"),
+                _number(cost["row_steps"] or None, "{:,.0f}"),
+                _number(cost["unused_share"], "{:.0%}"),
                 _number(cost["discarded_per_rejection"], "{:.1f}"),
+                _number(cost["flops"], "{:.3g}"),
                 _number(cost["seconds_per_run"], "{:.3g}"),
+                *relative,
             ]
         )
     headings = [
@@ -143,46 +150,56 @@ def _cost(specs: Sequence[Spec]) -> str:
         "RM tokens",
         "LM calls",
         "RM calls",
-        "FLOPs",
-        "relative",
+        "row-steps",
+        "unused",
         "discarded per rejection",
+        "FLOPs",
         "seconds a run",
+        "relative FLOPs",
+        "relative seconds",
     ]
     return markdown_table(headings, rows) + (
         "\n\nFor each response, the mean over runs; calls are forward passes of the whole batch "
-        "shared out among its responses. FLOPs are 2 x parameters x tokens of both models, without "
-        "attention over the context and without a reward that is a function. Discarded: tokens "
-        "drafted in vain for each attempt that failed its test, those drafted beside a winner "
-        "included. Seconds are the median of the runs, each of all prompts. (front): no other "
-        "method has a higher gold score for as few FLOPs."
+        "shared out among its responses. Row-steps are the rows of all decode steps; unused are "
+        "those whose token is part of no attempt, such as rows that wait for a longer segment. "
+        "Discarded: tokens drafted in vain for each attempt that failed its test, those drafted "
+        "beside a winner included. FLOPs are 2 x parameters x tokens of both models, without "
+        "attention over the context, unused row-steps and rewards that are functions. Seconds are "
+        "the median of the runs, each of all prompts: they are of this machine, its load and this "
+        "number of prompts. (front): no other method has a higher gold score at as low a cost."
     )
 
 
-def _at_equal_cost(record: Mapping[str, Any]) -> str:
-    rows = []
-    for found in leaders(record["specs"], record["pairwise"]):
-        other = found.next_best
-        rows.append(
-            [
-                f"{found.budget:g}",
-                *_point(found.best),
-                *(("", "", "") if other is None else _point(other)),
-                _interval(found.gain, "{:+.3f}"),
-            ]
-        )
-    if len(rows) < 2:
-        return ""  # nothing but the reference
-    headings = ["budget", "best", "cost", "gold", "next", "cost", "gold", "gain"]
-    return markdown_table(headings, rows) + (
-        "\n\nThe highest gold score for at most so many FLOPs, relative to the reference, and that "
-        "of the best other method; on the base model alone. Both are the best of those "
-        "run, on these prompts."
+def _at_equal_cost(record: Mapping[str, Any]) -> list[str]:
+    parts = []
+    for name, read in COSTS.items():
+        rows = []
+        for found in leaders(record["specs"], record["pairwise"], cost=name):
+            other = found.next_best
+            rows.append(
+                [
+                    f"{found.budget:g}",
+                    *_point(found.best, name),
+                    *(("", "", "") if other is None else _point(other, name)),
+                    _interval(found.gain, "{:+.3f}"),
+                ]
+            )
+        if len(rows) > 1:  # more than the reference
+            headings = [f"{read}, at most", "best", "cost", "gold", "next", "cost", "gold", "gain"]
+            parts.append(markdown_table(headings, rows))
+    if not parts:
+        return []
+    explained = (
+        "The highest gold score for at most so much, relative to the reference, and that of the "
+        "best other method; on the base model alone. Both are the best of those run, on these "
+        "prompts."
     )
+    return ["## At equal cost", *parts, explained]
 
 
-def _point(spec: Spec) -> tuple[str, str, str]:
-    cost, gold = spec["cost"]["relative_flops"], spec["gold"]["mean"]
-    return spec["label"], f"{cost:.2f}", f"{gold:+.3f}"
+def _point(spec: Spec, cost: str) -> tuple[str, str, str]:
+    spent, gold = spec["cost"][f"relative_{cost}"], spec["gold"]["mean"]
+    return spec["label"], f"{spent:.2f}", f"{gold:+.3f}"
 
 
 def _text(specs: Sequence[Spec]) -> str:
