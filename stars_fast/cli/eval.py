@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from stars_fast.cli.terminal import say
 from stars_fast.eval.answers import MATH, check_answers
 from stars_fast.eval.attacks import Attack, attacks_of_texts
 from stars_fast.eval.datasets import Item, Layout, RecordError, read_items
-from stars_fast.eval.gold import gold_source
+from stars_fast.eval.gold import RewardFunction, gold_source
 from stars_fast.eval.judge import PairJudge
 from stars_fast.eval.models import Models, RewardSource, identity_of, sources_of
 from stars_fast.eval.results import can_plot, failures, read_results, write_results
@@ -98,7 +99,15 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--num-prompts",
         type=int,
         metavar="INT",
-        help="number of leading prompts to use (default: all)",
+        help="number of prompts to use (default: all)",
+    )
+    prompts.add_argument(
+        "--prompt-offset",
+        type=int,
+        default=0,
+        metavar="INT",
+        help="number of leading prompts to leave out (default: 0); the others keep their numbers, "
+        "and so their draws",
     )
     prompts.add_argument("--chat", action="store_true", help="turn text prompts into chat messages")
     methods = parser.add_argument_group("methods")
@@ -122,10 +131,11 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )  # fmt: skip
     quality = parser.add_argument_group("quality")
     quality.add_argument(
-        "--gold", metavar="REWARD",
+        "--gold", action="append", default=[], metavar="[NAME=]REWARD",
         help="a reward that no method sees: demo, a directory or hub id, module:function with "
         "f(prompts, responses) -> list of numbers, or math: 1 where the response has the answer "
-        "of its record, else 0 (default with the demo's pair: demo)",
+        "of its record, else 0 (default with the demo's pair: demo); can be repeated, methods are "
+        "compared by the first",
     )  # fmt: skip
     quality.add_argument(
         "--gold-template", metavar="TEXT", help="as --reward-template, for a gold model"
@@ -237,7 +247,7 @@ def _session(args: argparse.Namespace) -> Session:
     if demo and reward_model_of(args) is not None:
         raise UsageError(f"{'--reward' if args.reward else '--reward-model'} needs --model")
     for flag in ("prompts", "gold"):
-        if not demo and getattr(args, flag) is None:
+        if not demo and not getattr(args, flag):
             raise UsageError(f"--{flag} is needed with --model")
     if not 0 < args.calibration_quantile < 1:
         raise UsageError(
@@ -247,13 +257,9 @@ def _session(args: argparse.Namespace) -> Session:
         raise UsageError(f"--tie-margin must be at least 0, got {args.tie_margin}")
     models = _models(args)
     specs, reference = _specs(args, models)
-    gold_name = args.gold or _DEMO
-    try:
-        gold = gold_source(gold_name)
-    except ValueError as error:
-        raise UsageError(f"--gold: {error}") from None
+    golds = _golds(args.gold or [_DEMO])
     items = _items(args)
-    if gold == MATH:
+    if MATH in golds.values():
         try:
             check_answers(items)
         except ValueError as error:
@@ -262,7 +268,7 @@ def _session(args: argparse.Namespace) -> Session:
         raise UsageError("--reward-accuracy needs prompts with chosen and rejected responses")
     attacks, harm_below = _attacks(args, items)
     judge = _judge(args)
-    _check_directories(models, None if gold == MATH else gold)
+    _check_directories(models, [gold for gold in golds.values() if gold != MATH])
     plan = Plan(
         specs,
         items,
@@ -277,8 +283,7 @@ def _session(args: argparse.Namespace) -> Session:
         _store(Path(args.out), resume=args.resume),
         models,
         reference,
-        gold,
-        gold_name,
+        golds,
         say,
         gold_template=args.gold_template,
         judge=judge,
@@ -313,6 +318,22 @@ def _persona(text: str) -> Persona:
     from stars_fast.rewards.persona import Persona
 
     return Persona(template=text) if "{prompt}" in text else Persona(system=text)
+
+
+def _golds(texts: Sequence[str]) -> dict[str, str | RewardFunction]:
+    """Find the gold rewards, by their names: those given, or what the user wrote."""
+    found: dict[str, str | RewardFunction] = {}
+    for text in texts:
+        name, source = text, text
+        if (given := re.fullmatch(r"([\w.-]+)=(.+)", text, re.DOTALL)) is not None:
+            name, source = given.groups()
+        if name in found:
+            raise UsageError(f"--gold: {name!r} is given twice; write NAME=REWARD")
+        try:
+            found[name] = gold_source(source)
+        except ValueError as error:
+            raise UsageError(f"--gold: {error}") from None
+    return found
 
 
 def _pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
@@ -376,19 +397,30 @@ def _check_reward(spec: Spec, models: Models) -> None:
 def _items(args: argparse.Namespace) -> list[Item]:
     if args.num_prompts is not None and args.num_prompts < 1:
         raise UsageError(f"--num-prompts must be at least 1, got {args.num_prompts}")
+    offset = args.prompt_offset
+    if offset < 0:
+        raise UsageError(f"--prompt-offset must be at least 0, got {offset}")
     if args.prompts in (None, _DEMO):
         from stars_fast import demo
         from stars_fast.demo.openings import HELD_OUT
 
         try:
-            texts = demo.prompts(args.num_prompts or HELD_OUT)
+            last = HELD_OUT if args.num_prompts is None else offset + args.num_prompts
+            texts = demo.prompts(last)
         except ValueError as error:
             raise UsageError(f"--num-prompts: {error}") from None
-        return [Item(number, text) for number, text in enumerate(texts, 1)]
+        items = [Item(number, text) for number, text in enumerate(texts, 1)][offset:]
+        if not items:
+            raise UsageError(f"--prompt-offset {offset} leaves no prompt")
+        return items
     try:
         with file_errors():
             return read_items(
-                Path(args.prompts), layout=args.layout, limit=args.num_prompts, chat=args.chat
+                Path(args.prompts),
+                layout=args.layout,
+                offset=offset,
+                limit=args.num_prompts,
+                chat=args.chat,
             )
     except RecordError as error:
         raise UsageError(str(error)) from None
@@ -398,7 +430,7 @@ def _attacks(args: argparse.Namespace, items: Sequence[Item]) -> tuple[list[Atta
     """Read the attacks and try them on the prompts."""
     if args.harm_below is not None and not args.attack:
         raise UsageError("--harm-below needs --attack")
-    if args.harm_below is None and args.attack and args.gold not in (None, _DEMO):
+    if args.harm_below is None and args.attack and args.gold[:1] not in ([], [_DEMO]):
         raise UsageError("--harm-below is needed with --attack and another gold than the demo's")
     harm_below = 0.0 if args.harm_below is None else args.harm_below
     if not math.isfinite(harm_below):
@@ -451,11 +483,11 @@ def _judge(args: argparse.Namespace) -> PairJudge | None:
     return PairJudge(endpoint, args.judge_model, args.judge_workers)
 
 
-def _check_directories(models: Models, gold: Any) -> None:  # noqa: ANN401 - a path or a function
+def _check_directories(models: Models, golds: Sequence[Any]) -> None:
     """Report missing models before the first one is loaded, not after hours."""
     from stars_fast.models.files import check_model_directory
 
-    sources = [gold, *models.lms.values(), *models.rms.values()]
+    sources = [*golds, *models.lms.values(), *models.rms.values()]
     decoding = models.reward_model
     sources += [r.model for r in decoding] if isinstance(decoding, list) else [decoding]
     if not models.options.get("gguf_file"):

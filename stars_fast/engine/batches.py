@@ -34,6 +34,7 @@ class BatchEngine(BaseEngine):
         params: StarsParams | Sequence[StarsParams] | None = None,
         *,
         use_tqdm: bool = True,
+        on_output: Callable[[int, RequestOutput], object] | None = None,
     ) -> list[RequestOutput]:
         """Run prompts to their end.
 
@@ -46,6 +47,9 @@ class BatchEngine(BaseEngine):
             calibrates on these prompts, unless the engine is already calibrated.
         use_tqdm
             Show a progress bar.
+        on_output
+            Called with the number of a prompt, from 0, and its output whenever that has grown, the
+            finished one included. What it raises ends the call, as an interruption does.
 
         Returns
         -------
@@ -73,6 +77,7 @@ class BatchEngine(BaseEngine):
                 )
         done: dict[str, RequestOutput] = {}
         names = [f"generate-{i}" for i in range(len(texts))]
+        places = {name: i for i, name in enumerate(names)}
         hidden = not use_tqdm or self.rank != 0
         with tqdm(total=len(texts), disable=hidden, unit="request", desc="generate") as bar:
             for name, text, one in zip(names, texts, each, strict=True):
@@ -84,6 +89,8 @@ class BatchEngine(BaseEngine):
             try:
                 while self.has_unfinished():
                     for output in self.step():
+                        if on_output is not None:
+                            on_output(places[output.request_id], output)
                         if output.finished:
                             done[output.request_id] = output
                             bar.update()

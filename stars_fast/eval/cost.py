@@ -12,8 +12,8 @@ have no row-steps, and spare rows of a captured step are not counted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 _COUNTERS = (
@@ -89,9 +89,27 @@ class Cost:
         """Share of row-steps whose token is part of no attempt; None if none was counted."""
         return 1.0 - self.drafted_tokens / self.row_steps if self.row_steps else None
 
+    def scaled(self, share: float) -> Cost:
+        """Return a share of everything that was spent; sizes of models stay."""
+        sizes = ("lm_parameters", "rm_parameters")
+        spent = {name: value for name, value in asdict(self).items() if name not in sizes}
+        counts = {
+            name: value * share if name == "seconds" else round(value * share)
+            for name, value in spent.items()
+        }
+        return replace(self, **counts)
+
     def to_json(self) -> dict[str, Any]:
         """Return it as a JSON object."""
         return asdict(self)
+
+
+def total(costs: Sequence[Cost]) -> Cost:
+    """Return the cost of parts of one run together; there is at least one."""
+    spent = {field.name: sum(getattr(cost, field.name) for cost in costs) for field in fields(Cost)}
+    first = costs[0]
+    sizes = {"lm_parameters": first.lm_parameters, "rm_parameters": first.rm_parameters}
+    return Cost(**{**spent, **sizes})
 
 
 def cost_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -28,11 +28,10 @@ def draw(record: Mapping[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     bars = sum(bool(spec["against_reference"]) for spec in record["specs"])
     names = len(record["specs"]) + 2  # in the legend
-    plots = (
-        *(
-            (name, functools.partial(_cost_quality, cost=cost), max(5.4, 0.148 * names))
-            for name, cost in {"cost_quality": "flops", "seconds_quality": "seconds"}.items()
-        ),
+    high = max(5.4, 0.148 * names)
+    plots: tuple[tuple[str, Callable[..., bool], float], ...] = (
+        ("cost_quality", functools.partial(_cost_quality, cost="flops"), high),
+        ("seconds_quality", functools.partial(_cost_quality, cost="seconds"), high),
         ("win_rate", _win_rates, 1.5 + 0.38 * bars),
         ("attack_success", _attack_success, 4.4),
     )
@@ -53,7 +52,8 @@ def _cost_quality(ax: Any, record: Mapping[str, Any], cost: str) -> bool:  # noq
     if not shown:
         return False
     numbers = itertools.count(1)
-    for colour, specs in zip(itertools.cycle(_COLOURS), _families(shown, cost).values(), strict=False):
+    families = _families(shown, cost).values()
+    for colour, specs in zip(itertools.cycle(_COLOURS), families, strict=False):
         xs = [spec["cost"][relative] for spec in specs]
         ys = [spec["gold"]["mean"] for spec in specs]
         ax.plot(xs, ys, "-", color=colour, zorder=2)

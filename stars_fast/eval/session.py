@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -27,6 +28,7 @@ from stars_fast.eval.measure import (
 )
 from stars_fast.eval.metrics import Intervals
 from stars_fast.eval.models import Models, RewardSource, identity_of
+from stars_fast.eval.progress import Lines
 from stars_fast.eval.run import Engines, Failure, Plan, digest, missing, run_missing
 from stars_fast.eval.specs import Spec, described
 from stars_fast.eval.store import Record, Store, read_json, write_json
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from stars_fast.engine import Engine
 
 CALIBRATION = "calibration.json"
+
+T = TypeVar("T")
 
 _BOOTSTRAP_SEED = 0
 
@@ -56,8 +60,10 @@ class Session:
         Sources of the models.
     reference
         Label of the reference.
-    gold, gold_name, gold_template
-        The gold reward, how the user calls it, and what it reads.
+    golds
+        The gold rewards, by what the user calls them; methods are compared by the first.
+    gold_template
+        What gold models read.
     judge
         The judge; None: no judge.
     accuracy
@@ -81,8 +87,7 @@ class Session:
     store: Store
     models: Models
     reference: str
-    gold: str | RewardFunction
-    gold_name: str
+    golds: Mapping[str, str | RewardFunction]
     say: Callable[[str], None]
     gold_template: str | None = None
     judge: PairJudge | None = None
@@ -113,9 +118,15 @@ class Session:
         return [self.plan, *attacked]
 
     @property
-    def _answers(self) -> list[str | None]:
-        """The answers that the gold score compares with; none if it is another."""
-        return [item.answer for item in self.plan.items] if self.gold == MATH else []
+    def _gold_columns(self) -> dict[str, str]:
+        """The column of the responses that each gold reward has, by its name."""
+        first, *others = self.golds
+        return {first: "gold", **{name: f"gold:{name}" for name in others}}
+
+    def _gold_by(self, source: RewardSource) -> str:
+        # Answers are compared with, so others are another measure.
+        answers = [item.answer for item in self.plan.items] if source == MATH else []
+        return digest([identity_of(source), self.gold_template, *answers])
 
     @property
     def _by(self) -> dict[str, str]:
@@ -126,11 +137,14 @@ class Session:
         read_by = [self.models.options.get(name) for name in names]
         by = {
             "reward": digest([identity_of(self.models.reward_model), *read_by]),
-            "gold": digest([identity_of(self.gold), self.gold_template, *self._answers]),
             "base_logprob": digest(identity_of(self.models.model)),
+            **{
+                column: self._gold_by(self.golds[name])
+                for name, column in self._gold_columns.items()
+            },
         }
         if self.judge is not None:
-            reference = self.plan.fingerprint(self._reference, self.plan.seeds[0])
+            reference = self.plan.setting(self._reference, self.plan.seeds[0])
             by["judge"] = digest([describe(self.judge), reference])
         return by
 
@@ -146,9 +160,12 @@ class Session:
         """
         kept = read_json(self.folder / CALIBRATION)
         targets: dict[str | None, float] = {}
+        mine = self.plan.prompt_digests
         for rm in dict.fromkeys(spec.rm for spec in self.plan.specs if spec.needs_target):
             name = self._calibration_name(rm)
-            if name not in kept:
+            theirs = kept.get(name, {}).get("prompts", {})
+            # With more prompts than before the target stays what it was, and so do the runs.
+            if not theirs or not theirs.items() <= mine.items():
                 self.say("calibrating the target reward on unaligned responses")
                 calibration = self._engines.get(None, rm, calibrated=True).calibration
                 assert calibration is not None
@@ -157,6 +174,7 @@ class Session:
                     "target_reward": calibration.target_reward,
                     "quantiles": {str(q): r for q, r in calibration.quantiles.items()},
                     "samples": len(calibration.rewards),
+                    "prompts": mine,
                 }
                 write_json(self.folder / CALIBRATION, kept)
             targets[rm] = float(kept[name]["target_reward"])
@@ -179,7 +197,7 @@ class Session:
                     self.say(f"running {name}, seed {seed}")
 
             self.failed_runs += run_missing(
-                plans, self.store, self._engines, begun, use_tqdm=self._bars
+                plans, self.store, self._engines, begun, self.say, use_tqdm=self._bars
             )
             bar.update(len(runs) - bar.n)
         self._engines.drop()
@@ -198,7 +216,7 @@ class Session:
         plan = self.plan
         sampling = described(plan.specs[0])["params"]
         models = [plan.lms[None], plan.rms[rm]]
-        return digest([models, self.quantile, sampling, plan.prompts(), plan.identity])
+        return digest([models, self.quantile, sampling, plan.identity])
 
     # Measurements
 
@@ -218,7 +236,11 @@ class Session:
             self._scored("reward", self.models.reward_model, template, saver, head)
 
     def _golds(self, saver: Saver) -> None:
-        self._scored("gold", self.gold, self.gold_template, saver)
+        for name, column in self._gold_columns.items():
+            try:
+                self._scored(column, self.golds[name], self.gold_template, saver)
+            except Exception as error:  # noqa: BLE001 - the other gold rewards are still wanted
+                self.problems.append(f"no {column}: {type(error).__name__}: {error}")
 
     def _scored(
         self,
@@ -238,11 +260,11 @@ class Session:
         if not lacking and not pairs:
             return
         self.say(f"scoring responses: {column}")
-        by_answer = column == "gold" and source == MATH
+        by_answer = source == MATH and column in self._gold_columns.values()
         scores: Scores = MathScores() if by_answer else self.models.scorer(source, template, head)
         for plan, runs in lacking:
             what = column if plan.attack is None else f"{column} under {plan.attack}"
-            bar = tqdm(runs, unit="run", disable=not self._bars, desc=what)
+            bar = self._counted(runs, "run", f"scoring {what}")
             score_rows(bar, column, by, scores, _by_number(plan), saver, by_answer=by_answer)
         if pairs:
             self._accuracies[column] = self._accuracy(scores)
@@ -292,16 +314,25 @@ class Session:
         total = sum(map(len, runs))
         if total:
             self.say(f"asking {self.judge.model} about {total} pairs, in both orders")
-            with tqdm(total=total, unit="pair", disable=not self._bars, desc="judge") as bar:
-                judge_rows(runs, by, self.judge, theirs, saver, bar.update)
+            asked = self._counted(range(total), "pair", "judging")
+            judge_rows(runs, by, self.judge, theirs, saver, lambda: next(asked, None))
+
+    def _counted(self, things: Collection[T], unit: str, what: str) -> Iterator[T]:
+        """Give the things, with a bar on a terminal and lines elsewhere."""
+        lines = Lines(self.say, what)
+        for done, thing in enumerate(tqdm(things, unit=unit, disable=not self._bars, desc=what)):
+            if not self._bars:
+                lines.update(functools.partial("{} of {} {}s".format, done, len(things), unit))
+            yield thing
 
     def _runs(self, plan: Plan) -> list[Rows]:
-        names = {plan.fingerprint(s, seed): None for s in plan.specs
-                 for seed in plan.seeds}  # fmt: skip
-        return [self.store.responses[name] for name in names if name in self.store.responses]
+        names = {name: None for spec in plan.specs for seed in plan.seeds
+                 for name in plan.parts(spec, seed, self.store)}  # fmt: skip
+        return [self.store.responses[name] for name in names]
 
     def _rows(self, spec: Spec, seed: int) -> Rows:
-        return self.store.responses.get(self.plan.fingerprint(spec, seed), [])
+        names = self.plan.parts(spec, seed, self.store)
+        return [row for name in names for row in self.store.responses[name]]
 
     # The record
 
@@ -328,7 +359,10 @@ class Session:
             "numbers": [item.number for item in plan.items],
             "seeds": list(plan.seeds),
             "reference": self.reference,
-            "gold": self.gold_name,
+            "gold": next(iter(self.golds)),
+            "other_golds": {
+                name: column for name, column in self._gold_columns.items() if column != "gold"
+            },
             "tie_margin": self.tie_margin,
             "bootstrap_seed": _BOOTSTRAP_SEED,
             "target": plan.targets.get(None),
@@ -336,7 +370,9 @@ class Session:
             "calibration_quantile": self.quantile,
             "judge": None if self.judge is None else describe(self.judge),
             "measured_by": self._by,
-            "specs": [{**described(spec), "runs": _run_names(plan, spec)} for spec in plan.specs],
+            "specs": [
+                {**described(spec), "runs": self._run_names(plan, spec)} for spec in plan.specs
+            ],
             **self._attack_settings(),
         }
         return {
@@ -351,14 +387,13 @@ class Session:
         if not self.attacks:
             return {}
         attacks = [
-            {**asdict(attack), "runs": [_run_names(plan, spec) for spec in plan.specs]}
+            {**asdict(attack), "runs": [self._run_names(plan, spec) for spec in plan.specs]}
             for attack, plan in zip(self.attacks, self._plans[1:], strict=True)
         ]
         return {"harm_below": self.harm_below, "attacks": attacks}
 
-
-def _run_names(plan: Plan, spec: Spec) -> dict[str, str]:
-    return {str(seed): plan.fingerprint(spec, seed) for seed in plan.seeds}
+    def _run_names(self, plan: Plan, spec: Spec) -> dict[str, list[str]]:
+        return {str(seed): plan.parts(spec, seed, self.store) for seed in plan.seeds}
 
 
 def _by_number(plan: Plan) -> dict[int, Item]:

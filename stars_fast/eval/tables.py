@@ -31,6 +31,7 @@ def report(record: Mapping[str, Any], plots: Sequence[str]) -> str:
         _origin(record),
         "## Quality",
         _quality(specs, record["settings"]),
+        *_other_golds(specs, record["settings"]),
         "## Cost",
         _cost(specs),
         *_at_equal_cost(record),
@@ -61,11 +62,11 @@ def with_attacked(record: Mapping[str, Any]) -> list[Spec]:
 def _origin(record: Mapping[str, Any]) -> str:
     settings = record["settings"]
     seeds = ", ".join(map(str, settings["seeds"]))
+    golds = ", ".join([settings["gold"], *(settings.get("other_golds") or ())])
     models = settings["models"]
     what = (
         f"{len(settings['numbers'])} prompts of {settings['prompts']}, seeds {seeds}; language "
-        f"model {models['model']}, reward model {models['reward_model']}, gold "
-        f"{settings['gold']}."
+        f"model {models['model']}, reward model {models['reward_model']}, gold {golds}."
     )
     lines = [what]
     if settings.get("target") is not None:
@@ -104,8 +105,31 @@ def _quality(specs: Sequence[Spec], settings: Mapping[str, Any]) -> str:
         "bootstrap over prompts, the seeds of a prompt together, the same resamples for all. "
         "A win is a higher gold score for the same prompt and seed, by more than "
         f"{settings['tie_margin']:g}; the win rate counts a tie as half; the gain is the mean "
-        "difference of gold." + _counted(specs)
+        "difference of gold." + _counted(specs) + _missing(specs, settings)
     )
+
+
+def _other_golds(specs: Sequence[Spec], settings: Mapping[str, Any]) -> list[str]:
+    names = settings.get("other_golds") or {}
+    if not names:
+        return []
+    rows = []
+    for spec in specs:
+        for name in names:
+            found = spec["other_golds"][name]
+            against = found["against_reference"] or {}
+            rows.append(
+                [
+                    spec["label"],
+                    name,
+                    _interval(found["gold"], "{:+.3f}"),
+                    _interval(against.get("win_rate"), "{:.1%}"),
+                    _interval(against.get("gain"), "{:+.3f}"),
+                ]
+            )
+    explained = "Everything else is by the first gold score; the record has every pair by each."
+    headings = ["", "gold", "score", f"win rate against {settings['reference']}", "gain"]
+    return ["### By other gold scores", markdown_table(headings, rows), explained]
 
 
 def _counted(specs: Sequence[Spec], columns: Sequence[str] = ("gold", "reward")) -> str:
@@ -118,6 +142,17 @@ def _counted(specs: Sequence[Spec], columns: Sequence[str] = ("gold", "reward"))
         if spec[name] and spec[name]["over"] < spec["responses"] + len(spec["failed"])
     ]
     return f" {'; '.join(notes)}." if notes else ""
+
+
+def _missing(specs: Sequence[Spec], settings: Mapping[str, Any]) -> str:
+    """Say which specs have not been run on everything."""
+    wanted = len(settings["numbers"]) * len(settings["seeds"])
+    notes = [
+        f"{spec['label']}: {there} of {wanted} responses are there"
+        for spec in specs
+        if (there := spec["responses"] + len(spec["failed"])) < wanted
+    ]
+    return f" Not finished: {'; '.join(notes)}." if notes else ""
 
 
 def _cost(specs: Sequence[Spec]) -> str:
@@ -238,6 +273,11 @@ def _text(specs: Sequence[Spec]) -> str:
         for spec in specs
         if "reason" in spec["kl"]
     ]
+    notes += [
+        f"{spec['label']}: {spec['empty']} of {spec['responses']} responses are empty."
+        for spec in specs
+        if spec["empty"]
+    ]
     return "\n\n".join([markdown_table(headings, rows), " ".join([explained, *notes])])
 
 
@@ -348,6 +388,9 @@ def _failures(record: Mapping[str, Any]) -> str:
             "request": spec["failed"],
             "reward": spec["reward_failed"],
             "gold": spec["gold_failed"],
+            **{
+                f"gold {name}": gold["failed"] for name, gold in spec.get("other_golds", {}).items()
+            },
             "judge": (spec.get("judge") or {}).get("failed", []),
         }
         for what, failures in kinds.items():

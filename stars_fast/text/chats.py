@@ -346,3 +346,27 @@ def _short(value: object) -> str:
     """Show a value in at most 60 characters."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def empty_answers(
+    tokenizer: PreTrainedTokenizerBase | None, prompts: Sequence[object], texts: Sequence[str]
+) -> str | None:
+    """Return what to tell users whose chat model has nothing to add to bare text; None if it has.
+
+    Parameters
+    ----------
+    tokenizer
+        The language model's.
+    prompts, texts
+        What was asked, and the responses.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    bare = [text for prompt, text in zip(prompts, texts, strict=True) if isinstance(prompt, str)]
+    empty = sum(not text.strip() for text in bare)
+    if not empty:
+        return None
+    return (
+        f"{empty} of {len(bare)} responses to prompts of bare text are empty, and the model has a "
+        "chat template: --chat sends prompts as chat messages"
+    )

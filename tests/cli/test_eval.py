@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from stars_fast import Engine, StarsParams, demo
 from stars_fast.cli import main
-from stars_fast.eval import session
+from stars_fast.eval import progress, session
 from stars_fast.eval.answers import MathScores
 from stars_fast.seeds import derive_seed
 
@@ -414,6 +414,102 @@ def test_an_interruption_keeps_what_is_there(
     assert read(out)["specs"][0]["runs"] == 1
 
 
+def test_an_interrupted_run_keeps_its_finished_responses(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    step = Engine.step
+    finished = 0
+
+    def interrupted(self: Engine) -> Any:
+        nonlocal finished
+        if finished >= 2:
+            raise KeyboardInterrupt
+        outputs = step(self)
+        finished += sum(output.finished for output in outputs)
+        return outputs
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    out = tmp_path / "out"
+    # Two rows: the first two prompts end before the others begin.
+    flags = ("--seeds", "3", "--max-rows", "2", "--out", out, "--no-plots")
+    assert run(*SMALL, *flags) == 130
+    assert "vanilla, seed 3: 1 of 4 responses, " in capfd.readouterr().err
+    kept = {row["number"] for row in responses(out)}
+    assert 2 <= len(kept) < 4
+    (spec,) = read(out)["specs"]
+    assert spec["responses"] == len(kept)
+    assert f"Not finished: vanilla: {len(kept)} of 4 responses" in (out / "report.md").read_text()
+    monkeypatch.undo()
+    assert run(*SMALL, *flags, "--resume") == 0
+    first, second = runs(out)
+    assert set(first["prompts"]).isdisjoint(second["prompts"])
+    assert {n: ids for (_, seed, n), ids in tokens(out).items() if seed == 3} == {
+        n: ids for (label, seed, n), ids in tokens(done).items() if (label, seed) == ("vanilla", 3)
+    }
+    # What was drafted for responses that were not kept is not charged to those that were.
+    (whole,) = [one for one in runs(done) if (one["spec"], one["seed"]) == ("vanilla", 3)]
+    drafted = sum(one["cost"]["drafted_tokens"] for one in (first, second))
+    assert drafted == whole["cost"]["drafted_tokens"]
+
+
+def test_prompts_can_be_added(
+    done: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also with a calibrated target, which stays as it was."""
+    out = tmp_path / "out"
+    flags = ("--method", "stars:segment_length=4", "--out", out, "--no-plots", *SMALL)
+    assert run(*flags, "--num-prompts", "2") == 0
+    before = read(out)["settings"]["target"]
+    capfd.readouterr()
+    assert run(*flags, "--resume") == 0
+    assert "calibrating" not in capfd.readouterr().err
+    record = read(out)
+    assert record["settings"]["target"] == before
+    assert [len(one["prompts"]) for one in runs(out)] == [2, 2, 2, 2]
+    assert {r["number"] for r in responses(out)} == {1, 2, 3, 4}
+    vanilla = {n: ids for (label, _, n), ids in tokens(out).items() if label == "vanilla"}
+    assert vanilla == {
+        n: ids for (label, seed, n), ids in tokens(done).items() if (label, seed) == ("vanilla", 0)
+    }
+    cost = record["specs"][0]["cost"]
+    assert cost["lm_tokens"] == sum(one["cost"]["lm_tokens"] for one in runs(out)[::2]) / 4
+    # Prompts may begin anywhere in the file: the seeds go by their numbers.
+    assert run(*SMALL, "--prompt-offset", "2", "--num-prompts", "2", "--out", tmp_path / "b") == 0
+    later = {number: ids for (_, _, number), ids in tokens(tmp_path / "b").items()}
+    assert later == {number: vanilla[number] for number in (3, 4)}
+
+
+def test_several_gold_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("brief_gold.py").write_text(
+        "def score(prompts, responses):\n"
+        "    if 'no' in responses[0]:\n"
+        "        raise ValueError('not that one')\n"
+        "    return [-float(len(r)) for r in responses]\n"
+    )
+    flags = (*SMALL, "--method", "best_of_n:candidates=2", "--no-plots", "--out", "out")
+    assert run(*flags, "--gold", "demo", "--gold", "brief=brief_gold:score") == 0
+    record = read(Path("out"))
+    rows = responses(Path("out"))
+    assert [row["gold"] for row in rows] == [demo.gold_score(row["text"]) for row in rows]
+    assert record["settings"]["measured_by"].keys() >= {"gold", "gold:brief"}
+    for spec in record["specs"]:
+        own = [row["gold:brief"] for row in rows if row["spec"] == spec["label"]]
+        known = [value for value in own if value is not None]
+        brief = spec["other_golds"]["brief"]
+        assert brief["gold"]["mean"] == pytest.approx(sum(known) / len(known))
+    (pair,) = record["other_pairwise"]["brief"]
+    assert pair["gain"] == record["specs"][1]["other_golds"]["brief"]["against_reference"]["gain"]
+    assert "| vanilla | brief | -" in Path("out/report.md").read_text()
+    # The other way round: measured anew by their places, without a run.
+    before = Path("out/runs.jsonl").read_text()
+    assert run(*flags, "--gold", "brief=brief_gold:score", "--resume") == 0
+    assert Path("out/runs.jsonl").read_text() == before
+    assert [row["gold"] for row in responses(Path("out"))] == [row["gold:brief"] for row in rows]
+    assert "other_pairwise" not in read(Path("out"))
+
+
 def test_another_language_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """KL from the base is that of the log-probabilities of both models."""
     other = tmp_path / "other"
@@ -564,6 +660,9 @@ def test_rewards_of_a_log_ratio(tmp_path: Path) -> None:
         (("--seeds", "1,1"), "--seeds must be different"),
         (("--seeds", "x"), "--seeds must be integers"),
         (("--num-prompts", "0"), "--num-prompts must be at least 1"),
+        (("--prompt-offset", "-1"), "--prompt-offset must be at least 0"),
+        (("--prompt-offset", "256"), "--prompt-offset 256 leaves no prompt"),
+        (("--gold", "demo", "--gold", "demo"), "--gold: 'demo' is given twice"),
         (("--num-prompts", "999"), "n must be in 1..256"),
         (("--prompts", "/nowhere"), "/nowhere: No such file"),
         (("--prompts", "{empty}"), "has no record"),
