@@ -6,13 +6,18 @@ import argparse
 import math
 import os
 import re
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from stars_fast.cli.errors import UsageError, file_errors
-from stars_fast.cli.model_flags import add_model_flags, engine_options, reward_model_of
+from stars_fast.cli.model_flags import (
+    add_model_flags,
+    engine_options,
+    reward_model_of,
+    set_threads,
+    template,
+)
 from stars_fast.cli.terminal import say
 from stars_fast.eval.answers import MATH, check_answers
 from stars_fast.eval.attacks import Attack, attacks_of_texts
@@ -33,6 +38,7 @@ from stars_fast.eval.specs import (
 from stars_fast.eval.store import RESPONSES, RUNS, DamagedError, Store
 from stars_fast.models.progress import quiet_libraries
 from stars_fast.prompts import text_of
+from stars_fast.tables import shell_line
 from stars_fast.text.named_values import values_of
 
 if TYPE_CHECKING:
@@ -138,7 +144,10 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "compared by the first",
     )  # fmt: skip
     quality.add_argument(
-        "--gold-template", metavar="TEXT", help="as --reward-template, for a gold model"
+        "--gold-template",
+        type=template,
+        metavar="TEXT",
+        help="as --reward-template, for gold models",
     )
     quality.add_argument(
         "--tie-margin", type=float, default=1e-9, metavar="FLOAT",
@@ -255,6 +264,7 @@ def _session(args: argparse.Namespace) -> Session:
         )
     if args.tie_margin < 0:
         raise UsageError(f"--tie-margin must be at least 0, got {args.tie_margin}")
+    set_threads(args)
     models = _models(args)
     specs, reference = _specs(args, models)
     golds = _golds(args.gold or [_DEMO])
@@ -523,7 +533,7 @@ def _write(session: Session, args: argparse.Namespace, *, plots: bool) -> dict[s
     from stars_fast.benchmarks.measure import default_device, header
 
     device = torch.device(args.device) if args.device else default_device()
-    command = shlex.join(["stars-fast", *args.argv])
+    command = shell_line(["stars-fast", *args.argv])
     record = session.record(header(command, device), args.prompts or _DEMO)
     if args.model is None:  # where the package lies is of no interest
         record["settings"]["models"] |= {"model": _DEMO, "reward_model": _DEMO}

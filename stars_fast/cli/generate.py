@@ -34,6 +34,7 @@ from stars_fast.cli.terminal import say
 from stars_fast.config import FLAGS
 from stars_fast.params import StarsParams
 from stars_fast.records import Done, InputRecord, LineError, read_done
+from stars_fast.text.chats import empty_answers
 
 if TYPE_CHECKING:
     from stars_fast.engine import Engine
@@ -81,6 +82,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     data.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="a prompt; can be repeated"
     )
+    data.add_argument("--chat", action="store_true", help="turn text prompts into chat messages")
     data.add_argument(
         "--output", metavar="FILE", help="JSON lines; - for standard output (the default)"
     )
@@ -170,7 +172,7 @@ def _run(
             return 0
         if total is not None and args.on_error == "stop":
             _check_prompts(engine, args, source, base, done)
-        requests = Requests(read_line, base, args.seed)
+        requests = Requests(read_line, base, args.seed, chat=args.chat)
         with engine.lead():
             if base.needs_calibration and target is None:
                 target = _calibrate(engine, requests, base, target_file, args)
@@ -188,6 +190,9 @@ def _run(
                     raise WriteError(
                         f"{output or 'standard output'}: {error}{_kept(job, output)}"
                     ) from error
+    note = empty_answers(engine.tokenizer, bare=job.bare, empty=job.empty)
+    if note is not None:
+        say(f"warning: {note}")
     if output:
         failed = f", {job.failed} of them errors" if job.failed else ""
         say(f"{job.written} results written to {output}{failed}")
@@ -233,14 +238,14 @@ def _done_before(output: Path | None, *, resume: bool) -> Done:
 _FREE = frozenset(
     {
         *("device", "reward_device", "reward_timeout", "compile_model", "trust_remote_code"),
-        *("allow_pickle", "page_size", "num_pages", "max_rows"),
+        *("allow_pickle", "page_size", "num_pages", "reward_num_pages", "max_rows"),
     }
 )
 
 
 def _settings(args: argparse.Namespace, base: StarsParams) -> dict[str, Any]:
     """What the tokens of a run depend on beside its input."""
-    names = ["model", "reward"]
+    names = ["model", "reward", "chat"]
     names += [*(name for name in FLAGS if name not in _FREE), "seed"]
     if base.needs_calibration:
         names += ["calibration_prompts", "calibration_quantile"]
@@ -264,7 +269,7 @@ def _check_input(
         return None
     total = 0
     with opened_input(source, args.prompt) as read_line:
-        requests = Requests(read_line, base, args.seed)
+        requests = Requests(read_line, base, args.seed, chat=args.chat)
         while (item := requests.take(wait=True)) is not None:
             total += 1
             if isinstance(item, InputRecord):
@@ -285,7 +290,7 @@ def _check_prompts(
         A prompt that is too long, or that the model cannot read.
     """
     with opened_input(source, args.prompt) as read_line:
-        requests = Requests(read_line, base, args.seed)
+        requests = Requests(read_line, base, args.seed, chat=args.chat)
         while (item := requests.take(wait=True)) is not None:
             if isinstance(item, LineError) or done.has(item):
                 continue

@@ -302,10 +302,14 @@ def _run(
                 cost = cost.scaled(drafted / cost.drafted_tokens)
             kept = [each[place] for place in places]
             store.add(*_records(some, spec, seed, there, kept, cost))
-    texts = [output.outputs[0].text for output in outputs if output.error is None]
-    asked = [text for text, output in zip(prompts, outputs, strict=True) if output.error is None]
-    note = empty_answers(engine.tokenizer, asked, texts)
-    if note:
+    texts = [
+        output.outputs[0].text
+        for prompt, output in zip(prompts, outputs, strict=True)
+        if isinstance(prompt, str) and output.error is None
+    ]
+    empty = sum(not text.strip() for text in texts)
+    note = empty_answers(engine.tokenizer, bare=len(texts), empty=empty)
+    if note is not None:
         say(f"warning: {name}: {note}")
 
 

@@ -349,7 +349,7 @@ def _short(value: object) -> str:
 
 
 def empty_answers(
-    tokenizer: PreTrainedTokenizerBase | None, prompts: Sequence[object], texts: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase | None, *, bare: int, empty: int
 ) -> str | None:
     """Return what to tell users whose chat model has nothing to add to bare text; None if it has.
 
@@ -357,16 +357,12 @@ def empty_answers(
     ----------
     tokenizer
         The language model's.
-    prompts, texts
-        What was asked, and the responses.
+    bare, empty
+        Responses to prompts that were text, and those of them without text.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    bare = [text for prompt, text in zip(prompts, texts, strict=True) if isinstance(prompt, str)]
-    empty = sum(not text.strip() for text in bare)
-    if not empty:
+    if not empty or not getattr(tokenizer, "chat_template", None):
         return None
     return (
-        f"{empty} of {len(bare)} responses to prompts of bare text are empty, and the model has a "
-        "chat template: --chat sends prompts as chat messages"
+        f"{empty} of {bare} responses to prompts of bare text are empty, and the model has a chat "
+        "template: --chat sends prompts as chat messages"
     )

@@ -662,6 +662,7 @@ def test_rewards_of_a_log_ratio(tmp_path: Path) -> None:
         (("--num-prompts", "0"), "--num-prompts must be at least 1"),
         (("--prompt-offset", "-1"), "--prompt-offset must be at least 0"),
         (("--prompt-offset", "256"), "--prompt-offset 256 leaves no prompt"),
+        (("--threads", "0"), "--threads must be at least 1, got 0"),
         (("--gold", "demo", "--gold", "demo"), "--gold: 'demo' is given twice"),
         (("--num-prompts", "999"), "n must be in 1..256"),
         (("--prompts", "/nowhere"), "/nowhere: No such file"),
