@@ -24,6 +24,7 @@ from stars_fast.eval.attacks import Attack, attacks_of_texts
 from stars_fast.eval.datasets import Item, Layout, RecordError, read_items
 from stars_fast.eval.gold import RewardFunction, gold_source
 from stars_fast.eval.judge import PairJudge
+from stars_fast.eval.merge import merge
 from stars_fast.eval.models import Models, RewardSource, identity_of, sources_of
 from stars_fast.eval.results import can_plot, failures, read_results, write_results
 from stars_fast.eval.run import Plan
@@ -194,6 +195,11 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--report", metavar="FOLDER",
         help="remake results.json, report.md and the plots of this folder, and run nothing",
     )  # fmt: skip
+    output.add_argument(
+        "--merge", nargs="+", default=[], metavar="FOLDER",
+        help="put the results of these folders together in OUT, and run nothing: of more methods, "
+        "prompts (--prompt-offset) or seeds",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -215,6 +221,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.report is not None:
             return _report(Path(args.report), plots=plots)
+        if args.merge:
+            return _merge(args, plots=plots)
         session = _session(args)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from None
@@ -245,6 +253,21 @@ def _report(folder: Path, *, plots: bool) -> int:
     _, written = write_results(folder, record, Store(folder), plots=plots)
     for path in written:
         say(f"wrote {path}")
+    return 0
+
+
+def _merge(args: argparse.Namespace, *, plots: bool) -> int:
+    if args.out is None:
+        raise UsageError("--out FOLDER is needed")
+    folder = Path(args.out)
+    _store(folder, resume=False)
+    record, store = merge([Path(name) for name in args.merge], folder)
+    record["header"]["command"] = shell_line(["stars-fast", *args.argv])
+    whole, written = write_results(folder, record, store, plots=plots)
+    for path in written:
+        say(f"wrote {path}")
+    for line in failures(whole):
+        say(line)
     return 0
 
 

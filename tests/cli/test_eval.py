@@ -480,6 +480,49 @@ def test_prompts_can_be_added(
     assert later == {number: vanilla[number] for number in (3, 4)}
 
 
+def test_folders_are_merged(done: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Parts by prompts, a seed and a method apart: together the whole."""
+    bon = ("--method", "bon=best_of_n:candidates=2")
+    stars = ("--method", STARS)
+    parts: dict[str, tuple[str, ...]] = {
+        "a": ("--num-prompts", "2", "--seeds", "0,3", *bon),
+        "b": ("--num-prompts", "2", "--prompt-offset", "2", "--seeds", "0,3", *bon),
+        "c": ("--seeds", "0,3", *stars),
+    }
+    for name, flags in parts.items():
+        assert run(*SMALL, *flags, "--no-plots", "--out", tmp_path / name) == 0
+    # Another machine: the times of files and so the names of measures differ.
+    other = tmp_path / "b"
+    for name in ("results.json", "responses.jsonl"):
+        gold = read(done)["settings"]["measured_by"]["gold"]
+        (other / name).write_text((other / name).read_text().replace(gold, "elsewhere"))
+    folders = [tmp_path / name for name in ("a", "b")]
+    whole = tmp_path / "whole"
+    assert run("--merge", *folders, "--out", whole, "--no-plots") == 0
+    (vanilla, best), expected = read(whole)["specs"], read(done)["specs"]
+    assert best["reward"]["mean"] == pytest.approx(expected[2]["reward"]["mean"], abs=1e-5)
+    for name in ("gold", "against_reference", "distinct_2", "responses"):
+        assert vanilla[name] == expected[0][name]
+        assert best[name] == expected[2][name]
+    assert best["cost"]["lm_tokens"] == expected[2]["cost"]["lm_tokens"]
+    assert tokens(whole).items() <= tokens(done).items()
+    # What was merged can be merged and reported again.
+    assert run("--report", whole, "--no-plots") == 0
+    assert run("--merge", whole, tmp_path / "c", "--out", tmp_path / "d", "--no-plots") == 0
+    merged = {spec["label"]: spec for spec in read(tmp_path / "d")["specs"]}
+    for spec in expected:
+        assert merged[spec["label"]]["gold"] == spec["gold"]
+        assert merged[spec["label"]]["responses"] == 8
+    assert run(*SMALL, "--num-prompts", "3", "--out", tmp_path / "e", "--no-plots") == 0
+    assert run("--merge", whole, tmp_path / "e", "--out", tmp_path / "no", "--no-plots") == 2
+    assert "vanilla, seed 0: two folders have a response to prompt 3, and" in capfd.readouterr().err
+    record = read(tmp_path / "a")
+    record["settings"]["gold"] = "another"
+    (tmp_path / "a" / "results.json").write_text(json.dumps(record))
+    assert run("--merge", *folders, "--out", tmp_path / "no", "--no-plots") == 2
+    assert "gold is 'another' in" in capfd.readouterr().err
+
+
 def test_several_gold_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("brief_gold.py").write_text(
