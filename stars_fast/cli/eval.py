@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from stars_fast.cli.calibration import add_targets_flag
 from stars_fast.cli.errors import UsageError, file_errors
 from stars_fast.cli.model_flags import (
     add_model_flags,
@@ -136,6 +137,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--calibration-quantile", type=float, default=0.9, metavar="FLOAT",
         help="quantile of unaligned rewards that target_reward=auto takes (default: 0.9)",
     )  # fmt: skip
+    add_targets_flag(methods)
     quality = parser.add_argument_group("quality")
     quality.add_argument(
         "--gold", action="append", default=[], metavar="[NAME=]REWARD",
@@ -323,6 +325,7 @@ def _session(args: argparse.Namespace) -> Session:
         accuracy=args.reward_accuracy,
         tie_margin=args.tie_margin,
         quantile=args.calibration_quantile,
+        target_kind=args.calibration_targets,
         attacks=attacks,
         harm_below=harm_below,
     )

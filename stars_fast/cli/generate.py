@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from tqdm import tqdm
 
 from stars_fast.cli import demo
-from stars_fast.cli.calibration import read_target, write_target
+from stars_fast.cli.calibration import add_targets_flag, read_target, told, write_target
 from stars_fast.cli.continuation import beside, check_settings, only_writer, write_json
 from stars_fast.cli.errors import UsageError, file_errors, value_errors
 from stars_fast.cli.flags import add_params_flags, params_from
@@ -114,6 +114,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="FLOAT",
         help="quantile of the samples' rewards that becomes the target (default: 0.9)",
     )
+    add_targets_flag(data)
     add_params_flags(parser, DEFAULTS)
     parser.set_defaults(run=run)
 
@@ -164,7 +165,7 @@ def _run(
     target_file = None if output is None else beside(output, "calibration")
     target = None
     if target_file is not None and args.resume and base.needs_calibration:
-        target = read_target(target_file)
+        target = read_target(target_file) if args.calibration_targets == "pooled" else None
     with opened_input(source, args.prompt) as read_line, _opened(output) as stream:
         engine = load_engine(args)
         if engine.rank != 0:
@@ -248,7 +249,7 @@ def _settings(args: argparse.Namespace, base: StarsParams) -> dict[str, Any]:
     names = ["model", "reward", "chat"]
     names += [*(name for name in FLAGS if name not in _FREE), "seed"]
     if base.needs_calibration:
-        names += ["calibration_prompts", "calibration_quantile"]
+        names += ["calibration_prompts", "calibration_quantile", "calibration_targets"]
     params = {field.name: getattr(base, field.name) for field in fields(base)}
     reward_model = None if args.reward_model is None else str(args.reward_model)
     settings = {name: getattr(args, name) for name in names}
@@ -333,24 +334,27 @@ def _calibrate(
     target_file: Path | None,
     args: argparse.Namespace,
 ) -> float | None:
-    """A target from unaligned samples for the first prompts; None if there is no prompt."""
+    """A target from unaligned samples for the first prompts.
+
+    None if there is no prompt, or if the engine has one for each.
+    """
     prompts: Sequence[Any] = [item.prompt for item in requests.peek(args.calibration_prompts)]
     if not prompts:
         return None
     try:
         calibration = engine.calibrate(
-            prompts, args.calibration_quantile, params=base, use_tqdm=sys.stderr.isatty()
+            prompts,
+            args.calibration_quantile,
+            params=base,
+            use_tqdm=sys.stderr.isatty(),
+            targets=args.calibration_targets,
         )
     except (ValueError, TypeError) as error:
         raise UsageError(f"calibration on the first {len(prompts)} prompts: {error}") from error
     if target_file:
         write_target(target_file, calibration)
-    say(
-        f"target reward {calibration.target_reward:.4g}: the {args.calibration_quantile:g} "
-        f"quantile of {len(calibration.rewards)} unaligned responses to the first {len(prompts)} "
-        "prompts"
-    )
-    return calibration.target_reward
+    say(told(calibration, args.calibration_quantile, f"the first {len(prompts)} prompts"))
+    return None if calibration.targets is not None else calibration.target_reward
 
 
 def _progress(total: int | None, done: int, *, to_terminal: bool) -> tqdm[Any]:

@@ -89,7 +89,7 @@ class Runner:
         if done:
             return
         params = item.params
-        if params.needs_calibration:
+        if params.needs_calibration and self.target is not None:
             params = replace(params, target_reward=self.target)
         try:
             self.engine.add_request(str(item.line), item.prompt, params)

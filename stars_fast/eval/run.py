@@ -46,7 +46,8 @@ class Plan:
     lms, rms
         Identity of each model, by its name; None is the base and its reward model.
     targets
-        Value of ``target_reward="auto"``, by the name of the reward model.
+        Value of ``target_reward="auto"``, by the name of the reward model; where prompts have their
+        own, by their numbers as text.
     attack
         Name of the attack on the prompts; None: no attack.
     """
@@ -57,7 +58,7 @@ class Plan:
     identity: Mapping[str, Any]
     lms: Mapping[str | None, Any]
     rms: Mapping[str | None, Any]
-    targets: Mapping[str | None, float] = field(default_factory=dict)
+    targets: Mapping[str | None, float | Mapping[str, float]] = field(default_factory=dict)
     attack: str | None = None
 
     def named(self, spec: Spec) -> str:
@@ -68,7 +69,10 @@ class Plan:
         """Return the parameters of a request."""
         changes: dict[str, Any] = {"seed": derive_seed(seed, item.number)}
         if spec.needs_target:
-            changes["target_reward"] = self.targets[spec.rm]
+            target = self.targets[spec.rm]
+            if not isinstance(target, int | float):
+                target = target[str(item.number)]
+            changes["target_reward"] = target
         return replace(spec.params, **changes)
 
     def fingerprint(self, spec: Spec, seed: int) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from stars_fast.errors import StarsFastError
 from stars_fast.eval.answers import MATH, MathScores
 from stars_fast.eval.attacks import Attack
 from stars_fast.eval.datasets import Item
@@ -32,6 +33,7 @@ from stars_fast.eval.progress import Lines
 from stars_fast.eval.run import Engines, Failure, Plan, digest, missing, run_missing
 from stars_fast.eval.specs import Spec, described
 from stars_fast.eval.store import Record, Store, read_json, write_json
+from stars_fast.outputs import TargetKind
 from stars_fast.reward_head import RewardHeadLike
 
 if TYPE_CHECKING:
@@ -70,8 +72,9 @@ class Session:
         Whether to measure which of a preference's responses the rewards prefer.
     tie_margin
         A difference of gold scores of at most this is a tie.
-    quantile
-        Quantile of unaligned rewards that ``target_reward="auto"`` takes.
+    quantile, target_kind
+        Quantile of unaligned rewards that ``target_reward="auto"`` takes, and of which: see
+        `Engine.calibrate`.
     attacks
         Attacks under which each spec is also run.
     harm_below
@@ -80,6 +83,8 @@ class Session:
         Reports progress to the user.
     failed_runs, problems
         Failures so far.
+    kinds
+        How targets of single prompts were found, by the name of the reward model.
     """
 
     folder: Path
@@ -94,10 +99,12 @@ class Session:
     accuracy: bool = False
     tie_margin: float = 1e-9
     quantile: float = 0.9
+    target_kind: TargetKind = "pooled"
     attacks: Sequence[Attack] = ()
     harm_below: float = 0.0
     failed_runs: list[Failure] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    kinds: dict[str | None, Record] = field(default_factory=dict)
     _accuracies: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -159,15 +166,17 @@ class Session:
             As `Engine.calibrate`.
         """
         kept = read_json(self.folder / CALIBRATION)
-        targets: dict[str | None, float] = {}
+        targets: dict[str | None, float | Mapping[str, float]] = {}
         mine = self.plan.prompt_digests
         for rm in dict.fromkeys(spec.rm for spec in self.plan.specs if spec.needs_target):
             name = self._calibration_name(rm)
             theirs = kept.get(name, {}).get("prompts", {})
             # With more prompts than before the target stays what it was, and so do the runs.
-            if not theirs or not theirs.items() <= mine.items():
+            more = self.target_kind == "pooled" and theirs.items() <= mine.items()
+            if not theirs or not (more or theirs == mine):
                 self.say("calibrating the target reward on unaligned responses")
-                calibration = self._engines.get(None, rm, calibrated=True).calibration
+                engine = self._engines.get(None, rm, calibrated=True)
+                calibration = engine.calibration
                 assert calibration is not None
                 kept[name] = {
                     "reward_model": rm,
@@ -176,10 +185,32 @@ class Session:
                     "samples": len(calibration.rewards),
                     "prompts": mine,
                 }
+                if calibration.targets is not None:
+                    kept[name] |= {
+                        "kind": calibration.targets.kind,
+                        "losses": calibration.targets.losses,
+                        "prompt_targets": {
+                            str(item.number): self._target_of(engine, item)
+                            for item in self.plan.items
+                        },
+                    }
                 write_json(self.folder / CALIBRATION, kept)
-            targets[rm] = float(kept[name]["target_reward"])
-            self.say(f"target reward {targets[rm]:.4g}" + (f" of {rm}" if rm else ""))
+            found, of_rm = kept[name], f" of {rm}" if rm else ""
+            if "prompt_targets" in found:
+                targets[rm] = dict(found["prompt_targets"])
+                self.kinds[rm] = {name: found[name] for name in ("kind", "losses")}
+                self.say(f"target rewards{of_rm} by {found['kind']}")
+            else:
+                targets[rm] = float(found["target_reward"])
+                self.say(f"target reward {targets[rm]:.4g}{of_rm}")
         self.plan = replace(self.plan, targets=targets)
+
+    def _target_of(self, engine: Engine, item: Item) -> float:
+        try:
+            return engine.target_of(item.prompt)
+        except (ValueError, TypeError, StarsFastError):  # its request will be refused, too
+            assert engine.calibration is not None
+            return engine.calibration.target_reward
 
     def run(self) -> None:
         """Make the runs that are missing."""
@@ -210,13 +241,16 @@ class Session:
         if lengths:
             params = params.with_method("vanilla", segment_length=min(lengths))
         prompts: list[Any] = [item.prompt for item in self.plan.items]
-        engine.calibrate(prompts, self.quantile, params=params, use_tqdm=self._bars)
+        engine.calibrate(
+            prompts, self.quantile, params=params, use_tqdm=self._bars, targets=self.target_kind
+        )
 
     def _calibration_name(self, rm: str | None) -> str:
         plan = self.plan
         sampling = described(plan.specs[0])["params"]
         models = [plan.lms[None], plan.rms[rm]]
-        return digest([models, self.quantile, sampling, plan.identity])
+        kind = [] if self.target_kind == "pooled" else [self.target_kind]
+        return digest([models, self.quantile, sampling, plan.identity, *kind])
 
     # Measurements
 
@@ -367,6 +401,7 @@ class Session:
             "bootstrap_seed": _BOOTSTRAP_SEED,
             "target": plan.targets.get(None),
             "targets": {name: target for name, target in plan.targets.items() if name},
+            "target_kind": self.kinds.get(None),
             "calibration_quantile": self.quantile,
             "judge": None if self.judge is None else describe(self.judge),
             "measured_by": self._by,

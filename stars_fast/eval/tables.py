@@ -69,7 +69,15 @@ def _origin(record: Mapping[str, Any]) -> str:
         f"model {models['model']}, reward model {models['reward_model']}, gold {golds}."
     )
     lines = [what]
-    if settings.get("target") is not None:
+    kind = settings.get("target_kind")
+    if kind:
+        losses = ", ".join(f"{name} {loss:.4g}" for name, loss in kind["losses"].items())
+        lines.append(
+            f"`target_reward=auto` is a number of each prompt, by {kind['kind']}, for the "
+            f"{settings['calibration_quantile']:g} quantile of the rewards of unaligned responses "
+            f"of the base model. Losses on held-out samples: {losses}."
+        )
+    elif settings.get("target") is not None:
         lines.append(
             f"`target_reward=auto` is {settings['target']:.4g} for every method that asks for it: "
             f"the {settings['calibration_quantile']:g} quantile of the rewards of unaligned "

@@ -603,6 +603,38 @@ def test_targets_are_calibrated_once_and_kept(
     assert "running" not in err
 
 
+def test_targets_of_single_prompts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    flags = ("--method", "stars:segment_length=4", "--calibration-targets", "prompt", "--out", out)
+    assert run(*SMALL, *flags, "--no-plots") == 0
+    engine = Engine.demo(device="cpu")
+    params = StarsParams(method="vanilla", max_tokens=12)
+    prompts = demo.prompts(4)
+    engine.calibrate(prompts, 0.9, params=params, use_tqdm=False, targets="prompt")
+    settings = read(out)["settings"]
+    assert [settings["target"][str(n)] for n in range(1, 5)] == pytest.approx(
+        [engine.target_of(prompt) for prompt in prompts], abs=1e-4
+    )
+    assert settings["target_kind"]["losses"].keys() == {"pooled", "prompt"}
+    assert (
+        "`target_reward=auto` is a number of each prompt, by prompt"
+        in (out / "report.md").read_text()
+    )
+    params = StarsParams(segment_length=4, max_tokens=12, target_reward="auto")
+    each = [params.with_method("stars", seed=derive_seed(0, n)) for n in range(1, 5)]
+    expected = engine.generate(prompts, each, use_tqdm=False)
+    found = [row["token_ids"] for row in responses(out) if row["spec"] != "vanilla"]
+    assert found == [output.outputs[0].token_ids for output in expected]
+    capfd.readouterr()
+    assert run(*SMALL, *flags, "--no-plots", "--resume") == 0
+    err = capfd.readouterr().err
+    assert "calibrating" not in err
+    assert "running" not in err
+    # Further prompts have no samples yet, so that all are calibrated again.
+    assert run(*SMALL, *flags, "--num-prompts", "5", "--no-plots", "--resume") == 0
+    assert "calibrating" in capfd.readouterr().err
+
+
 def test_preferences_and_how_often_the_rewards_prefer_the_chosen(tmp_path: Path) -> None:
     prompts = demo.prompts(3)
     good, bad = " It was excellent. I loved it.", " It was awful. I hated it."

@@ -78,8 +78,14 @@ class ScriptedEngine:
         return outputs
 
     def calibrate(
-        self, prompts: Sequence[object], quantile: float, params: StarsParams, use_tqdm: bool
+        self,
+        prompts: Sequence[object],
+        quantile: float,
+        params: StarsParams,
+        use_tqdm: bool,
+        targets: str,
     ) -> Calibration:
+        assert targets == "pooled"
         self.calibrated.append(prompts)
         target = quantile + len(prompts)
         return Calibration(target, {quantile: target}, (target,) * 4 * len(prompts))
