@@ -418,11 +418,12 @@ def test_an_interrupted_run_keeps_its_finished_responses(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     step = Engine.step
-    finished = 0
+    finished = after = 0
 
     def interrupted(self: Engine) -> Any:
-        nonlocal finished
-        if finished >= 2:
+        nonlocal finished, after
+        after += finished >= 3
+        if after > 2:
             raise KeyboardInterrupt
         outputs = step(self)
         finished += sum(output.finished for output in outputs)
@@ -431,12 +432,13 @@ def test_an_interrupted_run_keeps_its_finished_responses(
     monkeypatch.setattr(Engine, "step", interrupted)
     monkeypatch.setattr(progress, "SECONDS", 0.0)
     out = tmp_path / "out"
-    # Two rows: the first two prompts end before the others begin.
-    flags = ("--seeds", "3", "--max-rows", "2", "--out", out, "--no-plots")
+    # Three rows: the first three prompts end before the last one begins, which is broken off.
+    flags = ("--seeds", "3", "--max-rows", "3", "--out", out, "--no-plots")
+    flags = (*flags, "--common", "max_tokens=12,segment_length=3")
     assert run(*SMALL, *flags) == 130
     assert "vanilla, seed 3: 1 of 4 responses, " in capfd.readouterr().err
     kept = {row["number"] for row in responses(out)}
-    assert 2 <= len(kept) < 4
+    assert len(kept) == 3
     (spec,) = read(out)["specs"]
     assert spec["responses"] == len(kept)
     assert f"Not finished: vanilla: {len(kept)} of 4 responses" in (out / "report.md").read_text()
