@@ -170,8 +170,15 @@ class EngineConfig:
     max_rows: int = field(
         default=256, metadata=_flag("rows per round (default: 256)", "memory", "INT")
     )
+    reward_num_pages: int | None = field(
+        default=None,
+        metadata=_flag(
+            "pages of the reward model's pool (default: as --num-pages, from what is left)",
+            "memory",
+            "INT",
+        ),
+    )
     seed: int = 0
-    reward_num_pages: int | None = None
     prefix_caching: bool = True
     max_prefill_tokens: int = 8192
     backend: Backend = "auto"
@@ -196,6 +203,10 @@ class EngineConfig:
             raise ValueError(f"max_rows must be at least 1, got {self.max_rows}")
         if self.num_pages is not None and self.num_pages < 2:
             raise ValueError(f"num_pages must be at least 2 or None, got {self.num_pages}")
+        if self.reward_num_pages is not None and self.reward_num_pages < 2:
+            raise ValueError(
+                f"reward_num_pages must be at least 2 or None, got {self.reward_num_pages}"
+            )
         if self.reward_timeout is not None and not self.reward_timeout > 0:
             raise ValueError(f"reward_timeout must be above 0 or None, got {self.reward_timeout}")
         if not 0 <= self.seed < 2**64:

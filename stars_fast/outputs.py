@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -172,6 +173,53 @@ class PrefixCalibration:
         return intercept + slope * reward
 
 
+#: What ``target_reward="auto"`` is of single prompts; ``"best"``: what predicts samples best.
+TargetKind = Literal["pooled", "prompt", "relative", "best"]
+
+
+@dataclass(frozen=True)
+class PromptTargets:
+    """Targets that depend on the prompt; `stars_fast.engine.prompt_targets` has the formulas.
+
+    Attributes
+    ----------
+    kind
+        Of prompts that were sampled: ``"pooled"``, the quantile of all samples; ``"prompt"``, by
+        the prompt's own samples; ``"relative"``, by the reward of the prompt alone.
+    unseen
+        Of all others: ``"pooled"`` or ``"relative"``.
+    losses
+        Pinball loss on held-out samples, by kind; those that could not be fitted are missing.
+    pooled
+        The quantile of all samples.
+    own
+        Target by the prompt's own samples, by its token ids.
+    intercept, slope
+        The target relative to the prompt is ``intercept + slope * r(x)``.
+    """
+
+    kind: str
+    unseen: str
+    losses: dict[str, float]
+    pooled: float
+    own: Mapping[tuple[int, ...], float] = field(repr=False)
+    intercept: float
+    slope: float
+
+    def kind_of(self, token_ids: Sequence[int]) -> str:
+        """Return the kind of a prompt's target."""
+        return self.kind if tuple(token_ids) in self.own else self.unseen
+
+    def of(self, token_ids: Sequence[int], prompt_reward: float | None) -> float:
+        """Return the target of a prompt; `prompt_reward`: r(x), if its kind is ``"relative"``."""
+        kind = self.kind_of(token_ids)
+        if kind == "prompt":
+            return self.own[tuple(token_ids)]
+        if kind == "relative" and prompt_reward is not None:
+            return self.intercept + self.slope * prompt_reward
+        return self.pooled
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Rewards of unaligned samples, and the target that follows from them.
@@ -186,9 +234,12 @@ class Calibration:
         Every sample's reward, in prompt order.
     prefixes
         For ``calibrate_prefixes``; None if every sample ended with its first segment.
+    targets
+        Targets of single prompts; None: all have `target_reward`.
     """
 
     target_reward: float
     quantiles: dict[float, float]
     rewards: tuple[float, ...]
     prefixes: PrefixCalibration | None = None
+    targets: PromptTargets | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +37,33 @@ def text_table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> l
     ]
 
 
+def shell_line(words: Sequence[str]) -> str:
+    """Return a command as one line that can be pasted into a shell, bash, zsh or ksh.
+
+    Only what holds a newline or another control character is quoted in their way.
+    """
+    return " ".join(
+        shlex.quote(word) if word.isprintable() or not word else _ansi_quoted(word)
+        for word in words
+    )
+
+
+def _ansi_quoted(word: str) -> str:
+    escapes = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    letters = [
+        escapes.get(c) or (c if c.isprintable() or ord(c) > 0x7F else f"\\x{ord(c):02x}")
+        for c in word
+    ]
+    return "$'" + "".join(letters) + "'"
+
+
+def _code(text: str) -> str:
+    """Return text as Markdown code within a line, whatever backticks it has."""
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if "`" in text else ""
+    return f"{ticks}{space}{text}{space}{ticks}"
+
+
 def origin(header: Mapping[str, Any]) -> str:
     """Return the line that says where the figures of a record are from.
 
@@ -48,5 +77,5 @@ def origin(header: Mapping[str, Any]) -> str:
     return (
         f"{header['device']}, {header['torch_threads']} threads, torch {versions['torch']}, "
         f"transformers {versions['transformers']}, {header['date']}, commit "
-        f"{header['commit'][:10]}{changed}: `{header['command']}`"
+        f"{header['commit'][:10]}{changed}: {_code(header['command'])}"
     )

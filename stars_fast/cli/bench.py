@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -13,8 +12,10 @@ from pathlib import Path
 from stars_fast.benchmarks.runner import SuiteError, run_suites, suites
 from stars_fast.benchmarks.tables import as_text, lines_of
 from stars_fast.cli.errors import UsageError, file_errors
+from stars_fast.cli.model_flags import add_threads_flag, set_threads
 from stars_fast.cli.terminal import say
 from stars_fast.models.progress import quiet_libraries
+from stars_fast.tables import shell_line
 
 _EPILOG = """\
 Without --full the sizes are small: this checks that everything runs and agrees, and measures
@@ -48,6 +49,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="a Python that has vLLM for CPUs, which the suite cpu runs too (default: without it)",
     )
     parser.add_argument("--out", metavar="FILE", help="write the record as JSON")
+    add_threads_flag(parser)
     parser.set_defaults(run=run)
 
 
@@ -77,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         with file_errors():
             Path(args.out).open("a").close()  # now rather than when all has been measured
+    set_threads(args)
     quiet_libraries()
     try:
         record = run_suites(
@@ -108,4 +111,5 @@ def _command(args: argparse.Namespace) -> str:
     words += ["-k", args.select] if args.select else []
     words += ["--vllm-python", args.vllm_python] if args.vllm_python else []
     words += ["--out", args.out] if args.out else []
-    return shlex.join(words)
+    words += ["--threads", str(args.threads)] if args.threads else []
+    return shell_line(words)

@@ -1,17 +1,46 @@
 """The target reward of a run with ``--target-reward auto``, kept beside the output file.
 
 A resumed run must test against the same target as the run that it continues. So the target is
-written to ``<output>.calibration.json`` before the first result.
+written to ``<output>.calibration.json`` before the first result. Targets of single prompts are
+found again, from the same prompts with the same draws.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
+from typing import get_args
 
 from stars_fast.cli.continuation import write_json
 from stars_fast.cli.errors import UsageError
-from stars_fast.outputs import Calibration
+from stars_fast.outputs import Calibration, TargetKind
+
+
+def add_targets_flag(parser: argparse._ActionsContainer) -> None:
+    """Add ``--calibration-targets``."""
+    parser.add_argument(
+        "--calibration-targets",
+        choices=get_args(TargetKind),
+        default="pooled",
+        help="pooled: one target for all prompts (the default); prompt: one for each prompt that "
+        "is calibrated on, by its own samples, pooled towards the others; relative: by the reward "
+        "of the prompt alone; best: what predicts held-out samples best",
+    )
+
+
+def told(calibration: Calibration, quantile: float, prompts: str) -> str:
+    """Return what to say of a calibration; `prompts`: on which it was."""
+    samples = f"the {quantile:g} quantile of {len(calibration.rewards)} unaligned responses"
+    targets = calibration.targets
+    if targets is None:
+        return f"target reward {calibration.target_reward:.4g}: {samples} to {prompts}"
+    losses = ", ".join(f"{kind} {loss:.4g}" for kind, loss in targets.losses.items())
+    others = f", of other prompts by {targets.unseen}" if targets.unseen != targets.kind else ""
+    return (
+        f"target rewards by {targets.kind}{others}, from {samples} to {prompts}; losses on "
+        f"held-out samples: {losses}"
+    )
 
 
 def read_target(path: Path) -> float | None:

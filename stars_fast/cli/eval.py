@@ -5,19 +5,27 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import shlex
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from stars_fast.cli.calibration import add_targets_flag
 from stars_fast.cli.errors import UsageError, file_errors
-from stars_fast.cli.model_flags import add_model_flags, engine_options, reward_model_of
+from stars_fast.cli.model_flags import (
+    add_model_flags,
+    engine_options,
+    reward_model_of,
+    set_threads,
+    template,
+)
 from stars_fast.cli.terminal import say
 from stars_fast.eval.answers import MATH, check_answers
 from stars_fast.eval.attacks import Attack, attacks_of_texts
 from stars_fast.eval.datasets import Item, Layout, RecordError, read_items
-from stars_fast.eval.gold import gold_source
+from stars_fast.eval.gold import RewardFunction, gold_source
 from stars_fast.eval.judge import PairJudge
+from stars_fast.eval.merge import merge
 from stars_fast.eval.models import Models, RewardSource, identity_of, sources_of
 from stars_fast.eval.results import can_plot, failures, read_results, write_results
 from stars_fast.eval.run import Plan
@@ -32,6 +40,7 @@ from stars_fast.eval.specs import (
 from stars_fast.eval.store import RESPONSES, RUNS, DamagedError, Store
 from stars_fast.models.progress import quiet_libraries
 from stars_fast.prompts import text_of
+from stars_fast.tables import shell_line
 from stars_fast.text.named_values import values_of
 
 if TYPE_CHECKING:
@@ -98,7 +107,15 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--num-prompts",
         type=int,
         metavar="INT",
-        help="number of leading prompts to use (default: all)",
+        help="number of prompts to use (default: all)",
+    )
+    prompts.add_argument(
+        "--prompt-offset",
+        type=int,
+        default=0,
+        metavar="INT",
+        help="number of leading prompts to leave out (default: 0); the others keep their numbers, "
+        "and so their draws",
     )
     prompts.add_argument("--chat", action="store_true", help="turn text prompts into chat messages")
     methods = parser.add_argument_group("methods")
@@ -120,15 +137,20 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--calibration-quantile", type=float, default=0.9, metavar="FLOAT",
         help="quantile of unaligned rewards that target_reward=auto takes (default: 0.9)",
     )  # fmt: skip
+    add_targets_flag(methods)
     quality = parser.add_argument_group("quality")
     quality.add_argument(
-        "--gold", metavar="REWARD",
+        "--gold", action="append", default=[], metavar="[NAME=]REWARD",
         help="a reward that no method sees: demo, a directory or hub id, module:function with "
         "f(prompts, responses) -> list of numbers, or math: 1 where the response has the answer "
-        "of its record, else 0 (default with the demo's pair: demo)",
+        "of its record, else 0 (default with the demo's pair: demo); can be repeated, methods are "
+        "compared by the first",
     )  # fmt: skip
     quality.add_argument(
-        "--gold-template", metavar="TEXT", help="as --reward-template, for a gold model"
+        "--gold-template",
+        type=template,
+        metavar="TEXT",
+        help="as --reward-template, for gold models",
     )
     quality.add_argument(
         "--tie-margin", type=float, default=1e-9, metavar="FLOAT",
@@ -175,6 +197,11 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--report", metavar="FOLDER",
         help="remake results.json, report.md and the plots of this folder, and run nothing",
     )  # fmt: skip
+    output.add_argument(
+        "--merge", nargs="+", default=[], metavar="FOLDER",
+        help="put the results of these folders together in OUT, and run nothing: of more methods, "
+        "prompts (--prompt-offset) or seeds",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -196,6 +223,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.report is not None:
             return _report(Path(args.report), plots=plots)
+        if args.merge:
+            return _merge(args, plots=plots)
         session = _session(args)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from None
@@ -229,6 +258,21 @@ def _report(folder: Path, *, plots: bool) -> int:
     return 0
 
 
+def _merge(args: argparse.Namespace, *, plots: bool) -> int:
+    if args.out is None:
+        raise UsageError("--out FOLDER is needed")
+    folder = Path(args.out)
+    _store(folder, resume=False)
+    record, store = merge([Path(name) for name in args.merge], folder)
+    record["header"]["command"] = shell_line(["stars-fast", *args.argv])
+    whole, written = write_results(folder, record, store, plots=plots)
+    for path in written:
+        say(f"wrote {path}")
+    for line in failures(whole):
+        say(line)
+    return 0
+
+
 def _session(args: argparse.Namespace) -> Session:
     """Check the flags and read the files that they name."""
     if args.out is None:
@@ -237,7 +281,7 @@ def _session(args: argparse.Namespace) -> Session:
     if demo and reward_model_of(args) is not None:
         raise UsageError(f"{'--reward' if args.reward else '--reward-model'} needs --model")
     for flag in ("prompts", "gold"):
-        if not demo and getattr(args, flag) is None:
+        if not demo and not getattr(args, flag):
             raise UsageError(f"--{flag} is needed with --model")
     if not 0 < args.calibration_quantile < 1:
         raise UsageError(
@@ -245,15 +289,12 @@ def _session(args: argparse.Namespace) -> Session:
         )
     if args.tie_margin < 0:
         raise UsageError(f"--tie-margin must be at least 0, got {args.tie_margin}")
+    set_threads(args)
     models = _models(args)
     specs, reference = _specs(args, models)
-    gold_name = args.gold or _DEMO
-    try:
-        gold = gold_source(gold_name)
-    except ValueError as error:
-        raise UsageError(f"--gold: {error}") from None
+    golds = _golds(args.gold or [_DEMO])
     items = _items(args)
-    if gold == MATH:
+    if MATH in golds.values():
         try:
             check_answers(items)
         except ValueError as error:
@@ -262,7 +303,7 @@ def _session(args: argparse.Namespace) -> Session:
         raise UsageError("--reward-accuracy needs prompts with chosen and rejected responses")
     attacks, harm_below = _attacks(args, items)
     judge = _judge(args)
-    _check_directories(models, None if gold == MATH else gold)
+    _check_directories(models, [gold for gold in golds.values() if gold != MATH])
     plan = Plan(
         specs,
         items,
@@ -277,14 +318,14 @@ def _session(args: argparse.Namespace) -> Session:
         _store(Path(args.out), resume=args.resume),
         models,
         reference,
-        gold,
-        gold_name,
+        golds,
         say,
         gold_template=args.gold_template,
         judge=judge,
         accuracy=args.reward_accuracy,
         tie_margin=args.tie_margin,
         quantile=args.calibration_quantile,
+        target_kind=args.calibration_targets,
         attacks=attacks,
         harm_below=harm_below,
     )
@@ -313,6 +354,22 @@ def _persona(text: str) -> Persona:
     from stars_fast.rewards.persona import Persona
 
     return Persona(template=text) if "{prompt}" in text else Persona(system=text)
+
+
+def _golds(texts: Sequence[str]) -> dict[str, str | RewardFunction]:
+    """Find the gold rewards, by their names: those given, or what the user wrote."""
+    found: dict[str, str | RewardFunction] = {}
+    for text in texts:
+        name, source = text, text
+        if (given := re.fullmatch(r"([\w.-]+)=(.+)", text, re.DOTALL)) is not None:
+            name, source = given.groups()
+        if name in found:
+            raise UsageError(f"--gold: {name!r} is given twice; write NAME=REWARD")
+        try:
+            found[name] = gold_source(source)
+        except ValueError as error:
+            raise UsageError(f"--gold: {error}") from None
+    return found
 
 
 def _pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
@@ -376,19 +433,30 @@ def _check_reward(spec: Spec, models: Models) -> None:
 def _items(args: argparse.Namespace) -> list[Item]:
     if args.num_prompts is not None and args.num_prompts < 1:
         raise UsageError(f"--num-prompts must be at least 1, got {args.num_prompts}")
+    offset = args.prompt_offset
+    if offset < 0:
+        raise UsageError(f"--prompt-offset must be at least 0, got {offset}")
     if args.prompts in (None, _DEMO):
         from stars_fast import demo
         from stars_fast.demo.openings import HELD_OUT
 
         try:
-            texts = demo.prompts(args.num_prompts or HELD_OUT)
+            last = HELD_OUT if args.num_prompts is None else offset + args.num_prompts
+            texts = demo.prompts(last)
         except ValueError as error:
             raise UsageError(f"--num-prompts: {error}") from None
-        return [Item(number, text) for number, text in enumerate(texts, 1)]
+        items = [Item(number, text) for number, text in enumerate(texts, 1)][offset:]
+        if not items:
+            raise UsageError(f"--prompt-offset {offset} leaves no prompt")
+        return items
     try:
         with file_errors():
             return read_items(
-                Path(args.prompts), layout=args.layout, limit=args.num_prompts, chat=args.chat
+                Path(args.prompts),
+                layout=args.layout,
+                offset=offset,
+                limit=args.num_prompts,
+                chat=args.chat,
             )
     except RecordError as error:
         raise UsageError(str(error)) from None
@@ -398,7 +466,7 @@ def _attacks(args: argparse.Namespace, items: Sequence[Item]) -> tuple[list[Atta
     """Read the attacks and try them on the prompts."""
     if args.harm_below is not None and not args.attack:
         raise UsageError("--harm-below needs --attack")
-    if args.harm_below is None and args.attack and args.gold not in (None, _DEMO):
+    if args.harm_below is None and args.attack and args.gold[:1] not in ([], [_DEMO]):
         raise UsageError("--harm-below is needed with --attack and another gold than the demo's")
     harm_below = 0.0 if args.harm_below is None else args.harm_below
     if not math.isfinite(harm_below):
@@ -451,11 +519,11 @@ def _judge(args: argparse.Namespace) -> PairJudge | None:
     return PairJudge(endpoint, args.judge_model, args.judge_workers)
 
 
-def _check_directories(models: Models, gold: Any) -> None:  # noqa: ANN401 - a path or a function
+def _check_directories(models: Models, golds: Sequence[Any]) -> None:
     """Report missing models before the first one is loaded, not after hours."""
     from stars_fast.models.files import check_model_directory
 
-    sources = [gold, *models.lms.values(), *models.rms.values()]
+    sources = [*golds, *models.lms.values(), *models.rms.values()]
     decoding = models.reward_model
     sources += [r.model for r in decoding] if isinstance(decoding, list) else [decoding]
     if not models.options.get("gguf_file"):
@@ -491,7 +559,7 @@ def _write(session: Session, args: argparse.Namespace, *, plots: bool) -> dict[s
     from stars_fast.benchmarks.measure import default_device, header
 
     device = torch.device(args.device) if args.device else default_device()
-    command = shlex.join(["stars-fast", *args.argv])
+    command = shell_line(["stars-fast", *args.argv])
     record = session.record(header(command, device), args.prompts or _DEMO)
     if args.model is None:  # where the package lies is of no interest
         record["settings"]["models"] |= {"model": _DEMO, "reward_model": _DEMO}

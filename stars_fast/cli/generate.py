@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from tqdm import tqdm
 
 from stars_fast.cli import demo
-from stars_fast.cli.calibration import read_target, write_target
+from stars_fast.cli.calibration import add_targets_flag, read_target, told, write_target
 from stars_fast.cli.continuation import beside, check_settings, only_writer, write_json
 from stars_fast.cli.errors import UsageError, file_errors, value_errors
 from stars_fast.cli.flags import add_params_flags, params_from
@@ -34,6 +34,7 @@ from stars_fast.cli.terminal import say
 from stars_fast.config import FLAGS
 from stars_fast.params import StarsParams
 from stars_fast.records import Done, InputRecord, LineError, read_done
+from stars_fast.text.chats import empty_answers
 
 if TYPE_CHECKING:
     from stars_fast.engine import Engine
@@ -81,6 +82,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     data.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="a prompt; can be repeated"
     )
+    data.add_argument("--chat", action="store_true", help="turn text prompts into chat messages")
     data.add_argument(
         "--output", metavar="FILE", help="JSON lines; - for standard output (the default)"
     )
@@ -112,6 +114,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="FLOAT",
         help="quantile of the samples' rewards that becomes the target (default: 0.9)",
     )
+    add_targets_flag(data)
     add_params_flags(parser, DEFAULTS)
     parser.set_defaults(run=run)
 
@@ -162,7 +165,7 @@ def _run(
     target_file = None if output is None else beside(output, "calibration")
     target = None
     if target_file is not None and args.resume and base.needs_calibration:
-        target = read_target(target_file)
+        target = read_target(target_file) if args.calibration_targets == "pooled" else None
     with opened_input(source, args.prompt) as read_line, _opened(output) as stream:
         engine = load_engine(args)
         if engine.rank != 0:
@@ -170,7 +173,7 @@ def _run(
             return 0
         if total is not None and args.on_error == "stop":
             _check_prompts(engine, args, source, base, done)
-        requests = Requests(read_line, base, args.seed)
+        requests = Requests(read_line, base, args.seed, chat=args.chat)
         with engine.lead():
             if base.needs_calibration and target is None:
                 target = _calibrate(engine, requests, base, target_file, args)
@@ -188,6 +191,9 @@ def _run(
                     raise WriteError(
                         f"{output or 'standard output'}: {error}{_kept(job, output)}"
                     ) from error
+    note = empty_answers(engine.tokenizer, bare=job.bare, empty=job.empty)
+    if note is not None:
+        say(f"warning: {note}")
     if output:
         failed = f", {job.failed} of them errors" if job.failed else ""
         say(f"{job.written} results written to {output}{failed}")
@@ -233,17 +239,17 @@ def _done_before(output: Path | None, *, resume: bool) -> Done:
 _FREE = frozenset(
     {
         *("device", "reward_device", "reward_timeout", "compile_model", "trust_remote_code"),
-        *("allow_pickle", "page_size", "num_pages", "max_rows"),
+        *("allow_pickle", "page_size", "num_pages", "reward_num_pages", "max_rows"),
     }
 )
 
 
 def _settings(args: argparse.Namespace, base: StarsParams) -> dict[str, Any]:
     """What the tokens of a run depend on beside its input."""
-    names = ["model", "reward"]
+    names = ["model", "reward", "chat"]
     names += [*(name for name in FLAGS if name not in _FREE), "seed"]
     if base.needs_calibration:
-        names += ["calibration_prompts", "calibration_quantile"]
+        names += ["calibration_prompts", "calibration_quantile", "calibration_targets"]
     params = {field.name: getattr(base, field.name) for field in fields(base)}
     reward_model = None if args.reward_model is None else str(args.reward_model)
     settings = {name: getattr(args, name) for name in names}
@@ -264,7 +270,7 @@ def _check_input(
         return None
     total = 0
     with opened_input(source, args.prompt) as read_line:
-        requests = Requests(read_line, base, args.seed)
+        requests = Requests(read_line, base, args.seed, chat=args.chat)
         while (item := requests.take(wait=True)) is not None:
             total += 1
             if isinstance(item, InputRecord):
@@ -285,7 +291,7 @@ def _check_prompts(
         A prompt that is too long, or that the model cannot read.
     """
     with opened_input(source, args.prompt) as read_line:
-        requests = Requests(read_line, base, args.seed)
+        requests = Requests(read_line, base, args.seed, chat=args.chat)
         while (item := requests.take(wait=True)) is not None:
             if isinstance(item, LineError) or done.has(item):
                 continue
@@ -328,24 +334,27 @@ def _calibrate(
     target_file: Path | None,
     args: argparse.Namespace,
 ) -> float | None:
-    """A target from unaligned samples for the first prompts; None if there is no prompt."""
+    """A target from unaligned samples for the first prompts.
+
+    None if there is no prompt, or if the engine has one for each.
+    """
     prompts: Sequence[Any] = [item.prompt for item in requests.peek(args.calibration_prompts)]
     if not prompts:
         return None
     try:
         calibration = engine.calibrate(
-            prompts, args.calibration_quantile, params=base, use_tqdm=sys.stderr.isatty()
+            prompts,
+            args.calibration_quantile,
+            params=base,
+            use_tqdm=sys.stderr.isatty(),
+            targets=args.calibration_targets,
         )
     except (ValueError, TypeError) as error:
         raise UsageError(f"calibration on the first {len(prompts)} prompts: {error}") from error
     if target_file:
         write_target(target_file, calibration)
-    say(
-        f"target reward {calibration.target_reward:.4g}: the {args.calibration_quantile:g} "
-        f"quantile of {len(calibration.rewards)} unaligned responses to the first {len(prompts)} "
-        "prompts"
-    )
-    return calibration.target_reward
+    say(told(calibration, args.calibration_quantile, f"the first {len(prompts)} prompts"))
+    return None if calibration.targets is not None else calibration.target_reward
 
 
 def _progress(total: int | None, done: int, *, to_terminal: bool) -> tqdm[Any]:

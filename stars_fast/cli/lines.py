@@ -92,6 +92,8 @@ class Requests:
         Seed of the run: a request without its own gets one made from this and its line number, so
         its tokens depend neither on the other lines nor on where a run was interrupted. They are
         those of ``Engine(..., seed=seed).generate`` with a prompt from each line.
+    chat
+        Whether a prompt that is text becomes a chat with one message, the user's.
 
     Attributes
     ----------
@@ -99,7 +101,10 @@ class Requests:
         Nothing is left.
     """
 
-    def __init__(self, read_line: ReadLine, base: StarsParams, seed: int) -> None:
+    def __init__(
+        self, read_line: ReadLine, base: StarsParams, seed: int, *, chat: bool = False
+    ) -> None:
+        self._chat = chat
         self._read_line = read_line
         self._base = base
         self._seed = seed
@@ -136,7 +141,10 @@ class Requests:
             try:
                 record = parse_line(raw, self._line, self._base)
                 if record is not None:
-                    return replace(record, params=self._settled(record))
+                    prompt = record.prompt
+                    if self._chat and isinstance(prompt, str):
+                        prompt = [{"role": "user", "content": prompt}]
+                    return replace(record, prompt=prompt, params=self._settled(record))
             except LineError as error:
                 return error
         self.ended = raw is not None

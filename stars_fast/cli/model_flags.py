@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from typing import TYPE_CHECKING, Any, get_args
 
 from stars_fast.cli.errors import UsageError, value_errors
@@ -36,6 +37,12 @@ def _log_ratio(text: str) -> LogRatio:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def template(text: str) -> str:
+    r"""Read a template as people write it: \n and \t are a newline and a tab, \\ a backslash."""
+    read = {"n": "\n", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nt\\])", lambda found: read[found[1]], text)
+
+
 #: Arguments of ``add_argument`` by the type of an option; others are text.
 _KINDS: dict[str, dict[str, Any]] = {
     "bool": {"action": "store_true"},
@@ -45,6 +52,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "float | None": {"type": float},
     "Combine": {"choices": get_args(Combine)},
     "KvDtype": {"choices": get_args(KvDtype)},
+    "TemplateLike": {"type": template},
     "Mapping[str, Any] | None": {"type": _json_object},
 }
 
@@ -81,6 +89,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--reward-head takes, where wanted; can be repeated",
     )
     groups = {"models": models, "memory": parser.add_argument_group("memory")}
+    add_threads_flag(models)
     for name, field in FLAGS.items():
         metavar = {"metavar": field.metadata["metavar"]} if field.metadata["metavar"] else {}
         groups[field.metadata["group"]].add_argument(
@@ -91,6 +100,33 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
             **_KINDS.get(str(field.type), {}),
             **metavar,
         )
+
+
+def add_threads_flag(parser: argparse._ActionsContainer) -> None:
+    """Add ``--threads``, for `set_threads`."""
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="INT",
+        help="processor threads (default: PyTorch's choice, one for each core)",
+    )
+
+
+def set_threads(args: argparse.Namespace) -> None:
+    """Set the number of threads that the flag names; without it nothing changes.
+
+    Raises
+    ------
+    UsageError
+        It is below 1.
+    """
+    if args.threads is None:
+        return
+    if args.threads < 1:
+        raise UsageError(f"--threads must be at least 1, got {args.threads}")
+    import torch
+
+    torch.set_num_threads(args.threads)
 
 
 def add_tensor_parallel_flag(parser: argparse.ArgumentParser) -> None:
@@ -155,6 +191,7 @@ def load_engine(args: argparse.Namespace) -> Engine:
     from stars_fast.engine import Engine
 
     quiet_libraries()
+    set_threads(args)
     options = {
         "seed": args.seed,
         "tensor_parallel": args.tensor_parallel,

@@ -37,6 +37,8 @@ class Runner:
     ----------
     written, failed
         Lines written to the output; how many of these are errors.
+    bare, empty
+        Responses to prompts that were text, and those of them without text.
     """
 
     engine: Engine
@@ -48,6 +50,8 @@ class Runner:
     record_errors: bool
     written: int = 0
     failed: int = 0
+    bare: int = 0
+    empty: int = 0
     _pending: dict[str, InputRecord] = field(default_factory=dict)
     _code: int = 0
 
@@ -69,6 +73,9 @@ class Runner:
                 if output.finished:
                     request = self._pending.pop(output.request_id)
                     if output.error is None:
+                        if isinstance(request.prompt, str):
+                            self.bare += len(output.outputs)
+                            self.empty += sum(not one.text.strip() for one in output.outputs)
                         self._write(result_record(request, output))
                     else:
                         self._fail(request, output.error, result_record(request, output), code=1)
@@ -82,7 +89,7 @@ class Runner:
         if done:
             return
         params = item.params
-        if params.needs_calibration:
+        if params.needs_calibration and self.target is not None:
             params = replace(params, target_reward=self.target)
         try:
             self.engine.add_request(str(item.line), item.prompt, params)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stars_fast.cli import demo
+from stars_fast.cli.calibration import add_targets_flag, told
 from stars_fast.cli.errors import UsageError, file_errors
 from stars_fast.cli.flags import add_params_flags, params_from
 from stars_fast.cli.lines import Requests, opened_input
@@ -153,6 +154,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="FLOAT",
         help="quantile of the samples' rewards that becomes the target (default: 0.9)",
     )
+    add_targets_flag(calibration)
     add_params_flags(parser, {})
     parser.set_defaults(run=run)
 
@@ -272,14 +274,15 @@ def _calibrate(
 ) -> None:
     try:
         found = engine.calibrate(
-            prompts, args.calibration_quantile, params=replace(base, n=1), use_tqdm=False
+            prompts,
+            args.calibration_quantile,
+            params=replace(base, n=1),
+            use_tqdm=False,
+            targets=args.calibration_targets,
         )
     except (ValueError, TypeError) as error:
         raise UsageError(f"calibration on {len(prompts)} prompts: {error}") from error
-    say(
-        f"target reward {found.target_reward:.4g}: the {args.calibration_quantile:g} quantile of "
-        f"{len(found.rewards)} unaligned responses to {len(prompts)} prompts"
-    )
+    say(told(found, args.calibration_quantile, f"{len(prompts)} prompts"))
 
 
 def _serve(engine: Engine, settings: ServerSettings, args: argparse.Namespace) -> int:

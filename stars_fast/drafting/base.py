@@ -78,6 +78,9 @@ class Draft:
         int64 ``[R]``: the first step whose logits were NaN, +inf or all -inf; -1 if none.
     steps
         Forward passes of the model.
+    row_steps
+        Rows that each of them ran, summed: those whose segment had ended included. 0 where the
+        model is not here.
     errors
         Why a row has no segment; its other entries are meaningless, but its length is at least 1.
     """
@@ -88,6 +91,7 @@ class Draft:
     logprobs: npt.NDArray[np.float32]
     nan_step: npt.NDArray[np.int64]
     steps: int = 0
+    row_steps: int = 0
     errors: dict[int, str] = field(default_factory=dict)
     adjusted_logprobs: npt.NDArray[np.float32] | None = None
     top_tokens: npt.NDArray[np.int64] | None = None

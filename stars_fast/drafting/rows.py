@@ -339,6 +339,7 @@ class Progress:
     def read(self, rows: int, steps: int, ran: int | None = None) -> Draft:
         """Return the first `rows` rows and `steps` columns, in one transfer; `ran`: steps run."""
         top = self._needs.top
+        ran = steps if ran is None else ran
 
         def floats(table: Tensor) -> Tensor:
             return table[:rows, :steps].reshape(rows, -1).view(torch.int32)
@@ -371,7 +372,8 @@ class Progress:
             stopped=stopped[:, 0].astype(np.bool_),
             logprobs=as_floats(logprobs),
             nan_step=nan_step[:, 0].astype(np.int64),
-            steps=steps if ran is None else ran,
+            steps=ran,
+            row_steps=rows * ran,
             adjusted_logprobs=adjusted,
             top_tokens=more[0].astype(np.int64).reshape(rows, steps, top) if top else None,
             top_logprobs=as_floats(more[1]).reshape(rows, steps, top) if top else None,

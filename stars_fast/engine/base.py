@@ -138,8 +138,11 @@ class BaseEngine(OneThread):
         """
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use")
-        params = self._resolve(StarsParams() if params is None else params)
+        given = StarsParams() if params is None else params
+        params = self._resolve(given)
         read = self._reader.read(prompt, params.longest_response)
+        if given.needs_calibration:
+            params = replace(params, target_reward=self._target_of(read))
         request = Request(request_id, read, params)
         prefixes = self._prefixes(params)
         with self._broadcast_call("add_request", request_id, read, params):
@@ -345,10 +348,11 @@ class BaseEngine(OneThread):
         ``rounds``, ``drafted_tokens``, ``accepted_tokens``, ``prefill_tokens``,
         ``cached_prompt_tokens``, ``attempts``, ``segments``, ``fallbacks``, ``preemptions`` and
         ``page_copies``, ``paths_copied`` and ``paths_dropped`` of the scheduler; ``lm_calls``,
-        forward passes of the language model; ``copied_bytes`` of page copies; ``pages_used`` and
-        ``pages_free`` of the language model's pool; ``requests_running`` and ``requests_waiting``;
-        what the scorer counts (``rm_tokens`` and others); ``seconds_plan``, ``_fork``,
-        ``_prefill``, ``_draft``, ``_score``, ``_commit``.
+        forward passes of the language model; ``row_steps``, rows x steps that drafting ran, of
+        which ``drafted_tokens`` became part of an attempt (0 where the model is not here);
+        ``copied_bytes`` of page copies; ``pages_used`` and ``pages_free`` of the language model's
+        pool; ``requests_running`` and ``requests_waiting``; what the scorer counts (``rm_tokens``
+        and others); ``seconds_plan``, ``_fork``, ``_prefill``, ``_draft``, ``_score``, ``_commit``.
         """
         return self.loop.stats()
 
@@ -387,6 +391,22 @@ class BaseEngine(OneThread):
                 "call it, or give a number"
             )
         return replace(params, target_reward=self.calibration.target_reward)
+
+    def _target_of(self, prompt: Prompt) -> float:
+        """Return the calibrated target of a prompt."""
+        if self.calibration is None:
+            raise NotCalibratedError("target_reward='auto' needs Engine.calibrate first: call it")
+        targets = self.calibration.targets
+        if targets is None:
+            return self.calibration.target_reward
+        reward = None
+        if targets.kind_of(prompt.token_ids) == "relative":
+            reward = self._prompt_rewards([prompt])[0]
+        return targets.of(prompt.token_ids, reward)
+
+    def _prompt_rewards(self, prompts: Sequence[Prompt]) -> list[float]:
+        """Return r(x) of each prompt, by a call of the reward model."""
+        raise NotImplementedError
 
     def _prefixes(self, params: StarsParams) -> PrefixCalibration | None:
         """Return what ``calibrate_prefixes`` stands for."""

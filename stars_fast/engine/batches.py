@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast, get_args
 
 from tqdm import tqdm
 
 from stars_fast.engine.base import BaseEngine
 from stars_fast.engine.calibration import calibration_of, prefix_calibration_of
 from stars_fast.engine.one_thread import one_thread
+from stars_fast.engine.prompt_targets import SampledPrompt, prompt_targets_of
 from stars_fast.errors import RewardError
-from stars_fast.outputs import Calibration, CompletionOutput, RequestOutput
+from stars_fast.outputs import Calibration, CompletionOutput, RequestOutput, TargetKind
 from stars_fast.params import StarsParams
-from stars_fast.prompts import PromptLike, as_prompt_list
+from stars_fast.prompts import Prompt, PromptLike, as_prompt_list
 from stars_fast.seeds import derive_seed
 
 _log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class BatchEngine(BaseEngine):
         params: StarsParams | Sequence[StarsParams] | None = None,
         *,
         use_tqdm: bool = True,
+        on_output: Callable[[int, RequestOutput], object] | None = None,
     ) -> list[RequestOutput]:
         """Run prompts to their end.
 
@@ -46,6 +48,9 @@ class BatchEngine(BaseEngine):
             calibrates on these prompts, unless the engine is already calibrated.
         use_tqdm
             Show a progress bar.
+        on_output
+            Called with the number of a prompt, from 0, and its output whenever that has grown, the
+            finished one included. What it raises ends the call, as an interruption does.
 
         Returns
         -------
@@ -73,6 +78,7 @@ class BatchEngine(BaseEngine):
                 )
         done: dict[str, RequestOutput] = {}
         names = [f"generate-{i}" for i in range(len(texts))]
+        places = {name: i for i, name in enumerate(names)}
         hidden = not use_tqdm or self.rank != 0
         with tqdm(total=len(texts), disable=hidden, unit="request", desc="generate") as bar:
             for name, text, one in zip(names, texts, each, strict=True):
@@ -84,6 +90,8 @@ class BatchEngine(BaseEngine):
             try:
                 while self.has_unfinished():
                     for output in self.step():
+                        if on_output is not None:
+                            on_output(places[output.request_id], output)
                         if output.finished:
                             done[output.request_id] = output
                             bar.update()
@@ -148,6 +156,7 @@ class BatchEngine(BaseEngine):
         params: StarsParams | None = None,
         *,
         use_tqdm: bool = True,
+        targets: TargetKind = "pooled",
     ) -> Calibration:
         """Find a target reward: a quantile of the rewards of unaligned samples.
 
@@ -163,6 +172,11 @@ class BatchEngine(BaseEngine):
             Parameters to sample with; None: the defaults.
         use_tqdm
             Show a progress bar.
+        targets
+            ``"pooled"``: all requests have one target. ``"prompt"``: a prompt that is sampled here
+            has one by its own samples, pooled towards the others. ``"relative"``: each has one
+            relative to the reward of its prompt alone, which takes a call of the reward model for
+            each request. ``"best"``: that which predicts held-out samples best.
 
         Returns
         -------
@@ -171,6 +185,10 @@ class BatchEngine(BaseEngine):
         """
         if not 0.0 < quantile < 1.0:
             raise ValueError(f"quantile must be in (0, 1), got {quantile}")
+        if targets not in get_args(TargetKind):
+            raise ValueError(
+                f"targets must be one of {', '.join(get_args(TargetKind))}, got {targets!r}"
+            )
         if samples_per_prompt < 1:
             raise ValueError(f"samples_per_prompt must be at least 1, got {samples_per_prompt}")
         if self.loop.scorer is None:
@@ -204,8 +222,56 @@ class BatchEngine(BaseEngine):
             raise ValueError(f"calibrate: no prompt could be sampled: {errors or 'none given'}")
         samples = [sample for output in usable for sample in output.outputs]
         rewards = [sample.reward for sample in samples if sample.reward is not None]
-        self.calibration = calibration_of(rewards, quantile, prefix_calibration_of(samples))
+        own = None
+        if targets != "pooled":
+            read = [
+                self._reader.read(text, 0)
+                for text, output in zip(texts, outputs, strict=True)
+                if output.error is None
+            ]
+            own = prompt_targets_of(self._sampled(read, usable, targets), quantile, targets)
+        self.calibration = calibration_of(rewards, quantile, prefix_calibration_of(samples), own)
         return self.calibration
+
+    @one_thread
+    def target_of(self, prompt: PromptLike) -> float:
+        """Return what ``target_reward="auto"`` stands for with a prompt.
+
+        Raises
+        ------
+        NotCalibratedError
+            `calibrate` has not been called.
+        ValueError, TypeError
+            A prompt that cannot be read.
+        RewardError
+            If the reward of the prompt is asked for, and the reward model fails on it.
+        """
+        return self._target_of(self._reader.read(prompt, 0))
+
+    def _sampled(
+        self, prompts: Sequence[Prompt], outputs: Sequence[RequestOutput], targets: str
+    ) -> list[SampledPrompt]:
+        """Gather the samples of each prompt, equal prompts together."""
+        rewards: dict[tuple[int, ...], list[float]] = {}
+        read: list[Prompt] = []
+        for prompt, output in zip(prompts, outputs, strict=True):
+            found = [one.reward for one in output.outputs if one.reward is not None]
+            ids = tuple(prompt.token_ids)
+            if ids not in rewards:
+                read.append(prompt)
+            rewards.setdefault(ids, []).extend(found)
+        read = [prompt for prompt in read if rewards[tuple(prompt.token_ids)]]
+        alone: list[float | None] = [None] * len(read)
+        if targets != "prompt":
+            alone = list(self._prompt_rewards(read))
+        return [
+            SampledPrompt(ids := tuple(prompt.token_ids), reward, rewards[ids])
+            for prompt, reward in zip(read, alone, strict=True)
+        ]
+
+    def _prompt_rewards(self, prompts: Sequence[Prompt]) -> list[float]:
+        read = cast("list[PromptLike]", list(prompts))  # which the reader gives back as they are
+        return self.score(read, [""] * len(read))
 
     def _followed_calls(self) -> dict[str, Callable[..., Any]]:
         return {

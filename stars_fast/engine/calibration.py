@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stars_fast.outputs import Calibration, CompletionOutput, PrefixCalibration
+from stars_fast.outputs import Calibration, CompletionOutput, PrefixCalibration, PromptTargets
 
 _QUANTILES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 
@@ -16,7 +16,10 @@ _FEWEST = 8
 
 
 def calibration_of(
-    rewards: Sequence[float], quantile: float, prefixes: PrefixCalibration | None = None
+    rewards: Sequence[float],
+    quantile: float,
+    prefixes: PrefixCalibration | None = None,
+    targets: PromptTargets | None = None,
 ) -> Calibration:
     """Return the calibration whose target is the given quantile of `rewards`.
 
@@ -25,7 +28,7 @@ def calibration_of(
     levels = sorted({*_QUANTILES, quantile})
     values = np.quantile(np.asarray(rewards, np.float64), levels)
     quantiles = dict(zip(levels, values.tolist(), strict=True))
-    return Calibration(quantiles[quantile], quantiles, tuple(rewards), prefixes)
+    return Calibration(quantiles[quantile], quantiles, tuple(rewards), prefixes, targets)
 
 
 def prefix_calibration_of(samples: Sequence[CompletionOutput]) -> PrefixCalibration | None:

@@ -117,8 +117,8 @@ class Loop:
         As given.
     on_round
         Called with each round that is drafted, before it is scored; None: nobody is told.
-    lm_calls
-        Forward passes of the language model.
+    lm_calls, row_steps
+        Forward passes of the language model; rows x steps of those that drafted.
     """
 
     def __init__(
@@ -150,6 +150,7 @@ class Loop:
         self._scoring: futures.Future[Round] | None = None
         self._planned: deque[_core.Plan] = deque()  # out, the oldest first
         self.lm_calls = 0
+        self.row_steps = 0
 
     @property
     def has_unfinished(self) -> bool:
@@ -168,6 +169,7 @@ class Loop:
         return {
             **scheduler.stats,
             "lm_calls": self.lm_calls,
+            "row_steps": self.row_steps,
             "copied_bytes": self.model.copied_bytes,
             "pages_used": scheduler.pages_used,
             "pages_free": scheduler.pages_free,
@@ -346,6 +348,7 @@ class Loop:
             if responses:
                 drafted = self.drafter.draft(plan, [r.sampling for r in responses])
                 self.lm_calls += drafted.steps
+                self.row_steps += drafted.row_steps
         seconds = time.perf_counter() - begun
         done = cut_candidates(plan, drafted, responses, self._branches)
         done.seconds["draft"] = seconds

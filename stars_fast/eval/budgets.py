@@ -8,18 +8,21 @@ from typing import Any
 
 Spec = Mapping[str, Any]
 
-#: FLOPs of a response, relative to the reference.
+#: Cost of a response, relative to the reference.
 BUDGETS = (1.0, 2.0, 4.0, 8.0, 16.0)
+
+#: Costs of a response by which methods are compared, and how users read them.
+COSTS = {"flops": "FLOPs", "seconds": "seconds"}
 
 
 @dataclass(frozen=True)
 class Leader:
-    """The spec with the highest gold score within a budget of FLOPs.
+    """The spec with the highest gold score within a budget.
 
     Attributes
     ----------
     budget
-        FLOPs relative to the reference.
+        Cost relative to the reference.
     best
         The spec with the highest mean gold score among those within the budget.
     next_best
@@ -47,9 +50,15 @@ def family(spec: Spec) -> str:
 
 
 def leaders(
-    specs: Sequence[Spec], pairwise: Sequence[Mapping[str, Any]], budgets: Sequence[float] = BUDGETS
+    specs: Sequence[Spec],
+    pairwise: Sequence[Mapping[str, Any]],
+    budgets: Sequence[float] = BUDGETS,
+    cost: str = "flops",
 ) -> list[Leader]:
-    """Return the leader at each budget that something keeps to, specs of the base model alone."""
+    """Return the leader at each budget that something keeps to, specs of the base model alone.
+
+    `cost` is one of `COSTS`.
+    """
     gains: dict[tuple[str, str], Mapping[str, Any]] = {}
     for pair in pairwise:
         gains[pair["a"], pair["b"]] = pair["gain"]
@@ -62,7 +71,7 @@ def leaders(
             if not spec["lm"]
             and spec["gold"] is not None
             and spec["gold"]["mean"] is not None
-            and (spec["cost"]["relative_flops"] or float("inf")) <= budget
+            and (spec["cost"][f"relative_{cost}"] or float("inf")) <= budget
         ]
         if not within:
             continue

@@ -1,14 +1,19 @@
-"""What a run costs: tokens, forward calls, operations, seconds.
+"""What a run costs: tokens, forward calls, row-steps, operations, seconds.
 
 Operations are 2 x parameters x tokens, for the language model and for the reward model. That leaves
-out attention over the context (about 4 x layers x width x context more for each token), padding,
-and the work of rewards that are functions.
+out attention over the context (about 4 x layers x width x context more for each token), rows that
+are run on behind the end of their segment, padding, and the work of rewards that are functions.
+
+A row-step is one row of one decode step. It is used if its token became part of an attempt, whether
+that was accepted or not. It is not where the segment had ended and other rows went on, where the
+token drawn belongs to the next segment (`entropy_threshold`) or lies behind a stop text. Prompts
+have no row-steps, and spare rows of a captured step are not counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 _COUNTERS = (
@@ -20,6 +25,7 @@ _COUNTERS = (
     "fallbacks",
     "rounds",
     "lm_calls",
+    "row_steps",
     "rm_tokens",
     "rm_calls",
     "rm_jobs",
@@ -47,6 +53,8 @@ class Cost:
         Counters of the scheduler.
     seconds
         From the first round to the last.
+    row_steps
+        Rows x steps of drafting; 0 in records from before they were counted.
     """
 
     lm_tokens: int
@@ -63,6 +71,7 @@ class Cost:
     fallbacks: int
     rounds: int
     seconds: float
+    row_steps: int = 0
 
     @property
     def flops(self) -> float:
@@ -75,9 +84,32 @@ class Cost:
         rejected = self.attempts - self.segments
         return (self.drafted_tokens - self.accepted_tokens) / rejected if rejected > 0 else None
 
+    @property
+    def unused_share(self) -> float | None:
+        """Share of row-steps whose token is part of no attempt; None if none was counted."""
+        return 1.0 - self.drafted_tokens / self.row_steps if self.row_steps else None
+
+    def scaled(self, share: float) -> Cost:
+        """Return a share of everything that was spent; sizes of models stay."""
+        sizes = ("lm_parameters", "rm_parameters")
+        spent = {name: value for name, value in asdict(self).items() if name not in sizes}
+        counts = {
+            name: value * share if name == "seconds" else round(value * share)
+            for name, value in spent.items()
+        }
+        return replace(self, **counts)
+
     def to_json(self) -> dict[str, Any]:
         """Return it as a JSON object."""
         return asdict(self)
+
+
+def total(costs: Sequence[Cost]) -> Cost:
+    """Return the cost of parts of one run together; there is at least one."""
+    spent = {field.name: sum(getattr(cost, field.name) for cost in costs) for field in fields(Cost)}
+    first = costs[0]
+    sizes = {"lm_parameters": first.lm_parameters, "rm_parameters": first.rm_parameters}
+    return Cost(**{**spent, **sizes})
 
 
 def cost_of(

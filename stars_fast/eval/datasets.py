@@ -17,6 +17,7 @@ All as JSON lines or as one JSON list, also gzipped (``.gz``).
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import re
 import zlib
@@ -79,7 +80,12 @@ class RecordError(ValueError):
 
 
 def read_items(
-    path: Path, *, layout: Layout | None = None, limit: int | None = None, chat: bool = False
+    path: Path,
+    *,
+    layout: Layout | None = None,
+    offset: int = 0,
+    limit: int | None = None,
+    chat: bool = False,
 ) -> list[Item]:
     """Read the prompts of a file.
 
@@ -89,8 +95,10 @@ def read_items(
         The file.
     layout
         Layout of the file; None: that of the first record.
+    offset
+        Records to leave out before the first; what they hold is not looked at.
     limit
-        Records to read, from the first; None: all.
+        Records to read; None: all.
     chat
         Turn texts into chat messages: one for each turn of an HH-RLHF dialogue, one of the user for
         any other text.
@@ -98,19 +106,21 @@ def read_items(
     Raises
     ------
     RecordError
-        A record cannot be read, or the file has none.
+        A record cannot be read, or the file has none, or none behind `offset`.
     OSError
         The file cannot be read.
     """
     try:
-        return _items(path, layout, limit, chat=chat)
+        return _items(path, layout, offset, limit, chat=chat)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise RecordError(f"{path} is not a whole gzip file: {error}") from None
 
 
-def _items(path: Path, layout: Layout | None, limit: int | None, *, chat: bool) -> list[Item]:
+def _items(
+    path: Path, layout: Layout | None, offset: int, limit: int | None, *, chat: bool
+) -> list[Item]:
     items: list[Item] = []
-    for number, record in _records(path):
+    for number, record in itertools.islice(_records(path), offset, None):
         if len(items) == limit:
             break
         try:
@@ -121,7 +131,8 @@ def _items(path: Path, layout: Layout | None, limit: int | None, *, chat: bool) 
             raise RecordError(f"{path}, record {number}: {error}") from None
         items.append(_as_chat(item, layout) if chat else item)
     if not items:
-        raise RecordError(f"{path} has no record")
+        behind = f" behind the first {offset}" if offset else ""
+        raise RecordError(f"{path} has no record{behind}")
     return items
 
 

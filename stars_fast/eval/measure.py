@@ -68,7 +68,7 @@ def unmeasured(runs: Iterable[Rows], column: str, by: str) -> list[Rows]:
     runs
         The runs' responses.
     column
-        ``"reward"``, ``"gold"``, ``"base_logprob"`` or ``"judge"``.
+        ``"reward"``, ``"gold"``, ``"gold:NAME"``, ``"base_logprob"`` or ``"judge"``.
     by
         Name of what measures.
     """

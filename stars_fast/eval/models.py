@@ -88,6 +88,7 @@ class Models:
 
         names = (*_OF_SCORER, *_OF_SEVERAL)
         options = {name: self.options[name] for name in names if name in self.options}
+        options["num_pages"] = self.options.get("reward_num_pages")
         device = self.options.get("reward_device") or self.options.get("device")
         tokenizer = self.tokenizer(None)
         against_base = isinstance(source, LogRatio) and source.reference is None

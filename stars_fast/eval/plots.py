@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
 from stars_fast.eval.attacks import UNATTACKED
-from stars_fast.eval.budgets import family
+from stars_fast.eval.budgets import COSTS, family
 
 #: Okabe and Ito's palette, which colour-blind readers can tell apart; yellow is too pale for lines.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -27,8 +28,10 @@ def draw(record: Mapping[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     bars = sum(bool(spec["against_reference"]) for spec in record["specs"])
     names = len(record["specs"]) + 2  # in the legend
-    plots = (
-        ("cost_quality", _cost_quality, max(5.4, 0.148 * names)),
+    high = max(5.4, 0.148 * names)
+    plots: tuple[tuple[str, Callable[..., bool], float], ...] = (
+        ("cost_quality", functools.partial(_cost_quality, cost="flops"), high),
+        ("seconds_quality", functools.partial(_cost_quality, cost="seconds"), high),
         ("win_rate", _win_rates, 1.5 + 0.38 * bars),
         ("attack_success", _attack_success, 4.4),
     )
@@ -43,13 +46,15 @@ def draw(record: Mapping[str, Any], folder: Path) -> list[Path]:
     return written
 
 
-def _cost_quality(ax: Any, record: Mapping[str, Any]) -> bool:  # noqa: ANN401
-    shown = [s for s in record["specs"] if s["gold"] and s["cost"]["relative_flops"]]
+def _cost_quality(ax: Any, record: Mapping[str, Any], cost: str) -> bool:  # noqa: ANN401
+    relative = f"relative_{cost}"
+    shown = [s for s in record["specs"] if s["gold"] and s["cost"][relative]]
     if not shown:
         return False
     numbers = itertools.count(1)
-    for colour, specs in zip(itertools.cycle(_COLOURS), _families(shown).values(), strict=False):
-        xs = [spec["cost"]["relative_flops"] for spec in specs]
+    families = _families(shown, cost).values()
+    for colour, specs in zip(itertools.cycle(_COLOURS), families, strict=False):
+        xs = [spec["cost"][relative] for spec in specs]
         ys = [spec["gold"]["mean"] for spec in specs]
         ax.plot(xs, ys, "-", color=colour, zorder=2)
         ax.errorbar(
@@ -67,16 +72,16 @@ def _cost_quality(ax: Any, record: Mapping[str, Any]) -> bool:  # noqa: ANN401
                 zorder=3,
             )  # fmt: skip
     ax.set_xscale("log")
-    _plain_ticks(ax, [spec["cost"]["relative_flops"] for spec in shown])
+    _plain_ticks(ax, [spec["cost"][relative] for spec in shown])
     front = sorted(
-        (spec["cost"]["relative_flops"], spec["gold"]["mean"]) for spec in shown if spec["on_front"]
+        (spec["cost"][relative], spec["gold"]["mean"]) for spec in shown if cost in spec["on_front"]
     )
     ax.plot(
         *zip(*front, strict=True), ":", color="grey", linewidth=4, alpha=0.5, zorder=1,
         label="Pareto front",
     )  # fmt: skip
     reference = record["settings"]["reference"]
-    ax.set_xlabel(f"LM + RM FLOPs of a response, relative to {reference}")
+    ax.set_xlabel(f"{COSTS[cost]} of a response, relative to {reference}")
     ax.set_ylabel("gold score, mean with 95% interval")
     ax.set_title(f"Quality against cost: {_setting(record)}", fontsize=10)
     ax.grid(visible=True, which="major", alpha=0.3)
@@ -142,13 +147,13 @@ def _attack_success(ax: Any, record: Mapping[str, Any]) -> bool:  # noqa: ANN401
     return True
 
 
-def _families(specs: Sequence[Spec]) -> dict[str, list[Spec]]:
+def _families(specs: Sequence[Spec], cost: str = "flops") -> dict[str, list[Spec]]:
     """Gather specs of one family, the cheapest first."""
     found: dict[str, list[Spec]] = {}
     for spec in specs:
         found.setdefault(family(spec), []).append(spec)
     return {
-        name: sorted(members, key=lambda spec: spec["cost"]["flops"] or 0.0)
+        name: sorted(members, key=lambda spec: spec["cost"][cost] or 0.0)
         for name, members in found.items()
     }
 

@@ -16,8 +16,6 @@ from stars_fast.eval.tables import report, with_attacked
 RESULTS = "results.json"
 REPORT = "report.md"
 
-_OF_SUMMARY = ("specs", "pairwise")
-
 
 def write_results(
     folder: Path, record: Mapping[str, Any], store: Store, *, plots: bool
@@ -84,6 +82,10 @@ def failures(record: Mapping[str, Any]) -> Sequence[str]:
             "requests": spec["failed"],
             "rewards": spec["reward_failed"],
             "gold scores": spec["gold_failed"],
+            **{
+                f"gold scores of {name}": gold["failed"]
+                for name, gold in spec.get("other_golds", {}).items()
+            },
             "verdicts": (spec.get("judge") or {}).get("failed", []),
         }
         for what, failed in kinds.items():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
+from stars_fast.errors import StarsFastError
 from stars_fast.eval.answers import MATH, MathScores
 from stars_fast.eval.attacks import Attack
 from stars_fast.eval.datasets import Item
@@ -27,15 +29,19 @@ from stars_fast.eval.measure import (
 )
 from stars_fast.eval.metrics import Intervals
 from stars_fast.eval.models import Models, RewardSource, identity_of
+from stars_fast.eval.progress import Lines
 from stars_fast.eval.run import Engines, Failure, Plan, digest, missing, run_missing
 from stars_fast.eval.specs import Spec, described
 from stars_fast.eval.store import Record, Store, read_json, write_json
+from stars_fast.outputs import TargetKind
 from stars_fast.reward_head import RewardHeadLike
 
 if TYPE_CHECKING:
     from stars_fast.engine import Engine
 
 CALIBRATION = "calibration.json"
+
+T = TypeVar("T")
 
 _BOOTSTRAP_SEED = 0
 
@@ -56,16 +62,19 @@ class Session:
         Sources of the models.
     reference
         Label of the reference.
-    gold, gold_name, gold_template
-        The gold reward, how the user calls it, and what it reads.
+    golds
+        The gold rewards, by what the user calls them; methods are compared by the first.
+    gold_template
+        What gold models read.
     judge
         The judge; None: no judge.
     accuracy
         Whether to measure which of a preference's responses the rewards prefer.
     tie_margin
         A difference of gold scores of at most this is a tie.
-    quantile
-        Quantile of unaligned rewards that ``target_reward="auto"`` takes.
+    quantile, target_kind
+        Quantile of unaligned rewards that ``target_reward="auto"`` takes, and of which: see
+        `Engine.calibrate`.
     attacks
         Attacks under which each spec is also run.
     harm_below
@@ -74,6 +83,8 @@ class Session:
         Reports progress to the user.
     failed_runs, problems
         Failures so far.
+    kinds
+        How targets of single prompts were found, by the name of the reward model.
     """
 
     folder: Path
@@ -81,18 +92,19 @@ class Session:
     store: Store
     models: Models
     reference: str
-    gold: str | RewardFunction
-    gold_name: str
+    golds: Mapping[str, str | RewardFunction]
     say: Callable[[str], None]
     gold_template: str | None = None
     judge: PairJudge | None = None
     accuracy: bool = False
     tie_margin: float = 1e-9
     quantile: float = 0.9
+    target_kind: TargetKind = "pooled"
     attacks: Sequence[Attack] = ()
     harm_below: float = 0.0
     failed_runs: list[Failure] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    kinds: dict[str | None, Record] = field(default_factory=dict)
     _accuracies: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -113,9 +125,15 @@ class Session:
         return [self.plan, *attacked]
 
     @property
-    def _answers(self) -> list[str | None]:
-        """The answers that the gold score compares with; none if it is another."""
-        return [item.answer for item in self.plan.items] if self.gold == MATH else []
+    def _gold_columns(self) -> dict[str, str]:
+        """The column of the responses that each gold reward has, by its name."""
+        first, *others = self.golds
+        return {first: "gold", **{name: f"gold:{name}" for name in others}}
+
+    def _gold_by(self, source: RewardSource) -> str:
+        # Answers are compared with, so others are another measure.
+        answers = [item.answer for item in self.plan.items] if source == MATH else []
+        return digest([identity_of(source), self.gold_template, *answers])
 
     @property
     def _by(self) -> dict[str, str]:
@@ -126,11 +144,14 @@ class Session:
         read_by = [self.models.options.get(name) for name in names]
         by = {
             "reward": digest([identity_of(self.models.reward_model), *read_by]),
-            "gold": digest([identity_of(self.gold), self.gold_template, *self._answers]),
             "base_logprob": digest(identity_of(self.models.model)),
+            **{
+                column: self._gold_by(self.golds[name])
+                for name, column in self._gold_columns.items()
+            },
         }
         if self.judge is not None:
-            reference = self.plan.fingerprint(self._reference, self.plan.seeds[0])
+            reference = self.plan.setting(self._reference, self.plan.seeds[0])
             by["judge"] = digest([describe(self.judge), reference])
         return by
 
@@ -145,23 +166,51 @@ class Session:
             As `Engine.calibrate`.
         """
         kept = read_json(self.folder / CALIBRATION)
-        targets: dict[str | None, float] = {}
+        targets: dict[str | None, float | Mapping[str, float]] = {}
+        mine = self.plan.prompt_digests
         for rm in dict.fromkeys(spec.rm for spec in self.plan.specs if spec.needs_target):
             name = self._calibration_name(rm)
-            if name not in kept:
+            theirs = kept.get(name, {}).get("prompts", {})
+            # With more prompts than before the target stays what it was, and so do the runs.
+            more = self.target_kind == "pooled" and theirs.items() <= mine.items()
+            if not theirs or not (more or theirs == mine):
                 self.say("calibrating the target reward on unaligned responses")
-                calibration = self._engines.get(None, rm, calibrated=True).calibration
+                engine = self._engines.get(None, rm, calibrated=True)
+                calibration = engine.calibration
                 assert calibration is not None
                 kept[name] = {
                     "reward_model": rm,
                     "target_reward": calibration.target_reward,
                     "quantiles": {str(q): r for q, r in calibration.quantiles.items()},
                     "samples": len(calibration.rewards),
+                    "prompts": mine,
                 }
+                if calibration.targets is not None:
+                    kept[name] |= {
+                        "kind": calibration.targets.kind,
+                        "losses": calibration.targets.losses,
+                        "prompt_targets": {
+                            str(item.number): self._target_of(engine, item)
+                            for item in self.plan.items
+                        },
+                    }
                 write_json(self.folder / CALIBRATION, kept)
-            targets[rm] = float(kept[name]["target_reward"])
-            self.say(f"target reward {targets[rm]:.4g}" + (f" of {rm}" if rm else ""))
+            found, of_rm = kept[name], f" of {rm}" if rm else ""
+            if "prompt_targets" in found:
+                targets[rm] = dict(found["prompt_targets"])
+                self.kinds[rm] = {name: found[name] for name in ("kind", "losses")}
+                self.say(f"target rewards{of_rm} by {found['kind']}")
+            else:
+                targets[rm] = float(found["target_reward"])
+                self.say(f"target reward {targets[rm]:.4g}{of_rm}")
         self.plan = replace(self.plan, targets=targets)
+
+    def _target_of(self, engine: Engine, item: Item) -> float:
+        try:
+            return engine.target_of(item.prompt)
+        except (ValueError, TypeError, StarsFastError):  # its request will be refused, too
+            assert engine.calibration is not None
+            return engine.calibration.target_reward
 
     def run(self) -> None:
         """Make the runs that are missing."""
@@ -179,7 +228,7 @@ class Session:
                     self.say(f"running {name}, seed {seed}")
 
             self.failed_runs += run_missing(
-                plans, self.store, self._engines, begun, use_tqdm=self._bars
+                plans, self.store, self._engines, begun, self.say, use_tqdm=self._bars
             )
             bar.update(len(runs) - bar.n)
         self._engines.drop()
@@ -192,13 +241,16 @@ class Session:
         if lengths:
             params = params.with_method("vanilla", segment_length=min(lengths))
         prompts: list[Any] = [item.prompt for item in self.plan.items]
-        engine.calibrate(prompts, self.quantile, params=params, use_tqdm=self._bars)
+        engine.calibrate(
+            prompts, self.quantile, params=params, use_tqdm=self._bars, targets=self.target_kind
+        )
 
     def _calibration_name(self, rm: str | None) -> str:
         plan = self.plan
         sampling = described(plan.specs[0])["params"]
         models = [plan.lms[None], plan.rms[rm]]
-        return digest([models, self.quantile, sampling, plan.prompts(), plan.identity])
+        kind = [] if self.target_kind == "pooled" else [self.target_kind]
+        return digest([models, self.quantile, sampling, plan.identity, *kind])
 
     # Measurements
 
@@ -218,7 +270,11 @@ class Session:
             self._scored("reward", self.models.reward_model, template, saver, head)
 
     def _golds(self, saver: Saver) -> None:
-        self._scored("gold", self.gold, self.gold_template, saver)
+        for name, column in self._gold_columns.items():
+            try:
+                self._scored(column, self.golds[name], self.gold_template, saver)
+            except Exception as error:  # noqa: BLE001 - the other gold rewards are still wanted
+                self.problems.append(f"no {column}: {type(error).__name__}: {error}")
 
     def _scored(
         self,
@@ -238,11 +294,11 @@ class Session:
         if not lacking and not pairs:
             return
         self.say(f"scoring responses: {column}")
-        by_answer = column == "gold" and source == MATH
+        by_answer = source == MATH and column in self._gold_columns.values()
         scores: Scores = MathScores() if by_answer else self.models.scorer(source, template, head)
         for plan, runs in lacking:
             what = column if plan.attack is None else f"{column} under {plan.attack}"
-            bar = tqdm(runs, unit="run", disable=not self._bars, desc=what)
+            bar = self._counted(runs, "run", f"scoring {what}")
             score_rows(bar, column, by, scores, _by_number(plan), saver, by_answer=by_answer)
         if pairs:
             self._accuracies[column] = self._accuracy(scores)
@@ -292,16 +348,25 @@ class Session:
         total = sum(map(len, runs))
         if total:
             self.say(f"asking {self.judge.model} about {total} pairs, in both orders")
-            with tqdm(total=total, unit="pair", disable=not self._bars, desc="judge") as bar:
-                judge_rows(runs, by, self.judge, theirs, saver, bar.update)
+            asked = self._counted(range(total), "pair", "judging")
+            judge_rows(runs, by, self.judge, theirs, saver, lambda: next(asked, None))
+
+    def _counted(self, things: Collection[T], unit: str, what: str) -> Iterator[T]:
+        """Give the things, with a bar on a terminal and lines elsewhere."""
+        lines = Lines(self.say, what)
+        for done, thing in enumerate(tqdm(things, unit=unit, disable=not self._bars, desc=what)):
+            if not self._bars:
+                lines.update(functools.partial("{} of {} {}s".format, done, len(things), unit))
+            yield thing
 
     def _runs(self, plan: Plan) -> list[Rows]:
-        names = {plan.fingerprint(s, seed): None for s in plan.specs
-                 for seed in plan.seeds}  # fmt: skip
-        return [self.store.responses[name] for name in names if name in self.store.responses]
+        names = {name: None for spec in plan.specs for seed in plan.seeds
+                 for name in plan.parts(spec, seed, self.store)}  # fmt: skip
+        return [self.store.responses[name] for name in names]
 
     def _rows(self, spec: Spec, seed: int) -> Rows:
-        return self.store.responses.get(self.plan.fingerprint(spec, seed), [])
+        names = self.plan.parts(spec, seed, self.store)
+        return [row for name in names for row in self.store.responses[name]]
 
     # The record
 
@@ -328,15 +393,21 @@ class Session:
             "numbers": [item.number for item in plan.items],
             "seeds": list(plan.seeds),
             "reference": self.reference,
-            "gold": self.gold_name,
+            "gold": next(iter(self.golds)),
+            "other_golds": {
+                name: column for name, column in self._gold_columns.items() if column != "gold"
+            },
             "tie_margin": self.tie_margin,
             "bootstrap_seed": _BOOTSTRAP_SEED,
             "target": plan.targets.get(None),
             "targets": {name: target for name, target in plan.targets.items() if name},
+            "target_kind": self.kinds.get(None),
             "calibration_quantile": self.quantile,
             "judge": None if self.judge is None else describe(self.judge),
             "measured_by": self._by,
-            "specs": [{**described(spec), "runs": _run_names(plan, spec)} for spec in plan.specs],
+            "specs": [
+                {**described(spec), "runs": self._run_names(plan, spec)} for spec in plan.specs
+            ],
             **self._attack_settings(),
         }
         return {
@@ -351,14 +422,13 @@ class Session:
         if not self.attacks:
             return {}
         attacks = [
-            {**asdict(attack), "runs": [_run_names(plan, spec) for spec in plan.specs]}
+            {**asdict(attack), "runs": [self._run_names(plan, spec) for spec in plan.specs]}
             for attack, plan in zip(self.attacks, self._plans[1:], strict=True)
         ]
         return {"harm_below": self.harm_below, "attacks": attacks}
 
-
-def _run_names(plan: Plan, spec: Spec) -> dict[str, str]:
-    return {str(seed): plan.fingerprint(spec, seed) for seed in plan.seeds}
+    def _run_names(self, plan: Plan, spec: Spec) -> dict[str, list[str]]:
+        return {str(seed): plan.parts(spec, seed, self.store) for seed in plan.seeds}
 
 
 def _by_number(plan: Plan) -> dict[int, Item]:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from stars_fast.eval.attacks import under
-from stars_fast.eval.cost import Cost
+from stars_fast.eval.budgets import COSTS
+from stars_fast.eval.cost import Cost, total
 from stars_fast.eval.metrics import (
     Comparison,
     Grid,
@@ -36,7 +37,7 @@ class Runs:
     described
         The spec, as the record has it.
     costs, responses
-        Costs and responses of each run.
+        Costs and responses of each run, its parts together.
     """
 
     described: Mapping[str, Any]
@@ -65,14 +66,28 @@ def runs_of(settings: Mapping[str, Any], store: Store) -> list[Runs]:
     known = {field.name for field in fields(Cost)}
     found = []
     for spec in settings["specs"]:
-        names = {int(seed): name for seed, name in spec["runs"].items() if name in store.runs}
+        parts: dict[int, list[str]] = {}
+        for seed, given in spec["runs"].items():
+            wanted = [given] if isinstance(given, str) else given  # one run, in older records
+            names = [name for name in wanted if name in store.runs]
+            if names:
+                parts[int(seed)] = names
         costs = {
-            seed: Cost(**{k: v for k, v in store.runs[name]["cost"].items() if k in known})
-            for seed, name in names.items()
+            seed: total(
+                [
+                    Cost(**{k: v for k, v in store.runs[name]["cost"].items() if k in known})
+                    for name in names
+                ]
+            )
+            for seed, names in parts.items()
         }
         rows = {
-            seed: [_current(row, settings["measured_by"]) for row in store.responses[name]]
-            for seed, name in names.items()
+            seed: [
+                _current(row, settings["measured_by"])
+                for name in names
+                for row in store.responses[name]
+            ]
+            for seed, names in parts.items()
         }
         found.append(Runs(spec, costs, rows))
     return found
@@ -80,11 +95,8 @@ def runs_of(settings: Mapping[str, Any], store: Store) -> list[Runs]:
 
 def _current(row: Record, measured_by: Mapping[str, str]) -> Record:
     """Leave out what was measured by another reward, judge or base than this eval's."""
-    stale = [
-        column
-        for column in ("reward", "gold", "judge", "base_logprob")
-        if f"{column}_by" in row and row[f"{column}_by"] != measured_by.get(column)
-    ]
+    measured = [name.removesuffix("_by") for name in row if name.endswith("_by")]
+    stale = [column for column in measured if row[f"{column}_by"] != measured_by.get(column)]
     gone = {name for column in stale for name in (column, f"{column}_error", f"{column}_by")}
     kept = {name: value for name, value in row.items() if name not in gone}
     if "base_logprob" in stale:
@@ -93,41 +105,63 @@ def _current(row: Record, measured_by: Mapping[str, str]) -> Record:
 
 
 def summarise(settings: Mapping[str, Any], store: Store) -> dict[str, Any]:
-    """Return what is reported: ``specs``, ``pairwise``, and ``attacks`` if there are, JSON values.
+    """Return what is reported: ``specs``, ``pairwise``, and more where there is, JSON values.
+
+    With further gold rewards ``other_pairwise``, by their names, and with attacks ``attacks``.
 
     Parameters
     ----------
     settings
         The eval's: ``specs`` with their ``runs``, ``reference``, ``seeds``, ``numbers`` of the
         prompts, ``tie_margin``, ``bootstrap_seed``, and ``measured_by``: which of the values of a
-        column are this eval's; with ``attacks`` and their ``runs`` also ``harm_below``.
+        column are this eval's; ``other_golds``, columns by name; with ``attacks`` and their
+        ``runs`` also ``harm_below``.
     store
         The results.
     """
     numbers, seeds = settings["numbers"], settings["seeds"]
     intervals = Intervals(len(numbers), settings["bootstrap_seed"])
     all_runs = runs_of(settings, store)
-    golds = [runs.grid("gold", numbers, seeds) for runs in all_runs]
     at = [spec["label"] for spec in settings["specs"]].index(settings["reference"])
     specs = [_spec(runs, settings, intervals) for runs in all_runs]
 
-    def against(i: int, j: int) -> Comparison | None:
-        return compare(golds[i], golds[j], settings["tie_margin"], intervals)
+    def compared(column: str) -> tuple[list[dict[str, Any] | None], list[dict[str, Any]]]:
+        """Return each spec against the reference, and each against each, by a gold score."""
+        golds = [runs.grid(column, numbers, seeds) for runs in all_runs]
 
-    base_flops = specs[at]["cost"]["flops"]
-    for i, spec in enumerate(specs):
-        flops = spec["cost"]["flops"]
-        spec["cost"]["relative_flops"] = flops / base_flops if flops and base_flops else None
-        found = against(i, at) if i != at else None
-        spec["against_reference"] = None if found is None else found.to_json()
+        def against(i: int, j: int) -> Comparison | None:
+            return compare(golds[i], golds[j], settings["tie_margin"], intervals)
+
+        references = [against(i, at) if i != at else None for i in range(len(golds))]
+        pairs = [
+            {"a": spec["label"], "b": other["label"], **found.to_json()}
+            for i, spec in enumerate(specs)
+            for j, other in enumerate(specs[:i])
+            if (found := against(i, j)) is not None
+        ]
+        return [None if found is None else found.to_json() for found in references], pairs
+
+    for name in COSTS:
+        base = specs[at]["cost"][name]
+        for spec in specs:
+            spent = spec["cost"][name]
+            spec["cost"][f"relative_{name}"] = spent / base if spent and base else None
+    references, pairwise = compared("gold")
+    for spec, found in zip(specs, references, strict=True):
+        spec["against_reference"] = found
     _mark_front(specs)
-    pairwise = []
-    for i, spec in enumerate(specs):
-        for j, other in enumerate(specs[:i]):
-            found = against(i, j)
-            if found is not None:
-                pairwise.append({"a": spec["label"], "b": other["label"], **found.to_json()})
     summary: dict[str, Any] = {"specs": specs, "pairwise": pairwise}
+    others = settings.get("other_golds") or {}
+    if others:
+        summary["other_pairwise"] = {}
+    for name, column in others.items():
+        references, summary["other_pairwise"][name] = compared(column)
+        for spec, runs, found in zip(specs, all_runs, references, strict=True):
+            spec.setdefault("other_golds", {})[name] = {
+                "gold": _interval(intervals.of(runs.grid(column, numbers, seeds))),
+                "failed": _failures(runs, f"{column}_error"),
+                "against_reference": found,
+            }
     if settings.get("attacks"):
         summary["attacks"] = _attacks(all_runs, settings, store, intervals)
     return summary
@@ -181,6 +215,7 @@ def _spec(runs: Runs, settings: Mapping[str, Any], intervals: Intervals) -> dict
         **{name: runs.described[name] for name in ("label", "method", "lm", "params")},
         "runs": len(runs.costs),
         "responses": len(rows),
+        "empty": sum(not row["text"].strip() for row in rows),
         "failed": _failures(runs, "error"),
         "reward": interval("reward"),
         "reward_failed": _failures(runs, "reward_error"),
@@ -256,12 +291,15 @@ def _cost(runs: Runs) -> dict[str, Any]:
     """Return what a response costs: means over runs, the median of their seconds."""
     costs = list(runs.costs.values())
     sizes = [len(rows) for rows in runs.responses.values()]
-    names = ("lm_tokens", "rm_tokens", "lm_calls", "rm_calls", "rm_jobs", "flops")
+    names = ("lm_tokens", "rm_tokens", "lm_calls", "rm_calls", "rm_jobs", "row_steps", "flops")
     found: dict[str, Any] = {
         name: _mean([getattr(c, name) / n for c, n in zip(costs, sizes, strict=True)])
         for name in names
     }
+    each = [c.seconds / n for c, n in zip(costs, sizes, strict=True)]
+    found["seconds"] = median(each) if each else None
     found["seconds_per_run"] = median(c.seconds for c in costs) if costs else None
+    found["unused_share"] = _mean([c.unused_share for c in costs])
     found["discarded_per_rejection"] = _mean([c.discarded_per_rejection for c in costs])
     found["lm_parameters"] = costs[0].lm_parameters if costs else None
     found["rm_parameters"] = costs[0].rm_parameters if costs else None
@@ -269,12 +307,15 @@ def _cost(runs: Runs) -> dict[str, Any]:
 
 
 def _mark_front(specs: Sequence[dict[str, Any]]) -> None:
+    """Note the costs by which each spec is on the front."""
     for spec in specs:
-        spec["on_front"] = False
-    placed = [spec for spec in specs if spec["gold"] is not None and spec["cost"]["flops"]]
-    points = [(spec["cost"]["flops"], spec["gold"]["mean"]) for spec in placed]
-    for spec, kept in zip(placed, pareto(points), strict=True):
-        spec["on_front"] = kept
+        spec["on_front"] = []
+    for name in COSTS:
+        placed = [spec for spec in specs if spec["gold"] is not None and spec["cost"][name]]
+        points = [(spec["cost"][name], spec["gold"]["mean"]) for spec in placed]
+        for spec, kept in zip(placed, pareto(points), strict=True):
+            if kept:
+                spec["on_front"].append(name)
 
 
 def _by_seed(runs: Runs) -> list[list[Record]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stars_fast.eval.attacks import UNATTACKED
-from stars_fast.eval.budgets import leaders
+from stars_fast.eval.budgets import COSTS, leaders
 from stars_fast.tables import markdown_table, origin
 
 #: Failures that are listed of each kind; the others are in the files.
@@ -31,9 +31,10 @@ def report(record: Mapping[str, Any], plots: Sequence[str]) -> str:
         _origin(record),
         "## Quality",
         _quality(specs, record["settings"]),
+        *_other_golds(specs, record["settings"]),
         "## Cost",
         _cost(specs),
-        *(["## At equal cost", at_cost] if (at_cost := _at_equal_cost(record)) else []),
+        *_at_equal_cost(record),
         *(f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in plots),
         "## Text",
         _text(specs),
@@ -61,14 +62,22 @@ def with_attacked(record: Mapping[str, Any]) -> list[Spec]:
 def _origin(record: Mapping[str, Any]) -> str:
     settings = record["settings"]
     seeds = ", ".join(map(str, settings["seeds"]))
+    golds = ", ".join([settings["gold"], *(settings.get("other_golds") or ())])
     models = settings["models"]
     what = (
         f"{len(settings['numbers'])} prompts of {settings['prompts']}, seeds {seeds}; language "
-        f"model {models['model']}, reward model {models['reward_model']}, gold "
-        f"{settings['gold']}."
+        f"model {models['model']}, reward model {models['reward_model']}, gold {golds}."
     )
     lines = [what]
-    if settings.get("target") is not None:
+    kind = settings.get("target_kind")
+    if kind:
+        losses = ", ".join(f"{name} {loss:.4g}" for name, loss in kind["losses"].items())
+        lines.append(
+            f"`target_reward=auto` is a number of each prompt, by {kind['kind']}, for the "
+            f"{settings['calibration_quantile']:g} quantile of the rewards of unaligned responses "
+            f"of the base model. Losses on held-out samples: {losses}."
+        )
+    elif settings.get("target") is not None:
         lines.append(
             f"`target_reward=auto` is {settings['target']:.4g} for every method that asks for it: "
             f"the {settings['calibration_quantile']:g} quantile of the rewards of unaligned "
@@ -104,8 +113,31 @@ def _quality(specs: Sequence[Spec], settings: Mapping[str, Any]) -> str:
         "bootstrap over prompts, the seeds of a prompt together, the same resamples for all. "
         "A win is a higher gold score for the same prompt and seed, by more than "
         f"{settings['tie_margin']:g}; the win rate counts a tie as half; the gain is the mean "
-        "difference of gold." + _counted(specs)
+        "difference of gold." + _counted(specs) + _missing(specs, settings)
     )
+
+
+def _other_golds(specs: Sequence[Spec], settings: Mapping[str, Any]) -> list[str]:
+    names = settings.get("other_golds") or {}
+    if not names:
+        return []
+    rows = []
+    for spec in specs:
+        for name in names:
+            found = spec["other_golds"][name]
+            against = found["against_reference"] or {}
+            rows.append(
+                [
+                    spec["label"],
+                    name,
+                    _interval(found["gold"], "{:+.3f}"),
+                    _interval(against.get("win_rate"), "{:.1%}"),
+                    _interval(against.get("gain"), "{:+.3f}"),
+                ]
+            )
+    explained = "Everything else is by the first gold score; the record has every pair by each."
+    headings = ["", "gold", "score", f"win rate against {settings['reference']}", "gain"]
+    return ["### By other gold scores", markdown_table(headings, rows), explained]
 
 
 def _counted(specs: Sequence[Spec], columns: Sequence[str] = ("gold", "reward")) -> str:
@@ -120,21 +152,39 @@ def _counted(specs: Sequence[Spec], columns: Sequence[str] = ("gold", "reward"))
     return f" {'; '.join(notes)}." if notes else ""
 
 
+def _missing(specs: Sequence[Spec], settings: Mapping[str, Any]) -> str:
+    """Say which specs have not been run on everything."""
+    wanted = len(settings["numbers"]) * len(settings["seeds"])
+    notes = [
+        f"{spec['label']}: {there} of {wanted} responses are there"
+        for spec in specs
+        if (there := spec["responses"] + len(spec["failed"])) < wanted
+    ]
+    return f" Not finished: {'; '.join(notes)}." if notes else ""
+
+
 def _cost(specs: Sequence[Spec]) -> str:
     rows = []
     for spec in specs:
         cost = spec["cost"]
+        relative = [
+            _number(cost[f"relative_{name}"], "{:.2f}")
+            + (" (front)" if name in spec["on_front"] else "")
+            for name in COSTS
+        ]
         rows.append(
             [
-                spec["label"] + (" (front)" if spec["on_front"] else ""),
+                spec["label"],
                 _number(cost["lm_tokens"], "{:,.0f}"),
                 _number(cost["rm_tokens"], "{:,.0f}"),
                 _number(cost["lm_calls"], "{:,.2f}"),
                 _number(cost["rm_calls"], "{:,.2f}"),
-                _number(cost["flops"], "{:.3g}"),
-                _number(cost["relative_flops"], "{:.2f}"),
+                _number(cost["row_steps"] or None, "{:,.0f}"),
+                _number(cost["unused_share"], "{:.0%}"),
                 _number(cost["discarded_per_rejection"], "{:.1f}"),
+                _number(cost["flops"], "{:.3g}"),
                 _number(cost["seconds_per_run"], "{:.3g}"),
+                *relative,
             ]
         )
     headings = [
@@ -143,46 +193,56 @@ def _cost(specs: Sequence[Spec]) -> str:
         "RM tokens",
         "LM calls",
         "RM calls",
-        "FLOPs",
-        "relative",
+        "row-steps",
+        "unused",
         "discarded per rejection",
+        "FLOPs",
         "seconds a run",
+        "relative FLOPs",
+        "relative seconds",
     ]
     return markdown_table(headings, rows) + (
         "\n\nFor each response, the mean over runs; calls are forward passes of the whole batch "
-        "shared out among its responses. FLOPs are 2 x parameters x tokens of both models, without "
-        "attention over the context and without a reward that is a function. Discarded: tokens "
-        "drafted in vain for each attempt that failed its test, those drafted beside a winner "
-        "included. Seconds are the median of the runs, each of all prompts. (front): no other "
-        "method has a higher gold score for as few FLOPs."
+        "shared out among its responses. Row-steps are the rows of all decode steps; unused are "
+        "those whose token is part of no attempt, such as rows that wait for a longer segment. "
+        "Discarded: tokens drafted in vain for each attempt that failed its test, those drafted "
+        "beside a winner included. FLOPs are 2 x parameters x tokens of both models, without "
+        "attention over the context, unused row-steps and rewards that are functions. Seconds are "
+        "the median of the runs, each of all prompts: they are of this machine, its load and this "
+        "number of prompts. (front): no other method has a higher gold score at as low a cost."
     )
 
 
-def _at_equal_cost(record: Mapping[str, Any]) -> str:
-    rows = []
-    for found in leaders(record["specs"], record["pairwise"]):
-        other = found.next_best
-        rows.append(
-            [
-                f"{found.budget:g}",
-                *_point(found.best),
-                *(("", "", "") if other is None else _point(other)),
-                _interval(found.gain, "{:+.3f}"),
-            ]
-        )
-    if len(rows) < 2:
-        return ""  # nothing but the reference
-    headings = ["budget", "best", "cost", "gold", "next", "cost", "gold", "gain"]
-    return markdown_table(headings, rows) + (
-        "\n\nThe highest gold score for at most so many FLOPs, relative to the reference, and that "
-        "of the best other method; on the base model alone. Both are the best of those "
-        "run, on these prompts."
+def _at_equal_cost(record: Mapping[str, Any]) -> list[str]:
+    parts = []
+    for name, read in COSTS.items():
+        rows = []
+        for found in leaders(record["specs"], record["pairwise"], cost=name):
+            other = found.next_best
+            rows.append(
+                [
+                    f"{found.budget:g}",
+                    *_point(found.best, name),
+                    *(("", "", "") if other is None else _point(other, name)),
+                    _interval(found.gain, "{:+.3f}"),
+                ]
+            )
+        if len(rows) > 1:  # more than the reference
+            headings = [f"{read}, at most", "best", "cost", "gold", "next", "cost", "gold", "gain"]
+            parts.append(markdown_table(headings, rows))
+    if not parts:
+        return []
+    explained = (
+        "The highest gold score for at most so much, relative to the reference, and that of the "
+        "best other method; on the base model alone. Both are the best of those run, on these "
+        "prompts."
     )
+    return ["## At equal cost", *parts, explained]
 
 
-def _point(spec: Spec) -> tuple[str, str, str]:
-    cost, gold = spec["cost"]["relative_flops"], spec["gold"]["mean"]
-    return spec["label"], f"{cost:.2f}", f"{gold:+.3f}"
+def _point(spec: Spec, cost: str) -> tuple[str, str, str]:
+    spent, gold = spec["cost"][f"relative_{cost}"], spec["gold"]["mean"]
+    return spec["label"], f"{spent:.2f}", f"{gold:+.3f}"
 
 
 def _text(specs: Sequence[Spec]) -> str:
@@ -220,6 +280,11 @@ def _text(specs: Sequence[Spec]) -> str:
         f"{spec['label']} has no KL: {spec['kl']['reason']}."
         for spec in specs
         if "reason" in spec["kl"]
+    ]
+    notes += [
+        f"{spec['label']}: {spec['empty']} of {spec['responses']} responses are empty."
+        for spec in specs
+        if spec["empty"]
     ]
     return "\n\n".join([markdown_table(headings, rows), " ".join([explained, *notes])])
 
@@ -331,6 +396,9 @@ def _failures(record: Mapping[str, Any]) -> str:
             "request": spec["failed"],
             "reward": spec["reward_failed"],
             "gold": spec["gold_failed"],
+            **{
+                f"gold {name}": gold["failed"] for name, gold in spec.get("other_golds", {}).items()
+            },
             "judge": (spec.get("judge") or {}).get("failed", []),
         }
         for what, failures in kinds.items():

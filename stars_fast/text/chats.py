@@ -346,3 +346,23 @@ def _short(value: object) -> str:
     """Show a value in at most 60 characters."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def empty_answers(
+    tokenizer: PreTrainedTokenizerBase | None, *, bare: int, empty: int
+) -> str | None:
+    """Return what to tell users whose chat model has nothing to add to bare text; None if it has.
+
+    Parameters
+    ----------
+    tokenizer
+        The language model's.
+    bare, empty
+        Responses to prompts that were text, and those of them without text.
+    """
+    if not empty or not getattr(tokenizer, "chat_template", None):
+        return None
+    return (
+        f"{empty} of {bare} responses to prompts of bare text are empty, and the model has a chat "
+        "template: --chat sends prompts as chat messages"
+    )

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from stars_fast import Engine, StarsParams, demo
 from stars_fast.cli import main
-from stars_fast.eval import session
+from stars_fast.eval import progress, session
 from stars_fast.eval.answers import MathScores
 from stars_fast.seeds import derive_seed
 
@@ -414,6 +414,147 @@ def test_an_interruption_keeps_what_is_there(
     assert read(out)["specs"][0]["runs"] == 1
 
 
+def test_an_interrupted_run_keeps_its_finished_responses(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    step = Engine.step
+    finished = after = 0
+
+    def interrupted(self: Engine) -> Any:
+        nonlocal finished, after
+        after += finished >= 3
+        if after > 2:
+            raise KeyboardInterrupt
+        outputs = step(self)
+        finished += sum(output.finished for output in outputs)
+        return outputs
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    out = tmp_path / "out"
+    # Three rows: the first three prompts end before the last one begins, which is broken off.
+    flags = ("--seeds", "3", "--max-rows", "3", "--out", out, "--no-plots")
+    flags = (*flags, "--common", "max_tokens=12,segment_length=3")
+    assert run(*SMALL, *flags) == 130
+    assert "vanilla, seed 3: 1 of 4 responses, " in capfd.readouterr().err
+    kept = {row["number"] for row in responses(out)}
+    assert len(kept) == 3
+    (spec,) = read(out)["specs"]
+    assert spec["responses"] == len(kept)
+    assert f"Not finished: vanilla: {len(kept)} of 4 responses" in (out / "report.md").read_text()
+    monkeypatch.undo()
+    assert run(*SMALL, *flags, "--resume") == 0
+    first, second = runs(out)
+    assert set(first["prompts"]).isdisjoint(second["prompts"])
+    assert {n: ids for (_, seed, n), ids in tokens(out).items() if seed == 3} == {
+        n: ids for (label, seed, n), ids in tokens(done).items() if (label, seed) == ("vanilla", 3)
+    }
+    # What was drafted for responses that were not kept is not charged to those that were.
+    (whole,) = [one for one in runs(done) if (one["spec"], one["seed"]) == ("vanilla", 3)]
+    drafted = sum(one["cost"]["drafted_tokens"] for one in (first, second))
+    assert drafted == whole["cost"]["drafted_tokens"]
+
+
+def test_prompts_can_be_added(
+    done: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also with a calibrated target, which stays as it was."""
+    out = tmp_path / "out"
+    flags = ("--method", "stars:segment_length=4", "--out", out, "--no-plots", *SMALL)
+    assert run(*flags, "--num-prompts", "2") == 0
+    before = read(out)["settings"]["target"]
+    capfd.readouterr()
+    assert run(*flags, "--resume") == 0
+    assert "calibrating" not in capfd.readouterr().err
+    record = read(out)
+    assert record["settings"]["target"] == before
+    assert [len(one["prompts"]) for one in runs(out)] == [2, 2, 2, 2]
+    assert {r["number"] for r in responses(out)} == {1, 2, 3, 4}
+    vanilla = {n: ids for (label, _, n), ids in tokens(out).items() if label == "vanilla"}
+    assert vanilla == {
+        n: ids for (label, seed, n), ids in tokens(done).items() if (label, seed) == ("vanilla", 0)
+    }
+    cost = record["specs"][0]["cost"]
+    assert cost["lm_tokens"] == sum(one["cost"]["lm_tokens"] for one in runs(out)[::2]) / 4
+    # Prompts may begin anywhere in the file: the seeds go by their numbers.
+    assert run(*SMALL, "--prompt-offset", "2", "--num-prompts", "2", "--out", tmp_path / "b") == 0
+    later = {number: ids for (_, _, number), ids in tokens(tmp_path / "b").items()}
+    assert later == {number: vanilla[number] for number in (3, 4)}
+
+
+def test_folders_are_merged(done: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Parts by prompts, a seed and a method apart: together the whole."""
+    bon = ("--method", "bon=best_of_n:candidates=2")
+    stars = ("--method", STARS)
+    parts: dict[str, tuple[str, ...]] = {
+        "a": ("--num-prompts", "2", "--seeds", "0,3", *bon),
+        "b": ("--num-prompts", "2", "--prompt-offset", "2", "--seeds", "0,3", *bon),
+        "c": ("--seeds", "0,3", *stars),
+    }
+    for name, flags in parts.items():
+        assert run(*SMALL, *flags, "--no-plots", "--out", tmp_path / name) == 0
+    # Another machine: the times of files and so the names of measures differ.
+    other = tmp_path / "b"
+    for name in ("results.json", "responses.jsonl"):
+        gold = read(done)["settings"]["measured_by"]["gold"]
+        (other / name).write_text((other / name).read_text().replace(gold, "elsewhere"))
+    folders = [tmp_path / name for name in ("a", "b")]
+    whole = tmp_path / "whole"
+    assert run("--merge", *folders, "--out", whole, "--no-plots") == 0
+    (vanilla, best), expected = read(whole)["specs"], read(done)["specs"]
+    assert best["reward"]["mean"] == pytest.approx(expected[2]["reward"]["mean"], abs=1e-5)
+    for name in ("gold", "against_reference", "distinct_2", "responses"):
+        assert vanilla[name] == expected[0][name]
+        assert best[name] == expected[2][name]
+    assert best["cost"]["lm_tokens"] == expected[2]["cost"]["lm_tokens"]
+    assert tokens(whole).items() <= tokens(done).items()
+    # What was merged can be merged and reported again.
+    assert run("--report", whole, "--no-plots") == 0
+    assert run("--merge", whole, tmp_path / "c", "--out", tmp_path / "d", "--no-plots") == 0
+    merged = {spec["label"]: spec for spec in read(tmp_path / "d")["specs"]}
+    for spec in expected:
+        assert merged[spec["label"]]["gold"] == spec["gold"]
+        assert merged[spec["label"]]["responses"] == 8
+    assert run(*SMALL, "--num-prompts", "3", "--out", tmp_path / "e", "--no-plots") == 0
+    assert run("--merge", whole, tmp_path / "e", "--out", tmp_path / "no", "--no-plots") == 2
+    assert "vanilla, seed 0: two folders have a response to prompt 3, and" in capfd.readouterr().err
+    record = read(tmp_path / "a")
+    record["settings"]["gold"] = "another"
+    (tmp_path / "a" / "results.json").write_text(json.dumps(record))
+    assert run("--merge", *folders, "--out", tmp_path / "no", "--no-plots") == 2
+    assert "gold is 'another' in" in capfd.readouterr().err
+
+
+def test_several_gold_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("brief_gold.py").write_text(
+        "def score(prompts, responses):\n"
+        "    if 'no' in responses[0]:\n"
+        "        raise ValueError('not that one')\n"
+        "    return [-float(len(r)) for r in responses]\n"
+    )
+    flags = (*SMALL, "--method", "best_of_n:candidates=2", "--no-plots", "--out", "out")
+    assert run(*flags, "--gold", "demo", "--gold", "brief=brief_gold:score") == 0
+    record = read(Path("out"))
+    rows = responses(Path("out"))
+    assert [row["gold"] for row in rows] == [demo.gold_score(row["text"]) for row in rows]
+    assert record["settings"]["measured_by"].keys() >= {"gold", "gold:brief"}
+    for spec in record["specs"]:
+        own = [row["gold:brief"] for row in rows if row["spec"] == spec["label"]]
+        known = [value for value in own if value is not None]
+        brief = spec["other_golds"]["brief"]
+        assert brief["gold"]["mean"] == pytest.approx(sum(known) / len(known))
+    (pair,) = record["other_pairwise"]["brief"]
+    assert pair["gain"] == record["specs"][1]["other_golds"]["brief"]["against_reference"]["gain"]
+    assert "| vanilla | brief | -" in Path("out/report.md").read_text()
+    # The other way round: measured anew by their places, without a run.
+    before = Path("out/runs.jsonl").read_text()
+    assert run(*flags, "--gold", "brief=brief_gold:score", "--resume") == 0
+    assert Path("out/runs.jsonl").read_text() == before
+    assert [row["gold"] for row in responses(Path("out"))] == [row["gold:brief"] for row in rows]
+    assert "other_pairwise" not in read(Path("out"))
+
+
 def test_another_language_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """KL from the base is that of the log-probabilities of both models."""
     other = tmp_path / "other"
@@ -462,6 +603,38 @@ def test_targets_are_calibrated_once_and_kept(
     err = capfd.readouterr().err
     assert "calibrating" not in err
     assert "running" not in err
+
+
+def test_targets_of_single_prompts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    flags = ("--method", "stars:segment_length=4", "--calibration-targets", "prompt", "--out", out)
+    assert run(*SMALL, *flags, "--no-plots") == 0
+    engine = Engine.demo(device="cpu")
+    params = StarsParams(method="vanilla", max_tokens=12)
+    prompts = demo.prompts(4)
+    engine.calibrate(prompts, 0.9, params=params, use_tqdm=False, targets="prompt")
+    settings = read(out)["settings"]
+    assert [settings["target"][str(n)] for n in range(1, 5)] == pytest.approx(
+        [engine.target_of(prompt) for prompt in prompts], abs=1e-4
+    )
+    assert settings["target_kind"]["losses"].keys() == {"pooled", "prompt"}
+    assert (
+        "`target_reward=auto` is a number of each prompt, by prompt"
+        in (out / "report.md").read_text()
+    )
+    params = StarsParams(segment_length=4, max_tokens=12, target_reward="auto")
+    each = [params.with_method("stars", seed=derive_seed(0, n)) for n in range(1, 5)]
+    expected = engine.generate(prompts, each, use_tqdm=False)
+    found = [row["token_ids"] for row in responses(out) if row["spec"] != "vanilla"]
+    assert found == [output.outputs[0].token_ids for output in expected]
+    capfd.readouterr()
+    assert run(*SMALL, *flags, "--no-plots", "--resume") == 0
+    err = capfd.readouterr().err
+    assert "calibrating" not in err
+    assert "running" not in err
+    # Further prompts have no samples yet, so that all are calibrated again.
+    assert run(*SMALL, *flags, "--num-prompts", "5", "--no-plots", "--resume") == 0
+    assert "calibrating" in capfd.readouterr().err
 
 
 def test_preferences_and_how_often_the_rewards_prefer_the_chosen(tmp_path: Path) -> None:
@@ -564,6 +737,10 @@ def test_rewards_of_a_log_ratio(tmp_path: Path) -> None:
         (("--seeds", "1,1"), "--seeds must be different"),
         (("--seeds", "x"), "--seeds must be integers"),
         (("--num-prompts", "0"), "--num-prompts must be at least 1"),
+        (("--prompt-offset", "-1"), "--prompt-offset must be at least 0"),
+        (("--prompt-offset", "256"), "--prompt-offset 256 leaves no prompt"),
+        (("--threads", "0"), "--threads must be at least 1, got 0"),
+        (("--gold", "demo", "--gold", "demo"), "--gold: 'demo' is given twice"),
         (("--num-prompts", "999"), "n must be in 1..256"),
         (("--prompts", "/nowhere"), "/nowhere: No such file"),
         (("--prompts", "{empty}"), "has no record"),

@@ -13,6 +13,7 @@ from stars_fast.cli.flags import (
     add_params_flags,
     params_from,
 )
+from stars_fast.cli.model_flags import add_model_flags
 from stars_fast.params import StarsParams, plain_text, with_fields
 
 # What is typed, and what it means: forms of their own, and every other field with a flag.
@@ -134,3 +135,10 @@ def test_the_docstring_has_the_text_of_every_field() -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match=r"unknown parameter 'temprature'; .*temperature"):
         with_fields(StarsParams(), {"temprature": 1.0})
+
+
+def test_templates_have_escapes() -> None:
+    parser = argparse.ArgumentParser()
+    add_model_flags(parser)
+    args = parser.parse_args(["--reward-template", r"Q: {prompt}\n\tA: {response} \\n \d"])
+    assert args.reward_template == "Q: {prompt}\n\tA: {response} \\n \\d"

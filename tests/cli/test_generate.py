@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
@@ -30,6 +31,7 @@ class ScriptedEngine:
 
     ``"slow"``: five steps instead of one. ``"refuse"``: `add_request` raises ``ValueError``.
     ``"fail"``: finishes with an error. ``"interrupt"``: `step` raises ``KeyboardInterrupt``.
+    ``"mute"``: the response has no text.
     The response's tokens are a function of prompt, seed and target.
     """
 
@@ -38,6 +40,7 @@ class ScriptedEngine:
     added: list[str] = field(default_factory=list)
     calibrated: list[Sequence[object]] = field(default_factory=list)
     rank: int = 0
+    tokenizer: ClassVar[Any] = None
 
     def lead(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -68,14 +71,21 @@ class ScriptedEngine:
                 continue
             del self.running[request_id]
             tokens = [len(text), hash((params.seed, params.target_reward)) % 1000]
-            completion = CompletionOutput(0, text.upper(), tokens, finish_reason="length")
+            said = "" if "mute" in text else text.upper()
+            completion = CompletionOutput(0, said, tokens, finish_reason="length")
             error = "the reward model raised" if "fail" in text else None
             outputs.append(RequestOutput(request_id, text, [1], [completion], True, error))
         return outputs
 
     def calibrate(
-        self, prompts: Sequence[object], quantile: float, params: StarsParams, use_tqdm: bool
+        self,
+        prompts: Sequence[object],
+        quantile: float,
+        params: StarsParams,
+        use_tqdm: bool,
+        targets: str,
     ) -> Calibration:
+        assert targets == "pooled"
         self.calibrated.append(prompts)
         target = quantile + len(prompts)
         return Calibration(target, {quantile: target}, (target,) * 4 * len(prompts))
@@ -500,6 +510,27 @@ def test_vanilla_needs_neither_target_nor_reward_model(
     assert run("--input", source, "--output", tmp_path / "out", models=models) == 0
     assert engines[0].calibrated == []
     assert not (tmp_path / "out.calibration.json").exists()
+
+
+def test_chats_of_text_and_a_warning_without_them(
+    tmp_path: Path, engines: list[ScriptedEngine], monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(ScriptedEngine, "tokenizer", SimpleNamespace(chat_template="{{ x }}"))
+    source = write(
+        tmp_path / "in", "mute", "b", b'{"messages": [{"role": "user", "content": "c"}]}'
+    )
+    assert run("--input", source, "--output", tmp_path / "bare", *TARGET) == 0
+    err = capfd.readouterr().err
+    assert "1 of 2 responses to prompts of bare text are empty" in err
+    assert "--chat sends prompts as chat messages" in err
+    assert run("--input", source, "--output", tmp_path / "out", *TARGET, "--chat") == 0
+    assert "empty" not in capfd.readouterr().err
+    chats = [[{"role": "user", "content": text}] for text in ("mute", "b", "c")]
+    assert engines[1].added == [str(chat) for chat in chats]
+    assert [by_line(tmp_path / "out")[line]["prompt"] for line in (1, 2, 3)] == chats
+    assert run("--input", source, "--output", tmp_path / "out", *TARGET, "--resume") == 2
+    assert "chat True, not False" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,9 @@ def test_every_attack_is_a_run_of_its_own(tmp_path: Path) -> None:
         "vanilla", "vanilla under prefill", "vanilla under b", "vanilla under suffix"
     ]  # fmt: skip
     store = Store(tmp_path)
-    store.runs[attacked[1].fingerprint(spec, 1)] = {}
+    name = attacked[1].fingerprint(spec, 1)
+    store.runs[name] = {}
+    store.responses[name] = [{"number": item.number} for item in attacked[1].items]
     found = [(one.named(spec), seed) for one, _, seed in missing(plans, store)]
     assert ("vanilla under b", 1) not in found
     assert len(set(found)) == 7

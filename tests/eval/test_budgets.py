@@ -15,7 +15,7 @@ def spec(label: str, method: str, cost: float | None, gold: float, **others: Any
         "method": method,
         "lm": None,
         "params": {},
-        "cost": {"relative_flops": cost},
+        "cost": {"relative_flops": cost, "relative_seconds": None if cost is None else 8 / cost},
         "gold": {"mean": gold, "low": gold - 0.1, "high": gold + 0.1},
         **others,
     }
@@ -45,6 +45,8 @@ def test_leaders() -> None:
     assert found[1].gain is None  # a pair that was not compared
     assert found[2].gain == PAIRS[0]["gain"]
     assert found[3].gain == {"mean": 0.2, "low": 0.1, "high": 0.3, "over": 9}  # turned around
+    by_seconds = leaders(SPECS, PAIRS, (1.0, 2.0, 4.0), cost="seconds")
+    assert [(x.budget, x.best["label"]) for x in by_seconds] == [(2.0, "dear"), (4.0, "dear")]
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_cost_of_a_run() -> None:
     before = {"drafted_tokens": 10, "accepted_tokens": 10, "prefill_tokens": 5, "rm_tokens": 7}
     after = {
         "drafted_tokens": 110, "accepted_tokens": 70, "prefill_tokens": 8, "rm_tokens": 107,
-        "attempts": 30, "segments": 20, "lm_calls": 4.0, "seconds_draft": 3.0,
+        "attempts": 30, "segments": 20, "lm_calls": 4.0, "row_steps": 125, "seconds_draft": 3.0,
     }  # fmt: skip
     cost = cost_of(
         before, after, prompt_tokens=50, parameters={"lm": 3, "rm": 2}, seconds=1.5
@@ -104,6 +104,7 @@ def test_cost_of_a_run() -> None:
     assert cost.lm_tokens == 100 + 50
     assert cost.flops == 2 * (3 * 150 + 2 * 100)
     assert cost.discarded_per_rejection == 4.0
+    assert cost.unused_share == pytest.approx(0.2)
     assert (cost.lm_calls, cost.rm_calls, cost.seconds) == (4, 0, 1.5)
     again = cost_of(
         before, {**after, "prefill_tokens": 85}, prompt_tokens=50, parameters={"lm": 3, "rm": 2},

@@ -25,6 +25,7 @@ GOLD = {
 def cost(tokens: int, seconds: float) -> dict[str, Any]:
     counts = dict.fromkeys(Cost.__dataclass_fields__, 0)
     changes = {"lm_tokens": tokens, "lm_parameters": 2, "drafted_tokens": 9, "accepted_tokens": 5}
+    changes |= {"row_steps": 12}
     return {**counts, **changes, "attempts": 4, "segments": 2, "seconds": seconds}
 
 
@@ -50,7 +51,8 @@ def store(tmp_path: Path) -> Store:
         for seed, golds in seeds.items():
             rows = [row(label, seed, i, gold) for i, gold in enumerate(golds, 1)]
             tokens = {"vanilla": 300, "best_of_n": 900, "sft": 300}[label]
-            run = {"run": f"{label}-{seed}", "responses": 3, "cost": cost(tokens, 1.0 + seed)}
+            seconds = (0.5 if label == "sft" else 1.0) + seed
+            run = {"run": f"{label}-{seed}", "responses": 3, "cost": cost(tokens, seconds)}
             store.add(run, rows)
     return store
 
@@ -99,7 +101,13 @@ def test_by_hand(store: Store) -> None:
     assert best["cost"]["flops"] == 2 * 2 * 900 / 3
     assert best["cost"]["seconds_per_run"] == 1.5
     assert best["cost"]["discarded_per_rejection"] == 2.0
-    assert [spec["on_front"] for spec in (vanilla, best, sft)] == [True, True, False]
+    assert best["cost"]["row_steps"] == 4.0
+    assert best["cost"]["unused_share"] == 0.25
+    assert best["cost"]["relative_seconds"] == 1.0
+    assert sft["cost"]["relative_seconds"] == pytest.approx(2 / 3)
+    assert [spec["on_front"] for spec in (vanilla, best, sft)] == [
+        ["flops"], ["flops", "seconds"], ["seconds"],
+    ]  # fmt: skip
     assert best["distinct_1"] == pytest.approx(4 / 6)
     assert best["perplexity"] == pytest.approx(math.e)
     assert best["stopped"]["mean"] == pytest.approx(2 / 3)
@@ -231,9 +239,9 @@ def test_the_report_and_the_plot_of_attacks(
     }  # fmt: skip
     drawn = draw(record, tmp_path / "plots")
     assert [path.name for path in drawn] == [
-        "cost_quality.png", "win_rate.png", "attack_success.png"
+        "cost_quality.png", "seconds_quality.png", "win_rate.png", "attack_success.png"
     ]  # fmt: skip
-    assert drawn[2].read_bytes().startswith(b"\x89PNG")
+    assert drawn[3].read_bytes().startswith(b"\x89PNG")
     text = report(record, [path.name for path in drawn])
     assert "| vanilla | none | 33.3% [" in text
     assert "| vanilla | rude | 83.3% [" in text
@@ -258,7 +266,9 @@ def test_the_report_and_the_plots(store: Store, tmp_path: Path) -> None:
         "failed_runs": [{"label": "smc", "seed": 1, "error": "too large"}], "accuracy": {},
     }  # fmt: skip
     drawn = draw(record, tmp_path / "plots")
-    assert [path.name for path in drawn] == ["cost_quality.png", "win_rate.png"]
+    assert [path.name for path in drawn] == [
+        "cost_quality.png", "seconds_quality.png", "win_rate.png"
+    ]  # fmt: skip
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
     text = report(record, [path.name for path in drawn])
     assert "![cost quality](cost_quality.png)" in text
@@ -271,4 +281,4 @@ def test_the_report_and_the_plots(store: Store, tmp_path: Path) -> None:
     assert "at most 0.25" in text
     assert "Attacks" not in text
     lengths = {line.count("|") for line in text.splitlines() if line.startswith("| sft")}
-    assert lengths == {7, 10, 11, 5}
+    assert lengths == {7, 13, 11, 5}
