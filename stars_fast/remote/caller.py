@@ -7,7 +7,7 @@ from concurrent import futures
 from dataclasses import replace
 
 from stars_fast.remote.calls import Call, Drawn
-from stars_fast.remote.completions import Choice, Completions
+from stars_fast.remote.completions import Choice, Route
 from stars_fast.remote.history import History
 from stars_fast.remote.http import RemoteError
 from stars_fast.text.decoders import HALF_CHARACTER
@@ -17,11 +17,11 @@ _MORE_TOKENS = 3
 
 
 class CompletionsCaller:
-    """Draws segments at a server of OpenAI's completions; a `Caller`.
+    """Draws segments at a server; a `Caller`.
 
     Parameters
     ----------
-    completions
+    route
         Makes one call.
     history
         Makes segments of what it returns.
@@ -29,8 +29,8 @@ class CompletionsCaller:
         Calls under way at once.
     """
 
-    def __init__(self, completions: Completions, history: History, *, max_concurrency: int) -> None:
-        self._completions = completions
+    def __init__(self, route: Route, history: History, *, max_concurrency: int) -> None:
+        self._route = route
         self._history = history
         self._threads = futures.ThreadPoolExecutor(max_concurrency, "stars-fast-call")
         #: Segments that lost bytes of a character which further tokens did not complete.
@@ -76,10 +76,11 @@ class CompletionsCaller:
         return replace(cut, text=cut.text.rstrip(HALF_CHARACTER))
 
     def _once(self, call: Call, max_tokens: int) -> list[Choice]:
-        return self._completions.draw(
+        return self._route.draw(
             call.prompt,
             call.request.params,
             max_tokens,
+            request_id=call.request.request_id,
             n=len(call.rows),
             seed=call.seed,
             position=call.position,

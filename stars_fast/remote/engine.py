@@ -20,10 +20,10 @@ from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptReader
 from stars_fast.remote.base import CallEngine, check_options, check_rewards
 from stars_fast.remote.caller import CompletionsCaller
-from stars_fast.remote.completions import Completions
 from stars_fast.remote.history import History, TextHistory, TokenHistory
 from stars_fast.remote.http import Endpoint, RemoteError
 from stars_fast.remote.prompts import TextPromptReader
+from stars_fast.remote.routes import open_route
 from stars_fast.remote.servers import find_server
 from stars_fast.reward_head import RewardHeadLike
 from stars_fast.rewards.base import Scorer
@@ -35,7 +35,7 @@ _MOST_TOKENS = 2**31
 
 
 class RemoteEngine(CallEngine):
-    """`Engine` with the language model on a server of OpenAI's completions API.
+    """`Engine` with the language model on a server, such as one of OpenAI's completions API.
 
     The server draws segments, with their length as ``max_tokens``; the scheduler, the accept tests
     and the reward model run locally. Everything else is as in `Engine`: `generate`, `calibrate`,
@@ -56,10 +56,16 @@ class RemoteEngine(CallEngine):
         Kind of server, one of `SERVERS`; ``"auto"``: as its ``/models`` says.
     tokenizer
         The language model's, or its directory or hub id. With one, and a server that tells the ids
-        of tokens (vLLM, ``stars-fast serve``), a response is known by its tokens and has the same
-        law as with `Engine`. Otherwise it is known by its text, which the server tokenises again
-        for each segment, and `CompletionOutput.token_ids` stay empty; a tokenizer then writes chat
-        messages as text.
+        of tokens (vLLM, SGLang, llama-server, ``stars-fast serve``), a response is known by its
+        tokens and has the same law as with `Engine`. Otherwise it is known by its text, which the
+        server tokenises again for each segment, and `CompletionOutput.token_ids` stay empty; a
+        tokenizer then writes chat messages as text.
+    sessions
+        Keep the tokens of a request at an SGLang server, so that a call sends only where it
+        continues them.
+    logprobs
+        Ask the server for log-probabilities, and for the `top_logprobs` of parameters. SGLang's are
+        those behind the temperature, unless it runs with ``SGLANG_RETURN_ORIGINAL_LOGPROB=1``.
     api_key
         Sent as a bearer token; None: none is sent.
     max_concurrency
@@ -92,7 +98,8 @@ class RemoteEngine(CallEngine):
     Raises
     ------
     ValueError
-        A parameter is out of range, or the kind of server cannot be determined.
+        A parameter is out of range, the kind of server cannot be determined, or it has no sessions
+        or log-probabilities.
     RemoteError
         The server cannot be asked for its models.
     """
@@ -105,6 +112,8 @@ class RemoteEngine(CallEngine):
         *,
         server: str = "auto",
         tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
+        sessions: bool = False,
+        logprobs: bool = False,
         api_key: str | None = None,
         max_concurrency: int = 64,
         timeout: float = 600.0,
@@ -146,12 +155,23 @@ class RemoteEngine(CallEngine):
         )
         try:
             models = _models(self._endpoint) if server == "auto" or model is None else []
-            self._server = find_server(server, models)
+            found = find_server(server, models)
+            self._server = found if tokenizer is None else found.by_tokens or found
             #: Name of the language model at the server.
             self.model_name = model if model is not None else _only(models)
             scorer: Scorer | None = None
             # By its tokens, or by its text.
             by_tokens = tokenizer is not None and self._server.token_ids
+            self._route = open_route(
+                self._endpoint,
+                self._server,
+                self.model_name,
+                with_ids=by_tokens,
+                sessions=sessions,
+                logprobs=logprobs,
+                bos=None if tokenizer is None else tokenizer.bos_token_id,
+                extra_body=extra_body or {},
+            )
             if reward_model is not None:
                 scorer = load_rewards(
                     reward_model,
@@ -192,15 +212,8 @@ class RemoteEngine(CallEngine):
             reader = TextPromptReader(tokenizer, chat_template_kwargs, parse_special=parse_special)
             texts = history.texts
         self._by_tokens = by_tokens
-        completions = Completions(
-            self._endpoint,
-            self._server,
-            self.model_name,
-            with_ids=by_tokens,
-            extra_body=extra_body or {},
-        )
         self._caller = CompletionsCaller(
-            completions, self._history, max_concurrency=max_concurrency
+            self._route, self._history, max_concurrency=max_concurrency
         )
         end = None if tokenizer is None else tokenizer.eos_token_id
         super().__init__(
@@ -214,11 +227,11 @@ class RemoteEngine(CallEngine):
             vocab_size=_MOST_TOKENS,
             seed=SystemRandom().getrandbits(64) if seed is None else seed,
             # A segment that ends within a character is drawn again, with the same seed.
-            seeded=seed is not None or not by_tokens,
+            seeded=seed is not None or not by_tokens or self._server.one_each or sessions,
             max_rows=max_rows,
             overlap_scoring=overlap_scoring,
             rows_at_once=max_concurrency,
-            has_logprobs=False,
+            has_logprobs=logprobs,
         )
 
     def stats(self) -> dict[str, float]:
@@ -237,6 +250,7 @@ class RemoteEngine(CallEngine):
     def close(self) -> None:
         """Close the connections; unfinished requests cannot continue."""
         super().close()
+        self._route.close()
         self._endpoint.close()
 
     def __enter__(self) -> RemoteEngine:
@@ -256,15 +270,21 @@ class RemoteEngine(CallEngine):
                 "ignore_eos needs token ids, for texts go on without special tokens: a server that "
                 "tells them, and RemoteEngine(tokenizer=...)"
             )
+        if params.top_logprobs and not self.has_logprobs:
+            raise ValueError(
+                "top_logprobs must be 0 with RemoteEngine(logprobs=False), got "
+                f"{params.top_logprobs!r}"
+            )
         self._server.check(params)
         return super()._resolve(params)
 
     def _drop(self, request: Request) -> None:
         super()._drop(request)
         self._history.forget(request.request_id)
+        self._route.forget(request.request_id)
 
     def _shown(self, output: RequestOutput) -> RequestOutput:
-        """Leave out what is not known: log-probabilities, and ids that stand for texts."""
+        """Leave out what is not known, such as ids that stand for texts."""
         output = super()._shown(output)
         if self._by_tokens:
             return output

@@ -77,7 +77,13 @@ class TokenHistory:
                 stopped = False
         if not ids:
             raise RemoteError("the server returned no token")
-        return Drawn(ids, stopped)
+        logprobs, top = choice.logprobs[:wanted], choice.top_logprobs[:wanted]
+        if any(told and len(told) != len(ids) for told in (logprobs, top)):
+            raise RemoteError(
+                f"the server returned log-probabilities of {len(choice.logprobs)} tokens for "
+                f"{len(ids)}"
+            )
+        return Drawn(ids, stopped, logprobs, top)
 
     def forget(self, request_id: str) -> None:
         """Do nothing."""

@@ -173,12 +173,23 @@ class Endpoint(_Calls[httpx.Client]):
     def _open(self, **options: Any) -> httpx.Client:
         return httpx.Client(**options)
 
+    @property
+    def root(self) -> str:
+        """The address without its ``/v1``."""
+        return self.url.removesuffix("/v1")
+
     def get(self, path: str) -> object:
         """Return what is at a path below `base_url`, for errors see `post`."""
-        return self._call("GET", path, None)
+        return self._call("GET", self.url + path, None)
 
-    def post(self, path: str, body: dict[str, Any]) -> object:
+    def post(self, path: str, body: dict[str, Any], *, at_root: bool = False) -> object:
         """Post a body as JSON and return the answer.
+
+        Parameters
+        ----------
+        path, body
+            Below `base_url`; with `at_root`, below what of it comes before ``/v1``, where servers
+            have the routes of their own.
 
         Raises
         ------
@@ -186,14 +197,14 @@ class Endpoint(_Calls[httpx.Client]):
             The server says that the request is wrong; it, or the way to it, failed until the last
             retry; or its answer is not JSON.
         """
-        return self._call("POST", path, body)
+        return self._call("POST", (self.root if at_root else self.url) + path, body)
 
     def close(self) -> None:
         """Close the connections; no further call can be made."""
         self._client.close()
 
-    def _call(self, method: str, path: str, body: dict[str, Any] | None) -> object:
-        url, number = self.url + path, 0
+    def _call(self, method: str, url: str, body: dict[str, Any] | None) -> object:
+        number = 0
         while True:
             self._count(number)
             outcome: _Outcome

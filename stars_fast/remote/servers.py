@@ -1,4 +1,4 @@
-"""What the servers of completions take and tell beside OpenAI's parameters.
+"""What servers take and tell beside OpenAI's parameters.
 
 A parameter that a server does not take is an error before any call, never dropped: it would change
 the distribution. Every parameter that a server takes is sent, for its own defaults are others, and
@@ -51,6 +51,16 @@ class Server:
         It continues token ids, and tells those that it drew if ``return_token_ids`` asks for them.
     counts_end
         Its ``usage`` counts the end-of-sequence token.
+    path
+        Where it is called: below the address of the API, or for a route of its own at the root.
+    logprobs
+        It tells log-probabilities by token id.
+    sessions
+        It can keep the tokens of a request.
+    one_each
+        A call draws one continuation.
+    by_tokens
+        The same server at a route of its own that takes and tells token ids; None: there is none.
     """
 
     name: str
@@ -60,6 +70,11 @@ class Server:
     extra: tuple[tuple[str, Any], ...] = ()
     token_ids: bool = False
     counts_end: bool = True
+    path: Literal["/completions", "/generate", "/completion"] = "/completions"
+    logprobs: bool = False
+    sessions: bool = False
+    one_each: bool = False
+    by_tokens: Server | None = None
 
     def check(self, params: StarsParams) -> None:
         """Refuse parameters that the server does not take.
@@ -76,11 +91,6 @@ class Server:
                     f"{name} must be {off!r} with server={self.name!r}, which does not take it, "
                     f"got {value!r}"
                 )
-        if params.top_logprobs:
-            raise ValueError(
-                f"top_logprobs must be 0 with RemoteEngine, which keeps no log-probabilities, got "
-                f"{params.top_logprobs!r}"
-            )
 
     def sampling(self, params: StarsParams, position: int, max_tokens: int) -> dict[str, Any]:
         """Return the part of a call's body that says how its tokens are drawn.
@@ -128,19 +138,43 @@ class Server:
 
 _ALL = frozenset(_OFF)
 _OPENAI = frozenset({"presence_penalty", "frequency_penalty", "logit_bias"})
+_LLAMA = frozenset({"top_k", "min_p"})
+_NO_PENALTY = (("repeat_penalty", 1.0),)
 
 #: By name.
 SERVERS: dict[str, Server] = {
     server.name: server
     for server in (
         Server("vllm", _ALL, no_top_k=-1, token_ids=True),
-        Server("sglang", _ALL, no_top_k=-1),
+        Server(
+            "sglang",
+            _ALL,
+            no_top_k=-1,
+            by_tokens=Server(
+                "sglang",
+                _ALL,
+                no_top_k=-1,
+                token_ids=True,
+                path="/generate",
+                logprobs=True,
+                sessions=True,
+            ),
+        ),
         Server(
             "llama.cpp",
-            frozenset({"top_k", "min_p"}),
-            extra=(("repeat_penalty", 1.0),),
+            _LLAMA,
+            extra=_NO_PENALTY,
             counts_end=False,
+            by_tokens=Server(
+                "llama.cpp",
+                _LLAMA | {"ignore_eos", "logit_bias", "repetition_penalty"},
+                token_ids=True,
+                path="/completion",
+                logprobs=True,
+                one_each=True,
+            ),
         ),
+        Server("llama-cpp-python", _LLAMA, extra=_NO_PENALTY, counts_end=False),
         Server(
             "transformers",
             frozenset({"top_k", "min_p", "repetition_penalty"}),
@@ -156,7 +190,7 @@ _OWNERS = {
     "vllm": "vllm",
     "sglang": "sglang",
     "llamacpp": "llama.cpp",
-    "me": "llama.cpp",  # llama-cpp-python
+    "me": "llama-cpp-python",
     "stars_fast": "stars_fast",
 }
 

@@ -28,7 +28,7 @@ IMPORTS = re.compile(r"^from (stars_fast[\w.]*) import (.+)$", re.MULTILINE)
 OTHERS = ("pip", "setup.py", "pytest", "cmake", "ctest", "vllm", "lm_eval", "guidellm", "curl")
 OTHERS += ("cibuildwheel",)
 #: Flags of others in running text.
-FLAGS_OF_OTHERS = {"--shutdown-timeout", "--nproc-per-node"}
+FLAGS_OF_OTHERS = {"--shutdown-timeout", "--nproc-per-node", "--enable-deterministic-inference"}
 FLAGS_OF_OTHERS |= {  # vLLM's, in docs/stacks.md
     "--api-server-count",
     "--block-size",

@@ -17,6 +17,8 @@ _IMPORT = re.compile(r"^(?:import|from) (\w+)", re.MULTILINE)
 
 @pytest.mark.filterwarnings("ignore:.*deprecated.*:DeprecationWarning:ray.*")  # of its own settings
 @pytest.mark.filterwarnings("ignore:Tip. In future versions of Ray:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")  # by TRL
+@pytest.mark.filterwarnings("ignore:.*'rollout_func', which is an experimental:UserWarning")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(
     path: Path,
@@ -25,8 +27,8 @@ def test_example(
     tmp_path: Path,
 ) -> None:
     source = path.read_text(encoding="utf-8")
-    assert len(source.splitlines()) < 40
-    for package in _IMPORT.findall(source):
+    assert len(source.splitlines()) < 60
+    for package in _IMPORT.findall(source):  # at the top level; an example does without others
         if find_spec(package) is None:
             pytest.skip(f"needs {package}")
     monkeypatch.chdir(tmp_path)

@@ -75,7 +75,11 @@ def given_server(folder: Path) -> Iterator[dict[str, Any]]:
     yield {"base_url": url, **{name: value for name, value in found.items() if value}}
 
 
-SERVERS = {"transformers": transformers_server, "llama.cpp": llama_server, "given": given_server}
+SERVERS = {
+    "transformers": transformers_server,
+    "llama-cpp-python": llama_server,
+    "given": given_server,
+}
 
 
 @pytest.fixture(scope="module", params=list(SERVERS))

@@ -97,14 +97,10 @@ def test_a_parameter_that_a_server_does_not_take_is_refused(
         SERVERS[name].check(StarsParams(method="vanilla", **options))
 
 
-def test_top_logprobs_are_not_kept() -> None:
-    with pytest.raises(ValueError, match="top_logprobs must be 0 with RemoteEngine.*got 3"):
-        SERVERS["vllm"].check(StarsParams(method="vanilla", top_logprobs=3))
-
-
 def test_a_server_is_known_by_who_owns_its_models() -> None:
     assert find_server("auto", [{"owned_by": "vllm"}, {"owned_by": "vllm"}]).name == "vllm"
-    assert find_server("auto", [{"owned_by": "me"}]).name == "llama.cpp"
+    assert find_server("auto", [{"owned_by": "me"}]).name == "llama-cpp-python"
+    assert find_server("auto", [{"owned_by": "llamacpp"}]).name == "llama.cpp"
     assert find_server("sglang", []).name == "sglang"
     for models in ([], [{"owned_by": "acme"}], [{"owned_by": "vllm"}, {"owned_by": "sglang"}]):
         with pytest.raises(ValueError, match="pass server= one of"):
