@@ -296,11 +296,16 @@ class StarsScheduler(Scheduler):
             assert isinstance(call.prompt, list)
             prompts.setdefault(call.request.request_id, []).append(call.prompt)
             answer = _Answer(future)
-            for _ in call.rows:
-                child = _Child(self._child_request(parent.request, call), answer)
+            try:
+                requests = [self._child_request(parent.request, call) for _ in call.rows]
+            except Exception as error:  # noqa: BLE001 - of a call that vLLM refuses
+                future.set_exception(error)
+                continue
+            for request in requests:
+                child = _Child(request, answer)
                 answer.children.append(child)
                 parent.queued.append(child)
-                self._children[child.request.request_id] = parent, child
+                self._children[request.request_id] = parent, child
         for name, given in prompts.items():
             parent = self._parents[name]
             self._release(parent, outdated(parent.parked, given))
