@@ -344,18 +344,39 @@ class StarsScheduler(Scheduler):
         parent, child = self._children.get(request.request_id, (None, None))
         if parent is None or child is None:
             return hit
-        base, held = best_base(self._branches(parent), child.prompt)
-        if base is not None and held > hit[1]:
-            blocks = self.kv_cache_manager.coordinator.get_blocks(base.request.request_id)
-            managers = self.kv_cache_manager.coordinator.single_type_managers
-            covering = tuple(
-                one[: cdiv(held, manager.block_size)]
-                for one, manager in zip(blocks, managers, strict=True)
-            )
-            hit = self.kv_cache_manager.create_kv_cache_blocks(covering), held, 0, False
+        branches = self._branches(parent)
+        while True:
+            base, held = best_base(branches, child.prompt)
+            if base is None or held <= hit[1]:
+                break
+            blocks = self._first_blocks(base, held)
+            if blocks is not None:
+                hit = blocks, held, 0, False
+                break
+            branches.remove(base)
         self._caller.stats.prompt_tokens += child.prefix
         self._caller.stats.cached_tokens += hit[1]
         return hit
+
+    def _first_blocks(self, base: _Child, tokens: int) -> KVCacheBlocks | None:
+        """Return the blocks of a branch's first tokens.
+
+        None where one is gone that tokens behind them look at: the branch has gone on, and with it
+        its sliding window.
+        """
+        coordinator = self.kv_cache_manager.coordinator
+        found = []
+        for blocks, manager in zip(
+            coordinator.get_blocks(base.request.request_id),
+            coordinator.single_type_managers,
+            strict=True,
+        ):
+            first = manager.get_num_skipped_tokens(tokens) // manager.block_size
+            covering = blocks[: cdiv(tokens, manager.block_size)]
+            if any(block.is_null for block in covering[first:]):
+                return None
+            found.append(covering)
+        return self.kv_cache_manager.create_kv_cache_blocks(tuple(found))
 
     def _free_blocks(self, request: Request) -> None:
         """Keep the blocks of a child that has drawn its segment."""
