@@ -37,6 +37,8 @@ class Answer:
         From sending to the end.
     tokens
         ``usage.completion_tokens``; 0 if it was not sent.
+    prompt_tokens
+        ``usage.prompt_tokens``; 0 if it was not sent.
     headers
         Of the response.
     """
@@ -48,6 +50,7 @@ class Answer:
     chunks: list[float] = field(default_factory=list)
     seconds: float = 0.0
     tokens: int = 0
+    prompt_tokens: int = 0
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -87,7 +90,7 @@ async def complete(
             answer.error = found.get("error")
             if answer.error is None:
                 answer.text = found["choices"][0]["text"]
-                answer.tokens = found["usage"]["completion_tokens"]
+                _count(answer, found["usage"])
             answer.complete = True
         else:
             async for line in response.content:
@@ -110,10 +113,15 @@ def _read(answer: Answer, event: dict[str, Any]) -> None:
         answer.error = event["error"]
         return
     if event.get("usage"):
-        answer.tokens = event["usage"]["completion_tokens"]
+        _count(answer, event["usage"])
     for choice in event["choices"]:
         if choice["index"] == 0:
             answer.text += choice["text"]
+
+
+def _count(answer: Answer, usage: dict[str, Any]) -> None:
+    answer.tokens = usage["completion_tokens"]
+    answer.prompt_tokens = usage["prompt_tokens"]
 
 
 def many_connections() -> aiohttp.ClientSession:

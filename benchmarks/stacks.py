@@ -1,15 +1,17 @@
-"""The ways into vLLM side by side, on one `vllm serve`: calls over HTTP, and calls inside of it.
+"""The ways into vLLM side by side, on one `vllm serve`: over HTTP, inside, and in its scheduler.
 
     python benchmarks/stacks.py [--model DIR] [--reward-model DIR] [--requests 32] [--repeats 3] ...
 
 Runs where vLLM and stars_fast are installed together. `remote` is a `RemoteEngine` in this process,
 `remote, whole rounds` one with `overlap_scoring=False`, which is the other way's default; `plugin`
-are the routes that stars_fast has in the server. The same requests with the same seeds are there at
-once, streamed, and the ways take turns; before each turn the prefix cache is emptied.
+are the routes that stars_fast has in the server, `scheduler` are vLLM's own with `StarsScheduler`.
+The same requests with the same seeds are there at once, streamed, and the ways take turns; before
+each turn the prefix cache is emptied.
 
 The tokens that vLLM computes are its own counts: prompt tokens that its cache did not have, and
-drawn ones. Seconds of the processor are those of the server's processes and this one; they say more
-than the clock where the machine is not idle.
+drawn ones. Those that `StarsScheduler` draws do not leave it: an attempt there is fed one token of
+what is before it, which tells their number. Seconds of the processor are those of the server's
+processes and this one; they say more than the clock where the machine is not idle.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.tables import markdown_table
 
 HERE = Path(__file__).resolve().parent
-WAYS = ("remote", "remote, whole rounds", "plugin")
+WAYS = ("remote", "remote, whole rounds", "plugin", "scheduler")
 
 
 @dataclass
@@ -61,6 +63,8 @@ class Turn:
         The responses.
     tokens
         Accepted ones.
+    prompt_tokens
+        Of all requests; 0 where it was not asked.
     computed
         Tokens that vLLM computed.
     processor
@@ -71,6 +75,7 @@ class Turn:
     first: list[float]
     texts: list[str]
     tokens: int
+    prompt_tokens: int = 0
     computed: float = 0.0
     processor: float = 0.0
 
@@ -116,19 +121,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "target_reward": target,
         }
         body = {"max_tokens": options.max_tokens, "stars": stars}
-        ways["plugin"] = partial(_plugin, f"{url}/plugins/stars", prompts, body)
+        ways["plugin"] = partial(_routes, f"{url}/plugins/stars", prompts, body)
+        own = {name: value for name, value in stars.items() if name != "ignore_eos"}
+        ways["scheduler"] = partial(
+            _routes,
+            url,
+            prompts,
+            {
+                "model": str(options.model),
+                "max_tokens": options.max_tokens,
+                **{name: getattr(params, name) for name in ("temperature", "top_k", "ignore_eos")},
+                "vllm_xargs": {"stars": json.dumps(own)},
+            },
+        )
         turns = asyncio.run(_turns(options, url, process, ways))
         for engine in running:
             engine.close()
     results = {way: _summary(turns[way][1:]) for way in WAYS}
-    same = np.mean(
-        [a == b for a, b in zip(turns["remote"][-1].texts, turns["plugin"][-1].texts, strict=True)]
-    )
+    last = zip(*(turns[way][-1].texts for way in WAYS), strict=True)
+    same = np.mean([len(set(texts)) == 1 for texts in last])
     for way, result in results.items():
         print(way, json.dumps(result))
-    for way in WAYS[:-1]:
-        ratio = results["plugin"]["tokens_per_second"] / results[way]["tokens_per_second"]
-        print(f"plugin / {way}: {ratio:.2f} accepted tokens a second")
+    for way in WAYS[1:]:
+        ratio = results[way]["tokens_per_second"] / results["remote"]["tokens_per_second"]
+        print(f"{way} / remote: {ratio:.2f} accepted tokens a second")
     print(f"{same:.0%} of texts are the same")
     if options.out is not None:
         record = {
@@ -165,6 +181,8 @@ async def _turns(
                 turn = await way(repeat)
                 turn.processor = _processor(process) - before[1]
                 turn.computed = _computed((await http.get("/metrics")).text) - before[0]
+            if name == "scheduler":
+                turn.computed = _with_drawn(turn, options)
             if turn.tokens != options.requests * options.max_tokens:
                 raise SystemExit(f"{name}: {turn.tokens} tokens were returned")
             turns[name].append(turn)
@@ -203,7 +221,7 @@ async def _remote(
     return Turn(seconds, [f[0] for f in found], [f[1] for f in found], sum(f[2] for f in found))
 
 
-async def _plugin(url: str, prompts: list[str], body: dict[str, Any], repeat: int) -> Turn:
+async def _routes(url: str, prompts: list[str], body: dict[str, Any], repeat: int) -> Turn:
     options = {"stream": True, "stream_options": {"include_usage": True}}
     async with many_connections() as session:
         begun = time.perf_counter()
@@ -220,10 +238,13 @@ async def _plugin(url: str, prompts: list[str], body: dict[str, Any], repeat: in
         seconds = time.perf_counter() - begun
     for answer in answers:
         if answer.error is not None or not answer.complete:
-            raise SystemExit(f"plugin: {answer.error}")
+            raise SystemExit(f"{url}: {answer.error}")
     first = [answer.chunks[0] for answer in answers]
     texts = [answer.text for answer in answers]
-    return Turn(seconds, first, texts, sum(answer.tokens for answer in answers))
+    tokens, prompt_tokens = (
+        sum(getattr(answer, name) for answer in answers) for name in ("tokens", "prompt_tokens")
+    )
+    return Turn(seconds, first, texts, tokens, prompt_tokens)
 
 
 def _computed(metrics: str) -> float:
@@ -234,6 +255,16 @@ def _computed(metrics: str) -> float:
         return sum(value for key, value in values.items() if key.startswith(f"vllm:{name}_total"))
 
     return total("prefix_cache_queries") - total("prefix_cache_hits") + total("generation_tokens")
+
+
+def _with_drawn(turn: Turn, options: argparse.Namespace) -> float:
+    """Tokens that vLLM has computed in a turn of the scheduler, of which it counts the prompts'.
+
+    It has drawn a segment for each token of a prompt that was computed and is of no request's.
+    """
+    fed = turn.computed - turn.tokens
+    attempts = fed - (turn.prompt_tokens - options.requests)
+    return float(fed + attempts * options.segment_length)
 
 
 def _summary(turns: list[Turn]) -> dict[str, float]:
@@ -292,6 +323,7 @@ def _server(options: argparse.Namespace, reward: str) -> Iterator[tuple[str, int
     with tempfile.TemporaryDirectory() as folder:
         log = options.log or Path(folder) / "log"
         flags = ["--max-model-len", "512", "--block-size", str(options.block_size)]
+        flags += ["--scheduler-cls", "stars_fast.vllm.StarsScheduler"]
         with vllm_server(str(options.model), log, own, flags) as found:
             yield found
 

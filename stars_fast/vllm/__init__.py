@@ -1,4 +1,4 @@
-"""STARS inside vLLM: on an engine of a program, and as routes of ``vllm serve``.
+"""STARS inside vLLM: on an engine of a program, as routes of ``vllm serve``, in its scheduler.
 
 The extra ``vllm`` installs what the routes need beside vLLM itself. Terms:
 
@@ -6,6 +6,20 @@ call
     One request to vLLM's engine, in this process, for one segment.
 """
 
+from typing import TYPE_CHECKING
+
 from stars_fast.vllm.engine import StarsLLM
 
-__all__ = ["StarsLLM"]
+if TYPE_CHECKING:
+    from stars_fast.vllm.scheduler import StarsScheduler
+
+__all__ = ["StarsLLM", "StarsScheduler"]
+
+
+def __getattr__(name: str) -> object:
+    """Import the scheduler when it is asked for: its file needs vLLM, and one version of it."""
+    if name == "StarsScheduler":
+        from stars_fast.vllm.scheduler import StarsScheduler
+
+        return StarsScheduler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from vllm import LLM
     from vllm.engine.protocol import EngineClient
 
+    from stars_fast.vllm.rounds import SchedulerCaller
+
 
 class StarsLLM(CallEngine):
     """`Engine` with the language model in an engine of vLLM in this process.
@@ -75,7 +77,7 @@ class StarsLLM(CallEngine):
 
     def __init__(
         self,
-        llm: LLM | EngineClient,
+        llm: LLM | EngineClient | SchedulerCaller,
         reward_model: RewardModelsLike | None = None,
         *,
         loop: asyncio.AbstractEventLoop | None = None,
@@ -135,14 +137,18 @@ class StarsLLM(CallEngine):
         self._max_length = int(model.max_model_len)
         vocab_size = int(model.get_vocab_size())
         self._most_logprobs = vocab_size if model.max_logprobs == -1 else model.max_logprobs
-        self._own_loop: _LoopThread | None = None
+        self._own_loop: LoopThread | None = None
         if hasattr(llm, "llm_engine"):
             if loop is not None:
                 raise ValueError("loop must be None with a vllm.LLM, which has none")
-            caller: AsyncCaller | BatchCaller = BatchCaller(llm, logprobs=logprobs)
+            caller: AsyncCaller | BatchCaller | SchedulerCaller = BatchCaller(
+                llm, logprobs=logprobs
+            )
+        elif hasattr(llm, "run"):
+            caller = llm
         else:
             if loop is None:
-                self._own_loop = _LoopThread()
+                self._own_loop = LoopThread()
                 loop = self._own_loop.loop
             caller = AsyncCaller(llm, loop, logprobs=logprobs)
         self._calls = caller.stats
@@ -215,7 +221,7 @@ class StarsLLM(CallEngine):
         return params
 
 
-class _LoopThread:
+class LoopThread:
     """An event loop on a thread of its own."""
 
     def __init__(self) -> None:
@@ -243,7 +249,7 @@ async def _cancel_others() -> None:
     await asyncio.gather(*others, return_exceptions=True)
 
 
-def _check_seeds(llm: LLM | EngineClient) -> None:
+def _check_seeds(llm: LLM | EngineClient | SchedulerCaller) -> None:
     """Refuse the one setting in which a call with a seed ends vLLM's engine.
 
     `GPUModelRunner._bookkeeping_sync` sets the generator of a split prompt back by `set_offset`,

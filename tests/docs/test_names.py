@@ -31,11 +31,13 @@ OTHERS += ("cibuildwheel",)
 FLAGS_OF_OTHERS = {"--shutdown-timeout", "--nproc-per-node", "--enable-deterministic-inference"}
 FLAGS_OF_OTHERS |= {  # vLLM's, in docs/stacks.md
     "--api-server-count",
+    "--async-scheduling",
     "--block-size",
     "--chat-template",
     "--logprobs-mode",
     "--max-logprobs",
     "--no-enable-chunked-prefill",
+    "--scheduler-cls",
     "--served-model-name",
 }
 
@@ -143,9 +145,12 @@ def exists(name: str) -> bool:
         tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
         return rest[0] in {getattr(node, "name", None) for node in tree.body}
     for part in rest:
-        if not hasattr(found, part):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
             return False
-        found = getattr(found, part)
+        except ModuleNotFoundError:  # of an extra, imported when it is asked for
+            return part in found.__all__
     return True
 
 
