@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any, get_args
 
 from stars_fast.cli.errors import UsageError, value_errors
-from stars_fast.config import FLAGS, Combine, KvDtype
+from stars_fast.config import FLAGS, Combine, KvDtype, Quantize
 from stars_fast.models.progress import quiet_libraries
 from stars_fast.reward import Reward, rewards_of
 
@@ -45,6 +45,8 @@ _KINDS: dict[str, dict[str, Any]] = {
     "float | None": {"type": float},
     "Combine": {"choices": get_args(Combine)},
     "KvDtype": {"choices": get_args(KvDtype)},
+    "Quantize": {"choices": get_args(Quantize)},
+    "Quantize | None": {"choices": get_args(Quantize)},
     "Mapping[str, Any] | None": {"type": _json_object},
 }
 

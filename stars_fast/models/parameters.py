@@ -1,8 +1,20 @@
-"""How many weights a token meets on its way through a model."""
+"""A model's weights, counted."""
 
 from __future__ import annotations
 
+from torch import Tensor
 from transformers import PreTrainedModel
+
+from stars_fast.models.quantize import Int8Embedding
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Return how many token ids a model knows."""
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, Int8Embedding):
+        return embedding.num_embeddings
+    assert isinstance(embedding.weight, Tensor)
+    return embedding.weight.shape[0]
 
 
 def multiplied_parameters(model: PreTrainedModel) -> int:
