@@ -170,12 +170,11 @@ class LoraAdapter:
             module = modules.get(path)
             if module not in inside or not isinstance(module, nn.Linear | Conv1D | Int8Linear):
                 return None
+            like = module.weight
+            shape = tuple(like.shape[::-1] if isinstance(module, Conv1D) else like.shape)
             if isinstance(module, Int8Linear):
                 like, shape = module.scale, (module.out_features, module.in_features)
-            else:
-                like = module.weight
-                shape = like.shape[::-1] if isinstance(module, Conv1D) else like.shape
-            if (len(up), down.shape[1]) != tuple(shape) or not like.is_floating_point():
+            if (len(up), down.shape[1]) != shape or not like.is_floating_point():
                 return None
             layers.append(_Layer(module, down.to(like), up.to(like)))
         return LoraLayers(tuple(layers)), rest

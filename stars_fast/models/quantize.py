@@ -21,26 +21,35 @@ from stars_fast.config import Quantize
 from stars_fast.models.progress import bars_on_terminals_only
 from stars_fast.ops.int8 import MOST_INPUTS, Int8Layer, int8_linear, quantize, weight_rows
 
-__all__ = ["Int8Embedding", "Int8Linear", "check_quantize", "joined", "quantize_model"]
+__all__ = [
+    "Int8Embedding",
+    "Int8Linear",
+    "Int8Module",
+    "check_quantize",
+    "joined",
+    "quantize_model",
+]
 
 
-class _Int8(nn.Module):
+class Int8Module(nn.Module):
     """Holds a packed weight ``[rows, width]``."""
 
-    def __init__(self, weight: nn.Parameter, scale: Tensor) -> None:
+    def __init__(self, weight: nn.Parameter, scale: Tensor, width: int) -> None:
         super().__init__()
+        #: Those of the weight, without what pads it.
+        self.num_weights = len(scale) * width
         self.weight = weight  # uint8; see Int8Layer
         self.scale: Tensor
         self.register_buffer("scale", scale)
 
 
-class Int8Linear(_Int8):
+class Int8Linear(Int8Module):
     """A linear layer; input and output are float32 on a CPU."""
 
     def __init__(
         self, weight: nn.Parameter, scale: Tensor, in_features: int, bias: Tensor | None
     ) -> None:
-        super().__init__(weight, scale)
+        super().__init__(weight, scale, in_features)
         self.in_features = in_features
         self.out_features = len(scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float(), False)
@@ -55,13 +64,13 @@ class Int8Linear(_Int8):
         return int8_linear(input, (self.layer,))
 
 
-class Int8Embedding(_Int8):
+class Int8Embedding(Int8Module):
     """An embedding whose rows are multiplied by `factor`."""
 
     def __init__(
         self, weight: nn.Parameter, scale: Tensor, embedding_dim: int, factor: float
     ) -> None:
-        super().__init__(weight, scale)
+        super().__init__(weight, scale, embedding_dim)
         self.num_embeddings = len(scale)
         self.embedding_dim = embedding_dim
         self.factor = factor

@@ -83,10 +83,11 @@ def test_rotate(interleaved: bool, dim: int, turning: int) -> None:
 
 @pytest.mark.parametrize("instruction_set", SETS)
 def test_every_instruction_set(instruction_set: str) -> None:
-    """This file and the attention of decode steps, on the narrower sets that run here."""
+    """This file and its neighbours, on the narrower sets that run here."""
     if SETS.index(instruction_set) >= SETS.index(_cpu.instruction_set()):
         pytest.skip(f"{_cpu.instruction_set()} is what runs here, and is tested by itself")
-    tests = [__file__, str(__file__).replace("ops/test_fused", "models/test_native_decode")]
+    others = ("ops/test_int8", "models/test_native_decode")
+    tests = [__file__, *(__file__.replace("ops/test_fused", other) for other in others)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(
         [*command, "-k", "not every_instruction_set", "-n", "0"],

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -87,13 +83,3 @@ def test_too_many_inputs() -> None:
     layer = a_layer(1, 65540)
     with pytest.raises(ValueError, match="inputs must be at most 65536, got 65540"):
         int8_linear(torch.ones(1, 65540), [layer])
-
-
-@pytest.mark.parametrize("instruction_set", ["baseline", "avx2"])
-def test_other_instruction_sets(instruction_set: str) -> None:
-    """The tests above, on what other processors run."""
-    environment = os.environ | {"STARS_FAST_CPU": instruction_set}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "bits or sums or scale"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)  # noqa: S603
-    assert done.returncode == 0, done.stdout
