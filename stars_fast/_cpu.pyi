@@ -72,6 +72,15 @@ def sample(
 ) -> None:
     """Draw a token of each live row (all if the address is 0), or say that it is undecided."""
 
+def int8_linear(
+    x: int, rows: int, inputs: int, layers: list[tuple[int, int, int, int]], out: int
+) -> None:
+    """Write the results of layers with 8-bit weights, side by side.
+
+    A layer is its weight, scale and bias (an address, 0 for none), and its outputs; `x` is
+    contiguous, with at most 65,536 inputs.
+    """
+
 @final
 class Round:
     """The rows of a round of decode steps: which prefix each reads, where its new tokens go.

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["FLAGS", "UNIFORM", "Backend", "Combine", "EngineConfig", "KvDtype", "LanguageModelLike"]
-__all__ += ["TemplateLike", "check_combine"]
+__all__ += ["Quantize", "TemplateLike", "check_combine"]
 
 #: How several rewards become one.
 Combine = Literal["sum", "min", "mean_minus_std"]
 Backend = Literal["auto", "pytorch", "triton"]
 KvDtype = Literal["auto", "fp8"]
+Quantize = Literal["none", "int8"]
 #: What `Engine` and the reward models take as `reward_template`.
 TemplateLike: TypeAlias = "str | Callable[..., Any] | None"
 #: As `guide_reference`, a reference that gives every token the same chance.
@@ -119,6 +120,13 @@ class EngineConfig:
         default="auto",
         metadata=_flag("dtype of the weights, such as bfloat16 (default: the model's)"),
     )
+    quantize: Quantize = field(
+        default="none",
+        metadata=_flag("int8: 8-bit weights, for models on a CPU (default: none)"),
+    )
+    reward_quantize: Quantize | None = field(
+        default=None, metadata=_flag("likewise of the reward model (default: as --quantize)")
+    )
     device: str | torch.device | None = field(
         default=None, metadata=_flag("cpu or cuda, for example (default: cuda if there is one)")
     )
@@ -197,6 +205,8 @@ class EngineConfig:
             )
         if self.guide is not None and self.tensor_parallel:
             raise ValueError("guide must be None with tensor_parallel=True")
+        for name in ("quantize", "reward_quantize"):
+            self._check_quantize(name)
         if self.page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {self.page_size}")
         if self.max_rows < 1:
@@ -211,6 +221,23 @@ class EngineConfig:
             raise ValueError(f"reward_timeout must be above 0 or None, got {self.reward_timeout}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be in [0, 2**64), got {self.seed}")
+
+    def _check_quantize(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None and name == "reward_quantize":
+            return
+        if value not in get_args(Quantize):
+            raise ValueError(
+                f"{name} must be one of {', '.join(get_args(Quantize))}, got {value!r}"
+            )
+        if value == "none":
+            return
+        if str(self.dtype) not in ("auto", "float32", "torch.float32"):
+            raise ValueError(
+                f"dtype must be 'auto' or 'float32' with {name}={value!r}, got {self.dtype!r}"
+            )
+        if self.compile_model:
+            raise ValueError(f"compile_model must be off with {name}={value!r}, got True")
 
 
 def check_combine(combine: object, stds: float) -> None:

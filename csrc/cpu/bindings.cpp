@@ -1,13 +1,16 @@
 // The Python module stars_fast._cpu. Tensors come as addresses: the module does not know torch.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
+#include "int8.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "round.h"
@@ -51,6 +54,22 @@ void rotate(Address x, Index tokens, Index heads, Index head_dim, Index stride, 
   const py::gil_scoped_release release;
   parallel_for(tokens, heads * dim,
                [&](Index begin, Index end) { kernels().rotate(task, begin, end); });
+}
+
+// Layers are (weight, scale, bias, outputs).
+void int8_linear(Address x, Index rows, Index inputs,
+                 const std::vector<std::tuple<Address, Address, Address, Index>>& layers,
+                 Address out) {
+  if (inputs > kMostInputs) {
+    throw std::invalid_argument("inputs must be at most " + std::to_string(kMostInputs) + ", got " +
+                                std::to_string(inputs));
+  }
+  std::vector<Int8Layer> tasks;
+  for (const auto& [weight, scale, bias, outputs] : layers) {
+    tasks.push_back({reinterpret_cast<const std::uint8_t*>(weight), at(scale), at(bias), outputs});
+  }
+  const py::gil_scoped_release release;
+  int8_product(at(x), rows, inputs, tasks, at(out));
 }
 
 Round make_round(const Array<std::int32_t>& prefix, const Array<Index>& prefix_begin,
@@ -135,6 +154,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("gated", &gated);
   m.def("rotate", &rotate);
   m.def("sample", &draw);
+  m.def("int8_linear", &int8_linear);
   py::class_<Round>(m, "Round")
       .def(py::init(&make_round), py::arg("prefix"), py::arg("prefix_begin"), py::arg("row_group"),
            py::arg("slots"))

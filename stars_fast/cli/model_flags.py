@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any, get_args
 
 from stars_fast.cli.errors import UsageError, value_errors
-from stars_fast.config import FLAGS, Combine, KvDtype
+from stars_fast.config import FLAGS, Combine, KvDtype, Quantize
 from stars_fast.models.progress import quiet_libraries
 from stars_fast.reward import Reward, rewards_of
 
@@ -52,6 +52,8 @@ _KINDS: dict[str, dict[str, Any]] = {
     "float | None": {"type": float},
     "Combine": {"choices": get_args(Combine)},
     "KvDtype": {"choices": get_args(KvDtype)},
+    "Quantize": {"choices": get_args(Quantize)},
+    "Quantize | None": {"choices": get_args(Quantize)},
     "TemplateLike": {"type": template},
     "Mapping[str, Any] | None": {"type": _json_object},
 }

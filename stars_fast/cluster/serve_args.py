@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, Field, create_model, model_validator
 
-from stars_fast.config import FLAGS, Combine, KvDtype
+from stars_fast.config import FLAGS, Combine, KvDtype, Quantize
 from stars_fast.params import StarsParams, with_fields
 from stars_fast.server.settings import ServerSettings
 
@@ -35,6 +35,8 @@ def _type_of(option: dataclasses.Field[Any]) -> Any:  # noqa: ANN401 - of a fiel
         "float | None": float | None,
         "Combine": Combine,
         "KvDtype": KvDtype,
+        "Quantize": Quantize,
+        "Quantize | None": Quantize | None,
     }
     return kinds.get(str(option.type), str | None if option.default is None else str)
 

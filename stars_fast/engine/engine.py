@@ -19,6 +19,7 @@ from stars_fast.config import (
     EngineConfig,
     KvDtype,
     LanguageModelLike,
+    Quantize,
     TemplateLike,
 )
 from stars_fast.distributed import ALONE, OneRank, Ranks
@@ -84,6 +85,11 @@ class Engine(BatchEngine):
     device, dtype
         Device and precision of the models. None is the GPU if there is one, else the CPU;
         ``"auto"`` is the precision in which the weights are stored.
+    quantize, reward_quantize
+        ``"int8"`` gives the models that are loaded here 8-bit weights, on a CPU: a quarter of the
+        memory of float32, and faster (docs/quantization.md). `dtype` must be "auto" or float32,
+        which is what all but those weights become. The reward model's, None: as `quantize`. A
+        reward model that comes loaded stays as it is.
     page_size
         Tokens per KV page, at least 1. Segments whose length it divides fork without a copy.
     num_pages
@@ -168,6 +174,8 @@ class Engine(BatchEngine):
         tokenizer: PreTrainedTokenizerBase | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
+        quantize: Quantize = "none",
+        reward_quantize: Quantize | None = None,
         page_size: int = 16,
         num_pages: int | None = None,
         max_rows: int = 256,
@@ -199,6 +207,8 @@ class Engine(BatchEngine):
             guide_reference=guide_reference,
             device=device,
             dtype=dtype,
+            quantize=quantize,
+            reward_quantize=reward_quantize,
             page_size=page_size,
             num_pages=num_pages,
             max_rows=max_rows,
@@ -245,6 +255,7 @@ class Engine(BatchEngine):
             allow_pickle=allow_pickle,
             num_ranks=ranks.size,
             gguf_file=gguf_file,
+            quantize=quantize,
         )
         tokenizer = tokenizer if tokenizer is not None else found_tokenizer
         guides = load_guides(config, loaded, tokenizer, _source_of(model, config))
@@ -425,6 +436,7 @@ def _scorer_for(
         page_size=config.page_size,
         trust_remote_code=config.trust_remote_code,
         allow_pickle=config.allow_pickle,
+        quantize=config.quantize if config.reward_quantize is None else config.reward_quantize,
         max_rows=config.max_rows,
         backend=config.backend,
         kv_dtype=config.kv_dtype,

@@ -12,9 +12,10 @@ from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.guidance import GuidedModel
 from stars_fast.models.lora import LoraLayers
 from stars_fast.models.paged import PagedModel
+from stars_fast.models.parameters import embedding_rows
 from stars_fast.rewards.load import load_language_model
 from stars_fast.rewards.load_log_ratio import Drafting
-from stars_fast.rewards.vocabulary import check_vocabulary, embedding_rows, same_tokens
+from stars_fast.rewards.vocabulary import check_vocabulary, same_tokens
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def load_guides(
         trust_remote_code=config.trust_remote_code,
         allow_pickle=config.allow_pickle,
         num_ranks=1,
+        quantize=config.quantize,
     )
     loaded = []
     for name, wanted in named.items():

@@ -28,6 +28,7 @@ from stars_fast.models.interface import (
 from stars_fast.models.joined import JoinedLinears
 from stars_fast.models.linear import may_pack
 from stars_fast.models.probe import LayerLayout
+from stars_fast.models.quantize import Int8Linear, joined
 from stars_fast.ops.fused import Activation, Norm, Rotary, gated, rms_norm, rotate
 
 Forward: TypeAlias = Callable[..., Any]
@@ -38,6 +39,7 @@ Turn: TypeAlias = Callable[[Tensor, Tensor], Rotary]
 _TOKENS = 3  # of the forward on which modules are compared
 _FIRST = 5  # their first position, where rotary embeddings turn
 _TOLERANCE = 1e-4  # largest difference over the standard deviation of the result
+_ROUNDED_TOLERANCE = 3e-3  # likewise of modules that round their activations
 
 
 def _repeated(table: Tensor) -> Tensor:
@@ -223,8 +225,10 @@ class FusedLayers:
             if kind in compared:
                 continue
             compared.add(kind)
+            rounds = any(isinstance(part, Int8Linear) for part in module.modules())
+            tolerance = _ROUNDED_TOLERANCE if rounds else _TOLERANCE
             for number, form in enumerate(forms_of(module)):
-                if _equal(call, module.forward, form):
+                if _equal(call, module.forward, form, tolerance):
                     self._chosen[kind] = number
                     break
         for module, kind_of_it in self._kinds.items():
@@ -233,10 +237,13 @@ class FusedLayers:
                 form = next(itertools.islice(forms_of(module), chosen, None))
                 self._replaced[module] = found[module] = form
 
-    def _join(self, module: nn.Module, names: tuple[str, ...]) -> JoinedLinears | None:
+    def _join(self, module: nn.Module, names: tuple[str, ...]) -> Product | None:
         """Return the product of a module's linear layers; None if it has no such layers."""
         parts = [getattr(module, name, None) for name in names]
         linears = [part for part in parts if isinstance(part, nn.Linear)]
+        packed = [part for part in parts if isinstance(part, Int8Linear)]
+        if len(packed) == len(parts):
+            return joined(packed)
         if len(linears) < len(parts):
             return None
         if module not in self._products:
@@ -247,10 +254,10 @@ class FusedLayers:
         """Down(act(gate(x)) * up(x)), its products joined."""
         down = getattr(module, "down_proj", None)
         both = getattr(module, "gate_up_proj", None)
-        if not isinstance(down, nn.Linear):
+        if not isinstance(down, nn.Linear | Int8Linear):
             return
-        product: Product | None = self._join(module, ("gate_proj", "up_proj"))
-        if isinstance(both, nn.Linear):
+        product = self._join(module, ("gate_proj", "up_proj"))
+        if isinstance(both, nn.Linear | Int8Linear):
             product = lambda x: both(x).chunk(2, dim=-1)  # noqa: E731
         if product is None:
             return
@@ -264,8 +271,8 @@ class FusedLayers:
         both = getattr(module, "qkv_proj", None)
         if asked is None or out is None:
             return
-        product: Product | None = self._join(module, ("q_proj", "k_proj", "v_proj"))
-        if isinstance(both, nn.Linear):
+        product = self._join(module, ("q_proj", "k_proj", "v_proj"))
+        if isinstance(both, nn.Linear | Int8Linear):
             sizes = [asked.heads * asked.key_dim, asked.kv_heads * asked.key_dim]
             sizes.append(both.out_features - sum(sizes))
             product = lambda x: both(x).split(sizes, dim=-1)  # noqa: E731
@@ -304,7 +311,7 @@ class FusedLayers:
         yield _layer_form(first, attention, before, run_mlp, behind)
 
 
-def _mlp_form(product: Product, down: nn.Linear, act: Activation) -> MlpForward:
+def _mlp_form(product: Product, down: nn.Module, act: Activation) -> MlpForward:
     def forward(hidden: Tensor) -> Tensor:
         gate, up = product(hidden.reshape(-1, hidden.shape[-1]))
         result: Tensor = down(gated(gate, up, act))
@@ -448,7 +455,7 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
     return tuple(parts)
 
 
-def _equal(call: _Call, one: Forward, other: Forward) -> bool:
+def _equal(call: _Call, one: Forward, other: Forward, tolerance: float) -> bool:
     """Whether two forwards give the same result and ask for the same attention."""
     want, want_seen = call.run(one)
     try:
@@ -460,14 +467,14 @@ def _equal(call: _Call, one: Forward, other: Forward) -> bool:
     pairs = [(want, got)]
     for wanted, found in zip(want_seen.calls, got_seen.calls, strict=True):
         pairs += zip(wanted, found, strict=True)
-    return all(_close(a, b) for a, b in pairs)
+    return all(_close(a, b, tolerance) for a, b in pairs)
 
 
-def _close(want: Tensor, got: Tensor) -> bool:
+def _close(want: Tensor, got: Tensor, tolerance: float) -> bool:
     if want.shape != got.shape or want.dtype != got.dtype:
         return False
     spread = float(want.float().std())
-    return float((want.float() - got.float()).abs().max()) <= _TOLERANCE * max(spread, 1e-30)
+    return float((want.float() - got.float()).abs().max()) <= tolerance * max(spread, 1e-30)
 
 
 #: Of each model, as long as anyone holds them.

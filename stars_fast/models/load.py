@@ -19,11 +19,13 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from stars_fast.config import Quantize
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.checks import has_lm_head
 from stars_fast.models.files import check_model_directory
 from stars_fast.models.lora import LoraAdapter
 from stars_fast.models.progress import bars_on_terminals_only
+from stars_fast.models.quantize import check_quantize, quantize_model
 from stars_fast.models.sharded import loading_options, num_shards, why_not_sharded
 
 #: Ends of the names of classes that have a head of another kind on a language model's layers.
@@ -39,6 +41,7 @@ def load_causal_lm(
     allow_pickle: bool = False,
     num_ranks: int = 1,
     gguf_file: str | None = None,
+    quantize: Quantize = "none",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a causal language model and its tokenizer, or take a loaded one as it is.
 
@@ -63,6 +66,8 @@ def load_causal_lm(
     num_ranks : int
         Over how many ranks of ``torch.distributed`` to split the model, all of which load it; a
         loaded model must have been split so.
+    quantize : str
+        ``"int8"``: give a model that is loaded here 8-bit weights, once it is complete.
 
     Returns
     -------
@@ -78,18 +83,24 @@ def load_causal_lm(
     UnsupportedModelError
         If it is not a causal language model, or cannot be split over `num_ranks`.
     ValueError
-        If `dtype`, `device` or `num_ranks` contradicts a loaded model.
+        If `dtype`, `device`, `num_ranks` or `quantize` contradicts a loaded model, or `quantize` a
+        device.
     """
     source = adapted_model(source)
     if isinstance(source, PreTrainedModel) and gguf_file is not None:
         raise ValueError(f"gguf_file must be None with a loaded model, got {gguf_file!r}")
     if isinstance(source, PreTrainedModel):
         _check_shards(source, num_ranks)
+        if quantize != "none":
+            raise ValueError(f"quantize must be 'none' with a loaded model, got {quantize!r}")
         return _take_loaded(source, dtype, device, trust_remote_code)
     name = os.fspath(source)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_quantize(quantize, device=device, num_ranks=num_ranks)
     adapter = LoraAdapter.find(name) if gguf_file is None else None
     if adapter is not None:
-        return _load_adapted(
+        model, tokenizer = _load_adapted(
             adapter,
             dtype=dtype,
             device=device,
@@ -97,6 +108,9 @@ def load_causal_lm(
             allow_pickle=allow_pickle,
             num_ranks=num_ranks,
         )
+        if quantize == "int8":
+            quantize_model(model)
+        return model, tokenizer
     read: dict[str, Any] = {}
     if gguf_file is None:
         check_model_directory(name, allow_pickle=allow_pickle)
@@ -108,8 +122,6 @@ def load_causal_lm(
     if num_ranks > 1 and (reason := why_not_sharded(config, num_ranks)):
         raise UnsupportedModelError(f"model {name!r} cannot be tensor-parallel: {reason}")
     tokenizer = _saved_tokenizer(name, trust_remote_code, gguf_file)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         with bars_on_terminals_only():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -123,7 +135,7 @@ def load_causal_lm(
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelLoadError(f"model {name!r}: {error}") from error
-    model: PreTrainedModel = (loaded[0] if num_ranks > 1 else loaded[0].to(device)).eval()
+    model = (loaded[0] if num_ranks > 1 else loaded[0].to(device)).eval()
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
         shown = ", ".join(missing[:4]) + (" and others" if len(missing) > 4 else "")
@@ -131,6 +143,8 @@ def load_causal_lm(
             f"model {name!r} has no weights for {shown} of {type(model).__name__}; transformers "
             "would make them up at random"
         )
+    if quantize == "int8":
+        quantize_model(model)
     return model, tokenizer
 
 

@@ -13,6 +13,7 @@ from transformers.utils.generic import ModelOutput
 from stars_fast.errors import UnsupportedModelError
 from stars_fast.models.checks import has_lm_head
 from stars_fast.models.interface import attention_configs, exclusive
+from stars_fast.models.parameters import embedding_rows
 
 __all__ = ["LogitHead"]
 
@@ -41,9 +42,7 @@ class LogitHead:
             raise UnsupportedModelError(f"{name} has no language-model head")
         self._model = model
         self._configs = attention_configs(model)
-        weight = model.get_input_embeddings().weight
-        assert isinstance(weight, Tensor)
-        rows = weight.shape[0]
+        rows = embedding_rows(model)
         ids = torch.tensor([[i % rows for i in range(1, 8)]], device=model.device)
         with torch.inference_mode(), exclusive(self._configs):
             want = model(input_ids=ids, use_cache=False, return_dict=True).logits[0].float()

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.files import read_json
+from stars_fast.models.quantize import Int8Linear
 
 __all__ = ["LoraAdapter", "LoraLayers"]
 
@@ -167,13 +168,15 @@ class LoraAdapter:
         layers = []
         for path, (down, up) in pairs.items():
             module = modules.get(path)
-            if module not in inside or not isinstance(module, nn.Linear | Conv1D):
+            if module not in inside or not isinstance(module, nn.Linear | Conv1D | Int8Linear):
                 return None
-            weight = module.weight
-            shape = weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape
-            if (len(up), down.shape[1]) != tuple(shape) or not weight.is_floating_point():
+            like = module.weight
+            shape = tuple(like.shape[::-1] if isinstance(module, Conv1D) else like.shape)
+            if isinstance(module, Int8Linear):
+                like, shape = module.scale, (module.out_features, module.in_features)
+            if (len(up), down.shape[1]) != shape or not like.is_floating_point():
                 return None
-            layers.append(_Layer(module, down.to(weight), up.to(weight)))
+            layers.append(_Layer(module, down.to(like), up.to(like)))
         return LoraLayers(tuple(layers)), rest
 
     def _pairs(

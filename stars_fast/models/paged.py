@@ -28,6 +28,7 @@ from stars_fast.models.kv_scales import ScaleProbe
 from stars_fast.models.linear import OneDnnLinears
 from stars_fast.models.lora import LoraLayers
 from stars_fast.models.native_decode import NativeDecode
+from stars_fast.models.parameters import embedding_rows
 from stars_fast.models.pool import Pools
 from stars_fast.models.probe import attention_layout
 from stars_fast.models.threads import StepThreads
@@ -134,7 +135,7 @@ class PagedModel:
             #: Whether operators run as Triton kernels.
             self.on_kernels = uses_triton(model.device)
             #: Whether operators run as C++ on the processor's vectors.
-            self.on_vectors = runs_on(next(model.parameters()))
+            self.on_vectors = runs_on(next(p for p in model.parameters() if p.is_floating_point()))
         if kv_dtype == "fp8" and not self.on_kernels:
             raise ValueError(
                 f"kv_dtype='fp8' needs the Triton backend, which backend={backend!r} is not on "
@@ -209,9 +210,7 @@ class PagedModel:
     @property
     def vocab_size(self) -> int:
         """Token ids of the input are below this."""
-        weight = self.model.get_input_embeddings().weight
-        assert isinstance(weight, Tensor)
-        return weight.shape[0]
+        return embedding_rows(self.model)
 
     @property
     def max_length(self) -> int | None:

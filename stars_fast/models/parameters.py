@@ -1,8 +1,20 @@
-"""How many weights a token meets on its way through a model."""
+"""A model's weights, counted."""
 
 from __future__ import annotations
 
+from torch import Tensor
 from transformers import PreTrainedModel
+
+from stars_fast.models.quantize import Int8Embedding, Int8Module
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Return how many token ids a model knows."""
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, Int8Embedding):
+        return embedding.num_embeddings
+    assert isinstance(embedding.weight, Tensor)
+    return embedding.weight.shape[0]
 
 
 def multiplied_parameters(model: PreTrainedModel) -> int:
@@ -14,5 +26,6 @@ def multiplied_parameters(model: PreTrainedModel) -> int:
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     tied = head is not None and head.weight is embedding
+    packed = {m.weight: m.num_weights for m in model.modules() if isinstance(m, Int8Module)}
     # parameters() gives what is tied once.
-    return sum(p.numel() for p in model.parameters() if tied or p is not embedding)
+    return sum(packed.get(p, p.numel()) for p in model.parameters() if tied or p is not embedding)

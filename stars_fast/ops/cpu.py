@@ -19,6 +19,7 @@ from stars_fast.ops.tiling import prefix_slots
 
 if TYPE_CHECKING:
     from stars_fast.ops.fused import Rotary
+    from stars_fast.ops.int8 import Int8Layer
 
 #: What `sample` reads of each row.
 _COLUMNS = {
@@ -183,6 +184,24 @@ def sample(
         undecided.data_ptr(),
     )
     return undecided
+
+
+def int8_linear(x: Tensor, layers: Sequence[Int8Layer]) -> Tensor:
+    """See `stars_fast.ops.int8.int8_linear`."""
+    x = x.contiguous()
+    inputs = x.shape[-1]
+    parts = [
+        (
+            layer.packed.data_ptr(),
+            layer.scale.data_ptr(),
+            0 if layer.bias is None else layer.bias.data_ptr(),
+            len(layer.scale),
+        )
+        for layer in layers
+    ]
+    out = x.new_empty((*x.shape[:-1], sum(part[-1] for part in parts)))
+    _cpu.int8_linear(x.data_ptr(), x.numel() // inputs, inputs, parts, out.data_ptr())
+    return out
 
 
 def decode_round(batch: BatchLike, page_size: int) -> _cpu.Round:

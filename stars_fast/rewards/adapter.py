@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from transformers import (
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.files import check_model_directory
 from stars_fast.models.lora import LoraAdapter, LoraLayers
+from stars_fast.models.quantize import quantize_model
 from stars_fast.reward_head import RewardHead
 from stars_fast.rewards.checkpoint import HEAD_FILES, Loading
 from stars_fast.rewards.kinds import Loaded
@@ -113,7 +115,8 @@ def load_adapter(
             readout = label_readout(head, config, len(layer["weight"]), adapter.name)
             return _of_classifier(language_model, layer, readout, pad), beside[0]
         _log.info("%s changes more than linear layers: its base is loaded again", adapter.name)
-    model, report = how.model(_CLASSES[task], adapter.base, config)
+    whole = replace(how, quantize="none")  # until the adapter is merged into it
+    model, report = whole.model(_CLASSES[task], adapter.base, config)
     missing = sorted(set(report["missing_keys"]) - weights.keys())
     if missing:
         raise ModelLoadError(
@@ -121,6 +124,8 @@ def load_adapter(
             f"{', '.join(missing[:4])} of {type(model).__name__}"
         )
     adapter.merge(model, weights)
+    if how.quantize == "int8":
+        quantize_model(model)
     if task != "CAUSAL_LM":
         return of_classifier(model, head, adapter.name), None
     return _of_language_model(adapter, model, head, config), None
@@ -136,9 +141,8 @@ def _linear_head(
         return None
     if weight.shape[1] != language_model.config.get_text_config().hidden_size:
         return None
-    like = language_model.get_input_embeddings().weight
-    assert isinstance(like, Tensor)
-    return {key.removeprefix(f"{name}."): tensor.to(like) for key, tensor in whole.items()}
+    like = language_model.device, language_model.dtype
+    return {key.removeprefix(f"{name}."): tensor.to(*like) for key, tensor in whole.items()}
 
 
 def _of_classifier(

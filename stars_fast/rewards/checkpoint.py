@@ -14,8 +14,10 @@ from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from stars_fast.config import Quantize
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.files import check_model_directory, read_json
+from stars_fast.models.quantize import quantize_model
 from stars_fast.models.sharded import loading_options
 
 __all__ = ["CALLABLE_ADVICE", "HEAD_FILES", "Checkpoint", "LoadedModels", "Loading"]
@@ -45,6 +47,8 @@ class Loading:
         Whether other files than safetensors may be read.
     num_ranks
         Over how many ranks the model is split.
+    quantize
+        Whether it gets 8-bit weights: "none" or "int8".
     loaded
         What has been loaded, for further heads of the same models.
     """
@@ -53,6 +57,7 @@ class Loading:
     dtype: torch.dtype | str
     allow_pickle: bool
     num_ranks: int
+    quantize: Quantize = "none"
     loaded: LoadedModels = field(default_factory=dict, compare=False)
 
     def model(
@@ -92,6 +97,8 @@ class Loading:
             hint = "" if self.allow_pickle else _PICKLE_HINT
             raise ModelLoadError(f"reward model {source!r}: {error}{hint}") from error
         placed = model if self.num_ranks > 1 else model.to(self.device or "cpu")
+        if self.quantize == "int8":
+            quantize_model(placed)
         self.loaded[key] = placed.eval(), report
         return self.loaded[key]
 

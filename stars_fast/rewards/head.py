@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stars_fast.errors import UnsupportedModelError
-from stars_fast.rewards.vocabulary import embedding_rows
+from stars_fast.models.parameters import embedding_rows
 
 __all__ = ["HEAD_NAMES", "reward_module"]
 

@@ -15,12 +15,14 @@ from typing import TypeAlias
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stars_fast.config import Backend, KvDtype, LanguageModelLike, TemplateLike
+from stars_fast.config import Backend, KvDtype, LanguageModelLike, Quantize, TemplateLike
 from stars_fast.distributed import ALONE, Ranks
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.checks import has_lm_head
 from stars_fast.models.load import adapted_model, load_causal_lm, load_tokenizer, same_device
 from stars_fast.models.lora import LoraAdapter, LoraLayers
+from stars_fast.models.parameters import embedding_rows
+from stars_fast.models.quantize import check_quantize
 from stars_fast.models.selfcheck import check_numbers
 from stars_fast.reward_head import RewardHead, RewardHeadLike
 from stars_fast.rewards.adapter import load_adapter
@@ -43,7 +45,7 @@ from stars_fast.rewards.shared import shared
 from stars_fast.rewards.steps import StepTokens, at_steps
 from stars_fast.rewards.text import AnswerTemplate, CallableTemplate, Template, make_template
 from stars_fast.rewards.tokens import RetokenizedText, SharedTokens, TokenSource
-from stars_fast.rewards.vocabulary import check_vocabulary, embedding_rows, same_tokens
+from stars_fast.rewards.vocabulary import check_vocabulary, same_tokens
 from stars_fast.text.tokenization import SpecialTokens
 
 __all__ = ["RewardModelLike", "load_language_model", "load_scorer"]
@@ -69,6 +71,7 @@ def load_scorer(
     page_size: int = 16,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    quantize: Quantize = "none",
     max_rows: int = 256,
     backend: Backend = "auto",
     kv_dtype: KvDtype = "auto",
@@ -121,6 +124,8 @@ def load_scorer(
         Whether the tokenizer may bring its own code. The model may not: give it as a function.
     allow_pickle : bool
         Whether weights may be loaded from other files than safetensors.
+    quantize : str
+        ``"int8"``: 8-bit weights for a model that is loaded here, onto the CPU.
     max_rows : int
         Most rows of one forward pass.
     backend, kv_dtype, compile_model
@@ -149,6 +154,7 @@ def load_scorer(
         If `reward_model` or `template` is of none of these kinds.
     """
     heads = _heads(head)
+    check_quantize(quantize, device=device, num_ranks=ranks.size, name="reward_quantize")
     reward_model = adapted_model(reward_model)
     pool = RewardPool(
         num_pages=num_pages,
@@ -186,6 +192,7 @@ def load_scorer(
                 trust_remote_code=trust_remote_code,
                 allow_pickle=allow_pickle,
                 num_ranks=ranks.size,
+                quantize=quantize,
             ),
             device=device,
             tokenizer=reward_tokenizer,
@@ -195,7 +202,7 @@ def load_scorer(
     lora: LoraLayers | None = None
     if isinstance(reward_model, str | os.PathLike):
         source = os.fspath(reward_model)
-        how = Loading(device, dtype, allow_pickle, ranks.size)
+        how = Loading(device, dtype, allow_pickle, ranks.size, quantize)
         adapter = LoraAdapter.find(source)
         if adapter is not None:
             source = adapter.tokenizer_source
@@ -417,6 +424,7 @@ def load_language_model(
     trust_remote_code: bool,
     allow_pickle: bool,
     num_ranks: int,
+    quantize: Quantize,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a causal language model and its tokenizer; a loaded one stays where and what it is."""
     if isinstance(source, PreTrainedModel):
@@ -429,6 +437,7 @@ def load_language_model(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
         num_ranks=num_ranks,
+        quantize=quantize,
     )
 
 

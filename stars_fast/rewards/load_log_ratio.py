@@ -14,6 +14,7 @@ from stars_fast.config import Backend, LanguageModelLike, TemplateLike
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.load import adapted_model, same_device
 from stars_fast.models.lora import LoraAdapter, LoraLayers
+from stars_fast.models.parameters import embedding_rows
 from stars_fast.models.selfcheck import check_numbers
 from stars_fast.rewards.adapter import adapts
 from stars_fast.rewards.base import Prompt
@@ -23,7 +24,7 @@ from stars_fast.rewards.log_ratio import LogRatio, LogRatioScorer
 from stars_fast.rewards.pool import RewardPool
 from stars_fast.rewards.text import CallableTemplate, FramedPrompt, Template, make_template
 from stars_fast.rewards.tokens import RetokenizedText, TokenSource
-from stars_fast.rewards.vocabulary import check_vocabulary, embedding_rows, same_tokens
+from stars_fast.rewards.vocabulary import check_vocabulary, same_tokens
 
 __all__ = ["Drafting", "LoadsModel", "load_log_ratio"]
 

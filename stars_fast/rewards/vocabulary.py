@@ -6,10 +6,9 @@ tokenizer were given to a model of another. Both questions are settled here, bef
 
 from __future__ import annotations
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_vocabulary", "embedding_rows", "same_tokens"]
+__all__ = ["check_vocabulary", "same_tokens"]
 
 # Where tokenizers with one vocabulary still differ: white space, digits, case, accents, scripts,
 # bytes outside the vocabulary.
@@ -49,13 +48,6 @@ def same_tokens(language: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBa
         language.decode(_encode(language, text)) == reward.decode(_encode(reward, text))
         for text in PROBES
     )
-
-
-def embedding_rows(model: PreTrainedModel) -> int:
-    """Return how many token ids the model knows."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.shape[0]
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, *, pads: bool) -> None:

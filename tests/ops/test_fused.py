@@ -83,11 +83,11 @@ def test_rotate(interleaved: bool, dim: int, turning: int) -> None:
 
 @pytest.mark.parametrize("instruction_set", SETS)
 def test_every_instruction_set(instruction_set: str) -> None:
-    """This file, the attention of decode steps and sampling, on the narrower sets that run here."""
+    """This file and its neighbours, on the narrower sets that run here."""
     if SETS.index(instruction_set) >= SETS.index(_cpu.instruction_set()):
         pytest.skip(f"{_cpu.instruction_set()} is what runs here, and is tested by itself")
-    others = ("models/test_native_decode", "ops/test_sample_forms")
-    tests = [__file__, *(str(__file__).replace("ops/test_fused", other) for other in others)]
+    others = ("ops/test_int8", "ops/test_sample_forms", "models/test_native_decode")
+    tests = [__file__, *(__file__.replace("ops/test_fused", other) for other in others)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(
         [*command, "-k", "not every_instruction_set", "-n", "0"],
