@@ -34,6 +34,7 @@ def _turned(  # type: ignore[no-untyped-def]
 ):
     """A tile of heads, turned; each product is rounded, as PyTorch does."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
+    wide: tl.constexpr = cos_ptr.dtype.element_ty  # of the products
     turns = at < SIZE
     if INTERLEAVED:
         partner = at ^ 1
@@ -47,8 +48,8 @@ def _turned(  # type: ignore[no-untyped-def]
     other = tl.where(first, -other, other)
     cos = tl.load(cos_ptr + at, mask=turns, other=1.0).to(tl.float32)
     sin = tl.load(sin_ptr + at, mask=turns, other=0.0).to(tl.float32)
-    one = rounded(x.to(tl.float32) * cos, dtype).to(tl.float32)
-    two = rounded(other * sin, dtype).to(tl.float32)
+    one = rounded(x.to(tl.float32) * cos, wide).to(tl.float32)
+    two = rounded(other * sin, wide).to(tl.float32)
     return tl.where(turns, rounded(one + two, dtype), x)
 
 
@@ -144,7 +145,7 @@ def rotate_append(
     query : Tensor
         float32, bfloat16 or float16 ``[T, heads, D]``, any strides but 1 for the last.
     rotary : Rotary
-        Tables of the dtype of `query` for all T tokens.
+        Tables for all T tokens, of the dtype of `query` or float32.
     key, value, k_pages, v_pages, slots, k_scale, v_scale
         See `stars_fast.kernels.pages.kv_append`; `key` of the dtype of `query`.
 
@@ -173,10 +174,14 @@ def rotate_append(
     cos, sin, interleaved = rotary
     size = cos.shape[-1]
     for name, table in (("cos", cos), ("sin", sin)):
-        if table.shape != (tokens, size) or size > dim or size % 2 or table.dtype != query.dtype:
+        if table.shape != (tokens, size) or size > dim or size % 2:
             raise ValueError(
-                f"rotary.{name} must be {query.dtype} [{tokens}, an even number up to {dim}]; got "
-                f"{table.dtype} {list(table.shape)}"
+                f"rotary.{name} must be [{tokens}, an even number up to {dim}], got "
+                f"{list(table.shape)}"
+            )
+        if table.dtype not in (query.dtype, torch.float32):
+            raise ValueError(
+                f"rotary.{name} must be {query.dtype} or torch.float32, got {table.dtype}"
             )
     out = query.new_empty(query.shape)
     if not tokens:

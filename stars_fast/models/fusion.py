@@ -2,13 +2,20 @@
 
 transformers writes a layer as some forty small operators. Here a module is known by what it
 computes: one that has the parts of a known form is run both ways on what it got in a forward of the
-model, and replaced only if the results agree. The rest stays as it is. The model is not changed:
-replacements take the place of `forward` while a forward of ours runs.
+model, and replaced only if the results agree. The rest stays as it is. Replacements take the place
+of `forward` while a forward of ours runs; on a GPU, the weights of products that are joined become
+parts of one tensor for good.
+
+Where the operators are kernels, modules are compared in float32 on the CPU, in PyTorch's form of
+the operators: rounding hides no difference there, and whether a kernel is right is for its own
+tests, and for the check of the whole model at load.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
+import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,10 +32,24 @@ from stars_fast.models.interface import (
     attention_configs,
     attention_implementation,
 )
-from stars_fast.models.joined import JoinedLinears
+from stars_fast.models.joined import JoinedLinears, Joining
 from stars_fast.models.linear import may_pack
+from stars_fast.models.machine import memory_bytes
 from stars_fast.models.probe import LayerLayout
-from stars_fast.ops.fused import Activation, Norm, Rotary, gated, rms_norm, rotate
+from stars_fast.ops.backend import backend, plain, uses_triton
+from stars_fast.ops.cpu import runs_on
+from stars_fast.ops.fused import (
+    Activation,
+    Norm,
+    Rotary,
+    gated,
+    norm_add,
+    norm_heads,
+    rms_norm,
+    rotate,
+)
+
+_log = logging.getLogger(__name__)
 
 Forward: TypeAlias = Callable[..., Any]
 MlpForward: TypeAlias = Callable[[Tensor], Tensor]
@@ -38,6 +59,8 @@ Turn: TypeAlias = Callable[[Tensor, Tensor], Rotary]
 _TOKENS = 3  # of the forward on which modules are compared
 _FIRST = 5  # their first position, where rotary embeddings turn
 _TOLERANCE = 1e-4  # largest difference over the standard deviation of the result
+_MEMORY_SHARE = 1 / 4  # of the machine's, for a copy of the first layers
+_TABLE_ROWS = 64  # of the embeddings there: more than the tokens ask for
 
 
 def _repeated(table: Tensor) -> Tensor:
@@ -109,12 +132,6 @@ class _NormForm:
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         return rms_norm(flat, self.norm)[0].view(hidden_states.shape)
 
-    def of_heads(self, x: Tensor, dim: int) -> Tensor:
-        """Normalise ``[T, heads * dim]``: each head, or all of it if the weight is that long."""
-        if len(self.norm.weight) == dim:
-            return rms_norm(x.view(len(x), -1, dim), self.norm)[0].flatten(1)
-        return rms_norm(x, self.norm)[0]
-
 
 @dataclass(frozen=True)
 class _Asked:
@@ -126,6 +143,14 @@ class _Asked:
     scaling: float
     softcap: float
     sinks: str | None
+
+
+@dataclass
+class Known:
+    """What modules compute, by kind: which form of a part agreed, and what attention asks for."""
+
+    chosen: dict[Hashable, int] = field(default_factory=dict)
+    asked: dict[Hashable, _Asked] = field(default_factory=dict)
 
 
 class FusedLayers:
@@ -140,31 +165,48 @@ class FusedLayers:
         A causal decoder in eval mode, on one device, as `check_architecture` has it.
     layouts : sequence of LayerLayout
         Its attention calls.
+    known : Known, optional
+        What a model of the same modules was found to compute; by default it is found here.
     """
 
-    def __init__(self, model: PreTrainedModel, layouts: Sequence[LayerLayout]) -> None:
-        self._packs = may_pack(model)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layouts: Sequence[LayerLayout],
+        known: Known | None = None,
+    ) -> None:
+        kernels = uses_triton(model.device)
+        self._joining: Joining = "in place" if kernels else "apart"
+        if not plain() and not kernels and may_pack(model):
+            self._joining = "packed"
         self._products: dict[nn.Module, JoinedLinears] = {}
         self._norms: dict[nn.Module, _NormForm] = {}
         self._mlps: dict[nn.Module, MlpForward] = {}
         self._attentions: dict[nn.Module, Forward] = {}
         self._layers: dict[nn.Module, Forward] = {}
         self._calls = len(layouts)
-        self._asked: dict[Hashable, _Asked] = {}  # by kind of attention module
-        self._chosen: dict[Hashable, int] = {}  # by kind of module: which of its forms agreed
         self._replaced: dict[nn.Module, Forward] = {}
-        self._kinds = {module: _kind(module) for module in model.modules() if module is not model}
-        short, _ = first_layers(model, layouts)
+        # C++ reads what it is given as float32; the other forms ask each tensor for its dtype.
+        self._typed = runs_on(next(model.parameters()))
+        self._kinds = {m: _kind(m, self._typed) for m in model.modules() if m is not model}
+        if known is None and kernels:
+            # Where attention has another dtype than weights, a copy in float32 would not show it.
+            alike = all(layout.dtype == model.dtype for layout in layouts)
+            known = _known_of_copy(model, layouts) if alike else Known()
+        self.known = Known() if known is None else known
+        calls: dict[nn.Module, _Call] = {}
         paged = attention_implementation(attention_configs(model), STARS_PAGED)
         with torch.inference_mode(), paged:
-            calls = {m: call for m, call in _calls(short).items() if m in self._kinds}
-            self._replace(model, calls, "norm", _norm_forms, self._norms)
-            self._replace(model, calls, "mlp", self._mlp_forms, self._mlps)
+            if known is None:
+                found = _calls(first_layers(model, layouts)[0])
+                calls = {m: call for m, call in found.items() if m in self._kinds}
+            self._replace(calls, "norm", _norm_forms, self._norms)
+            self._replace(calls, "mlp", self._mlp_forms, self._mlps)
             for module, call in calls.items():
                 if (asked := _asked_by(module, call)) is not None:
-                    self._asked[self._kinds[module]] = asked
-            self._replace(model, calls, "attention", self._attention_forms, self._attentions)
-            self._replace(model, calls, "layer", self._layer_forms, self._layers)
+                    self.known.asked[self._kinds[module]] = asked
+            self._replace(calls, "attention", self._attention_forms, self._attentions)
+            self._replace(calls, "layer", self._layer_forms, self._layers)
         for layer in self._layers:
             for part in list(layer.modules())[1:]:
                 self._replaced.pop(part, None)
@@ -176,9 +218,10 @@ class FusedLayers:
     @classmethod
     def of(cls, model: PreTrainedModel, layouts: Sequence[LayerLayout]) -> FusedLayers:
         """Return those of a model, which all that run it share as long as one of them is there."""
-        found = _FUSED.get(model)
+        key = model, uses_triton(model.device)
+        found = _FUSED.get(key)
         if found is None:
-            found = _FUSED[model] = cls(model, layouts)
+            found = _FUSED[key] = cls(model, layouts)
         return found
 
     @property
@@ -210,7 +253,6 @@ class FusedLayers:
 
     def _replace(
         self,
-        model: PreTrainedModel,
         calls: dict[nn.Module, _Call],
         part: str,
         forms_of: Callable[[nn.Module], Iterator[Any]],
@@ -223,12 +265,17 @@ class FusedLayers:
             if kind in compared:
                 continue
             compared.add(kind)
-            for number, form in enumerate(forms_of(module)):
-                if _equal(call, module.forward, form):
-                    self._chosen[kind] = number
-                    break
+            agreeing = (
+                n for n, f in enumerate(forms_of(module)) if _equal(call, module.forward, f)
+            )
+            chosen = next(agreeing, None)
+            if chosen is None:
+                continue
+            if part == "norm" and not self._typed:
+                chosen = _nearest_norm(module, call, [chosen, *agreeing])
+            self.known.chosen[kind] = chosen
         for module, kind_of_it in self._kinds.items():
-            chosen = self._chosen.get((part, kind_of_it))
+            chosen = self.known.chosen.get((part, kind_of_it))
             if chosen is not None:
                 form = next(itertools.islice(forms_of(module), chosen, None))
                 self._replaced[module] = found[module] = form
@@ -240,7 +287,7 @@ class FusedLayers:
         if len(linears) < len(parts):
             return None
         if module not in self._products:
-            self._products[module] = JoinedLinears(linears, packs=self._packs)
+            self._products[module] = JoinedLinears(linears, joining=self._joining)
         return self._products[module]
 
     def _mlp_forms(self, module: nn.Module) -> Iterator[MlpForward]:
@@ -259,7 +306,7 @@ class FusedLayers:
 
     def _attention_forms(self, module: nn.Module) -> Iterator[Forward]:
         """o(attention(q(x), k(x), v(x))), its products joined, norms and rotary between."""
-        asked = self._asked.get(self._kinds[module])
+        asked = self.known.asked.get(self._kinds[module])
         out = getattr(module, "o_proj", None)
         both = getattr(module, "qkv_proj", None)
         if asked is None or out is None:
@@ -322,7 +369,7 @@ def _attention_form(
     turn: Turn | None,
 ) -> Forward:
     heads, kv_heads, dim = asked.heads, asked.kv_heads, asked.key_dim
-    query_norm, key_norm = norms
+    query_norm, key_norm = (None if norm is None else norm.norm for norm in norms)
 
     def forward(
         hidden_states: Tensor,
@@ -332,10 +379,7 @@ def _attention_form(
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         query, key, value = product(hidden_states.squeeze(0))
-        if query_norm is not None:
-            query = query_norm.of_heads(query, dim)
-        if key_norm is not None:
-            key = key_norm.of_heads(key, dim)
+        query, key = norm_heads(query, key, query_norm, key_norm, dim)
         rotary = None
         if turn is not None and position_embeddings is not None:
             cos, sin = position_embeddings
@@ -361,19 +405,16 @@ def _layer_form(
     mlp: MlpForward,
     behind: tuple[_NormForm | None, _NormForm | None],
 ) -> Forward:
-    behind_attention, behind_mlp = behind
+    behind_attention, behind_mlp = (None if norm is None else norm.norm for norm in behind)
 
     def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
         hidden = hidden_states.squeeze(0)
         normed, _ = rms_norm(hidden, first.norm)
         attended, _ = attention(hidden_states=normed.unsqueeze(0), **kwargs)
-        attended = attended.squeeze(0)
-        if behind_attention is not None:
-            attended, _ = rms_norm(attended, behind_attention.norm)
-        normed, hidden = rms_norm(attended, second.norm, hidden)
+        normed, hidden = rms_norm(attended.squeeze(0), second.norm, hidden, behind_attention)
         result = mlp(normed)
         if behind_mlp is not None:
-            result, _ = rms_norm(result, behind_mlp.norm)
+            return norm_add(result, behind_mlp, hidden).unsqueeze(0)
         return (hidden + result).unsqueeze(0)
 
     return forward
@@ -390,6 +431,19 @@ def _norm_forms(module: nn.Module) -> Iterator[_NormForm]:
     for offset in (0.0, 1.0):
         for rounds_first in (True, False):
             yield _NormForm(Norm(weight, eps, offset, rounds_first))
+
+
+def _nearest_norm(module: nn.Module, call: _Call, agreeing: list[int]) -> int:
+    """Return which of some forms that agree in float32 rounds in bfloat16 as the module does."""
+    narrow = copy.deepcopy(module).to(torch.bfloat16)
+    call = _Call(tuple(x.to(torch.bfloat16) for x in call.args), call.kwargs)
+    want, _ = call.run(narrow.forward)
+    forms = list(_norm_forms(narrow))
+
+    def difference(number: int) -> float:
+        return float((call.run(forms[number])[0].float() - want.float()).abs().sum())
+
+    return min(agreeing, key=difference)
 
 
 def _asked_by(module: nn.Module, call: _Call) -> _Asked | None:
@@ -437,13 +491,46 @@ def _calls(model: PreTrainedModel) -> dict[nn.Module, _Call]:
     return calls
 
 
-def _kind(module: nn.Module) -> tuple[Any, ...]:
-    """Equal for modules that differ in their weights alone."""
+def _known_of_copy(model: PreTrainedModel, layouts: Sequence[LayerLayout]) -> Known:
+    """What the modules of a model compute, found on a copy in float32 on the CPU."""
+    short, _ = first_layers(model, layouts)
+    backbone = short.base_model
+    rows = {
+        id(module.weight): _TABLE_ROWS
+        for module in backbone.modules()
+        if isinstance(module, nn.Embedding) and (module.padding_idx or 0) < _TABLE_ROWS
+    }
+    parts = {
+        id(x): x.detach()[: rows[id(x)]] if id(x) in rows else x.detach()
+        for x in (*backbone.parameters(), *backbone.buffers())
+    }
+    size = sum(x.numel() for x in parts.values()) * torch.float32.itemsize
+    if size > _MEMORY_SHARE * memory_bytes():
+        _log.info("layers run as they are: a copy of the first ones takes %d bytes", size)
+        return Known()
+    parameters = {id(x) for x in backbone.parameters()}
+    copies: dict[int, Any] = {}  # by id of what `deepcopy` is to take as copied
+    paged = attention_implementation(attention_configs(model), STARS_PAGED)
+    with torch.inference_mode(), paged:
+        for key, x in parts.items():
+            kept = x.to("cpu", torch.float32 if x.is_floating_point() else x.dtype, copy=True)
+            copies[key] = nn.Parameter(kept, requires_grad=False) if key in parameters else kept
+        twin = copy.deepcopy(backbone, copies)
+    with backend("pytorch"):
+        return FusedLayers(twin, layouts).known
+
+
+def _kind(module: nn.Module, typed: bool) -> tuple[Any, ...]:
+    """Equal for modules that differ in their weights alone; `typed`: not in their dtypes either."""
     parts = []
     for part in module.modules():
         plain = {k: v for k, v in vars(part).items() if isinstance(v, bool | int | float | str)}
-        plain.pop("layer_idx", None)
-        shapes = tuple((n, p.shape, p.dtype) for n, p in part.named_parameters(recurse=False))
+        for name in ("layer_idx", "_is_hf_initialized"):
+            plain.pop(name, None)
+        shapes = tuple(
+            (n, p.shape, p.dtype if typed else None)
+            for n, p in part.named_parameters(recurse=False)
+        )
         parts.append((type(part), tuple(sorted(plain.items())), shapes))
     return tuple(parts)
 
@@ -470,5 +557,7 @@ def _close(want: Tensor, got: Tensor) -> bool:
     return float((want.float() - got.float()).abs().max()) <= _TOLERANCE * max(spread, 1e-30)
 
 
-#: Of each model, as long as anyone holds them.
-_FUSED: weakref.WeakValueDictionary[PreTrainedModel, FusedLayers] = weakref.WeakValueDictionary()
+#: Of each model on kernels and off them, as long as anyone holds them.
+_FUSED: weakref.WeakValueDictionary[tuple[PreTrainedModel, bool], FusedLayers] = (
+    weakref.WeakValueDictionary()
+)

@@ -25,7 +25,8 @@ class Rotary(NamedTuple):
     Attributes
     ----------
     cos, sin : Tensor
-        ``[T, D]``, D at most the head's channels; those behind stay as they are.
+        ``[T, D]``, D at most the head's channels; those behind stay as they are. Products and sums
+        are in their dtype if that is float32.
     interleaved : bool
         Whether channels 2 i and 2 i + 1 turn together, or i and i + D / 2.
     """
@@ -142,7 +143,10 @@ def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Return ``[T, heads, D]`` turned by the positions of its tokens; it may be `x` itself."""
+    """Return ``[T, heads, D]``, of the dtype of `x`, turned by its tokens' positions.
+
+    It may be `x` itself.
+    """
     if cpu.runs_on(x):
         return cpu.rotate(x, rotary.cos, rotary.sin, rotary.interleaved)
     size = rotary.cos.shape[-1]
@@ -153,7 +157,7 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
         first, second = turning.chunk(2, dim=-1)
         turned = torch.cat((-second, first), dim=-1)
     cos, sin = rotary.cos.unsqueeze(1), rotary.sin.unsqueeze(1)
-    turning = turning * cos + turned * sin
+    turning = (turning * cos + turned * sin).to(x.dtype)
     return turning if not rest.shape[-1] else torch.cat((turning, rest), dim=-1)
 
 
@@ -184,7 +188,7 @@ def rotate_append(
     Tensor
         ``[T, heads, D]``, last stride 1.
     """
-    if _on_kernels(query) and rotary.cos.dtype == query.dtype == key.dtype:
+    if _on_kernels(query) and query.dtype == key.dtype:
         from stars_fast.kernels import rotary as kernels
 
         return kernels.rotate_append(

@@ -97,8 +97,12 @@ def test_gates(dtype: torch.dtype, activation: Activation, dim: int) -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("stored", ["same", "fp8"])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "value_dim", "turning", "interleaved"),
-    [(4, 2, 8, 8, 8, False), (5, 1, 12, 6, 4, True), (9, 3, 20, 24, 6, False)],
+    ("heads", "kv_heads", "dim", "value_dim", "turning", "interleaved", "wide"),
+    [
+        (4, 2, 8, 8, 8, False, False),
+        (5, 1, 12, 6, 4, True, False),
+        (9, 3, 20, 24, 6, False, True),
+    ],
 )
 def test_rotation_and_append(
     dtype: torch.dtype,
@@ -109,13 +113,15 @@ def test_rotation_and_append(
     value_dim: int,
     turning: int,
     interleaved: bool,
+    wide: bool,
 ) -> None:
     """Queries, keys and values as parts of one product; slots that occur twice are page 0's."""
     tokens = 4
     sizes = [heads * dim, kv_heads * dim, kv_heads * value_dim]
     parts = (randn(tokens, sum(sizes), dtype=dtype) * 4).split(sizes, dim=1)
     inputs = [x.view(tokens, -1, d) for x, d in zip(parts, (dim, dim, value_dim), strict=True)]
-    rotary = Rotary(*(randn(tokens, turning, dtype=dtype, seed=s) for s in (1, 2)), interleaved)
+    table = torch.float32 if wide else dtype
+    rotary = Rotary(*(randn(tokens, turning, dtype=table, seed=s) for s in (1, 2)), interleaved)
     slots = torch.tensor([5, 0, 11, 0], device=DEVICE)
     scales = []
     if stored == "fp8":
@@ -158,7 +164,7 @@ def test_rotation_and_append(
                 *(x.new_zeros(1, 4, 1, 4),) * 2,
                 torch.zeros(2, dtype=torch.int64, device=DEVICE),
             ),
-            "rotary.cos must be torch.float32 .2, an even number up to 4",
+            "rotary.cos must be .2, an even number up to 4",
         ),
     ],
 )
