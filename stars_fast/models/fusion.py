@@ -495,6 +495,7 @@ def _known_of_copy(model: PreTrainedModel, layouts: Sequence[LayerLayout]) -> Kn
     """What the modules of a model compute, found on a copy in float32 on the CPU."""
     short, _ = first_layers(model, layouts)
     backbone = short.base_model
+    assert isinstance(backbone, PreTrainedModel)
     rows = {
         id(module.weight): _TABLE_ROWS
         for module in backbone.modules()

@@ -127,7 +127,8 @@ def _together(tensors: Sequence[Tensor]) -> Tensor:
         first = tensors[0]
         if not _are_parts(tensors, first):
             whole = torch.cat([x.detach() for x in tensors])
-            for x, part in zip(tensors, whole.split([len(x) for x in tensors]), strict=True):
+            parts = torch.split(whole, [len(x) for x in tensors])
+            for x, part in zip(tensors, parts, strict=True):
                 x.data = part
         rows = sum(len(x) for x in tensors)
         return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
