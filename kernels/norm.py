@@ -62,15 +62,17 @@ def rms_norm_kernel(  # type: ignore[no-untyped-def]
     before_offset,
     eps,
     offset,
+    scale,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     BEFORE: tl.constexpr,
+    SCALED: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BEHIND: tl.constexpr,
     BEFORE_ROUNDS_FIRST: tl.constexpr,
     ROUNDS_FIRST: tl.constexpr,
 ):
-    """Program t: norm x, add the residual, store the sum, norm it; each of these where asked."""
+    """Program t: norm x, scale it, add the residual, store the sum, norm it; each where asked."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)[None, :]
     live = at < DIM
@@ -81,6 +83,8 @@ def rms_norm_kernel(  # type: ignore[no-untyped-def]
             x, before_ptr, at, live, before_eps, before_offset, DIM, BEFORE_ROUNDS_FIRST, dtype
         )
         x = rounded(normed, dtype)
+    if SCALED:
+        x = rounded(x.to(tl.float32) * scale, dtype)
     if RESIDUAL:
         residual = tl.load(residual_ptr + token * residual_stride + at, mask=live, other=0.0)
         x = rounded(x.to(tl.float32) + residual.to(tl.float32), dtype)
@@ -154,7 +158,11 @@ def head_norms_kernel(  # type: ignore[no-untyped-def]
 
 
 def rms_norm(
-    x: Tensor, norm: Norm | None, residual: Tensor | None = None, before: Norm | None = None
+    x: Tensor,
+    norm: Norm | None,
+    residual: Tensor | None = None,
+    before: Norm | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Norm rows, one launch; see `stars_fast.ops.fused.rms_norm` and `norm_add`.
 
@@ -170,6 +178,8 @@ def rms_norm(
         Of the shape and dtype of `x`, last stride 1.
     before : Norm or None
         Applied to `x` before `residual` is added.
+    scale : float
+        Factor on `x` or what `before` makes of it; needs `residual`, unless it is 1.
 
     Returns
     -------
@@ -211,9 +221,11 @@ def rms_norm(
             0.0 if before is None else before.offset,
             0.0 if norm is None else norm.eps,
             0.0 if norm is None else norm.offset,
+            float(scale),
             DIM=dim,
             BLOCK=triton.next_power_of_2(dim),
             BEFORE=before is not None,
+            SCALED=scale != 1.0,
             RESIDUAL=residual is not None,
             BEHIND=norm is not None,
             BEFORE_ROUNDS_FIRST=before is not None and before.rounds_first,
@@ -338,6 +350,7 @@ def variants() -> list[Variant]:
                     "DIM": dim,
                     "BLOCK": triton.next_power_of_2(dim),
                     "BEFORE": before,
+                    "SCALED": False,
                     "RESIDUAL": residual,
                     "BEHIND": True,
                     "BEFORE_ROUNDS_FIRST": rounds_first,
@@ -352,7 +365,7 @@ def variants() -> list[Variant]:
                             **pointers,
                             **dict.fromkeys(("x_stride", "residual_stride"), "i32"),
                             **dict.fromkeys(
-                                ("before_eps", "before_offset", "eps", "offset"), "fp32"
+                                ("before_eps", "before_offset", "eps", "offset", "scale"), "fp32"
                             ),
                             **dict.fromkeys(flags, "constexpr"),
                         },

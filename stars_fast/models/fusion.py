@@ -14,16 +14,19 @@ tests, and for the check of the whole model at load.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from stars_fast.models.first_layers import first_layers
@@ -79,9 +82,13 @@ _TURNS: tuple[Turn, ...] = (
 
 @dataclass
 class _Seen:
-    """Queries, keys and options of the attention calls of a forward, which returns its values."""
+    """Queries, keys and options of the attention calls of a forward, which returns its values.
+
+    Queries by their factor: a model may multiply them with it before the call.
+    """
 
     calls: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    scalings: list[float] = field(default_factory=list)
     options: list[dict[str, Any]] = field(default_factory=list)
 
     def __call__(
@@ -98,8 +105,9 @@ class _Seen:
         """Record a call, see `LayerAttention`."""
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
-        self.calls.append((query.clone(), key.clone()))
-        self.options.append({"scaling": scaling, "softcap": softcap, "sinks": sinks})
+        self.calls.append((query * scaling, key.clone()))
+        self.scalings.append(scaling)
+        self.options.append({"softcap": softcap, "sinks": sinks})
         return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
 
 
@@ -184,6 +192,7 @@ class FusedLayers:
         self._mlps: dict[nn.Module, MlpForward] = {}
         self._attentions: dict[nn.Module, Forward] = {}
         self._layers: dict[nn.Module, Forward] = {}
+        self._rotaries: Any = WeakIdKeyDictionary()  # by a forward's table of cosines
         self._calls = len(layouts)
         self._replaced: dict[nn.Module, Forward] = {}
         # C++ reads what it is given as float32; the other forms ask each tensor for its dtype.
@@ -201,6 +210,9 @@ class FusedLayers:
                 found = _calls(first_layers(model, layouts)[0])
                 calls = {m: call for m, call in found.items() if m in self._kinds}
             self._replace(calls, "norm", _norm_forms, self._norms)
+            if not self._typed:  # in C++ it would be another rounding, and no less time
+                self._replace(calls, "activation", _activation_forms, {})
+                self._replace(calls, "layer norm", _layer_norm_forms, {})
             self._replace(calls, "mlp", self._mlp_forms, self._mlps)
             for module, call in calls.items():
                 if (asked := _asked_by(module, call)) is not None:
@@ -307,15 +319,10 @@ class FusedLayers:
     def _attention_forms(self, module: nn.Module) -> Iterator[Forward]:
         """o(attention(q(x), k(x), v(x))), its products joined, norms and rotary between."""
         asked = self.known.asked.get(self._kinds[module])
-        out = getattr(module, "o_proj", None)
-        both = getattr(module, "qkv_proj", None)
+        out = _out_of(module)
         if asked is None or out is None:
             return
-        product: Product | None = self._join(module, ("q_proj", "k_proj", "v_proj"))
-        if isinstance(both, nn.Linear):
-            sizes = [asked.heads * asked.key_dim, asked.kv_heads * asked.key_dim]
-            sizes.append(both.out_features - sum(sizes))
-            product = lambda x: both(x).split(sizes, dim=-1)  # noqa: E731
+        product = self._attention_product(module, asked)
         if product is None:
             return
         norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
@@ -323,16 +330,45 @@ class FusedLayers:
             return
         normed = [None if norm is None else self._norms[norm] for norm in norms]
         sinks = None if asked.sinks is None else getattr(module, asked.sinks)
-        for turn in (*_TURNS, None):
-            yield _attention_form(product, out, normed, asked, sinks, turn)
+        scalings = [asked.scaling]
+        own = getattr(module, "scaling", None)
+        if not self._typed and asked.scaling == 1.0 and isinstance(own, float):  # OPT
+            scalings.append(own)
+        for scaling in scalings:
+            scaled = replace(asked, scaling=scaling)
+            for turn in _TURNS:
+                turned = functools.partial(self._turned, turn)
+                yield _attention_form(product, out, normed, scaled, sinks, turned)
+            yield _attention_form(product, out, normed, scaled, sinks, None)
+
+    def _attention_product(self, module: nn.Module, asked: _Asked) -> Product | None:
+        """Return what gives queries, keys and values of an attention module."""
+        both = getattr(module, "qkv_proj", None)
+        if isinstance(both, nn.Linear):
+            sizes = [asked.heads * asked.key_dim, asked.kv_heads * asked.key_dim]
+            sizes.append(both.out_features - sum(sizes))
+            return lambda x: both(x).split(sizes, dim=-1)
+        by_head = getattr(module, "query_key_value", None)  # GPT-NeoX
+        if isinstance(by_head, nn.Linear) and not self._typed:
+            return lambda x: by_head(x).view(len(x), asked.heads, -1).chunk(3, dim=-1)
+        return self._join(module, ("q_proj", "k_proj", "v_proj"))
+
+    def _turned(self, turn: Turn, cos: Tensor, sin: Tensor) -> Rotary:
+        """Return what `turn` makes of a forward's tables, once for all its layers."""
+        if turn is Rotary:
+            return Rotary(cos.squeeze(0), sin.squeeze(0))
+        made = self._rotaries.setdefault(cos, {})
+        if turn not in made:
+            made[turn] = turn(cos.squeeze(0), sin.squeeze(0))
+        found: Rotary = made[turn]
+        return found
 
     def _layer_forms(self, module: nn.Module) -> Iterator[Forward]:
         """Add attention(norm(x)) to x, then the same with the MLP; norms may follow both."""
         parts = dict(module.named_children())
         attention = self._attentions.get(parts.get("self_attn"))  # type: ignore[arg-type]
         mlp = parts.get("mlp")
-        first = self._norms.get(parts.get("input_layernorm"))  # type: ignore[arg-type]
-        if attention is None or mlp is None or first is None:
+        if attention is None or mlp is None:
             return
         run_mlp = self._mlps.get(mlp, mlp)
 
@@ -340,15 +376,23 @@ class FusedLayers:
             found = [self._norms[parts[n]] for n in names if parts.get(n) in self._norms]
             return found[0] if found else None
 
+        first = norm("input_layernorm")
+        scale = getattr(module, "residual_multiplier", 1.0)  # Granite
+        if self._typed and (first is None or scale != 1.0):
+            return
+
         before = norm("pre_feedforward_layernorm")
         if before is not None:  # Gemma 2 and 3
             behind = norm("post_attention_layernorm"), norm("post_feedforward_layernorm")
         else:
             before = norm("post_attention_layernorm")
             behind = norm("post_self_attn_layernorm"), norm("post_mlp_layernorm")  # GLM 4
-        if before is None:
-            return
-        yield _layer_form(first, attention, before, run_mlp, behind)
+        if first is None and before is not None and behind[1] is None:  # OLMo 2
+            behind = before, norm("post_feedforward_layernorm")
+        if first is None and behind[0] is not None and behind[1] is not None:
+            yield _layer_form_behind(attention, run_mlp, behind[0], behind[1])
+        if first is not None and before is not None:
+            yield _layer_form(first, attention, before, run_mlp, behind, scale)
 
 
 def _mlp_form(product: Product, down: nn.Linear, act: Activation) -> MlpForward:
@@ -382,8 +426,7 @@ def _attention_form(
         query, key = norm_heads(query, key, query_norm, key_norm, dim)
         rotary = None
         if turn is not None and position_embeddings is not None:
-            cos, sin = position_embeddings
-            rotary = turn(cos.squeeze(0), sin.squeeze(0))
+            rotary = turn(*position_embeddings)
         attended = stars_attention(
             query.view(-1, heads, dim),
             key.view(-1, kv_heads, dim),
@@ -404,6 +447,7 @@ def _layer_form(
     second: _NormForm,
     mlp: MlpForward,
     behind: tuple[_NormForm | None, _NormForm | None],
+    scale: float,
 ) -> Forward:
     behind_attention, behind_mlp = (None if norm is None else norm.norm for norm in behind)
 
@@ -411,11 +455,22 @@ def _layer_form(
         hidden = hidden_states.squeeze(0)
         normed, _ = rms_norm(hidden, first.norm)
         attended, _ = attention(hidden_states=normed.unsqueeze(0), **kwargs)
-        normed, hidden = rms_norm(attended.squeeze(0), second.norm, hidden, behind_attention)
+        normed, hidden = rms_norm(attended.squeeze(0), second.norm, hidden, behind_attention, scale)
         result = mlp(normed)
-        if behind_mlp is not None:
-            return norm_add(result, behind_mlp, hidden).unsqueeze(0)
-        return (hidden + result).unsqueeze(0)
+        if behind_mlp is None and scale == 1.0:
+            return (hidden + result).unsqueeze(0)
+        return norm_add(result, behind_mlp, hidden, scale).unsqueeze(0)
+
+    return forward
+
+
+def _layer_form_behind(
+    attention: Forward, mlp: MlpForward, behind_attention: _NormForm, behind_mlp: _NormForm
+) -> Forward:
+    def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        attended, _ = attention(hidden_states=hidden_states, **kwargs)
+        hidden = norm_add(attended.squeeze(0), behind_attention.norm, hidden_states.squeeze(0))
+        return norm_add(mlp(hidden), behind_mlp.norm, hidden).unsqueeze(0)
 
     return forward
 
@@ -433,6 +488,22 @@ def _norm_forms(module: nn.Module) -> Iterator[_NormForm]:
             yield _NormForm(Norm(weight, eps, offset, rounds_first))
 
 
+def _activation_forms(module: nn.Module) -> Iterator[Forward]:
+    """GELU's tanh form, which some models write as eight operators."""
+    if not list(module.children()) and not list(module.parameters()):
+        yield functools.partial(F.gelu, approximate="tanh")
+
+
+def _layer_norm_forms(module: nn.Module) -> Iterator[Forward]:
+    """Layer norm without bias, which Cohere's models write out."""
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    names = [name for name, _ in module.named_parameters()]
+    if names == ["weight"] and isinstance(eps, float):
+        assert isinstance(weight, Tensor)
+        if weight.ndim == 1:
+            yield lambda x: F.layer_norm(x, weight.shape, weight, None, eps)
+
+
 def _nearest_norm(module: nn.Module, call: _Call, agreeing: list[int]) -> int:
     """Return which of some forms that agree in float32 rounds in bfloat16 as the module does."""
     narrow = copy.deepcopy(module).to(torch.bfloat16)
@@ -446,9 +517,15 @@ def _nearest_norm(module: nn.Module, call: _Call, agreeing: list[int]) -> int:
     return min(agreeing, key=difference)
 
 
+def _out_of(module: nn.Module) -> nn.Module | None:
+    """Return an attention module's product behind the attention."""
+    found = (getattr(module, name, None) for name in ("o_proj", "out_proj", "dense"))
+    return next((x for x in found if isinstance(x, nn.Module)), None)
+
+
 def _asked_by(module: nn.Module, call: _Call) -> _Asked | None:
     """What a module asks attention for, if it calls it once, with a parameter of its own."""
-    if "stars_attention" not in call.kwargs or getattr(module, "o_proj", None) is None:
+    if "stars_attention" not in call.kwargs or _out_of(module) is None:
         return None
     _, seen = call.run(module.forward)
     if len(seen.calls) != 1:
@@ -462,7 +539,7 @@ def _asked_by(module: nn.Module, call: _Call) -> _Asked | None:
         query.shape[1],
         key.shape[1],
         query.shape[2],
-        options["scaling"],
+        seen.scalings[0],
         options["softcap"],
         names.get(id(sinks)),
     )

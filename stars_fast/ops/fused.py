@@ -58,7 +58,11 @@ class Norm(NamedTuple):
 
 
 def rms_norm(
-    x: Tensor, norm: Norm, residual: Tensor | None = None, before: Norm | None = None
+    x: Tensor,
+    norm: Norm,
+    residual: Tensor | None = None,
+    before: Norm | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Normalise over the last dimension, after a residual is added.
 
@@ -72,6 +76,8 @@ def rms_norm(
         Of the shape of `x`.
     before : Norm or None
         Normalises `x` first, before the residual is added.
+    scale : float
+        Factor on what is added to the residual.
 
     Returns
     -------
@@ -79,15 +85,13 @@ def rms_norm(
         The result, contiguous, and what was normalised: `x`, or x + residual.
     """
     if cpu.runs_on(x):
-        if before is not None:
-            x, _ = rms_norm(x, before)
+        x = _to_add(x, before, scale)
         return cpu.rms_norm(x, norm.weight, norm.eps, norm.offset, residual)
     if x.ndim == 2 and _on_kernels(x):
         from stars_fast.kernels import norm as kernels
 
-        return kernels.rms_norm(x, norm, residual, before)
-    if before is not None:
-        x, _ = rms_norm(x, before)
+        return kernels.rms_norm(x, norm, residual, before, scale)
+    x = _to_add(x, before, scale)
     if residual is not None:
         x = x + residual
     wide = x.to(torch.float32)
@@ -97,13 +101,19 @@ def rms_norm(
     return (wide * (norm.weight.to(torch.float32) + norm.offset)).to(x.dtype), x
 
 
-def norm_add(x: Tensor, norm: Norm, residual: Tensor) -> Tensor:
-    """Return residual + norm(x), ``[T, D]``."""
+def norm_add(x: Tensor, norm: Norm | None, residual: Tensor, scale: float = 1.0) -> Tensor:
+    """Return residual + scale * norm(x), ``[T, D]``."""
     if _on_kernels(x):
         from stars_fast.kernels import norm as kernels
 
-        return kernels.rms_norm(x, None, residual, norm)[1]
-    return residual + rms_norm(x, norm)[0]
+        return kernels.rms_norm(x, None, residual, norm, scale)[1]
+    return residual + _to_add(x, norm, scale)
+
+
+def _to_add(x: Tensor, norm: Norm | None, scale: float) -> Tensor:
+    if norm is not None:
+        x, _ = rms_norm(x, norm)
+    return x if scale == 1.0 else x * scale
 
 
 def norm_heads(

@@ -58,8 +58,9 @@ def test_norms(dtype: torch.dtype, dim: int, offset: float, rounds_first: bool, 
     )
     if parts == "add":
         close(*both(norm_add, x, norm, residual))
+        close(*both(norm_add, x, None, residual, 0.37))
         return
-    args = {"alone": (), "residual": (residual,), "between": (residual, before)}[parts]
+    args = {"alone": (), "residual": (residual,), "between": (residual, before, 0.37)}[parts]
     (got, total), (want, wanted) = both(rms_norm, x, norm, *args)
     close(got, want)
     close(total, wanted)
