@@ -25,12 +25,14 @@ from transformers.generation.logits_process import (
 )
 
 from stars_fast import ops
+from stars_fast.config import Backend
 from stars_fast.kernels import pages as page_kernels
 from stars_fast.kernels.attention import attention, choose_tiles
 from stars_fast.kernels.attention_plan import AttentionPlan
 from stars_fast.kernels.sample import sample
 from stars_fast.ops.attention import AttentionOptions
 from stars_fast.ops.batch import RowBatch
+from stars_fast.ops.fused import Norm, Rotary, gated, rms_norm, rotate_append
 
 Job = Callable[[int], Any]  # takes the number of an input set
 
@@ -163,6 +165,9 @@ def all_cases(size: Size, device: torch.device) -> Iterator[Case]:
         yield from sample_cases(size, rows, device)
     yield fork_case(size, device)
     yield append_case(size, device)
+    yield norm_case(size, device)
+    yield gate_case(size, device)
+    yield rotation_case(size, device)
     yield from decode_cases(size, device)
     yield prefill_case(size, device)
     yield score_case(size, device)
@@ -337,6 +342,80 @@ def append_case(size: Size, device: torch.device) -> Case:
         check=check,
         least_bytes=2 * 2 * key.numel() * size.dtype.itemsize,
         others={"torch": by_torch},
+    )
+
+
+# Between a layer's products
+
+
+def norm_case(size: Size, device: torch.device) -> Case:
+    """The residual and the norm in front of an MLP, of every row of a decode step."""
+    rows, dim = size.requests * size.candidates, size.kv_heads * size.heads_per_kv * size.head_dim
+    x, residual = (torch.randn((rows, dim), device=device).to(size.dtype) for _ in range(2))
+    norm = Norm(torch.ones(dim, device=device, dtype=size.dtype), 1e-6)
+    return _fused_case(
+        f"norm {rows} x {dim} {_short(size.dtype)}",
+        lambda: rms_norm(x, norm, residual),
+        4 * x.nbytes,
+    )
+
+
+def gate_case(size: Size, device: torch.device) -> Case:
+    """The gate of an MLP, of every row of a decode step."""
+    rows, dim = size.requests * size.candidates, 3 * size.kv_heads * size.head_dim
+    both = torch.randn((rows, 2 * dim), device=device).to(size.dtype)
+    return _fused_case(
+        f"gate {rows} x {dim} {_short(size.dtype)}",
+        lambda: gated(both[:, :dim], both[:, dim:], "silu"),
+        both.nbytes * 3 // 2,
+    )
+
+
+def rotation_case(size: Size, device: torch.device) -> Case:
+    """Rotation and append of every row of a decode step, in one layer."""
+    rows, dim, kv_heads = size.requests * size.candidates, size.head_dim, size.kv_heads
+    heads = (kv_heads * size.heads_per_kv, kv_heads, kv_heads)
+    query, key, value = (
+        torch.randn((rows, count, dim), device=device).to(size.dtype) for count in heads
+    )
+    cos, sin = torch.randn((2, rows, dim), device=device).to(size.dtype)
+    rotary = Rotary(cos, sin)
+    shape = (rows + 1, PAGE_SIZE, kv_heads, dim)
+    k, v = (torch.zeros(shape, dtype=size.dtype, device=device) for _ in range(2))
+    slots = (torch.arange(rows, device=device) + 1) * PAGE_SIZE + 3
+
+    def run() -> tuple[Tensor, ...]:
+        turned = rotate_append(query, key, value, rotary, k, v, slots)
+        return turned, k.flatten(0, 1)[slots], v.flatten(0, 1)[slots]
+
+    return _fused_case(
+        f"rotate and append {rows} tokens, 1 layer {_short(size.dtype)}",
+        lambda: rotate_append(query, key, value, rotary, k, v, slots),
+        2 * sum(x.nbytes for x in (query, key, value, cos)),
+        run,
+    )
+
+
+def _fused_case(
+    name: str, job: Callable[[], Any], least_bytes: int, results: Callable[[], Any] | None = None
+) -> Case:
+    """An operator of `ops.fused`, against its form in PyTorch."""
+
+    def on(form: Backend, run: Callable[[], Any]) -> Any:  # noqa: ANN401
+        with ops.backend(form):
+            return run()
+
+    def check() -> None:
+        run = results or job
+        got, want = on("triton", run), on("pytorch", run)
+        torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
+
+    return Case(
+        name=name,
+        ours=lambda _: on("triton", job),
+        check=check,
+        least_bytes=least_bytes,
+        others={"torch": lambda _: on("pytorch", job)},
     )
 
 

@@ -27,6 +27,7 @@ from stars_fast.kernels.attention_plan import (
     IntArray,
     queries_per_tile,
 )
+from stars_fast.kernels.rounding import INTERPRETED
 
 if TYPE_CHECKING:
     from stars_fast.ops.attention import AttentionOptions
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 SPLIT_TOKENS = 512  # of a prefix that is split; fixed, so that results do not depend on the batch
 
 _LOG2E = math.log2(math.e)
-_INTERPRETED = not isinstance(attention_kernel, triton.JITFunction)
 _SPLIT_ROWS = 512  # queries times heads of a group, up to which prefixes are split
 _NARROW_ROWS = 64  # of a program's tile where larger ones spill
 _WARPS = 16  # of all programs per multiprocessor: about twice what it holds at once
@@ -144,7 +144,6 @@ def attention(
         SINKS=sinks is not None,
         SCALED=scaled,
         E4M3_BITS=e4m3_bits,
-        INTERPRETED=_INTERPRETED,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip
@@ -152,7 +151,7 @@ def attention(
         merge_kernel[(_programs(query.device, _MERGE_PROGRAMS, plan.capacity.merges * heads),)](
             partial, lse, out, plan.merges, plan.num_merges, sinks if sinks is not None else like,
             HEADS=heads, VALUE_DIM=value_dim, BLOCK_S=_MERGE_SPLITS, BLOCK_DV=_block_d(value_dim),
-            SINKS=sinks is not None, INTERPRETED=_INTERPRETED, num_warps=_MERGE_WARPS,
+            SINKS=sinks is not None, num_warps=_MERGE_WARPS,
         )  # fmt: skip
     return out
 
@@ -251,7 +250,6 @@ def _attention_variants() -> Iterator[Variant]:
             "SINKS": full,
             "SCALED": pages != "",
             "E4M3_BITS": pages == "u8",
-            "INTERPRETED": False,
         }
         types = {
             **dict.fromkeys(("query_ptr", "out_ptr", "sinks_ptr"), f"*{short}"),
@@ -279,7 +277,6 @@ def _merge_variants() -> Iterator[Variant]:
             "BLOCK_S": _MERGE_SPLITS,
             "BLOCK_DV": _block_d(dim),
             "SINKS": sinks,
-            "INTERPRETED": False,
         }
         types = {
             **dict.fromkeys(("out_ptr", "sinks_ptr"), f"*{short}"),
@@ -332,7 +329,7 @@ def _programs(device: torch.device, per_multiprocessor: int, work: int) -> int:
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    if _INTERPRETED:
+    if INTERPRETED.value:
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
@@ -340,7 +337,7 @@ def _multiprocessors(device: torch.device) -> int:
 @functools.cache
 def _capability(device: torch.device) -> int:
     """Compute capability such as 90; the interpreter's is below all, so it has no float8."""
-    if _INTERPRETED:
+    if INTERPRETED.value:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return int(major) * 10 + int(minor)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from stars_fast.kernels.rounding import INTERPRETED, rounded
+
 LOG2E = tl.constexpr(1.4426950408889634)
 # The running maximum starts finite, so that masked scores, -inf, never meet another -inf.
 _NO_SCORE = tl.constexpr(-1.0e30)
@@ -19,15 +21,6 @@ def _tanh(x):  # type: ignore[no-untyped-def]
     t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))  # in (0, 1]: no overflow on either side
     y = (1.0 - t) / (1.0 + t)
     return tl.where(x < 0, -y, y)
-
-
-@triton.jit
-def _rounded(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Cast float32 to the nearest of `dtype`; the interpreter would cut bfloat16 off."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
-    return x.to(dtype)
 
 
 @triton.jit
@@ -112,7 +105,6 @@ def _attend_block(  # type: ignore[no-untyped-def]
     BLOCK_DV: tl.constexpr,
     SOFTCAP: tl.constexpr,
     E4M3_BITS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """Add a block of keys to the running maximum, sum of weights and weighted sum of values."""
     key = _load_block(k_base, slot, valid, dtype, KEY_STRIDE, KEY_DIM, BLOCK_DK, E4M3_BITS)
@@ -127,7 +119,7 @@ def _attend_block(  # type: ignore[no-untyped-def]
     decay = tl.exp2(top - new_top)
     total = total * decay + tl.sum(weight, 1)
     value = _load_block(v_base, slot, valid, dtype, VALUE_STRIDE, VALUE_DIM, BLOCK_DV, E4M3_BITS)
-    weight = _rounded(weight, dtype, INTERPRETED)
+    weight = rounded(weight, dtype)
     if INTERPRETED:
         weight = weight.to(tl.float32)
         value = value.to(tl.float32)
@@ -178,7 +170,6 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     SINKS: tl.constexpr,
     SCALED: tl.constexpr,
     E4M3_BITS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """Each program takes every P-th (item, part of its queries, KV head, chunk of its heads)."""
     HEADS: tl.constexpr = KV_HEADS * HEADS_PER_KV
@@ -264,7 +255,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
             top, total, acc = _attend_block(
                 query, k_base, v_base, slot, valid, seen, scale, cap, top, total, acc, dtype,
                 KV_HEADS * KEY_DIM, KV_HEADS * VALUE_DIM, KEY_DIM, VALUE_DIM, BLOCK_DK, BLOCK_DV,
-                SOFTCAP, E4M3_BITS, INTERPRETED,
+                SOFTCAP, E4M3_BITS,
             )  # fmt: skip
 
         # The rows' own tokens, each row's from a multiple of a power of two: where a row stands in
@@ -304,7 +295,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
             top, total, acc = _attend_block(
                 query, k_base, v_base, slot, valid, seen, scale, cap, top, total, acc, dtype,
                 KV_HEADS * KEY_DIM, KV_HEADS * VALUE_DIM, KEY_DIM, VALUE_DIM, BLOCK_DK, BLOCK_DV,
-                SOFTCAP, E4M3_BITS, INTERPRETED,
+                SOFTCAP, E4M3_BITS,
             )  # fmt: skip
 
         # Recomputed, from an m that only we know to be the same: the registers that would
@@ -337,7 +328,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
             norm = tl.where(total > 0, total, 1.0)
             to = (first_query + m // CHUNK).to(tl.int64) * HEADS + head
             element = to[:, None] * VALUE_DIM + dv[None, :]
-            result = _rounded(acc * (1.0 / norm)[:, None], dtype, INTERPRETED)
+            result = rounded(acc * (1.0 / norm)[:, None], dtype)
             tl.store(out_ptr + element, result, mask=mask)
 
 
@@ -354,7 +345,6 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     BLOCK_S: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     SINKS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """Each program takes every P-th (query, head) and weighs its partials by log-sum-exp."""
     d = tl.arange(0, BLOCK_DV)
@@ -388,5 +378,5 @@ def merge_kernel(  # type: ignore[no-untyped-def]
             total += tl.exp2(tl.load(sinks_ptr + head).to(tl.float32) * LOG2E - top)
         total = tl.where(total > 0, total, 1.0)
         at = (query.to(tl.int64) * HEADS + head) * VALUE_DIM + d
-        result = _rounded(acc / total, out_ptr.dtype.element_ty, INTERPRETED)
+        result = rounded(acc / total, out_ptr.dtype.element_ty)
         tl.store(out_ptr + at, result, mask=d < VALUE_DIM)

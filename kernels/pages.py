@@ -22,7 +22,7 @@ _WARPS = 4
 
 # Bytes of an access, and the words it is made of: the widest that divides every token is used.
 _CHUNKS = {16: (tl.int32, 4), 4: (tl.int32, 1), 2: (tl.int16, 1), 1: (tl.int8, 1)}
-_TYPES = {
+PAGE_TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -61,7 +61,7 @@ def copy_pages_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scaled(x, scale):  # type: ignore[no-untyped-def]
+def scaled(x, scale):  # type: ignore[no-untyped-def]
     """Divide, clamp and round to what float8_e4m3fn holds, so that the cast is exact.
 
     Not every Triton casts to it well: some truncate, and the interpreter loses carries.
@@ -107,7 +107,7 @@ def kv_append_kernel(  # type: ignore[no-untyped-def]
         key_ptr + token * key_token_stride + head * key_head_stride + at, mask=live, other=0.0
     )
     if SCALED:
-        key = _scaled(key, tl.load(k_scale_ptr + head, mask=head < HEADS, other=1.0))
+        key = scaled(key, tl.load(k_scale_ptr + head, mask=head < HEADS, other=1.0))
     into = k_ptr + slot * (HEADS * KEY_DIM) + head * KEY_DIM + at
     tl.store(into, key.to(k_ptr.dtype.element_ty), mask=live)
 
@@ -119,7 +119,7 @@ def kv_append_kernel(  # type: ignore[no-untyped-def]
         other=0.0,
     )
     if SCALED:
-        value = _scaled(value, tl.load(v_scale_ptr + head, mask=head < HEADS, other=1.0))
+        value = scaled(value, tl.load(v_scale_ptr + head, mask=head < HEADS, other=1.0))
     into = v_ptr + slot * (HEADS * VALUE_DIM) + head * VALUE_DIM + at
     tl.store(into, value.to(v_ptr.dtype.element_ty), mask=live)
 
@@ -268,31 +268,8 @@ def kv_append(
     ValueError
         If a shape, dtype or device does not fit.
     """
+    check_append(k_pages, v_pages, key, value, slots, k_scale, v_scale)
     tokens, heads = key.shape[:2]
-    for name, tensor, pages in (("key", key, k_pages), ("value", value, v_pages)):
-        want = (tokens, *pages.shape[2:])
-        if tensor.shape != want or tensor.stride(-1) != 1 or tensor.device != pages.device:
-            raise ValueError(
-                f"{name} must have shape {list(want)}, last stride 1, on {pages.device}; got "
-                f"{list(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
-            )
-        if not pages.is_contiguous() or pages.dtype not in _TYPES:
-            raise ValueError(
-                f"{name[0]}_pages must be contiguous, of {', '.join(map(str, _TYPES))}; got "
-                f"strides {pages.stride()} of {pages.dtype}"
-            )
-    if slots.shape != (tokens,) or slots.dtype != torch.int64:
-        raise ValueError(
-            f"slots must be int64 of shape [{tokens}], got {slots.dtype} of {list(slots.shape)}"
-        )
-    if (k_scale is None) != (v_scale is None):
-        raise ValueError("k_scale and v_scale go together: one of them is None")
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if scale is not None and (scale.shape != (heads,) or scale.dtype != torch.float32):
-            raise ValueError(
-                f"{name} must be float32 of shape [{heads}], got {scale.dtype} of "
-                f"{list(scale.shape)}"
-            )
     if tokens == 0:
         return
     kv_append_kernel[(tokens,)](
@@ -311,6 +288,43 @@ def kv_append(
         SCALED=k_scale is not None,
         num_warps=_WARPS,
     )
+
+
+def check_append(
+    k_pages: Tensor,
+    v_pages: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    """Raise ValueError unless the arguments of `kv_append` fit each other."""
+    tokens, heads = key.shape[:2]
+    for name, tensor, pages in (("key", key, k_pages), ("value", value, v_pages)):
+        want = (tokens, *pages.shape[2:])
+        if tensor.shape != want or tensor.stride(-1) != 1 or tensor.device != pages.device:
+            raise ValueError(
+                f"{name} must have shape {list(want)}, last stride 1, on {pages.device}; got "
+                f"{list(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
+            )
+        if not pages.is_contiguous() or pages.dtype not in PAGE_TYPES:
+            raise ValueError(
+                f"{name[0]}_pages must be contiguous, of {', '.join(map(str, PAGE_TYPES))}; got "
+                f"strides {pages.stride()} of {pages.dtype}"
+            )
+    if slots.shape != (tokens,) or slots.dtype != torch.int64:
+        raise ValueError(
+            f"slots must be int64 of shape [{tokens}], got {slots.dtype} of {list(slots.shape)}"
+        )
+    if (k_scale is None) != (v_scale is None):
+        raise ValueError("k_scale and v_scale go together: one of them is None")
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None and (scale.shape != (heads,) or scale.dtype != torch.float32):
+            raise ValueError(
+                f"{name} must be float32 of shape [{heads}], got {scale.dtype} of "
+                f"{list(scale.shape)}"
+            )
 
 
 def _append_blocks(heads: int, key_dim: int, value_dim: int) -> dict[str, int]:
@@ -344,19 +358,19 @@ def variants() -> list[Variant]:
         )
     strides = ("key_token", "key_head", "value_token", "value_head")
     for dtype, stored in (
-        *((dtype, dtype) for dtype in _TYPES if dtype != torch.float8_e4m3fn),
+        *((dtype, dtype) for dtype in PAGE_TYPES if dtype != torch.float8_e4m3fn),
         (torch.bfloat16, torch.float8_e4m3fn),
     ):
         for dim in (64, 128, 256):
-            scaled = stored != dtype
-            scale = "*fp32" if scaled else "constexpr"
+            is_scaled = stored != dtype
+            scale = "*fp32" if is_scaled else "constexpr"
             found.append(
                 Variant(
-                    f"kv_append {_TYPES[dtype]} to {_TYPES[stored]}, 8 heads of {dim}",
+                    f"kv_append {PAGE_TYPES[dtype]} to {PAGE_TYPES[stored]}, 8 heads of {dim}",
                     kv_append_kernel,
                     {
-                        **dict.fromkeys(("k_ptr", "v_ptr"), f"*{_TYPES[stored]}"),
-                        **dict.fromkeys(("key_ptr", "value_ptr"), f"*{_TYPES[dtype]}"),
+                        **dict.fromkeys(("k_ptr", "v_ptr"), f"*{PAGE_TYPES[stored]}"),
+                        **dict.fromkeys(("key_ptr", "value_ptr"), f"*{PAGE_TYPES[dtype]}"),
                         "slots_ptr": "*i64",
                         "k_scale_ptr": scale,
                         "v_scale_ptr": scale,
@@ -366,11 +380,11 @@ def variants() -> list[Variant]:
                     },
                     {
                         **_append_blocks(8, dim, dim),
-                        "SCALED": scaled,
-                        **({} if scaled else {"k_scale_ptr": None, "v_scale_ptr": None}),
+                        "SCALED": is_scaled,
+                        **({} if is_scaled else {"k_scale_ptr": None, "v_scale_ptr": None}),
                     },
                     num_warps=_WARPS,
-                    capabilities=(90, 100) if scaled else ARCHITECTURES,
+                    capabilities=(90, 100) if is_scaled else ARCHITECTURES,
                     aligned=frozenset(
                         {"k_ptr", "v_ptr", "key_ptr", "value_ptr"}
                         | {f"{name}_stride" for name in strides}

@@ -2,11 +2,14 @@
 
 Rounds differ in their rows, prefixes and lengths. All of that is written to tensors that never
 move, and a graph is captured for *buckets* of rows only: a round runs in the smallest bucket that
-holds it, its spare rows on the null page, neither sampled nor counted.
+holds it, its spare rows on the null page, neither sampled nor counted. The usual steps are captured
+at load; a round that needs another one waits for its capture, and is counted.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,11 +24,15 @@ from stars_fast.kernels.attention import Tiles
 from stars_fast.models.kernel_attention import DecodeCapacity, KernelDecode
 from stars_fast.models.paged import PagedModel
 
+_log = logging.getLogger(__name__)
+
 # What a bucket holds at least, so that few rounds outgrow one.
 _NEW_TOKENS = 64
 _PREFIX_TOKENS = 2048
 _STOP_IDS = 4
 _SEEN = 256
+_FINE_ROWS = 64  # from which on the buckets are so many rows apart:
+_ROWS_APART = 16
 
 # Rows, tiles by query heads per KV head, and what the steps look at.
 _Key = tuple[int, tuple[tuple[int, Tiles], ...], StepNeeds]
@@ -40,6 +47,11 @@ class CapturedDrafter:
         The language model, on the Triton backend.
     segment_ends, known
         See `EagerDrafter`.
+
+    Attributes
+    ----------
+    capture_waits
+        Rounds that waited for a step to be captured.
     """
 
     def __init__(
@@ -53,11 +65,32 @@ class CapturedDrafter:
         self._known = known
         self._buckets: dict[_Key, _Bucket] = {}
         self._memory = GraphMemory(model.device) if model.device.type == "cuda" else None
+        self.capture_waits = 0
 
     @property
     def captures(self) -> dict[_Key, bool]:
         """Whether each bucket is a CUDA graph, by its key."""
         return {key: bucket.graph.captured for key, bucket in self._buckets.items()}
+
+    def capture(self, max_rows: int) -> None:
+        """Capture the steps of rounds of up to so many rows, the largest first.
+
+        Those of plain rows, in groups of one: as the tiles are the same, also of a few each. Does
+        nothing on a CPU. Ends at the first that cannot be captured.
+        """
+        if self._memory is None:
+            return
+        begun, needs = time.perf_counter(), StepNeeds()
+        columns = _Columns(1, Widths(0, 0))
+        with self._model.on_backend():
+            tiles = self._model.decode_tiles(1)
+            for rows in reversed(buckets(max_rows)):
+                needed = DecodeCapacity(rows, page_entries=0, new_tokens=0, prefix_tokens=0)
+                bucket = self._make((rows, tuple(tiles.items()), needs), needed, tiles, columns)
+                if not bucket.graph.captured:
+                    return
+        took = time.perf_counter() - begun
+        _log.info("captured %d steps in %.1f s", len(self._buckets), took)
 
     def draft(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Draft:
         """Draw the segments of a round; see `Drafter.draft`."""
@@ -83,29 +116,37 @@ class CapturedDrafter:
         key = needed.rows, tuple(tiles.items()), needs
         bucket = self._buckets.get(key)
         if bucket is None or not bucket.holds(needed, columns):
-            width = max(_NEW_TOKENS, needed.new_tokens)
-            prefix = max(_PREFIX_TOKENS, needed.prefix_tokens)
-            pages = -(-prefix // self._model.page_size) + 2  # padding, and one begun
-            roomy = DecodeCapacity(
-                rows=needed.rows,
-                page_entries=_power_of_two(max(needed.page_entries, needed.rows * pages)),
-                new_tokens=_power_of_two(width),
-                prefix_tokens=_power_of_two(prefix),
-            )
-            # The old graph first: the new one takes its memory.
-            self._buckets.pop(key, None)
+            self.capture_waits += 1
             del bucket
-            bucket = _Bucket.make(
-                self._model,
-                roomy,
-                tiles,
-                columns.rounded_up(adjusts=needs.adjusts),
-                self._memory,
-                needs,
-                self._segment_ends() if needs.ends_early else None,
-                self._known,
-            )
-            self._buckets[key] = bucket
+            bucket = self._make(key, needed, tiles, columns)
+        return bucket
+
+    def _make(
+        self, key: _Key, needed: DecodeCapacity, tiles: Mapping[int, Tiles], columns: _Columns
+    ) -> _Bucket:
+        """Make a bucket with room to spare; it takes the place of one that is outgrown."""
+        needs = key[2]
+        width = max(_NEW_TOKENS, needed.new_tokens)
+        prefix = max(_PREFIX_TOKENS, needed.prefix_tokens)
+        pages = -(-prefix // self._model.page_size) + 2  # padding, and one begun
+        roomy = DecodeCapacity(
+            rows=needed.rows,
+            page_entries=_power_of_two(max(needed.page_entries, needed.rows * pages)),
+            new_tokens=_power_of_two(width),
+            prefix_tokens=_power_of_two(prefix),
+        )
+        # The old graph first: the new one takes its memory.
+        self._buckets.pop(key, None)
+        bucket = self._buckets[key] = _Bucket.make(
+            self._model,
+            roomy,
+            tiles,
+            columns.rounded_up(adjusts=needs.adjusts),
+            self._memory,
+            needs,
+            self._segment_ends() if needs.ends_early else None,
+            self._known,
+        )
         return bucket
 
 
@@ -207,10 +248,20 @@ class _Bucket:
 
 
 def bucket_rows(rows: int) -> int:
-    """Return the rows of the bucket for `rows` rows: a power of two, or 1.5 times one from 8 on."""
+    """Return the rows of the bucket for `rows` rows.
+
+    A power of two, or 1.5 times one from 8 on; from 64 on the next multiple of 16.
+    """
+    if rows > _FINE_ROWS:
+        return -(-rows // _ROWS_APART) * _ROWS_APART
     above = _power_of_two(rows)
     between = above * 3 // 4
     return between if above > 8 and rows <= between else above
+
+
+def buckets(max_rows: int) -> list[int]:
+    """Return the rows of every bucket that rounds of up to `max_rows` rows run in, ascending."""
+    return sorted({bucket_rows(rows) for rows in range(1, max_rows + 1)})
 
 
 def _power_of_two(at_least: int) -> int:

@@ -279,7 +279,7 @@ class Engine(BatchEngine):
         eos_ids = _eos_token_ids(loaded, tokenizer)
         self._guides = Guides(tokenizer, eos_ids)
         segment_ends = _segment_ends_of(tokenizer, lm)
-        drafter = make_drafter(lm, segment_ends, ranks, known)
+        drafter = make_drafter(lm, segment_ends, ranks, known, max_rows)
         if guided is not None:
             drafter = GuidedDrafter(guided, drafter, segment_ends, known)
         loop = Loop(
@@ -321,6 +321,15 @@ class Engine(BatchEngine):
             seed=seed,
             ranks=ranks,
         )
+
+    def stats(self) -> dict[str, float]:
+        """Return counters as `BaseEngine.stats` has them.
+
+        In addition ``capture_waits``, rounds that waited for a step to be captured; 0 where none
+        is.
+        """
+        waits = getattr(self.loop.drafter, "capture_waits", 0)
+        return {**super().stats(), "capture_waits": waits}
 
     def _resolve(self, params: StarsParams) -> StarsParams:
         resolved = super()._resolve(params)
@@ -496,8 +505,12 @@ def make_drafter(
     segment_ends: Callable[[], Tensor],
     ranks: Ranks = ALONE,
     known: KnownTokens | None = None,
+    max_rows: int = 0,
 ) -> Drafter:
-    """Return the drafter that suits a model's backend; for the rest see `EagerDrafter`."""
+    """Return the drafter that suits a model's backend; for the rest see `EagerDrafter`.
+
+    On a GPU, the steps of rounds of up to `max_rows` rows are captured before it returns.
+    """
     if ranks.size > 1:
         if model.on_kernels:
             _log.info("decode steps run without a CUDA graph: the model is tensor-parallel")
@@ -506,7 +519,9 @@ def make_drafter(
         return EagerDrafter(model, segment_ends, known)
     from stars_fast.drafting.captured import CapturedDrafter  # Triton is for Linux only
 
-    return CapturedDrafter(model, segment_ends, known)
+    drafter = CapturedDrafter(model, segment_ends, known)
+    drafter.capture(max_rows)
+    return drafter
 
 
 def _eos_token_ids(

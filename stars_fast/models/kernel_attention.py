@@ -19,7 +19,7 @@ from stars_fast.kernels.pages import kv_append
 from stars_fast.models.pool import Pools
 from stars_fast.ops.attention import AttentionOptions
 from stars_fast.ops.batch import BatchLike
-from stars_fast.ops.fused import Rotary, rotate
+from stars_fast.ops.fused import Rotary, rotate_append
 
 
 class KernelAttention:
@@ -56,14 +56,16 @@ class KernelAttention:
         rotary: Rotary | None = None,
     ) -> Tensor:
         """Attention of the next layer, see `LayerAttention`."""
-        if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
         layer, pools = self._layer, self._pools
         self._layer += 1
         layout = pools.layouts[layer]
         pages = pools.k_pages[layer], pools.v_pages[layer]
         scales = pools.k_scales[layer], pools.v_scales[layer]
-        kv_append(*pages, _inner(key), _inner(value), self._slots, *scales)
+        query, key, value = _inner(query), _inner(key), _inner(value)
+        if rotary is None:
+            kv_append(*pages, key, value, self._slots, *scales)
+        else:
+            query = rotate_append(query, key, value, rotary, *pages, self._slots, *scales)
         return attention(
             _inner(query),
             *pages,

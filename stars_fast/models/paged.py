@@ -155,7 +155,8 @@ class PagedModel:
         self._workspace = Workspace()
         self._ranks = ranks
         self._fused: FusedLayers | None = None
-        if self.on_vectors and not compile_model and ranks.size == 1 and lora is None:
+        fuses = self.on_vectors or self.on_kernels
+        if fuses and not compile_model and ranks.size == 1 and lora is None:
             with self.on_backend():
                 self._fused = FusedLayers.of(model, layouts)
         #: Chooses the number of threads of decode steps; None where results depend on it.

@@ -152,6 +152,10 @@ class _EngineCollector(Collector):
                 since["fallbacks"],
             ),
             "num_preemptions": ("Requests set back for want of pages.", since["preemptions"]),
+            "capture_waits": (
+                "Rounds that waited for a CUDA graph to be captured; 0 on a CPU.",
+                since.get("capture_waits", 0),
+            ),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"stars:{name}", text, value)

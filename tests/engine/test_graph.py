@@ -69,8 +69,10 @@ class Cuda:
             raise RuntimeError("at entry")
         before, self.current = self.current, stream.name
         self.capturing = True
-        yield
-        self.capturing = False
+        try:
+            yield
+        finally:
+            self.capturing = False
         if self.fails_at == "exit":
             raise RuntimeError("at exit")  # and the stream stays
         self.opened.add(pool)
@@ -88,18 +90,29 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Cuda]:
     return stand_in
 
 
-@pytest.mark.parametrize("fails_at", ["entry", "exit"])
+@pytest.mark.parametrize("fails_at", ["entry", "inside", "exit"])
 def test_a_capture_that_fails_leaves_the_stream(
     cuda: Callable[[str], Cuda], fails_at: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """And the next one, in the memory that they share, is captured."""
     stand_in, calls = cuda(fails_at), []
-    graph = StepGraph(lambda: calls.append(stand_in.current), GraphMemory(torch.device("cuda")))
+
+    def step() -> None:
+        calls.append(stand_in.current)
+        if stand_in.capturing and stand_in.fails_at == "inside":
+            raise RuntimeError("at inside")
+
+    memory = GraphMemory(torch.device("cuda"))
+    graph = StepGraph(step, memory)
     assert not graph.captured
     assert stand_in.current == "default"
     assert f"without a CUDA graph: at {fails_at}" in caplog.text
     calls.clear()
     graph.run(2)
     assert calls == ["default"] * 2
+    stand_in.fails_at = ""
+    assert StepGraph(step, memory).captured
+    assert stand_in.current == "default"
 
 
 def test_a_capture_that_would_fail_is_not_begun(cuda: Callable[[str], Cuda]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from helpers.tiny_tokenizers import bpe_tokenizer
 
 from stars_fast import Engine, StarsParams
 from stars_fast.drafting import captured
-from stars_fast.drafting.captured import CapturedDrafter, bucket_rows
+from stars_fast.drafting.captured import CapturedDrafter, bucket_rows, buckets
 from stars_fast.drafting.graph import GraphMemory, StepGraph
 from stars_fast.outputs import RequestOutput
 
@@ -78,6 +79,7 @@ def test_same_tokens_as_the_pytorch_operators(monkeypatch: pytest.MonkeyPatch) -
     )
     want = run(engine(backend="pytorch"), *changes)
     triton = engine(backend="triton")
+    at_load = len(made)
     got = run(triton, *changes)
     assert tokens(got) == tokens(want)
     for a, b in zip(got, want, strict=True):
@@ -91,6 +93,7 @@ def test_same_tokens_as_the_pytorch_operators(monkeypatch: pytest.MonkeyPatch) -
     drafter = triton.loop.drafter
     assert isinstance(drafter, CapturedDrafter)
     assert len(made) > len(drafter.captures)  # some were outgrown
+    assert triton.stats()["capture_waits"] == len(made) - at_load
     assert set(drafter.captures.values()) == {DEVICE.type == "cuda"}
 
 
@@ -159,7 +162,41 @@ def test_buckets() -> None:
     rows = range(1, 300)
     found = [bucket_rows(n) for n in rows]
     assert all(bucket >= n for n, bucket in zip(rows, found, strict=True))
-    assert sorted(set(found))[:12] == [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128]
+    small, fine = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64], [80, 96, 112, 128, 144, 160]
+    assert sorted(set(found))[:16] == [*small, *fine]
+    assert buckets(150) == [*small, *fine]
+
+
+def test_usual_steps_are_captured_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stand-in for the memory of graphs: what a GPU would capture; no round waits then."""
+    triton = engine(backend="triton", max_rows=10)
+    drafter = triton.loop.drafter
+    assert isinstance(drafter, CapturedDrafter)
+    if DEVICE.type != "cuda":
+        drafter.capture(10)
+        assert drafter.captures == {}
+        monkeypatch.setattr(drafter, "_memory", "some")
+        monkeypatch.setattr(captured, "StepGraph", _EagerStep)
+        drafter.capture(10)
+    assert [key[0] for key in drafter.captures] == [12, 8, 4, 2, 1]
+    short = {"method": "vanilla", "target_reward": None, "max_tokens": 1, "segment_length": 1}
+    run(triton, short)
+    assert triton.stats()["capture_waits"] == 0
+    run(triton, {**short, "logit_bias": {5: 1.0}})
+    assert triton.stats()["capture_waits"] == 1
+
+
+class _EagerStep:
+    """A step that counts as captured."""
+
+    captured = True
+
+    def __init__(self, step: Callable[[], None], memory: object) -> None:
+        self._step = step
+
+    def run(self, times: int) -> None:
+        for _ in range(times):
+            self._step()
 
 
 def test_a_step_runs_as_often_as_asked() -> None:

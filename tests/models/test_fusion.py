@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from stars_fast.models.interface import (
 )
 from stars_fast.models.linear import OneDnnLinears
 from stars_fast.models.probe import attention_layout
+from stars_fast.ops.backend import backend
 from stars_fast.ops.fused import Rotary, rotate
 
 #: Modules replaced in three layers: whole layers, or what is known of them.
@@ -51,13 +53,15 @@ def part(module: nn.Module) -> str:
     return next(part for part in ("layer", "norm", "attention", "mlp") if name.endswith(part))
 
 
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scaling: float, **options: object
+) -> Tensor:
     """Stands in for attention: depends on all it is given, and rotates as models do."""
     rotary = options.get("rotary")
     if isinstance(rotary, Rotary):
         query, key = rotate(query, rotary), rotate(key, rotary)
     group = query.shape[1] // key.shape[1]
-    score = (query * key.repeat_interleave(group, dim=1)).sum(-1, keepdim=True)
+    score = (scaling * query * key.repeat_interleave(group, dim=1)).sum(-1, keepdim=True)
     return value.repeat_interleave(group, dim=1) * torch.tanh(score)
 
 
@@ -86,6 +90,60 @@ def test_what_is_known_computes_the_same(name: str) -> None:
     with fused.active():
         torch.testing.assert_close(hidden_states(model), want, atol=1e-5, rtol=1e-5)
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.bfloat16) for name in ("qwen2", "gemma3")),
+        *((name, torch.float32) for name in REPLACED if name not in ("llama", "mistral", "qwen2")),
+    ],
+)
+def test_kernels_compute_the_same(name: str, dtype: torch.dtype) -> None:
+    """In Triton's interpreter: what is found on a copy in float32 holds in any dtype."""
+    pytest.importorskip("triton", reason="Triton is for Linux only")
+    model = tiny_lm(name, dtype=dtype)
+    want = hidden_states(model, tokens=2)
+    with backend("triton"):
+        fused = FusedLayers(model, attention_layout(model))
+        assert fused.replaced
+        with fused.active():
+            got = hidden_states(model, tokens=2)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.06
+    torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+
+
+def test_joined_weights_are_parts_of_one_tensor(tmp_path: Path) -> None:
+    """Names, values, later changes, files and ties stay; what is moved apart runs apart."""
+    model = tiny_lm("qwen2", tie_word_embeddings=True)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with backend("triton"):
+        fused = FusedLayers(model, attention_layout(model))
+        again = FusedLayers(model, attention_layout(model), fused.known)
+    attention = model.model.layers[1].self_attn
+    parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+    places = {part.weight.untyped_storage().data_ptr() for part in parts}
+    assert len(places) == 1
+    storage = parts[0].weight.untyped_storage()
+    assert storage.nbytes() == sum(part.weight.nbytes for part in parts)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], x) for name, x in before.items())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], x) for name, x in before.items())
+
+    with torch.no_grad():
+        attention.k_proj.weight.mul_(-1)
+        attention.v_proj.bias.add_(0.5)
+    for moved in (False, True):
+        if moved:  # as by `model.to`, or a weight of another place
+            attention.q_proj.weight.data = attention.q_proj.weight.data.flip(0).clone()
+        want = hidden_states(model)
+        for layers in (fused, again):
+            with backend("pytorch"), layers.active():
+                torch.testing.assert_close(hidden_states(model), want, atol=1e-5, rtol=1e-5)
 
 
 def test_modules_that_compute_something_else_stay() -> None:
@@ -160,5 +218,5 @@ def test_calls_of_a_layer() -> None:
         with fused.active(), linears.active(), _Counted() as counted:
             hidden_states(model)
         counts.append(counted.calls)
-    attention = 6  # of `plain_attention`
+    attention = 7  # of `plain_attention`
     assert counts[1] - counts[2] - attention == 5

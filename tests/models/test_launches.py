@@ -1,0 +1,45 @@
+"""The captured step on tensors without data: its launches, and nothing that a graph cannot hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.tiny_architectures import CONFIGS
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+pytest.importorskip("triton", reason="Triton is for Linux only")
+from helpers.launches import captured_step
+
+#: Launches of a decoder layer of a decode step, the most of its layers. Mixtures of experts sort
+#: tokens by expert in transformers' own operators.
+PER_LAYER = {
+    "llama": 11,
+    "mistral": 11,
+    "qwen2": 11,
+    "qwen3": 12,
+    "gemma2": 11,
+    "gemma3": 12,
+    "phi3": 11,
+    "olmo2": 12,
+    "granite": 11,
+    "smollm3": 11,
+    "glm4": 11,
+    "opt": 12,
+    "gpt2": 12,
+    "gpt_neox": 12,
+    "gpt_oss": 36,
+    "cohere2": 11,
+    "mixtral": 29,
+    "starcoder2": 12,
+    "deepseek_v3": 34,
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_launches_of_a_layer(name: str) -> None:
+    """Nothing waits for the device or leaves it; see `helpers.launches`."""
+
+    def make() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.bfloat16)
+
+    assert max(captured_step(make).per_layer()) == PER_LAYER[name]
