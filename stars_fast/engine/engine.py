@@ -19,6 +19,7 @@ from stars_fast.drafting.adjust import KnownTokens, num_tokens
 from stars_fast.drafting.base import Drafter
 from stars_fast.drafting.eager import EagerDrafter
 from stars_fast.drafting.guide import Guides
+from stars_fast.drafting.pace import Pace
 from stars_fast.drafting.segment_ends import segment_end_levels
 from stars_fast.engine.batches import BatchEngine
 from stars_fast.engine.clock import PhaseClock
@@ -246,9 +247,10 @@ class Engine(BatchEngine):
         known = _known_tokens(tokenizer, lm)
         eos_ids = _eos_token_ids(loaded, tokenizer)
         self._guides = Guides(tokenizer, eos_ids)
+        pace = Pace()
         loop = Loop(
             lm,
-            make_drafter(lm, _segment_ends_of(tokenizer, lm), ranks, known),
+            make_drafter(lm, _segment_ends_of(tokenizer, lm), ranks, known, pace),
             scheduler,
             scorer,
             tokenizer,
@@ -256,6 +258,7 @@ class Engine(BatchEngine):
             overlap=overlap,
             ranks=ranks,
             guides=self._guides,
+            pace=pace,
         )
         self._lm = lm
         self._logit_head: LogitHead | None = None
@@ -454,14 +457,15 @@ def make_drafter(
     segment_ends: Callable[[], Tensor],
     ranks: Ranks = ALONE,
     known: KnownTokens | None = None,
+    pace: Pace | None = None,
 ) -> Drafter:
     """Return the drafter that suits a model's backend; for the rest see `EagerDrafter`."""
     if ranks.size > 1:
         if model.on_kernels:
             _log.info("decode steps run without a CUDA graph: the model is tensor-parallel")
-        return EagerDrafter(model, segment_ends, known, ranks.share)
+        return EagerDrafter(model, segment_ends, known, ranks.share, pace)
     if not model.on_kernels:
-        return EagerDrafter(model, segment_ends, known)
+        return EagerDrafter(model, segment_ends, known, pace=pace)
     from stars_fast.drafting.captured import CapturedDrafter  # Triton is for Linux only
 
     return CapturedDrafter(model, segment_ends, known)
