@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 _FORGET = 0.95  # weight of what was known before a round
-_DOUBT = 0.2  # spread of the tokens, over their mean, below which they are taken to cost nothing
-_UNKNOWN = 2.0  # patience until a round was measured
+_DOUBT = 0.1  # spread of the tokens, over their mean, below which the prior rules
+_FIXED = 32.0  # tokens that cost as much as scoring's fixed part, by the prior
+_UNKNOWN = 1.0  # patience until a round was measured
 
 
 class Pace:
@@ -52,9 +53,11 @@ class Pace:
         token_step, beside_step = tokens - self._tokens.mean, beside - self._beside.mean
         self._tokens.add(rate, tokens, token_step * token_step)
         self._beside.add(rate, beside, token_step * beside_step)
-        # What the tokens cost is no cost of a round: the slope, drawn to 0 where they hardly vary.
-        doubt = (_DOUBT * self._tokens.mean) ** 2
-        slope = self._beside.product / (self._tokens.product + doubt) if tokens else 0.0
+        # What the tokens cost is no cost of a round. It is learned where their number varies, so
+        # the prior is one with which rounds end early and it does.
+        prior = self._beside.mean / (self._tokens.mean + _FIXED) if self._tokens.mean else 0.0
+        doubt = (_DOUBT * self._tokens.mean) ** 2 + 1.0
+        slope = (self._beside.product + doubt * prior) / (self._tokens.product + doubt)
         fixed = self._beside.mean - max(0.0, slope) * self._tokens.mean
         return max(0.0, fixed) / max(self._step, 1e-9)
 

@@ -122,6 +122,8 @@ class Loop:
         Called with each round that is drafted, before it is scored; None: nobody is told.
     lm_calls
         Forward passes of the language model.
+    row_steps
+        Rows of its decode steps, those that had ended included; 0 where it is not here.
     """
 
     def __init__(
@@ -156,6 +158,7 @@ class Loop:
         self._scoring: futures.Future[Round] | None = None
         self._planned: deque[_core.Plan] = deque()  # out, the oldest first
         self.lm_calls = 0
+        self.row_steps = 0
 
     @property
     def has_unfinished(self) -> bool:
@@ -174,6 +177,7 @@ class Loop:
         return {
             **scheduler.stats,
             "lm_calls": self.lm_calls,
+            "row_steps": self.row_steps,
             "copied_bytes": self.model.copied_bytes,
             "pages_used": scheduler.pages_used,
             "pages_free": scheduler.pages_free,
@@ -355,6 +359,8 @@ class Loop:
             if responses:
                 drafted = self.drafter.draft(plan, _sampling(plan, responses))
                 self.lm_calls += drafted.steps
+                if self.model.model is not None:
+                    self.row_steps += drafted.steps * plan.draft.num_rows
         seconds = time.perf_counter() - begun
         done = cut_candidates(plan, drafted, responses, self._branches)
         done.seconds["draft"], done.beside = seconds, beside
