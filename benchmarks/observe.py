@@ -76,9 +76,10 @@ def _backbone(paged: PagedModel) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A round that was drawn: its plan, tokens of each row ``[R]``, which rows are scored ``[R]``.
+    """A round that was drawn: its plan, and the new tokens of each row of its draft.
 
-    `read` are the tokens that the reward model reads, where a stop text cuts a row short.
+    `read` are the tokens that the reward model reads of each row, those held included, and `scored`
+    says of which it does.
     """
 
     plan: _core.Plan
@@ -93,7 +94,8 @@ class Drawn:
             plan=done.plan,
             lengths=done.draft.lengths.astype(np.int64),
             read=done.lengths.astype(np.int64),
-            scored=np.array([response.scored for response in done.responses], np.bool_),
+            scored=np.array([response.scored for response in done.responses], np.bool_)
+            & np.array(done.decided, np.bool_),
         )
 
 
@@ -136,22 +138,26 @@ def _score_passes(drawn: Drawn, cost: ModelCost) -> list[Work]:
     plan, scored = drawn.plan, drawn.scored
     if not scored.any():
         return []
-    # A row's first new token follows the last committed one, which its first decode step feeds.
-    start = plan.draft.row_start.astype(np.int64) + 1
+    # A segment's first token follows the last committed one, which its first decode step feeds.
+    own = plan.draft.row_start.astype(np.int64) + 1 - plan.drawn
+    position = plan.position - plan.drawn
+    request = np.concatenate((plan.request, plan.held))
+    _, first, which = np.unique(request, return_index=True, return_inverse=True)
+    start, position = own[first][which], position[first][which]  # a request is in the draft, too
     new = drawn.read
     tokens, keys = int(new[scored].sum()), seen_keys(start[scored], new[scored])
     # The prompts of new requests are run in this pass, so there is no cache of theirs to read.
-    fresh = np.isin(plan.request, plan.unscored)
+    fresh = np.isin(request, plan.unscored)
     cached = scored & ~fresh
-    prefix = _once_a_group(plan.draft.row_group[cached], start[cached])
-    _, first = np.unique(plan.request[fresh], return_index=True)
-    prompts = (start - plan.position)[fresh][first]
+    prefix = _once_a_group(request[cached], start[cached])
+    _, first = np.unique(request[fresh], return_index=True)
+    prompts = (start - position)[fresh][first]
     tokens += int(prompts.sum())
     keys += seen_keys(np.zeros_like(prompts), prompts)
     return [forward_work(cost, tokens, prefix, keys)]
 
 
-def _once_a_group(groups: npt.NDArray[np.int32], prefix: Ints) -> int:
+def _once_a_group(groups: npt.NDArray[np.signedinteger[Any]], prefix: Ints) -> int:
     """Sum the prefixes of rows, that of each group once."""
     _, first = np.unique(groups, return_index=True)
     return int(prefix[first].sum())

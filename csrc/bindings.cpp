@@ -115,8 +115,11 @@ void bind_plan(py::module_& module) {
       .def_property_readonly("attempt", vector_property(&Plan::attempt))
       .def_property_readonly("seed", vector_property(&Plan::seed))
       .def_property_readonly("position", vector_property(&Plan::position))
+      .def_property_readonly("drawn", vector_property(&Plan::drawn))
       .def_property_readonly("stream", vector_property(&Plan::stream))
       .def_property_readonly("first_token", vector_property(&Plan::first_token))
+      .def_property_readonly("held", vector_property(&Plan::held))
+      .def_property_readonly("held_attempt", vector_property(&Plan::held_attempt))
       .def_property_readonly("unscored", vector_property(&Plan::unscored))
       .def_property_readonly("preempted", vector_property(&Plan::preempted));
 
@@ -151,7 +154,8 @@ void bind_plan(py::module_& module) {
 std::shared_ptr<Decision> commit(Scheduler& scheduler, const Input<std::int64_t>& tokens,
                                  const Input<std::int32_t>& lengths,
                                  const Input<std::uint8_t>& stopped, const Input<double>& rewards,
-                                 double seconds, const std::optional<Input<std::uint8_t>>& breaks) {
+                                 double seconds, const std::optional<Input<std::uint8_t>>& breaks,
+                                 const std::optional<Input<std::uint8_t>>& unfinished) {
   if (tokens.ndim() != 2) {
     throw std::invalid_argument("tokens must be [rows, max_new]");
   }
@@ -168,6 +172,10 @@ std::shared_ptr<Decision> commit(Scheduler& scheduler, const Input<std::int64_t>
   if (breaks.has_value()) {
     check_length("breaks", breaks->size(), result.rows);
     result.breaks = breaks->data();
+  }
+  if (unfinished.has_value()) {
+    check_length("unfinished", unfinished->size(), result.rows);
+    result.unfinished = unfinished->data();
   }
   result.seconds = seconds;
   const py::gil_scoped_release unlocked;
@@ -237,7 +245,8 @@ void bind_scheduler(py::module_& module) {
       .def("set_prompt_reward", &Scheduler::set_prompt_reward, py::arg("request"),
            py::arg("reward"))
       .def("commit", &commit, py::arg("tokens"), py::arg("lengths"), py::arg("stopped"),
-           py::arg("rewards"), py::arg("seconds") = 0.0, py::arg("breaks") = py::none())
+           py::arg("rewards"), py::arg("seconds") = 0.0, py::arg("breaks") = py::none(),
+           py::arg("unfinished") = py::none())
       .def("cancel", &Scheduler::cancel)
       .def("clear_cache", &Scheduler::clear_cache)
       .def("tokens", &Scheduler::tokens, py::arg("request"))
@@ -261,6 +270,7 @@ void bind_scheduler(py::module_& module) {
         out["fallbacks"] = stats.fallbacks;
         out["preemptions"] = stats.preemptions;
         out["page_copies"] = stats.page_copies;
+        out["rows_carried"] = stats.rows_carried;
         out["paths_copied"] = stats.paths_copied;
         out["paths_dropped"] = stats.paths_dropped;
         return out;

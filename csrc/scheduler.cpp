@@ -174,7 +174,8 @@ std::int32_t Scheduler::row_pages(const Request& request) const {
 std::int32_t Scheduler::pages_to_draft(const Request& request) const {
   const Sequence& sequence = request.sequence;
   const std::int32_t prefix = pool_.pages_for(sequence.extent(request.prefix_length()));
-  return prefix - static_cast<std::int32_t>(sequence.pages.size()) + row_pages(request);
+  const std::int32_t row = request.carried.empty() ? row_pages(request) : 0;
+  return prefix - static_cast<std::int32_t>(sequence.pages.size()) + row;
 }
 
 void Scheduler::cancel() {
@@ -196,6 +197,7 @@ void Scheduler::cancel() {
   }
   for (const Slot slot : running_) {
     Request& request = at(slot);
+    drop_carried(request);
     const std::vector<std::int32_t>& pages = request.sequence.pages;
     const bool holds = std::any_of(pages.begin(), pages.end(), [&doubtful](std::int32_t page) {
       return doubtful[static_cast<std::size_t>(page)];
@@ -222,8 +224,16 @@ void Scheduler::drop_best_pages(Request& request) {
   request.best.has_pages = false;
 }
 
+void Scheduler::drop_carried(Request& request) {
+  for (Row& row : request.carried) {
+    pool_.release_from(row.branch.pages, 0);
+  }
+  request.carried.clear();
+}
+
 void Scheduler::release(Request& request) {
   drop_best_pages(request);
+  drop_carried(request);
   pool_.release_from(request.sequence.pages, 0);
   request.sequence.cached = 0;
 }
@@ -259,6 +269,9 @@ void Scheduler::check() const {
   for (const Request& request : requests_) {
     hold(request.sequence.pages);
     hold(request.best.branch.pages);
+    for (const Row& row : request.carried) {
+      hold(row.branch.pages);
+    }
     if (!request.running && !request.sequence.pages.empty()) {
       throw std::logic_error("request " + std::to_string(request.id) + " holds pages and waits");
     }
@@ -279,7 +292,7 @@ void Scheduler::check() const {
   check_copies(copies_);
   for (const InFlightPlan& flight : in_flight_plans_) {
     for (std::size_t row = 0; row < flight.num_rows; ++row) {
-      hold(flight.rows[row].pages);
+      hold(flight.rows[row].branch.pages);
     }
     if (flight.plan != nullptr) {
       check_copies(flight.plan->copies);

@@ -71,10 +71,15 @@ struct Plan {
   std::vector<std::int32_t> attempt;      // [rows]
   std::vector<std::int64_t> seed;         // [rows] the bits of the 64-bit key
   std::vector<std::int32_t> position;     // [rows] response position of the row's first new token
+  std::vector<std::int32_t> drawn;        // [rows] tokens of the segment drawn in earlier rounds
   std::vector<std::int32_t> stream;       // [rows] of the row's draws, see philox.h
-  std::vector<std::int64_t> first_token;  // [rows] the last committed token, fed first
-  std::vector<std::int64_t> unscored;     // requests of the round whose prompt reward is not set
-  std::vector<std::int64_t> preempted;    // requests that lost their pages in this plan
+  std::vector<std::int64_t> first_token;  // [rows] the token before the first new one, fed first
+  // Rows that ended in an earlier round and wait for an attempt before theirs. They are not
+  // drafted, and come behind the others in the result.
+  std::vector<std::int64_t> held;          // [held] their requests
+  std::vector<std::int32_t> held_attempt;  // [held]
+  std::vector<std::int64_t> unscored;      // requests of the round whose prompt reward is not set
+  std::vector<std::int64_t> preempted;     // requests that lost their pages in this plan
 
   [[nodiscard]] bool empty() const { return prefill.num_rows() + draft.num_rows() == 0; }
   void clear();
@@ -84,7 +89,7 @@ enum class RowOutcome : std::int8_t { kPruned = 0, kWinner = 1, kKept = 2 };
 enum class EventKind : std::int8_t { kAccepted = 0, kFallback = 1, kFailed = 2, kChosen = 3 };
 enum class Finish : std::int8_t { kNone = 0, kStop = 1, kLength = 2 };
 
-// What a round decided.
+// What a round decided. Its rows are those of the draft, then those held.
 struct Decision {
   std::vector<std::int8_t> outcome;  // [rows] RowOutcome
   std::vector<double> threshold;     // [rows] tau; NaN where nothing was tested
@@ -106,15 +111,18 @@ struct Decision {
   void clear();
 };
 
-// Filled by the caller from the round's results; arrays have one entry a row.
+// Filled by the caller from the round's results; arrays have one entry a row: those of the draft,
+// then those held. A row is its whole segment, what earlier rounds drew included.
 struct RoundResult {
   const std::int64_t* tokens = nullptr;  // [rows, stride]
   std::size_t stride = 0;
-  const std::int32_t* lengths = nullptr;  // tokens drafted, 1 .. the row's planned length
-  const std::uint8_t* stopped = nullptr;  // the row's last token ends the response
-  const double* rewards = nullptr;        // NaN: the row has no valid result
-  const std::uint8_t* breaks = nullptr;   // the row breaks a constraint: it passes no test, and
-                                          // loses to any row that does not; null: none does
+  const std::int32_t* lengths = nullptr;     // tokens, 1 .. the segment's planned length
+  const std::uint8_t* stopped = nullptr;     // the row's last token ends the response
+  const double* rewards = nullptr;           // NaN: the row has no valid result; read of a row only
+                                             // if no attempt up to it is unfinished
+  const std::uint8_t* unfinished = nullptr;  // the row goes on in the next round; null: none does
+  const std::uint8_t* breaks = nullptr;      // the row breaks a constraint: it passes no test, and
+                                             // loses to any row that does not; null: none does
   std::size_t rows = 0;
   double seconds = 0.0;  // that the round took per drafted token position; 0: not measured
 };
@@ -130,6 +138,7 @@ struct SchedulerStats {
   std::int64_t fallbacks = 0;
   std::int64_t preemptions = 0;
   std::int64_t page_copies = 0;
+  std::int64_t rows_carried = 0;   // unfinished at the end of a round
   std::int64_t paths_copied = 0;   // of groups
   std::int64_t paths_dropped = 0;  // of groups, before their end
 };
@@ -165,7 +174,8 @@ class Scheduler {
   // Commits the oldest plan that is out: tests the rows in attempt order and moves the requests on.
   // Throws std::invalid_argument, nothing changed, if the result does not fit the plan.
   std::shared_ptr<const Decision> commit(const RoundResult& result);
-  // Gives every plan that is out back undone: their rows are drafted again by later plans. What
+  // Gives every plan that is out back undone: their rows are drafted again by later plans, from the
+  // first token of the segment, as are all that earlier rounds left unfinished. What
   // may never have been written, or not whole, is prefilled again, and the prefix cache is emptied.
   void cancel();
 
@@ -187,6 +197,13 @@ class Scheduler {
 
  private:
   using Slot = std::int32_t;  // index into requests_
+
+  struct Row {  // an attempt under way
+    Branch branch;
+    std::int32_t drawn = 0;       // tokens drawn in the rounds before
+    std::int64_t last_token = 0;  // of these
+    bool ended = false;           // waits for an attempt before it
+  };
 
   struct Best {   // of the attempts of the segment at hand, none of which has passed
     Merit merit;  // by reward, or key of the choice
@@ -218,8 +235,8 @@ class Scheduler {
     std::int32_t member = 0;
     std::int32_t lane = 0;
     std::int32_t wanted_rows = 0;
-    std::size_t first_row = 0;
-    std::size_t num_rows = 0;
+    std::vector<std::size_t> rows;  // of the round, in attempt order
+    std::vector<Row> carried;       // from the round before, in attempt order, the first unfinished
     Sequence sequence;
     Best best;
 
@@ -275,7 +292,7 @@ class Scheduler {
     std::int32_t lane = 0;
     std::vector<Slot> drafting;  // requests of the round, in row order
     std::vector<Chunk> prefilling;
-    std::vector<Branch> rows;  // of the round; grows only
+    std::vector<Row> rows;  // of the round, those held last; grows only
     std::size_t num_rows = 0;
     std::shared_ptr<Plan> plan;
   };
@@ -306,6 +323,8 @@ class Scheduler {
   void list_prefill();
   void allot_rows();
   void open_rows();
+  static Row& open_row(InFlightPlan& flight);
+  void draft_row(const Request& request, const Row& row, bool first);
   bool make_room(std::int32_t pages, Slot for_request);
   bool release_idle();
   void preempt(std::vector<Slot>::iterator position);
@@ -316,6 +335,7 @@ class Scheduler {
   bool passes(Request& request, const Merit& reward, std::int32_t tokens, std::size_t row);
   [[nodiscard]] static double merit_of(const Request& request, double reward);
   void accept(InFlightPlan& flight, Request& request, std::size_t row, const RoundResult& result);
+  void carry(InFlightPlan& flight, Request& request, std::size_t first, const RoundResult& result);
   void take_best(Request& request, std::int32_t row);
   void keep_best(Request& request, Branch& branch, std::size_t row, const RoundResult& result);
   void advance(Request& request, const std::vector<std::int32_t>& segment, bool stopped,
@@ -332,6 +352,7 @@ class Scheduler {
   void check_new(std::int64_t id) const;
   void remove(Slot slot);
   void drop_best_pages(Request& request);
+  void drop_carried(Request& request);
   void release(Request& request);
   void forget(Slot slot);
 
@@ -364,6 +385,7 @@ class Scheduler {
   bool short_of_pages_ = false;
   std::vector<Gain> gains_;
   std::vector<std::int32_t> token_scratch_;
+  Sequence table_scratch_;
 };
 
 }  // namespace stars_fast

@@ -22,6 +22,10 @@ void step_towards(double& estimate, bool passed, double step) {
   estimate = std::clamp(estimate, kPassRateLow, kPassRateHigh);
 }
 
+bool goes_on(const RoundResult& result, std::size_t row) {
+  return result.unfinished != nullptr && result.unfinished[row] != 0;
+}
+
 }  // namespace
 
 void Decision::clear() {
@@ -47,11 +51,16 @@ std::shared_ptr<const Decision> Scheduler::commit(const RoundResult& result) {
   InFlightPlan& flight = oldest();
   const std::size_t num_rows = flight.num_rows;
   require(result.rows == num_rows, "number of rows", result.rows, "that of the plan");
-  require(num_rows == 0 || result.stride >= static_cast<std::size_t>(flight.plan->draft.max_new),
-          "tokens per row", result.stride, "at least the plan's max_new");
   for (std::size_t row = 0; row < num_rows; ++row) {
-    require(result.lengths[row] >= 1 && result.lengths[row] <= flight.rows[row].length,
-            "row length", result.lengths[row], "in [1, the planned length]");
+    const Row& planned = flight.rows[row];
+    const std::int32_t length = result.lengths[row];
+    require(length >= 1 && length <= planned.branch.length, "row length", length,
+            "in [1, the planned length]");
+    require(static_cast<std::size_t>(length) <= result.stride, "tokens per row", result.stride,
+            "at least the longest row's length");
+    require(!goes_on(result, row) || (length > planned.drawn && length < planned.branch.length &&
+                                      row < flight.plan->request.size()),
+            "length of an unfinished row", length, "above what was drawn, below what is planned");
   }
   for (const Slot slot : flight.drafting) {
     const Request& request = at(slot);
@@ -72,7 +81,7 @@ std::shared_ptr<const Decision> Scheduler::commit(const RoundResult& result) {
     const double ratio = static_cast<double>(num_rows) / num_requests;
     rows_per_request_ += kRowsPerRequestStep * (ratio - rows_per_request_);
   }
-  cost_.observe(num_requests, static_cast<double>(num_rows), result.seconds);
+  cost_.observe(num_requests, flight.plan->draft.num_rows(), result.seconds);
   stats_.rounds += flight.plan->empty() ? 0 : 1;
   end_oldest();
   turn_groups();
@@ -80,15 +89,21 @@ std::shared_ptr<const Decision> Scheduler::commit(const RoundResult& result) {
 }
 
 void Scheduler::decide(InFlightPlan& flight, Request& request, const RoundResult& result) {
-  const std::size_t end = request.first_row + request.num_rows;
-  for (std::size_t row = request.first_row; row < end; ++row) {
-    stats_.drafted_tokens += result.lengths[row];
+  constexpr auto kNone = std::numeric_limits<std::size_t>::max();
+  for (const std::size_t row : request.rows) {
+    // None if a row is cut within what earlier rounds drew.
+    stats_.drafted_tokens += std::max(0, result.lengths[row] - flight.rows[row].drawn);
   }
   if (request.finishing) {
     return;
   }
-  std::size_t improved = end;  // row that is now the best of the rejected attempts
-  for (std::size_t row = request.first_row; row < end; ++row) {
+  std::size_t improved = kNone;  // row that is now the best of the rejected attempts
+  for (std::size_t i = 0; i < request.rows.size(); ++i) {
+    const std::size_t row = request.rows[i];
+    if (goes_on(result, row)) {
+      carry(flight, request, i, result);
+      break;
+    }
     const double reward = result.rewards[row];
     ++request.attempt;
     ++stats_.attempts;
@@ -108,11 +123,30 @@ void Scheduler::decide(InFlightPlan& flight, Request& request, const RoundResult
       improved = row;
     }
   }
-  if (improved != end) {
-    keep_best(request, flight.rows[improved], improved, result);
+  if (improved != kNone) {
+    keep_best(request, flight.rows[improved].branch, improved, result);
   }
   if (request.attempt == request.options.max_attempts) {
-    take_best(request, improved == end ? -1 : static_cast<std::int32_t>(improved));
+    take_best(request, improved == kNone ? -1 : static_cast<std::int32_t>(improved));
+  }
+}
+
+// Keeps the rows from number `first` on for the next round.
+void Scheduler::carry(InFlightPlan& flight, Request& request, std::size_t first,
+                      const RoundResult& result) {
+  for (std::size_t i = first; i < request.rows.size(); ++i) {
+    const std::size_t number = request.rows[i];
+    Row& row = flight.rows[number];
+    row.ended = !goes_on(result, number);
+    row.drawn = result.lengths[number];
+    row.last_token =
+        result.tokens[number * result.stride + static_cast<std::size_t>(row.drawn) - 1];
+    if (!row.ended) {
+      join(pool_, request.sequence, row.branch, copies_);
+      ++stats_.rows_carried;
+    }
+    request.carried.emplace_back();
+    std::swap(request.carried.back(), row);
   }
 }
 
@@ -163,7 +197,7 @@ void Scheduler::accept(InFlightPlan& flight, Request& request, std::size_t row,
                        const RoundResult& result) {
   const std::int64_t* drafted = result.tokens + row * result.stride;
   token_scratch_.assign(drafted, drafted + result.lengths[row]);
-  promote(pool_, request.sequence, flight.rows[row], result.lengths[row], copies_);
+  promote(pool_, request.sequence, flight.rows[row].branch, result.lengths[row], copies_);
   advance(request, token_scratch_, result.stopped[row] != 0, EventKind::kAccepted,
           static_cast<std::int32_t>(row));
   if (request.group != kNoGroup) {
@@ -238,14 +272,14 @@ void Scheduler::record(const Request& request, EventKind kind, std::int32_t row,
 void Scheduler::end_oldest() {
   InFlightPlan& flight = oldest();
   for (std::size_t row = 0; row < flight.num_rows; ++row) {
-    pool_.release_from(flight.rows[row].pages, 0);
+    pool_.release_from(flight.rows[row].branch.pages, 0);
   }
   flight.num_rows = 0;
   for (const Slot slot : running_) {
     Request& request = at(slot);
     if (request.in_flight && request.lane == flight.lane) {
       request.in_flight = false;
-      request.num_rows = 0;
+      request.rows.clear();
       request.wanted_rows = 0;
       if (request.finishing) {
         forget(slot);

@@ -15,8 +15,11 @@ void Plan::clear() {
   attempt.clear();
   seed.clear();
   position.clear();
+  drawn.clear();
   stream.clear();
   first_token.clear();
+  held.clear();
+  held_attempt.clear();
   unscored.clear();
   preempted.clear();
 }
@@ -146,7 +149,7 @@ Scheduler::Load Scheduler::load() const {
   for (const Slot slot : running_) {
     const Request& request = at(slot);
     const bool mine = request.lane == in_flight_plans_[static_cast<std::size_t>(newest_)].lane;
-    load.size += mine ? 1 : 0;
+    load.size += mine ? std::max(1, request.wanted_rows) : 0;
     load.lead += request.finishing ? 0 : mine ? 1 : -1;
     load.alone = load.alone && !request.in_flight;
   }
@@ -220,8 +223,8 @@ void Scheduler::start(Slot slot) {
     prefill(slot);
   }
   if (request.sequence.cached == request.prefix_length()) {
-    request.wanted_rows = 1;
-    reserved_ += row_pages(request);
+    request.wanted_rows = std::max(1, static_cast<std::int32_t>(request.carried.size()));
+    reserved_ += request.carried.empty() ? row_pages(request) : 0;
     flight.drafting.push_back(slot);
     if (std::isnan(request.prompt_reward)) {
       flight.plan->unscored.push_back(request.id);
@@ -286,8 +289,10 @@ void Scheduler::allot_rows() {
   if (drafting.empty()) {
     return;
   }
-  auto rows = static_cast<std::int32_t>(drafting.size());
-  const double share = cost_.fixed_part(rows, rows) / rows;
+  const auto requests = static_cast<double>(drafting.size());
+  const double share = cost_.fixed_part(requests, requests) / requests;
+  // A row is left to each request that runs and has none: those of others may go on when it drafts.
+  std::int32_t rows = load().size;
   const auto gain_of = [share](const Request& request, std::size_t position) {
     const double miss = std::pow(1.0 - request.pass_rate, request.wanted_rows);
     const double gain = request.pass_rate * miss * (share + request.wanted_rows) / (1.0 - miss);
@@ -326,33 +331,88 @@ void Scheduler::open_rows() {
   InFlightPlan& flight = newest();
   Plan& plan = *flight.plan;
   std::int32_t columns = 0;
-  std::int32_t width = 0;
+  std::int32_t slots = 0;
   for (const Slot slot : flight.drafting) {
     const Request& request = at(slot);
-    columns = std::max(columns, request.draft_length());
-    width = std::max(width, pool_.pages_for(request.sequence.extent(request.sequence.cached)));
-  }
-  plan.draft.begin(columns, width, options_.page_size);
-  for (const Slot slot : flight.drafting) {
-    Request& request = at(slot);
-    plan.draft.add_group(request.sequence, request.sequence.cached);
-    request.first_row = flight.num_rows;
-    request.num_rows = static_cast<std::size_t>(request.wanted_rows);
-    for (std::int32_t i = 0; i < request.wanted_rows; ++i) {
-      if (flight.num_rows == flight.rows.size()) {
-        flight.rows.emplace_back();
+    const auto cached = request.sequence.cached;
+    if (static_cast<std::size_t>(request.wanted_rows) > request.carried.size()) {
+      columns = std::max(columns, request.draft_length());
+      slots = std::max(slots, request.sequence.extent(cached));
+    }
+    for (const Row& row : request.carried) {
+      if (!row.ended) {
+        columns = std::max(columns, row.branch.length - row.drawn);
+        slots = std::max(slots, request.sequence.extent(cached + row.drawn));
       }
-      Branch& row = flight.rows[flight.num_rows++];
-      open_branch(pool_, request.sequence, request.sequence.cached, request.draft_length(), row);
-      plan.draft.add_row(row.start, row.length, row.first_slot, row.pages.data());
-      plan.request.push_back(request.id);
-      plan.attempt.push_back(request.attempt + i);
-      plan.seed.push_back(static_cast<std::int64_t>(request.options.seed));
-      plan.position.push_back(request.response_length());
-      plan.stream.push_back(static_cast<std::int32_t>(request.stream));
-      plan.first_token.push_back(request.tokens.back());
     }
   }
+  plan.draft.begin(columns, pool_.pages_for(slots), options_.page_size);
+  for (const Slot slot : flight.drafting) {
+    Request& request = at(slot);
+    request.rows.assign(static_cast<std::size_t>(request.wanted_rows), 0);
+    for (std::size_t i = 0; i < request.rows.size(); ++i) {
+      const bool fresh = i >= request.carried.size();
+      if (!fresh && request.carried[i].ended) {
+        continue;
+      }
+      request.rows[i] = flight.num_rows;
+      Row& row = open_row(flight);
+      if (fresh) {
+        row.last_token = request.tokens.back();
+        open_branch(pool_, request.sequence, request.sequence.cached, request.draft_length(),
+                    row.branch);
+      } else {
+        std::swap(row, request.carried[i]);
+      }
+      draft_row(request, row, i == request.carried.size());
+      plan.attempt.push_back(request.attempt + static_cast<std::int32_t>(i));
+    }
+  }
+  for (const Slot slot : flight.drafting) {
+    Request& request = at(slot);
+    for (std::size_t i = 0; i < request.carried.size(); ++i) {
+      if (request.carried[i].ended) {
+        request.rows[i] = flight.num_rows;
+        std::swap(open_row(flight), request.carried[i]);
+        plan.held.push_back(request.id);
+        plan.held_attempt.push_back(request.attempt + static_cast<std::int32_t>(i));
+      }
+    }
+    request.carried.clear();
+  }
+}
+
+// A row whose memory is used again; it holds no pages.
+Scheduler::Row& Scheduler::open_row(InFlightPlan& flight) {
+  if (flight.num_rows == flight.rows.size()) {
+    flight.rows.emplace_back();
+  }
+  Row& row = flight.rows[flight.num_rows++];
+  row.drawn = 0;
+  row.ended = false;
+  return row;
+}
+
+// `first`: of the rows that read the request's prefix and nothing more.
+void Scheduler::draft_row(const Request& request, const Row& row, bool first) {
+  Plan& plan = *newest().plan;
+  const Branch& branch = row.branch;
+  const std::int32_t start = branch.start + row.drawn;
+  if (row.drawn > 0) {
+    read_through(pool_, request.sequence, branch, table_scratch_);
+    plan.draft.add_group(table_scratch_, start);
+  } else if (first) {
+    plan.draft.add_group(request.sequence, start);
+  }
+  const std::int32_t into = branch.first_slot % options_.page_size + row.drawn;
+  plan.draft.add_row(start, branch.length - row.drawn, branch.first_slot + row.drawn,
+                     branch.pages.data() + into / options_.page_size);
+  plan.request.push_back(request.id);
+  plan.seed.push_back(static_cast<std::int64_t>(request.options.seed));
+  plan.position.push_back(request.response_length() + row.drawn);
+  plan.drawn.push_back(row.drawn);
+  plan.stream.push_back(static_cast<std::int32_t>(request.stream));
+  plan.first_token.push_back(row.last_token);
 }
 
 }  // namespace stars_fast

@@ -58,6 +58,26 @@ void open_branch(PagePool& pool, const Sequence& sequence, std::int32_t start, s
   branch.start = start;
   branch.first_slot = sequence.slot(start);
   branch.length = length;
+  branch.joined = false;
+}
+
+void join(const PagePool& pool, const Sequence& sequence, Branch& branch, Copies& copies) {
+  const std::int32_t size = pool.page_size();
+  const std::int32_t offset = branch.first_slot % size;
+  if (offset > 0 && !branch.joined) {
+    copies.add(sequence.pages[static_cast<std::size_t>(branch.first_slot / size)],
+               branch.pages.front(), offset);
+  }
+  branch.joined = true;
+}
+
+void read_through(const PagePool& pool, const Sequence& sequence, const Branch& branch,
+                  Sequence& table) {
+  const auto own = sequence.pages.begin();
+  table.pages.assign(own, own + branch.first_slot / pool.page_size());
+  table.pages.insert(table.pages.end(), branch.pages.begin(), branch.pages.end());
+  table.padding_start = sequence.padding_start;
+  table.padding_length = sequence.padding_length;
 }
 
 void promote(PagePool& pool, Sequence& sequence, Branch& branch, std::int32_t keep,
@@ -65,11 +85,11 @@ void promote(PagePool& pool, Sequence& sequence, Branch& branch, std::int32_t ke
   const std::int32_t size = pool.page_size();
   const auto first = static_cast<std::size_t>(branch.first_slot / size);
   const std::int32_t offset = branch.first_slot % size;
+  if (keep > 0) {
+    join(pool, sequence, branch, copies);
+  }
   pool.release_from(branch.pages,
                     static_cast<std::size_t>(keep == 0 ? 0 : pool.pages_for(offset + keep)));
-  if (keep > 0 && offset > 0) {
-    copies.add(sequence.pages[first], branch.pages.front(), offset);
-  }
   if (keep > 0) {
     pool.release_from(sequence.pages, first);
     sequence.pages.insert(sequence.pages.end(), branch.pages.begin(), branch.pages.end());

@@ -43,11 +43,12 @@ struct Sequence {
 };
 
 // Pages of tokens that continue a sequence from token `start` on. The branch owns its pages alone;
-// in the first one the slots before the start are unused until promote() has them copied.
+// in the first one the slots before the start are unused until join() or promote() has them copied.
 struct Branch {
   std::int32_t start = 0;
   std::int32_t first_slot = 0;  // slot of the sequence's table that the first token takes
   std::int32_t length = 0;      // tokens
+  bool joined = false;          // those slots have been copied, or will be by what is owed
   std::vector<std::int32_t> pages;
 };
 
@@ -58,6 +59,13 @@ struct Branch {
 // nothing.
 void open_branch(PagePool& pool, const Sequence& sequence, std::int32_t start, std::int32_t length,
                  Branch& branch);
+// Has the slots before the branch's start copied, once, so that its tokens can be read behind those
+// of the sequence. The copy is owed as promote()'s.
+void join(const PagePool& pool, const Sequence& sequence, Branch& branch, Copies& copies);
+// Makes `table` the first branch.start tokens of the sequence and those of the branch, joined. It
+// names their pages and holds none.
+void read_through(const PagePool& pool, const Sequence& sequence, const Branch& branch,
+                  Sequence& table);
 // The sequence becomes its first branch.start tokens and `keep` of the branch's; what both held
 // beyond that is released. Adds the copy of a partly filled page to `copies`: it must run on the
 // device before anything is written to pages allocated after this call.

@@ -164,12 +164,27 @@ class Plan:
         """[R] response position of the row's first new token."""
 
     @property
+    def drawn(self) -> npt.NDArray[np.int32]:
+        """[R] tokens of the row's segment that earlier rounds drew."""
+
+    @property
     def stream(self) -> npt.NDArray[np.int32]:
         """[R] stream of the row's draws, see csrc/philox.h."""
 
     @property
     def first_token(self) -> npt.NDArray[np.int64]:
-        """[R] the last committed token, which the first decode step feeds."""
+        """[R] the token before the row's first new one, which the first decode step feeds."""
+
+    @property
+    def held(self) -> npt.NDArray[np.int64]:
+        """[H] requests of rows that ended earlier and wait for an attempt before theirs.
+
+        They are not drafted, and come behind the R others in the result.
+        """
+
+    @property
+    def held_attempt(self) -> npt.NDArray[np.int32]:
+        """[H] their attempts."""
 
     @property
     def unscored(self) -> npt.NDArray[np.int64]:
@@ -335,15 +350,20 @@ class Scheduler:
         rewards: npt.ArrayLike,
         seconds: float = 0.0,
         breaks: npt.ArrayLike | None = None,
+        unfinished: npt.ArrayLike | None = None,
     ) -> Decision:
         """Commits the oldest plan that is out.
 
-        Tests the rows in attempt order and moves the requests on.
-        `tokens` int64 [R, >= L], `lengths` int32 [R], `stopped` uint8 [R] (the row's last token
-        ends the response), `rewards` float64 [R] (not finite: the row has no valid result, and the
-        request fails when the row's turn comes), `seconds`: time of the round per token position,
+        Tests the rows in attempt order and moves the requests on. Rows are those of the draft, then
+        those held, each with its whole segment, what earlier rounds drew included.
+        `tokens` int64 [R, the longest row or more], `lengths` int32 [R], `stopped` uint8 [R] (the
+        row's last token ends the response), `rewards` float64 [R] (not finite: the row has no valid
+        result, and the request fails when the row's turn comes), `seconds`: time of the round per
+        token position,
         `breaks` uint8 [R]: the row breaks a constraint: it passes no test, and as a fallback, a
-        choice or a path loses to any row that breaks none; None: none does.
+        choice or a path loses to any row that breaks none; None: none does. `unfinished` uint8 [R]:
+        the row goes on in the next round, and what follows it in attempt order waits; None: none
+        does.
         Raises ValueError, nothing changed, if these do not fit the plan.
         """
 

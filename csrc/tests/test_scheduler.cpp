@@ -1,4 +1,5 @@
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -259,6 +260,45 @@ void waiting_paths_give_their_pages_to_the_last(std::int32_t lanes) {
   CHECK(scheduler.pool().used() == 0);
 }
 
+// Row 1 ends before row 0, waits for it, and is dropped or decided once row 0 has ended.
+void a_row_that_ended_waits_for_the_attempt_before_it(bool first_passes) {
+  auto scheduler = with_requests({1, 64, 2, 40, 1, 12});
+  auto plan = scheduler.plan();
+  scheduler.set_prompt_reward(0, 0.0);
+  Round round;
+  auto result = fill(round, *plan, [] { return std::nan(""); });
+  CHECK(result.rows == 2);
+  round.lengths = {5, 3};
+  const std::vector<std::uint8_t> unfinished{1, 0};
+  result.unfinished = unfinished.data();
+  auto decision = scheduler.commit(result);
+  scheduler.check();
+  CHECK(decision->request.empty());
+  CHECK(scheduler.stats().rows_carried == 1);
+  CHECK(scheduler.stats().attempts == 0);
+
+  plan = scheduler.plan();
+  CHECK(plan->copies.count.empty());  // the prompt is padded: segments begin pages of their own
+  CHECK(plan->draft.num_rows() == 1);
+  CHECK(plan->drawn == std::vector<std::int32_t>{5});
+  CHECK(plan->position == std::vector<std::int32_t>{5});
+  CHECK(plan->first_token == std::vector<std::int64_t>{7});
+  CHECK(plan->draft.lengths == std::vector<std::int32_t>{7});
+  CHECK(plan->draft.start == std::vector<std::int32_t>{39 + 5});
+  CHECK(plan->held == std::vector<std::int64_t>{0});
+  CHECK(plan->held_attempt == std::vector<std::int32_t>{1});
+  round.lengths = {12, 3};
+  round.rewards = {first_passes ? 2.0 : -2.0, 2.0};
+  result.rewards = round.rewards.data();
+  result.unfinished = nullptr;
+  decision = scheduler.commit(result);
+  scheduler.check();
+  CHECK(decision->row == std::vector<std::int32_t>{first_passes ? 0 : 1});
+  CHECK(decision->length == std::vector<std::int32_t>{first_passes ? 12 : 3});
+  CHECK(scheduler.stats().drafted_tokens == 12 + 3);
+  CHECK(scheduler.stats().attempts == (first_passes ? 1 : 2));
+}
+
 void a_group_of_more_paths_than_rows_is_refused() {
   stars_fast::SchedulerOptions options;
   options.num_pages = 100;
@@ -292,6 +332,8 @@ void test_scheduler() {
   lanes_halve_the_requests();
   fallbacks_remember_over_rounds_what_breaks_a_constraint();
   copied_paths_share_their_pages_and_write_to_their_own();
+  a_row_that_ended_waits_for_the_attempt_before_it(true);
+  a_row_that_ended_waits_for_the_attempt_before_it(false);
   waiting_paths_give_their_pages_to_the_last(1);
   waiting_paths_give_their_pages_to_the_last(2);
   a_group_of_more_paths_than_rows_is_refused();

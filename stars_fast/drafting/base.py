@@ -64,6 +64,8 @@ class Draft:
         int64 ``[R, L]``; entries from a row's length on are meaningless.
     lengths
         int32 ``[R]``, the stop token that ended a row included.
+    unfinished
+        bool ``[R]``: the row's segment goes on in the next round; None: all have ended.
     stopped
         bool ``[R]``: the row's last token is one of its stop tokens.
     logprobs
@@ -96,6 +98,7 @@ class Draft:
     adjusted_logprobs: npt.NDArray[np.float32] | None = None
     top_tokens: npt.NDArray[np.int64] | None = None
     top_logprobs: npt.NDArray[np.float32] | None = None
+    unfinished: npt.NDArray[np.bool_] | None = None
 
     @classmethod
     def of_no_rows(cls) -> Draft:
@@ -116,7 +119,8 @@ class Drafter(Protocol):
     def draft(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Draft:
         """Draw the segment of every row of the plan, whose prefill must have run.
 
-        There is at least one row. The KV of the drawn tokens is written to the model's pages.
+        There is at least one row. Some segments may not have ended: their rows come again. The KV
+        of the drawn tokens is written to the model's pages.
         `sampling` has one entry per row of ``plan.draft``.
         """
         ...

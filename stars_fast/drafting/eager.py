@@ -13,6 +13,7 @@ from torch import Tensor
 from stars_fast import _core
 from stars_fast.drafting.adjust import KnownTokens, Widths, num_tokens
 from stars_fast.drafting.base import Draft, RowSampling
+from stars_fast.drafting.pace import Pace
 from stars_fast.drafting.rows import Progress, RowParameters, StepNeeds, most_stop_ids
 from stars_fast.models.threads import StepThreads
 from stars_fast.ops.batch import BatchLike
@@ -60,6 +61,8 @@ class EagerDrafter:
         Gives the level of every token, int64 ``[vocab]``; asked for once a row ends early.
     known, share
         See `Progress`.
+    pace
+        Ends rounds of which some rows go on; None: rounds last until all rows have ended.
     """
 
     def __init__(
@@ -68,7 +71,9 @@ class EagerDrafter:
         segment_ends: Callable[[], Tensor],
         known: KnownTokens | None = None,
         share: Callable[[Tensor], None] | None = None,
+        pace: Pace | None = None,
     ) -> None:
+        self._pace = pace
         self._model = model
         self._segment_ends = segment_ends
         self._known = known
@@ -105,6 +110,7 @@ class EagerDrafter:
         threads = self._model.step_threads if rows > 1 else None  # one row's sums are divided
         if threads is not None:
             threads.begin_round()
+        waste = 0.0  # steps
         for number in range(steps):
             if guided is not None:
                 guided.allow()
@@ -114,8 +120,11 @@ class EagerDrafter:
             if guided is not None:
                 guided.advance(ids, progress.live)
             # On the CPU a look at the rows is free, on a GPU it would be a host sync.
-            if device.type == "cpu" and not bool(progress.live.any()):
-                break
+            if device.type == "cpu":
+                live = int(progress.live.sum())
+                waste += 1 - live / rows
+                if not live or (self._pace is not None and self._pace.enough(waste)):
+                    break
         return progress.read(rows, steps, ran=number + 1)
 
     def _step(

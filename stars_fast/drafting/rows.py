@@ -366,9 +366,14 @@ class Progress:
             return np.ascontiguousarray(values).view(np.float32)
 
         adjusted = None if self._adjusted_logprobs is None else as_floats(more[-1])
+        unfinished = None
+        if ran is not None and ran < steps:
+            unfinished = lengths[:, 0] > ran
+            lengths = lengths.clip(max=ran)
         return Draft(
             tokens=tokens.astype(np.int64),
             lengths=np.ascontiguousarray(lengths[:, 0]),
+            unfinished=unfinished,
             stopped=stopped[:, 0].astype(np.bool_),
             logprobs=as_floats(logprobs),
             nan_step=nan_step[:, 0].astype(np.int64),

@@ -347,12 +347,13 @@ class BaseEngine(OneThread):
 
         ``rounds``, ``drafted_tokens``, ``accepted_tokens``, ``prefill_tokens``,
         ``cached_prompt_tokens``, ``attempts``, ``segments``, ``fallbacks``, ``preemptions`` and
-        ``page_copies``, ``paths_copied`` and ``paths_dropped`` of the scheduler; ``lm_calls``,
-        forward passes of the language model; ``row_steps``, rows x steps that drafting ran, of
-        which ``drafted_tokens`` became part of an attempt (0 where the model is not here);
-        ``copied_bytes`` of page copies; ``pages_used`` and ``pages_free`` of the language model's
-        pool; ``requests_running`` and ``requests_waiting``; what the scorer counts (``rm_tokens``
-        and others); ``seconds_plan``, ``_fork``, ``_prefill``, ``_draft``, ``_score``, ``_commit``.
+        ``page_copies``, ``rows_carried`` (unfinished at the end of a round), ``paths_copied`` and
+        ``paths_dropped`` of the scheduler; ``lm_calls``, forward passes of the language model;
+        ``row_steps``, rows x steps that drafting ran, of which ``drafted_tokens`` became part of an
+        attempt (0 where the model is not here); ``copied_bytes`` of page copies; ``pages_used`` and
+        ``pages_free`` of the language model's pool; ``requests_running`` and ``requests_waiting``;
+        what the scorer counts (``rm_tokens`` and others); ``seconds_plan``, ``_fork``,
+        ``_prefill``, ``_draft``, ``_score``, ``_commit``.
         """
         return self.loop.stats()
 

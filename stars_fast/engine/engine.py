@@ -28,6 +28,7 @@ from stars_fast.drafting.base import Drafter
 from stars_fast.drafting.eager import EagerDrafter
 from stars_fast.drafting.guidance import GuidedDrafter
 from stars_fast.drafting.guide import Guides
+from stars_fast.drafting.pace import Pace
 from stars_fast.drafting.segment_ends import segment_end_levels
 from stars_fast.engine.batches import BatchEngine
 from stars_fast.engine.clock import PhaseClock
@@ -279,7 +280,8 @@ class Engine(BatchEngine):
         eos_ids = _eos_token_ids(loaded, tokenizer)
         self._guides = Guides(tokenizer, eos_ids)
         segment_ends = _segment_ends_of(tokenizer, lm)
-        drafter = make_drafter(lm, segment_ends, ranks, known, max_rows)
+        pace = Pace()
+        drafter = make_drafter(lm, segment_ends, ranks, known, pace, max_rows)
         if guided is not None:
             drafter = GuidedDrafter(guided, drafter, segment_ends, known)
         loop = Loop(
@@ -292,6 +294,7 @@ class Engine(BatchEngine):
             overlap=overlap,
             ranks=ranks,
             guides=self._guides,
+            pace=pace,
         )
         self._lm = lm
         self._max_length = lm.max_length if guided is None else guided.max_length
@@ -505,6 +508,7 @@ def make_drafter(
     segment_ends: Callable[[], Tensor],
     ranks: Ranks = ALONE,
     known: KnownTokens | None = None,
+    pace: Pace | None = None,
     max_rows: int = 0,
 ) -> Drafter:
     """Return the drafter that suits a model's backend; for the rest see `EagerDrafter`.
@@ -514,9 +518,9 @@ def make_drafter(
     if ranks.size > 1:
         if model.on_kernels:
             _log.info("decode steps run without a CUDA graph: the model is tensor-parallel")
-        return EagerDrafter(model, segment_ends, known, ranks.share)
+        return EagerDrafter(model, segment_ends, known, ranks.share, pace)
     if not model.on_kernels:
-        return EagerDrafter(model, segment_ends, known)
+        return EagerDrafter(model, segment_ends, known, pace=pace)
     from stars_fast.drafting.captured import CapturedDrafter  # Triton is for Linux only
 
     drafter = CapturedDrafter(model, segment_ends, known)

@@ -19,13 +19,14 @@ from transformers import PreTrainedModel
 
 from stars_fast import _core
 from stars_fast.distributed import ALONE, Ranks
-from stars_fast.drafting.base import Draft, Drafter
+from stars_fast.drafting.base import Draft, Drafter, RowSampling
 from stars_fast.drafting.guide import Guide, Guides
+from stars_fast.drafting.pace import Pace
 from stars_fast.engine.clock import PhaseClock
 from stars_fast.engine.detokenize import response_text
 from stars_fast.engine.requests import Response
 from stars_fast.engine.round import Round, cut_candidates, score_round
-from stars_fast.engine.sampling import counts_of, row_sampling
+from stars_fast.engine.sampling import continued, counts_of, row_sampling
 from stars_fast.methods.decisions import scheduler_options
 from stars_fast.outputs import (
     Attempt,
@@ -110,10 +111,12 @@ class Loop:
         Ranks that run the same rounds; only one with `overlap`.
     guides
         Compiles the grammars of requests; None: none has one.
+    pace
+        Told what rounds cost; the drafter's, if that ends rounds of which some rows go on.
 
     Attributes
     ----------
-    model, drafter, scorer
+    model, drafter, scorer, pace
         As given.
     on_round
         Called with each round that is drafted, before it is scored; None: nobody is told.
@@ -133,7 +136,9 @@ class Loop:
         overlap: bool = False,
         ranks: Ranks = ALONE,
         guides: Guides | None = None,
+        pace: Pace | None = None,
     ) -> None:
+        self.pace = pace
         self._guides = guides
         self.model = model
         self.drafter = drafter
@@ -146,6 +151,7 @@ class Loop:
         self._branches = itertools.count()
         self._clock = clock
         self._ranks = ranks
+        self._begun = 0.0  # time at which the round was
         self._worker = futures.ThreadPoolExecutor(1, "stars-fast-score") if overlap else None
         self._scoring: futures.Future[Round] | None = None
         self._planned: deque[_core.Plan] = deque()  # out, the oldest first
@@ -297,6 +303,7 @@ class Loop:
         this returns. If a phase raises, the rounds under way are undone and can be run again.
         """
         with torch.inference_mode(), self._together():
+            self._begun = time.perf_counter()
             with self._clock.phase("plan"):
                 plan = self._scheduler.plan()
             self._planned.append(plan)
@@ -320,7 +327,8 @@ class Loop:
         draft = plan.draft
         self._ranks.check_same(
             "the round",
-            *(plan.request, plan.attempt, plan.seed, plan.position, plan.stream),
+            *(plan.request, plan.attempt, plan.seed, plan.position, plan.stream, plan.drawn),
+            *(plan.held, plan.held_attempt),
             plan.first_token,
             *(plan.prefill_tokens, plan.unscored, draft.new_lengths, draft.slots),
         )
@@ -336,22 +344,23 @@ class Loop:
     def _draft(self, plan: _core.Plan) -> Round:
         with self._clock.phase("fork"):
             self.model.copy_pages(*plan.copies)
+        beside = time.perf_counter() - self._begun
         with self._clock.phase("prefill"):
             if plan.prefill.num_rows:
                 ids = torch.from_numpy(plan.prefill_tokens).to(self.model.device)
                 self.model.prefill(plan.prefill, ids)
                 self.lm_calls += 1
         begun = time.perf_counter()
-        responses = [self._responses[handle] for handle in plan.request.tolist()]
+        responses = [self._responses[handle] for handle in _handles(plan)]
         with self._clock.phase("draft"):
             drafted = Draft.of_no_rows()
             if responses:
-                drafted = self.drafter.draft(plan, [r.sampling for r in responses])
+                drafted = self.drafter.draft(plan, _sampling(plan, responses))
                 self.lm_calls += drafted.steps
                 self.row_steps += drafted.row_steps
         seconds = time.perf_counter() - begun
         done = cut_candidates(plan, drafted, responses, self._branches)
-        done.seconds["draft"] = seconds
+        done.seconds["draft"], done.beside = seconds, beside
         return done
 
     def _score(self, done: Round) -> Round:
@@ -371,10 +380,15 @@ class Loop:
 
     def _finish(self, done: Round) -> list[Response]:
         """Commit the oldest round that is out; its rewards are known."""
+        begun = time.perf_counter()
         with self._clock.phase("commit"):
             self._charge_scoring()
             failed = self._set_prompt_rewards(done)
             changed = failed + self._commit(done)
+        if self.pace is not None and done.draft.steps:
+            beside = done.beside + time.perf_counter() - begun + done.seconds.get("score", 0.0)
+            patience = self.pace.observe(done.draft.steps, done.seconds["draft"], done.read, beside)
+            self.pace.patience = self._ranks.first(patience)
         self._planned.popleft()
         return changed
 
@@ -418,16 +432,21 @@ class Loop:
         seconds = max(spent) if self._worker is not None else sum(spent)
         seconds = self._ranks.first(seconds)
         decision = self._scheduler.commit(
-            done.draft.tokens,
+            done.tokens,
             done.lengths,
             done.stopped,
             done.merits,
             seconds / done.steps,
             done.breaks,
+            done.unfinished,
         )
         thresholds = decision.threshold.tolist()
-        for response, drafted in zip(done.responses, done.lengths.tolist(), strict=True):
-            response.drafted_tokens += drafted
+        for row, response in enumerate(done.responses):
+            response.drafted_tokens += max(0, int(done.lengths[row]) - done.drawn[row])
+            response.under_way.clear()
+        for row, response in enumerate(done.responses):
+            if not done.decided[row]:
+                response.under_way[done.candidates[row].attempt] = done.candidates[row]
         self._settle_rows(done, decision.outcome.tolist(), thresholds)
         changed = []
         events = zip(
@@ -490,8 +509,9 @@ class Loop:
         """Remember the best of the rejected, and with ``trace`` every rejected attempt."""
         for row, response in enumerate(done.responses):
             looked_at = response.params.kind.decides == "choice" or not math.isnan(thresholds[row])
+            looked_at = looked_at and done.decided[row]
             if not response.scored or response.finished or not looked_at:
-                continue  # no reward, or an attempt before it had passed
+                continue  # no reward, or an attempt before it had passed or goes on
             traced = response.params.trace
             kept = outcomes[row] == _core.ROW_KEPT
             if not (traced or kept):
@@ -508,7 +528,7 @@ class Loop:
                 self._needed_scorer.keep(response.handle, candidate.branch)
 
     def _prune(self, plan: _core.Plan) -> None:
-        for handle in dict.fromkeys(plan.request.tolist()):
+        for handle in dict.fromkeys(_handles(plan)):
             response = self._responses.get(handle)
             if response is not None and response.scored:
                 self._needed_scorer.prune(handle)
@@ -558,3 +578,19 @@ class Loop:
             if handle in owners:
                 owners[handle].rm_tokens += tokens
         return [errors[i] if i in errors else next(scored) for i in range(len(texts))]
+
+
+def _handles(plan: _core.Plan) -> list[int]:
+    """Return the response of each row, those held included."""
+    return [*plan.request.tolist(), *plan.held.tolist()]
+
+
+def _sampling(plan: _core.Plan, responses: Sequence[Response]) -> list[RowSampling]:
+    """Return how each row of the draft is sampled."""
+    rows = zip(responses, plan.attempt.tolist(), plan.drawn.tolist(), strict=False)
+    return [
+        continued(response.sampling, response.under_way[attempt].token_ids)
+        if drawn
+        else response.sampling
+        for response, attempt, drawn in rows
+    ]

@@ -41,6 +41,8 @@ class Candidate:
     stop_text_at
         Where in the response's text the stop text that ends this candidate begins, None if none
         does.
+    error
+        Why it cannot be scored; None if it can.
     """
 
     branch: int
@@ -55,6 +57,7 @@ class Candidate:
     keeps: bool = True
     stopped: bool = False
     stop_text_at: int | None = None
+    error: str | None = None
 
 
 @dataclass
@@ -69,6 +72,8 @@ class Response:
         The best of the rejected candidates for the current segment, if any.
     rejected
         Tested attempts at the current segment, filled only with ``trace``.
+    under_way
+        Attempts at the current segment that wait for a further round, by number.
     known
         Effective reward and log-probabilities of its attempts at the current segment, by tokens.
     error
@@ -92,6 +97,7 @@ class Response:
     text: ResponseText
     kept: Candidate | None = None
     rejected: list[Attempt] = field(default_factory=list)
+    under_way: dict[int, Candidate] = field(default_factory=dict)
     known: dict[tuple[int, ...], tuple[float, list[float]]] = field(default_factory=dict)
     error: str | None = None
     prefixes: PrefixCalibration | None = None

@@ -1,4 +1,9 @@
-"""A round under way: its plan, its draft and its rewards."""
+"""A round under way: its plan, its draft and its rewards.
+
+Its rows are those of the draft, then those that ended in an earlier round and wait for an attempt
+before theirs (`Plan.held`). A row whose segment has not ended goes on in the next round; it is not
+scored, nor is what comes after it in the order of attempts.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +20,7 @@ from stars_fast.drafting.base import Draft
 from stars_fast.engine.detokenize import find_step_end, find_stop
 from stars_fast.engine.requests import Candidate, Response, candidate_text
 from stars_fast.methods.decisions import effective_reward, merit
+from stars_fast.params import StarsParams
 from stars_fast.rewards.base import ScoreJob, Scorer
 from stars_fast.rewards.combine import CombinedReward
 
@@ -30,7 +36,16 @@ class Round:
     draft
         The drawn segments.
     responses, candidates
-        The response of each row and the segment in it, cut at a stop text.
+        The response of each row and the segment in it, cut at a stop text; what earlier rounds drew
+        of it is in front.
+    tokens
+        int64 ``[R, L]``, of these segments.
+    drawn
+        Tokens of each row that earlier rounds drew.
+    unfinished
+        uint8: the row goes on in the next round.
+    decided
+        Whether the commit decides the row: it and every attempt before it has ended.
     lengths, stopped, merits
         As `commit` of the scheduler takes them; merits are rewards, or what a method decides by in
         their place.
@@ -40,23 +55,38 @@ class Round:
         r(x) of the plan's new requests by handle, or why there is none.
     seconds
         Time of drafting its rows and of scoring them: the cost of rows, prompts left out.
+    beside
+        Seconds of its other phases up to its draft, prompts left out.
     """
 
     plan: _core.Plan
     draft: Draft
     responses: list[Response]
     candidates: list[Candidate]
+    tokens: npt.NDArray[np.int64]
+    drawn: list[int]
+    unfinished: npt.NDArray[np.uint8]
+    decided: list[bool]
     lengths: npt.NDArray[np.int32]
     stopped: npt.NDArray[np.uint8]
     merits: npt.NDArray[np.float64]
     errors: dict[int, str]
     prompt_rewards: dict[int, float | Exception] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    beside: float = 0.0
 
     @property
     def steps(self) -> int:
         """Token positions drafted, at least 1."""
+        if self.draft.unfinished is not None:
+            return max(1, self.draft.steps)
         return max(1, self.plan.draft.max_new)
+
+    @property
+    def read(self) -> int:
+        """Tokens of the rows that the reward model reads."""
+        rows = zip(self.responses, self.lengths.tolist(), self.decided, strict=True)
+        return sum(length for response, length, decided in rows if response.scored and decided)
 
     @property
     def breaks(self) -> npt.NDArray[np.uint8] | None:
@@ -83,60 +113,131 @@ def cut_candidates(
 ) -> Round:
     """Return the round with its candidates: cut at stop texts, bad logits noted as errors.
 
-    `branches` gives each an id at the scorer.
+    `branches` gives each an id at the scorer. `responses` are those of all rows.
     """
+    attempts = [*plan.attempt.tolist(), *plan.held_attempt.tolist()]
+    drawn = plan.drawn.tolist()
+    goes_on = [False] * len(drawn) if draft.unfinished is None else draft.unfinished.tolist()
+    candidates = []
+    for row, response in enumerate(responses):
+        if row >= len(drawn):
+            candidates.append(response.under_way[attempts[row]])
+            continue
+        before = response.under_way[attempts[row]] if drawn[row] else None
+        candidate = _drawn(draft, row, response.params, before, next(branches), attempts[row])
+        cut, ended = _cut(response, candidate)
+        bad = int(draft.nan_step[row])
+        if 0 <= bad < len(cut.token_ids) - drawn[row]:
+            ended = True
+            at = len(response.output.token_ids) + drawn[row] + bad
+            reason = f"the model's logits at response position {at} are NaN or infinite"
+            cut = replace(cut, error=reason)
+        candidates.append(cut)
+        goes_on[row] = goes_on[row] and not ended
     rows = len(responses)
+    goes_on += [False] * (rows - len(drawn))
+    drawn += [len(candidate.token_ids) for candidate in candidates[len(drawn) :]]
+    lengths = np.array([len(candidate.token_ids) for candidate in candidates], np.int32)
     done = Round(
         plan=plan,
         draft=draft,
         responses=responses,
-        candidates=[],
-        lengths=draft.lengths.copy(),
-        stopped=draft.stopped.astype(np.uint8),
+        candidates=candidates,
+        tokens=_table(candidates) if any(drawn) else draft.tokens,
+        drawn=drawn,
+        unfinished=np.array(goes_on, np.uint8),
+        decided=_decided(responses, attempts, goes_on),
+        lengths=lengths,
+        stopped=np.array([candidate.stopped for candidate in candidates], np.uint8),
         merits=np.zeros(rows),
-        errors={},
+        errors={row: c.error for row, c in enumerate(candidates) if c.error is not None},
     )
-    attempts = plan.attempt.tolist()
-    for row, response in enumerate(responses):
-        length = int(done.lengths[row])
-        ids = draft.tokens[row, :length].tolist()
-        stop_at = None
-        if response.params.stop_texts:
-            held = response.params.min_tokens - len(response.output.token_ids)
-            found = find_stop(response.text, ids, response.params.stop_texts, held)
-            if found is not None:
-                length, stop_at = found
-                done.lengths[row], done.stopped[row] = length, 1
-        if response.params.segment_end == "step":
-            params = response.params
-            end = find_step_end(
-                response.text, ids[:length], params.step_text, params.min_segment_length
-            )
-            if end is not None and end < length:  # the noise of the rest is drawn by no other
-                length, stop_at = end, None
-                done.lengths[row], done.stopped[row] = length, 0
-        logprobs = draft.logprobs[row, :length].tolist()
-        adjusted = draft.adjusted_logprobs
-        done.candidates.append(
-            Candidate(
-                branch=next(branches),
-                attempt=attempts[row],
-                token_ids=ids[:length],
-                logprobs=logprobs,
-                adjusted_logprobs=logprobs if adjusted is None else adjusted[row, :length].tolist(),
-                top_logprobs=_top_logprobs(draft, row, length, response.params.top_logprobs),
-                stopped=bool(done.stopped[row]),
-                stop_text_at=stop_at,
-            )
-        )
-        bad = int(draft.nan_step[row])
-        if 0 <= bad < length:
-            at = len(response.output.token_ids) + bad
-            done.errors[row] = f"the model's logits at response position {at} are NaN or infinite"
     done.errors |= draft.errors
     for row in done.errors:
         done.merits[row] = np.nan
     return done
+
+
+def _drawn(
+    draft: Draft,
+    row: int,
+    params: StarsParams,
+    before: Candidate | None,
+    branch: int,
+    attempt: int,
+) -> Candidate:
+    """Return what a row has drawn, behind what it had drawn `before`."""
+    length = int(draft.lengths[row])
+    logprobs = draft.logprobs[row, :length].tolist()
+    adjusted = draft.adjusted_logprobs
+    new = Candidate(
+        branch=branch,
+        attempt=attempt,
+        token_ids=draft.tokens[row, :length].tolist(),
+        logprobs=logprobs,
+        adjusted_logprobs=logprobs if adjusted is None else adjusted[row, :length].tolist(),
+        top_logprobs=_top_logprobs(draft, row, length, params.top_logprobs),
+        stopped=bool(draft.stopped[row]),
+    )
+    if before is None:
+        return new
+    return replace(
+        new,
+        token_ids=before.token_ids + new.token_ids,
+        logprobs=before.logprobs + new.logprobs,
+        adjusted_logprobs=before.adjusted_logprobs + new.adjusted_logprobs,
+        top_logprobs=before.top_logprobs + new.top_logprobs,
+    )
+
+
+def _cut(response: Response, candidate: Candidate) -> tuple[Candidate, bool]:
+    """Return a candidate as far as a stop text or a step ends it, and whether one does."""
+    params, ids = response.params, candidate.token_ids
+    ended = False
+    if params.stop_texts:
+        held = params.min_tokens - len(response.output.token_ids)
+        found = find_stop(response.text, ids, params.stop_texts, held)
+        if found is not None:
+            candidate = replace(_first(candidate, found[0]), stopped=True, stop_text_at=found[1])
+            ended = True
+    if params.segment_end == "step":
+        ids = candidate.token_ids
+        end = find_step_end(response.text, ids, params.step_text, params.min_segment_length)
+        if end is not None and end < len(ids):  # the noise of the rest is drawn by no other
+            candidate = replace(_first(candidate, end), stopped=False, stop_text_at=None)
+        ended = ended or end is not None
+    return candidate, ended
+
+
+def _first(candidate: Candidate, length: int) -> Candidate:
+    return replace(
+        candidate,
+        token_ids=candidate.token_ids[:length],
+        logprobs=candidate.logprobs[:length],
+        adjusted_logprobs=candidate.adjusted_logprobs[:length],
+        top_logprobs=candidate.top_logprobs[:length],
+    )
+
+
+def _table(candidates: list[Candidate]) -> npt.NDArray[np.int64]:
+    """Return int64 ``[R, L]``: the tokens of each candidate, 0 behind them."""
+    longest = max(len(candidate.token_ids) for candidate in candidates)
+    table = np.zeros((len(candidates), longest), np.int64)
+    for row, candidate in enumerate(candidates):
+        table[row, : len(candidate.token_ids)] = candidate.token_ids
+    return table
+
+
+def _decided(responses: list[Response], attempts: list[int], goes_on: list[bool]) -> list[bool]:
+    """Return whether each row and all earlier attempts of its response have ended."""
+    first: dict[int, int] = {}  # attempt that goes on, by handle
+    for response, attempt, more in zip(responses, attempts, goes_on, strict=True):
+        if more:
+            first[response.handle] = min(attempt, first.get(response.handle, attempt))
+    return [
+        response.handle not in first or attempt < first[response.handle]
+        for response, attempt in zip(responses, attempts, strict=True)
+    ]
 
 
 def _top_logprobs(draft: Draft, row: int, length: int, count: int) -> list[dict[int, float]]:
@@ -171,6 +272,7 @@ def score_round(
         row
         for row, response in enumerate(done.responses)
         if response.scored
+        and done.decided[row]
         and not response.finished
         and row not in done.errors
         and not isinstance(done.prompt_rewards.get(response.handle), Exception)

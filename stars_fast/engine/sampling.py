@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 from stars_fast.drafting import segment_ends
 from stars_fast.drafting.base import RowSampling
@@ -41,6 +43,26 @@ def row_sampling(
         min_tokens=params.min_tokens,
         top_logprobs=params.top_logprobs,
         guide_weight=params.guide_weight,
+    )
+
+
+def continued(sampling: RowSampling, drawn: Sequence[int]) -> RowSampling:
+    """Return it for a row that has drawn tokens of its segment in earlier rounds."""
+    counts = sampling.counts
+    if counts is not None:
+        counts = dict(counts)
+        for token in drawn:
+            counts[token] = counts.get(token, 0) + 1
+    guide = sampling.guide
+    if guide is not None:
+        guide = guide.fork()
+        guide.advance(drawn)
+    return replace(
+        sampling,
+        min_length=max(0, sampling.min_length - len(drawn)),
+        counts=counts,
+        drawn=[*sampling.drawn, *drawn] if sampling.bad_words else (),
+        guide=guide,
     )
 
 

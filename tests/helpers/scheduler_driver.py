@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -21,6 +23,7 @@ class InFlightPlan:
 
     plan: _core.Plan
     known: dict[int, list[int]]
+    steps: int  # of its draft, at most; rows that need more go on in a later plan
     issued: int = 0  # phases that the device was given
     written: set[int] = field(default_factory=set)  # slots
     read: set[int] = field(default_factory=set)  # pages
@@ -59,10 +62,12 @@ class Device:
                     self._write(plan.prefill, row, tokens)
             else:
                 for row, request in enumerate(plan.request.tolist()):
-                    known = flight.known[request]
-                    drawn = draw_of(plan, row, specs[request]).tokens
+                    drawn = int(plan.drawn[row])
+                    made = draw_of(plan, row, specs[request]).tokens
+                    known = flight.known[request] + made[:drawn]
+                    new = made[drawn : drawn + flight.steps]
                     assert self._prefix(plan.draft, row) == digests(0, known[:-1])
-                    self._write(plan.draft, row, [known[-1], *drawn[:-1]])
+                    self._write(plan.draft, row, [known[-1], *new[:-1]])
             flight.issued += 1
 
     def _prefix(self, batch: _core.Batch, row: int) -> list[int]:
@@ -84,8 +89,9 @@ class Device:
 
 
 def draw_of(plan: _core.Plan, row: int, spec: Spec) -> Draw:
-    """What a row of a plan draws."""
-    return spec.draw(int(plan.position[row]), int(plan.attempt[row]), int(plan.stream[row]))
+    """What a row of a plan draws, and has drawn of its segment."""
+    position = int(plan.position[row] - plan.drawn[row])
+    return spec.draw(position, int(plan.attempt[row]), int(plan.stream[row]))
 
 
 def digests(before: int, tokens: list[int]) -> list[int]:
@@ -112,12 +118,22 @@ def pages_read(batch: _core.Batch, group: int, page_size: int) -> set[int]:
 class Driver:
     """A scheduler, the device under it, and what must hold between the two.
 
-    `out` holds the plans that are out, oldest first.
+    `out` holds the plans that are out, oldest first. With a `pace`, the seed of their steps, rounds
+    end at any step, and rows that have not ended go on.
     """
 
     def __init__(
-        self, *, num_pages: int, page_size: int, max_rows: int = 256, lanes: int = 1, **options: int
+        self,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_rows: int = 256,
+        lanes: int = 1,
+        pace: int | None = None,
+        **options: int,
     ) -> None:
+        self.pace = None if pace is None else random.Random(pace)
+        self.under_way: dict[tuple[int, int], Draw] = {}  # by request and attempt
         self.page_size = page_size
         self.max_rows = max_rows
         self.lanes = lanes
@@ -183,7 +199,8 @@ class Driver:
             request: self.specs[request].prompt + self.committed[request]
             for request in plan.request.tolist()
         }
-        flight = InFlightPlan(plan, known)
+        steps = 1000 if self.pace is None else self.pace.choice([1, 1, 2, 5, 1000])
+        flight = InFlightPlan(plan, known, steps)
         self.check_plan(flight)
         self.out.append(flight)
         for request in plan.unscored.tolist():
@@ -200,17 +217,37 @@ class Driver:
         self.issue(1, 0)
         flight = self.out.popleft()
         plan = flight.plan
-        rows = plan.draft.num_rows
-        tokens = np.zeros((rows, plan.draft.max_new), np.int64)
+        owners = [*plan.request.tolist(), *plan.held.tolist()]
+        attempts = [*plan.attempt.tolist(), *plan.held_attempt.tolist()]
+        rows = len(owners)
+        tokens = np.zeros((rows, 64), np.int64)
         lengths, stopped = np.zeros(rows, np.int32), np.zeros(rows, np.uint8)
         rewards, breaks = np.zeros(rows), np.zeros(rows, np.uint8)
-        for row, request in enumerate(plan.request.tolist()):
-            made = draw_of(plan, row, self.specs[request])
+        unfinished = np.zeros(rows, np.uint8)
+        waits: dict[int, int] = {}  # the first attempt of a request that goes on
+        for row, key in enumerate(zip(owners, attempts, strict=True)):
+            if row < plan.draft.num_rows:
+                made = self.under_way[key] = draw_of(plan, row, self.specs[key[0]])
+                ran = int(plan.drawn[row]) + flight.steps
+                if ran < len(made.tokens):
+                    made = dataclasses.replace(made, tokens=made.tokens[:ran], stopped=False)
+                    unfinished[row] = 1
+                    waits[key[0]] = min(key[1], waits.get(key[0], key[1]))
+            made = made if unfinished[row] else self.under_way[key]
             lengths[row], stopped[row], rewards[row] = len(made.tokens), made.stopped, made.reward
             tokens[row, : lengths[row]] = made.tokens
             breaks[row] = made.breaks
+        for row, (request, attempt) in enumerate(zip(owners, attempts, strict=True)):
+            if request in waits and attempt >= waits[request]:
+                rewards[row] = np.nan  # nobody has asked for it
         decision = self.scheduler.commit(
-            tokens, lengths, stopped, rewards, 1e-3, breaks if breaks.any() else None
+            tokens,
+            lengths,
+            stopped,
+            rewards,
+            1e-3,
+            breaks if breaks.any() else None,
+            unfinished if unfinished.any() else None,
         )
         self.check_decision(flight, decision, tokens)
         return decision
@@ -221,7 +258,7 @@ class Driver:
 
     def finish(self, rounds: int) -> None:
         """Run what is left, with as many plans out as there may be; fail after too many rounds."""
-        for _ in range(rounds):
+        for _ in range(rounds if self.pace is None else 8 * rounds):
             while len(self.out) < self.lanes:
                 self.plan()
             self.commit()
@@ -238,20 +275,30 @@ class Driver:
         plan = flight.plan
         draft = plan.draft
         assert draft.num_rows == len(plan.request) <= self.max_rows
-        assert len(set(plan.request.tolist())) == draft.num_groups
+        # Rows that go on read what they have drawn, the others the request's prefix together.
+        fresh = {request for request, n in zip(plan.request, plan.drawn, strict=True) if n == 0}
+        assert len(fresh) + np.count_nonzero(plan.drawn) == draft.num_groups
+        assert set(plan.held.tolist()) <= set(plan.request.tolist())
         # Slots that this round writes are all different and none is of the null page.
         written = slots_written(plan.prefill) + slots_written(draft)
         flight.written = set(written)
         assert len(flight.written) == len(written)
         assert all(slot >= self.page_size for slot in written)
-        # No draft row writes into a page that a group reads.
+        # No draft row writes into a page that another group reads, nor to a slot that its own does.
         for group in range(draft.num_groups):
             read = pages_read(draft, group, self.page_size)
             assert 0 not in read
-            first = draft.slots[draft.row_group == group]
-            lengths = draft.new_lengths[draft.row_group == group]
-            for slots, length in zip(first, lengths, strict=True):
-                assert not read & {slot // self.page_size for slot in slots[:length].tolist()}
+            for row in range(draft.num_rows):
+                written = draft.slots[row, : draft.new_lengths[row]].tolist()
+                if draft.row_group[row] != group or not plan.drawn[row]:
+                    assert not read & {slot // self.page_size for slot in written}
+                else:
+                    pages = draft.group_pages[group].tolist()
+                    last = int(draft.group_extent[group]) - 1
+                    behind = pages[last // self.page_size] * self.page_size
+                    assert written[0] == (behind + last % self.page_size + 1) or (
+                        written[0] // self.page_size not in read
+                    )
             flight.read |= read
         for group in range(plan.prefill.num_groups):
             flight.read |= pages_read(plan.prefill, group, self.page_size)
@@ -261,9 +308,11 @@ class Driver:
         for row, request in enumerate(plan.request.tolist()):
             assert request not in self.ended
             assert self.expected[request], "a path that waits for others, or has ended"
-            assert draft.row_start[row] == len(flight.known[request]) - 1
-            assert plan.first_token[row] == flight.known[request][-1]
-            assert plan.position[row] == len(self.committed[request])
+            drawn = int(plan.drawn[row])
+            known = flight.known[request] + draw_of(plan, row, self.specs[request]).tokens[:drawn]
+            assert draft.row_start[row] == len(known) - 1
+            assert plan.first_token[row] == known[-1]
+            assert plan.position[row] == len(self.committed[request]) + drawn
             self._check_counters(plan, row, flight.known[request])
         # Copies can run side by side.
         sources, targets, _ = (set(column.tolist()) for column in plan.copies)
@@ -285,7 +334,7 @@ class Driver:
         Where attempts are rejected, all that is planned may be drawn, and more than is kept.
         """
         spec = self.specs[int(plan.request[row])]
-        length = len(draw_of(plan, row, spec).tokens)
+        length = len(draw_of(plan, row, spec).tokens) - int(plan.drawn[row])
         if spec.scored and spec.max_attempts > 1:
             length = int(plan.draft.new_lengths[row])
         seed, attempt, stream = (int(x[row]) for x in (plan.seed, plan.attempt, plan.stream))
@@ -309,7 +358,7 @@ class Driver:
             assert decision.length[event] == len(due.tokens)
             row = int(decision.row[event])
             if row >= 0:
-                assert flight.plan.request[row] == request
+                assert [*flight.plan.request, *flight.plan.held][row] == request
             if row >= 0 and due.kind != _core.EVENT_FAILED:
                 assert decision.outcome[row] == _core.ROW_WINNER
                 assert tokens[row, : len(due.tokens)].tolist() == due.tokens

@@ -17,6 +17,7 @@ class DriverMachine(RuleBasedStateMachine):
         max_prefill_tokens=st.sampled_from([3, 10, 1000]),
         prefix_caching=st.booleans(),
         lanes=st.sampled_from([1, 2]),
+        pace=st.none() | st.integers(0, 99),
     )
     def start(
         self,
@@ -26,12 +27,14 @@ class DriverMachine(RuleBasedStateMachine):
         max_prefill_tokens: int,
         prefix_caching: bool,
         lanes: int,
+        pace: int | None,
     ) -> None:
         self.driver = Driver(
             num_pages=num_pages,
             page_size=page_size,
             max_rows=max_rows,
             lanes=lanes,
+            pace=pace,
             max_prefill_tokens=max_prefill_tokens,
             prefix_caching=prefix_caching,
         )
