@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +32,7 @@ from stars_fast.cluster.bulk import StarsMapper, calibrate, map_rows  # noqa: E4
 from stars_fast.cluster.files import read_records, remaining, write_records  # noqa: E402
 from stars_fast.cluster.rows import read_rows  # noqa: E402
 from stars_fast.cluster.serve import build_app  # noqa: E402
+from stars_fast.cluster.serve_args import ServeArgs  # noqa: E402
 
 PARAMS = StarsParams(segment_length=4, max_tokens=12, target_reward="auto")
 SEED = 5
@@ -209,3 +212,80 @@ def test_two_replicas_one_of_them_killed_answer_as_one_engine(url: str, tmp_path
     with pytest.raises(openai.BadRequestError, match="beta must be"):
         client.completions.create(model="demo", prompt="p", extra_body={"stars": {"beta": -1}})
     client.close()
+
+
+SLOW = {"segment_length": 1, "max_attempts": 1, "target_reward": 0.0}
+
+
+def slow_rewards(folder: Path) -> Callable[[list[str], list[str]], list[float]]:
+    """A reward that takes its time, and keeps when its process was last asked."""
+
+    def reward(prompts: list[str], responses: list[str]) -> list[float]:
+        time.sleep(0.1)
+        (folder / str(os.getpid())).write_text(str(time.time()))
+        return [float(len(response) % 7) for response in responses]
+
+    return reward
+
+
+def running_replicas() -> int:
+    """Replicas that take requests."""
+    (deployment,) = serve.status().applications["slow"].deployments.values()
+    return deployment.replica_states.get("RUNNING", 0)
+
+
+def wait_for_replicas(number: int) -> None:
+    """Wait until Ray runs that many."""
+    deadline = time.monotonic() + 300  # on a busy machine
+    while running_replicas() != number:
+        assert time.monotonic() < deadline, f"{running_replicas()} replicas, not {number}"
+        time.sleep(0.1)
+
+
+def test_replicas_follow_the_load_and_finish_what_they_have(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy replica brings a second one; of two that have little to do one is drained."""
+    options = ServeArgs.deployment_options
+
+    def impatient(self: ServeArgs) -> dict[str, Any]:
+        told = options(self)
+        return told | {
+            "autoscaling_config": told["autoscaling_config"]
+            | {"metrics_interval_s": 0.2, "look_back_period_s": 0.5}
+        }
+
+    monkeypatch.setattr(ServeArgs, "deployment_options", impatient)
+    told = {
+        "model": str(demo.model_dir()), "reward_model": slow_rewards(tmp_path), "params": SLOW,
+        "served_model_name": "demo", "device": "cpu", "num_pages": 400, "max_replicas": 2,
+        "target_ongoing_requests": 4, "upscale_delay_s": 0, "downscale_delay_s": 1,
+    }  # fmt: skip
+    serve.run(build_app(told), name="slow", route_prefix="/")
+    assert running_replicas() == 1
+    enough = threading.Event()
+
+    def ask(tokens: int) -> int:
+        body = {"model": "demo", "prompt": "p", "max_tokens": tokens, "ignore_eos": True}
+        answer = httpx.post(f"{url}/completions", json=body, timeout=60)
+        answer.raise_for_status()
+        return int(answer.json()["usage"]["completion_tokens"])
+
+    def load() -> None:
+        while not enough.is_set():
+            assert ask(4) == 4
+
+    with ThreadPoolExecutor(12) as pool:
+        busy = [pool.submit(load) for _ in range(8)]
+        wait_for_replicas(2)
+        enough.set()
+        for one in busy:
+            one.result()
+        # Three requests are not enough for two replicas.
+        long = [pool.submit(ask, 80) for _ in range(3)]
+        wait_for_replicas(1)
+        drained = time.time()
+        assert [one.result() for one in long] == [80, 80, 80]
+    last_asked = [float(path.read_text()) for path in tmp_path.iterdir()]
+    assert len(last_asked) == 2
+    assert min(last_asked) > drained  # the one that takes no more requests has finished its own
