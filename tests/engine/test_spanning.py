@@ -38,8 +38,9 @@ METHODS: dict[str, dict[str, Any]] = {
         "min_segment_length": 2,
     },
     "penalties": {
-        **TESTED, **CLAUSES, "candidates": 2, "repetition_penalty": 1.3, "presence_penalty": 0.5,
-        "logit_bias": {7: 2.0}, "bad_words": ["e", "er"], "min_tokens": 9, "top_logprobs": 2,
+        **TESTED, **CLAUSES, "candidates": 2, "repetition_penalty": 1.5, "presence_penalty": 2.0,
+        "logit_bias": {8: 6.0, 40: 5.0, 60: 5.0}, "bad_words": ["e", "er"],
+        "min_tokens": 9, "top_logprobs": 2,
     },
     "stop texts": {**TESTED, **CLAUSES, "candidates": 2, "stop": ["ee", "th"], "min_tokens": 6},
     "grammar": {
