@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stars_fast import _core
-from stars_fast.drafting.guide import Guide
+from stars_fast.drafting.grammar import GrammarState
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RowSampling:
     guide_weight: float = 0.0  # of the engine's guide; 0: it is not guided
     counts: dict[int, int] | None = None
     drawn: Sequence[int] = ()  # the tokens of the response so far, kept up by their owner
-    guide: Guide | None = None  # where the response stands in its grammar
+    grammar: GrammarState | None = None  # where the response stands in its grammar
 
     @property
     def ragged(self) -> bool:
@@ -50,7 +50,7 @@ class RowSampling:
 
     def adjusts(self, position: int) -> bool:
         """Whether logits are changed behind so many tokens of the response."""
-        changes = self.logit_bias or self.counts is not None or self.guide is not None
+        changes = self.logit_bias or self.counts is not None or self.grammar is not None
         return bool(changes or self.bad_words) or position < self.min_tokens
 
 

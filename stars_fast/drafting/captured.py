@@ -99,14 +99,14 @@ class CapturedDrafter:
             columns = _Columns(most_stop_ids(sampling), Widths.of(sampling))
             bucket = self._bucket(plan, columns, needs)
             bucket.write(plan, sampling)
-            guided = bucket.progress.guided_rows(sampling)
-            if guided is None:
+            grammars = bucket.progress.grammar_rows(sampling)
+            if grammars is None:
                 bucket.graph.run(plan.draft.max_new)
             else:  # the host reads each token before it says what may follow
                 for _ in range(plan.draft.max_new):
-                    guided.allow()
+                    grammars.allow()
                     bucket.graph.run(1)
-                    guided.advance(bucket.ids, bucket.progress.live)
+                    grammars.advance(bucket.ids, bucket.progress.live)
             return bucket.progress.read(plan.draft.num_rows, plan.draft.max_new)
 
     def _bucket(self, plan: _core.Plan, columns: _Columns, needs: StepNeeds) -> _Bucket:

@@ -106,19 +106,19 @@ class EagerDrafter:
         ids = torch.from_numpy(plan.first_token).to(device)
         step = torch.zeros(rows, dtype=torch.int64, device=device)
         state = self._model.begin_decode(batch)
-        guided = progress.guided_rows(sampling)
+        grammars = progress.grammar_rows(sampling)
         threads = self._model.step_threads if rows > 1 else None  # one row's sums are divided
         if threads is not None:
             threads.begin_round()
         waste = 0.0  # steps
         for number in range(steps):
-            if guided is not None:
-                guided.allow()
+            if grammars is not None:
+                grammars.allow()
             draw = functools.partial(self._step, progress, state, number, ids, step)
             ids = draw() if threads is None else threads.run(draw)
             step += 1
-            if guided is not None:
-                guided.advance(ids, progress.live)
+            if grammars is not None:
+                grammars.advance(ids, progress.live)
             # On the CPU a look at the rows is free, on a GPU it would be a host sync.
             if device.type == "cpu":
                 live = int(progress.live.sum())

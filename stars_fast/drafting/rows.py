@@ -14,7 +14,7 @@ from torch import Tensor
 from stars_fast import _core, ops
 from stars_fast.drafting.adjust import Adjustments, KnownTokens, Widths
 from stars_fast.drafting.base import Draft, RowSampling
-from stars_fast.drafting.guide import GuidedRows
+from stars_fast.drafting.grammar import GrammarRows
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class StepNeeds:
         Rows may change their logits.
     top
         Most likely tokens that are kept of each position.
-    guided
+    grammars
         Rows may have a grammar.
     """
 
@@ -151,7 +151,7 @@ class StepNeeds:
     ends_early: bool = False
     adjusts: bool = False
     top: int = 0
-    guided: bool = False
+    grammars: bool = False
 
     @classmethod
     def of(cls, plan: _core.Plan, sampling: Sequence[RowSampling], vocab_size: int) -> StepNeeds:
@@ -163,7 +163,7 @@ class StepNeeds:
             ranks=most_ranks(sampling, vocab_size),
             ends_early=any(s.segment_end for s in sampling),
             adjusts=any(s.adjusts(at) for s, at in zip(sampling, positions, strict=True)),
-            guided=any(s.guide is not None for s in sampling),
+            grammars=any(s.grammar is not None for s in sampling),
             top=min(vocab_size, next(most for most in _TOPS if top <= most)),
         )
 
@@ -218,7 +218,7 @@ class Progress:
             assert widths is not None
             words = -(-(vocab_size if known is None else known.count) // 32)
             self.adjustments = Adjustments(
-                rows, widths, max_new, words if needs.guided else 0, device
+                rows, widths, max_new, words if needs.grammars else 0, device
             )
 
         def table(dtype: torch.dtype, *depth: int) -> Tensor:
@@ -244,11 +244,11 @@ class Progress:
         self._nan_step.fill_(-1)
         torch.gt(self._parameters.lengths, 0, out=self.live)
 
-    def guided_rows(self, sampling: Sequence[RowSampling]) -> GuidedRows | None:
+    def grammar_rows(self, sampling: Sequence[RowSampling]) -> GrammarRows | None:
         """Return the grammars of a round's rows, if it has any."""
         if self.adjustments is None or self.adjustments.allowed is None:
             return None
-        return GuidedRows([s.guide for s in sampling], self.adjustments.allowed)
+        return GrammarRows([s.grammar for s in sampling], self.adjustments.allowed)
 
     def draw(self, logits: Tensor, step: Tensor) -> Tensor:
         """Draw the next token of every row that has not ended.

@@ -26,8 +26,8 @@ from stars_fast.distributed import ALONE, OneRank, Ranks
 from stars_fast.drafting.adjust import KnownTokens, num_tokens
 from stars_fast.drafting.base import Drafter
 from stars_fast.drafting.eager import EagerDrafter
+from stars_fast.drafting.grammar import Grammars
 from stars_fast.drafting.guidance import GuidedDrafter
-from stars_fast.drafting.guide import Guides
 from stars_fast.drafting.pace import Pace
 from stars_fast.drafting.segment_ends import segment_end_levels
 from stars_fast.engine.batches import BatchEngine
@@ -278,7 +278,7 @@ class Engine(BatchEngine):
         )
         known = _known_tokens(tokenizer, lm)
         eos_ids = _eos_token_ids(loaded, tokenizer)
-        self._guides = Guides(tokenizer, eos_ids)
+        self._grammars = Grammars(tokenizer, eos_ids)
         segment_ends = _segment_ends_of(tokenizer, lm)
         pace = Pace()
         drafter = make_drafter(lm, segment_ends, ranks, known, pace, max_rows)
@@ -293,7 +293,7 @@ class Engine(BatchEngine):
             PhaseClock(PHASES, lm.device if device_timing else None),
             overlap=overlap,
             ranks=ranks,
-            guides=self._guides,
+            grammars=self._grammars,
             pace=pace,
         )
         self._lm = lm
@@ -341,7 +341,7 @@ class Engine(BatchEngine):
                 raise ValueError(
                     "ignore_eos must be False with guided, whose texts end with such a token"
                 )
-            self._guides.start(params.guided)
+            self._grammars.start(params.guided)
         self._generation_defaults.report(params)
         return resolved
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from stars_fast import _core
 from stars_fast.distributed import ALONE, Ranks
 from stars_fast.drafting.base import Draft, Drafter, RowSampling
-from stars_fast.drafting.guide import Guide, Guides
+from stars_fast.drafting.grammar import Grammars, GrammarState
 from stars_fast.drafting.pace import Pace
 from stars_fast.engine.clock import PhaseClock
 from stars_fast.engine.detokenize import response_text
@@ -109,7 +109,7 @@ class Loop:
         scheduler has two lanes then.
     ranks
         Ranks that run the same rounds; only one with `overlap`.
-    guides
+    grammars
         Compiles the grammars of requests; None: none has one.
     pace
         Told what rounds cost; the drafter's, if that ends rounds of which some rows go on.
@@ -135,11 +135,11 @@ class Loop:
         *,
         overlap: bool = False,
         ranks: Ranks = ALONE,
-        guides: Guides | None = None,
+        grammars: Grammars | None = None,
         pace: Pace | None = None,
     ) -> None:
         self.pace = pace
-        self._guides = guides
+        self._grammars = grammars
         self.model = model
         self.drafter = drafter
         self.on_round: Callable[[Round], None] | None = None
@@ -263,7 +263,7 @@ class Loop:
             Response(
                 handle,
                 params,
-                replace(sampling, counts=counts_of(params, prompt), guide=self._guide(params)),
+                replace(sampling, counts=counts_of(params, prompt), grammar=self._grammar(params)),
                 CompletionOutput(0),
                 response_text(self._tokenizer, prompt),
                 prefixes=prefixes,
@@ -274,11 +274,11 @@ class Loop:
         self._responses |= {response.handle: response for response in responses}
         return responses
 
-    def _guide(self, params: StarsParams) -> Guide | None:
+    def _grammar(self, params: StarsParams) -> GrammarState | None:
         if params.guided is None:
             return None
-        assert self._guides is not None  # checked when the request came
-        return self._guides.start(params.guided)
+        assert self._grammars is not None  # checked when the request came
+        return self._grammars.start(params.guided)
 
     @property
     def _needed_scorer(self) -> Scorer:

@@ -129,8 +129,8 @@ class Response:
         self.output.token_ids.extend(candidate.token_ids)
         self.output.logprobs.extend(candidate.logprobs)
         self.output.top_logprobs.extend(candidate.top_logprobs)
-        if self.sampling.guide is not None:
-            self.sampling.guide.advance(candidate.token_ids)
+        if self.sampling.grammar is not None:
+            self.sampling.grammar.advance(candidate.token_ids)
         counts = self.sampling.counts
         if counts is not None:
             for token in candidate.token_ids:
@@ -157,9 +157,9 @@ class Response:
         mine.token_ids[:] = theirs.token_ids  # the same list: `sampling` reads it
         mine.logprobs = list(theirs.logprobs)
         mine.top_logprobs = list(theirs.top_logprobs)
-        if self.sampling.guide is not None:
-            assert source.sampling.guide is not None
-            self.sampling.guide.become(source.sampling.guide)
+        if self.sampling.grammar is not None:
+            assert source.sampling.grammar is not None
+            self.sampling.grammar.become(source.sampling.grammar)
         if self.sampling.counts is not None:
             assert source.sampling.counts is not None
             self.sampling.counts.clear()

@@ -53,16 +53,16 @@ def continued(sampling: RowSampling, drawn: Sequence[int]) -> RowSampling:
         counts = dict(counts)
         for token in drawn:
             counts[token] = counts.get(token, 0) + 1
-    guide = sampling.guide
-    if guide is not None:
-        guide = guide.fork()
-        guide.advance(drawn)
+    grammar = sampling.grammar
+    if grammar is not None:
+        grammar = grammar.fork()
+        grammar.advance(drawn)
     return replace(
         sampling,
         min_length=max(0, sampling.min_length - len(drawn)),
         counts=counts,
         drawn=[*sampling.drawn, *drawn] if sampling.bad_words else (),
-        guide=guide,
+        grammar=grammar,
     )
 
 

@@ -18,7 +18,7 @@ _KEPT = 64  # grammars that are kept compiled
 _SPACE = r" |\n {0,16}"
 
 
-class Guide:
+class GrammarState:
     """Where a response stands in its grammar.
 
     Parameters
@@ -30,11 +30,11 @@ class Guide:
     def __init__(self, matcher: Any) -> None:  # noqa: ANN401 - of an optional package
         self._matcher = matcher
 
-    def fork(self) -> Guide:
+    def fork(self) -> GrammarState:
         """Return one that stands there, too, and goes its own way."""
-        return Guide(self._matcher.deep_copy())
+        return GrammarState(self._matcher.deep_copy())
 
-    def become(self, other: Guide) -> None:
+    def become(self, other: GrammarState) -> None:
         """Stand where another stands."""
         self._matcher = other._matcher.deep_copy()
 
@@ -54,7 +54,7 @@ class Guide:
         words[count:] = 0
 
 
-class Guides:
+class Grammars:
     """Compiles grammars for a tokenizer.
 
     Parameters
@@ -71,7 +71,7 @@ class Guides:
         self._read: Any = None
         self._compiled: dict[str, Any] = {}
 
-    def start(self, guided: Mapping[str, Any]) -> Guide:
+    def start(self, guided: Mapping[str, Any]) -> GrammarState:
         """Return the beginning of a grammar; see `StarsParams.guided`.
 
         Raises
@@ -85,7 +85,7 @@ class Guides:
             if len(self._compiled) >= _KEPT:
                 del self._compiled[next(iter(self._compiled))]
             self._compiled[key] = self._compile(guided)
-        return Guide(self._compiled[key].deep_copy())
+        return GrammarState(self._compiled[key].deep_copy())
 
     def _compile(self, guided: Mapping[str, Any]) -> Any:  # noqa: ANN401
         if importlib.util.find_spec("llguidance") is None:
@@ -123,35 +123,35 @@ class Guides:
         return self._read
 
 
-class GuidedRows:
+class GrammarRows:
     """The grammars of the rows of a round, on their way through its steps.
 
     Each row goes its own way from where its response stands; nothing has to be taken back.
 
     Parameters
     ----------
-    guides
+    states
         Of each row; None for a row without a grammar.
     mask
         int32 ``[R, W]``, the words of the rows; changed at every step.
     """
 
-    def __init__(self, guides: Sequence[Guide | None], mask: Tensor) -> None:
-        self._guides = {row: guide.fork() for row, guide in enumerate(guides) if guide is not None}
+    def __init__(self, states: Sequence[GrammarState | None], mask: Tensor) -> None:
+        self._states = {row: state.fork() for row, state in enumerate(states) if state is not None}
         self._mask = mask
         self._words = np.full(mask.shape, -1, np.int32)
 
     def allow(self) -> None:
         """Put in place what each row may draw next."""
-        for row, guide in self._guides.items():
-            guide.allowed(self._words[row])
+        for row, state in self._states.items():
+            state.allowed(self._words[row])
         self._mask.copy_(torch.from_numpy(self._words))
 
     def advance(self, tokens: Tensor, live: Tensor) -> None:
         """Go on by the token ``[R]`` of every row that draws more; waits for the device."""
         drawn, more = tokens.tolist(), live.tolist()
-        for row in list(self._guides):
+        for row in list(self._states):
             if more[row]:
-                self._guides[row].advance([drawn[row]])
+                self._states[row].advance([drawn[row]])
             else:
-                del self._guides[row]
+                del self._states[row]
