@@ -31,7 +31,7 @@ from stars_fast.benchmarks.models import (
 from stars_fast.benchmarks.vllm_sampling import VllmSampling
 
 #: Further engines beside the one by default: their options, by name.
-VARIANTS: dict[str, dict[str, Any]] = {}
+VARIANTS: dict[str, dict[str, Any]] = {"int8": {"quantize": "int8"}}
 
 _CONTEXT = 32  # tokens of a prompt
 _SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_k": 40}
@@ -54,9 +54,11 @@ class Sides:
         self._shape = SMOLLM2_135M if full else TINY
         self.tokens = 32 if full else 4
         self.model: Any = language_model(self._shape)
+        self._saved = folder / "model"
+        self.model.save_pretrained(self._saved)
         self._engines = {
             name: Engine(
-                self.model if name == "" else language_model(self._shape),
+                self.model if name == "" else str(self._saved),
                 tokenizer=id_tokenizer(self._shape),
                 max_rows=64,
                 num_pages=512,
@@ -99,10 +101,7 @@ class Sides:
         """Draw with vLLM."""
         if self._vllm is None or self._vllm[0] != threads:
             self.close()
-            model = self._folder / "model"
-            if not model.exists():
-                self.model.save_pretrained(model)
-            child = VllmSampling(self._vllm_python, model, threads, self._folder / "log")
+            child = VllmSampling(self._vllm_python, self._saved, threads, self._folder / "log")
             self._vllm = threads, child
             self.vllm_version = child.version
         sampling = {**_SAMPLING, "max_tokens": self.tokens, "seed": 0}
