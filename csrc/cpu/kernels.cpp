@@ -100,7 +100,7 @@ struct Count {
 // What the keys seen so far amount to, for each query of a block.
 struct Running {
   float* values;   // [queries, value_dim], weighted sums
-  float* scores;   // [queries, kChunk]
+  float* scores;   // [queries, kScores]
   float* highest;  // [queries]
   float* weight;   // [queries], sums of weights
 };
@@ -156,6 +156,8 @@ struct Chunk {
   Index first;    // number of the first query
   Index queries;  // adjacent ones
 };
+
+constexpr Index whole_fours(Index count) { return (count + 3) / 4 * 4; }
 
 constexpr Index kAhead = 8;  // tokens between a read and its prefetch
 
@@ -269,11 +271,12 @@ void add_values(const Attention& a, const float* values, const Chunk& chunk, Ind
   }
 }
 
-void read_chunk(const Attention& a, Index kv_head, Index group, const Block& block, Chunk chunk,
-                const Running& running) {
-  const float* keys = a.k_pages + kv_head * a.key_dim;
-  const float* values = a.v_pages + kv_head * a.value_dim;
-  const Index padded = (chunk.count + 3) / 4 * 4;
+// Calls f with up to four queries of a chunk that read its keys together, and whether they are the
+// first to do so. The chunk's scores begin at `at`.
+template <class F>
+void each_together(const Attention& a, Index kv_head, const Block& block, const Chunk& chunk,
+                   Index at, const Running& running, F&& f) {
+  const Index group = a.heads / a.kv_heads;
   for (Index from = 0; from < chunk.queries; from += 4) {
     const Index left = chunk.queries - from;
     Together some{left < 4 ? static_cast<int>(left) : 4, {}, {}, {}};
@@ -281,21 +284,66 @@ void read_chunk(const Attention& a, Index kv_head, Index group, const Block& blo
       const Index q = chunk.first + from + n;
       const Index row = block.first_row + q / group;
       some.query[n] = a.query + row * a.query_stride + (kv_head * group + q % group) * a.key_dim;
-      some.scores[n] = running.scores + q * kChunk;
+      some.scores[n] = running.scores + q * kScores + at;
       some.sums[n] = running.values + q * a.value_dim;
     }
-    score_keys(a, keys, chunk, from == 0, some);
-    for (int n = 0; n < some.count; ++n) {
-      weigh_scores(a, chunk.count, padded, some.scores[n], chunk.first + from + n, running);
+    f(some, from == 0);
+  }
+}
+
+void score_chunk(const Attention& a, Index kv_head, const Block& block, const Chunk& chunk,
+                 Index at, const Running& running) {
+  const float* keys = a.k_pages + kv_head * a.key_dim;
+  each_together(a, kv_head, block, chunk, at, running,
+                [&](const Together& some, bool first) { score_keys(a, keys, chunk, first, some); });
+}
+
+// Weighs the `count` scores of the chunk's queries.
+void weigh_chunk(const Attention& a, const Chunk& chunk, Index count, const Running& running) {
+  for (Index q = chunk.first; q < chunk.first + chunk.queries; ++q) {
+    weigh_scores(a, count, whole_fours(count), running.scores + q * kScores, q, running);
+  }
+}
+
+void sum_chunk(const Attention& a, Index kv_head, const Block& block, const Chunk& chunk, Index at,
+               const Running& running) {
+  const float* values = a.v_pages + kv_head * a.value_dim;
+  each_together(a, kv_head, block, chunk, at, running, [&](const Together& some, bool first) {
+    add_values(a, values, chunk, whole_fours(chunk.count), first, some);
+  });
+}
+
+// Reads the chunk in which the prefix ends: `shared` keys of all queries, `own` keys of each row.
+// It is summed as a chunk whose keys all are a row's own.
+void read_border(const Attention& a, Index kv_head, const Block& block, const std::int32_t* shared,
+                 Index num_shared, Index num_own, const Running& running) {
+  const Index group = a.heads / a.kv_heads;
+  const Index queries = block.rows * group;
+  const auto own_of = [&](Index row) { return a.own + (block.first_row + row) * a.own_width; };
+  score_chunk(a, kv_head, block, {shared, num_shared, 0, queries}, 0, running);
+  for (Index row = 0; row < block.rows; ++row) {
+    score_chunk(a, kv_head, block, {own_of(row), num_own, row * group, group}, num_shared, running);
+  }
+  weigh_chunk(a, {nullptr, 0, 0, queries}, num_shared + num_own, running);
+  const Index fours = num_shared / 4 * 4;
+  sum_chunk(a, kv_head, block, {shared, fours, 0, queries}, 0, running);
+  std::int32_t slots[kChunk];
+  for (Index k = fours; k < num_shared; ++k) {
+    slots[k - fours] = shared[k];
+  }
+  for (Index row = 0; row < block.rows; ++row) {
+    for (Index k = 0; k < num_own; ++k) {
+      slots[num_shared - fours + k] = own_of(row)[k];
     }
-    add_values(a, values, chunk, padded, from == 0, some);
+    const Chunk rest{slots, num_shared - fours + num_own, row * group, group};
+    sum_chunk(a, kv_head, block, rest, fours, running);
   }
 }
 
 Running running_of(const Attention& a, const Block& block, Index head, float* scratch) {
   const Index queries = block.rows * (a.heads / a.kv_heads);
   float* own = scratch + head * scratch_floats(queries, a.value_dim);
-  float* highest = own + queries * (a.value_dim + kChunk);
+  float* highest = own + queries * (a.value_dim + kScores);
   return {own, own + queries * a.value_dim, highest, highest + queries};
 }
 
@@ -325,34 +373,51 @@ void end_head(const Attention& a, const Block& block, Index kv_head, const Runni
   }
 }
 
+// Chunks begin at multiples of kChunk of a row's text, whatever part of it is the prefix: what a
+// query sums does not depend on where the round began.
 void attend(const Attention& a, const Block& block, Heads heads, float* scratch) {
   const Index group = a.heads / a.kv_heads;
-  const auto first_seen = [&](Index length) {
-    // The window ends at the query's own token.
-    return a.window > 0 && length > a.window ? length - a.window : Index{0};
+  const Index queries = block.rows * group;
+  const Index prefix = block.prefix_length;
+  const Index length = prefix + a.own_length;
+  // The window ends at the query's own token.
+  const Index seen = a.window > 0 && length > a.window ? length - a.window : Index{0};
+  const auto chunk_end = [length](Index from) {
+    const Index end = (from / kChunk + 1) * kChunk;
+    return end < length ? end : length;
   };
-  // Heads of a token lie side by side: a piece of the keys is read by all of them in turn.
-  const auto read = [&](Chunk chunk, const std::int32_t* slots, Index begin, Index end) {
-    for (Index k = begin; k < end; k += kChunk) {
-      chunk.slots = slots + k;
-      chunk.count = end - k < kChunk ? end - k : kChunk;
-      for (Index head = 0; head < heads.count; ++head) {
-        read_chunk(a, heads.first + head, group, block, chunk, running_of(a, block, head, scratch));
-      }
+  const auto each_head = [&](auto f) {
+    for (Index head = 0; head < heads.count; ++head) {
+      f(heads.first + head, running_of(a, block, head, scratch));
     }
   };
-  for (Index head = 0; head < heads.count; ++head) {
-    begin_head(a, block, heads.first + head, running_of(a, block, head, scratch));
+  // Heads of a token lie side by side: a chunk of the keys is read by all of them in turn.
+  const auto read = [&](const Chunk& chunk) {
+    each_head([&](Index head, const Running& running) {
+      score_chunk(a, head, block, chunk, 0, running);
+      weigh_chunk(a, chunk, chunk.count, running);
+      sum_chunk(a, head, block, chunk, 0, running);
+    });
+  };
+  each_head([&](Index head, const Running& running) { begin_head(a, block, head, running); });
+  Index from = seen;
+  for (; from < prefix; from = chunk_end(from)) {
+    const Index end = chunk_end(from);
+    if (end <= prefix) {
+      read({block.prefix + from, end - from, 0, queries});
+    } else {
+      each_head([&](Index head, const Running& running) {
+        read_border(a, head, block, block.prefix + from, prefix - from, end - prefix, running);
+      });
+    }
   }
-  read({nullptr, 0, 0, block.rows * group}, block.prefix,
-       first_seen(block.prefix_length + a.own_length), block.prefix_length);
   for (Index row = 0; row < block.rows; ++row) {
     const std::int32_t* own = a.own + (block.first_row + row) * a.own_width;
-    read({nullptr, 0, row * group, group}, own, first_seen(a.own_length), a.own_length);
+    for (Index k = from; k < length; k = chunk_end(k)) {
+      read({own + (k - prefix), chunk_end(k) - k, row * group, group});
+    }
   }
-  for (Index head = 0; head < heads.count; ++head) {
-    end_head(a, block, heads.first + head, running_of(a, block, head, scratch));
-  }
+  each_head([&](Index head, const Running& running) { end_head(a, block, head, running); });
 }
 
 }  // namespace

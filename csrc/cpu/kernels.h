@@ -106,11 +106,13 @@ struct Kernels {
 
 // Keys that are scored before their values are read.
 constexpr Index kChunk = 128;
+// Room for their scores; two are written at a time, from any of them on.
+constexpr Index kScores = kChunk + 1;
 
 // Floats that `attend` needs for a number of queries of a KV head: accumulators, scores, and two
 // numbers each.
 constexpr Index scratch_floats(Index queries, Index value_dim) {
-  return queries * (value_dim + kChunk + 2);
+  return queries * (value_dim + kScores + 2);
 }
 
 // The form for this processor, the widest that it runs.

@@ -513,14 +513,16 @@ def make_drafter(
 ) -> Drafter:
     """Return the drafter that suits a model's backend; for the rest see `EagerDrafter`.
 
-    On a GPU, the steps of rounds of up to `max_rows` rows are captured before it returns.
+    Rounds end by `pace` only where that changes no result. On a GPU, the steps of rounds of up to
+    `max_rows` rows are captured before it returns.
     """
     if ranks.size > 1:
         if model.on_kernels:
             _log.info("decode steps run without a CUDA graph: the model is tensor-parallel")
-        return EagerDrafter(model, segment_ends, known, ranks.share, pace)
+        return EagerDrafter(model, segment_ends, known, ranks.share)
     if not model.on_kernels:
-        return EagerDrafter(model, segment_ends, known, pace=pace)
+        # Rounds end by the clock: elsewhere, results would differ from run to run by rounding.
+        return EagerDrafter(model, segment_ends, known, pace=pace if model.sums_alike else None)
     from stars_fast.drafting.captured import CapturedDrafter  # Triton is for Linux only
 
     drafter = CapturedDrafter(model, segment_ends, known)

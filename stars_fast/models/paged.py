@@ -271,6 +271,12 @@ class PagedModel:
         )
         return _ExtendAttention(plan, self._pools, slots)
 
+    @property
+    def sums_alike(self) -> bool:
+        """Whether a token's logits are the same to the bit wherever the round began."""
+        with self.on_backend():
+            return not self.on_kernels and NativeDecode.fits(self._pools)
+
     @torch.inference_mode()
     def begin_decode(self, batch: BatchLike) -> DecodeState:
         """Start a round of decode steps; prefixes are read now, and the batch is not read again.

@@ -20,8 +20,9 @@ def test_rows_that_wait_are_row_steps_without_tokens(params: StarsParams) -> Non
     waited = []
 
     def look(done: Round) -> None:
-        rows = len(done.lengths)
-        waited.append(rows * done.draft.steps - int(done.lengths.sum()))
+        rows = done.plan.draft.num_rows
+        drawn = [end - start for start, end in zip(done.drawn, done.lengths, strict=True)]
+        waited.append(rows * done.draft.steps - int(sum(drawn)))
 
     engine.loop.on_round = look
     engine.generate(demo.prompts(6), params.with_method(params.method, seed=3), use_tqdm=False)

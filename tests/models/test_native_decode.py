@@ -8,10 +8,12 @@ import torch
 from helpers.attention_cases import Shape, random_batch
 from torch import Tensor
 
+from stars_fast import _cpu
 from stars_fast.models.decode import DecodeAttention, Workspace
 from stars_fast.models.native_decode import NativeDecode
 from stars_fast.models.pool import Pools
 from stars_fast.models.probe import LayerLayout
+from stars_fast.ops.cpu import attend_step
 from stars_fast.ops.fused import Rotary
 
 PAGE_SIZE = 4
@@ -92,6 +94,40 @@ def test_agrees_with_the_dense_form(shape_name: str, batch_name: str, rotary: bo
         torch.testing.assert_close(got[live], want[live], atol=3e-6, rtol=3e-6)
         for pages, copied in zip((pools.k_pages[0], pools.v_pages[0]), copies, strict=True):
             torch.testing.assert_close(pages[1:], copied[1:], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("prefix", [0, 5, 126, 127, 128, 250])
+@pytest.mark.parametrize("shape_name", ["grouped", "five_queries", "wide_window", "sinks"])
+def test_sums_are_the_same_wherever_the_round_began(shape_name: str, prefix: int) -> None:
+    """Bit for bit: a segment may go on in another round, when it does is told by the clock."""
+    shape, new = SHAPES[shape_name], 9
+    generator = torch.Generator().manual_seed(1)
+    pools = pools_of(shape, generator)
+    whole = np.arange(PAGE_SIZE, PAGE_SIZE + prefix + new, dtype=np.int32)  # slots of one text
+    sizes = [(shape.heads, shape.key_dim), (shape.kv_heads, shape.key_dim)]
+    sizes.append((shape.kv_heads, shape.value_dim))
+    drawn = [[torch.randn(2, *size, generator=generator) for size in sizes] for _ in range(new)]
+
+    def attend(begun: int) -> Tensor:
+        """Two equal rows; the result of the last step of a round that begins after `begun`."""
+        own = np.stack([whole[prefix + begun :]] * 2)
+        round_ = _cpu.Round(
+            whole[: prefix + begun], np.array([0, prefix + begun]), np.zeros(2, np.int32), own
+        )
+        out = torch.empty(2, shape.heads, shape.value_dim)
+        for step, (query, key, value) in enumerate(drawn[begun:]):
+            same = [x[:1].repeat(2, 1, 1) for x in (key, value)]
+            attend_step(
+                round_, step, (query.clone(), *same, out),
+                (pools.k_pages[0], pools.v_pages[0]), scaling=0.3, softcap=0.0,
+                window=shape.window or 0, rotary=None,
+                sinks=torch.linspace(-1, 1, shape.heads) if shape.sinks else None,
+            )  # fmt: skip
+        return out
+
+    wanted = attend(0)
+    for begun in (1, 2, 3, 4, 8):
+        assert torch.equal(attend(begun), wanted), begun
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
