@@ -25,14 +25,17 @@ from transformers.generation.logits_process import (
 )
 
 from stars_fast import ops
-from stars_fast.config import Backend
+from stars_fast.kernels import gated as gate_kernel
+from stars_fast.kernels import norm as norm_kernels
 from stars_fast.kernels import pages as page_kernels
+from stars_fast.kernels import rotary as rotary_kernels
 from stars_fast.kernels.attention import attention, choose_tiles
 from stars_fast.kernels.attention_plan import AttentionPlan
 from stars_fast.kernels.sample import sample
+from stars_fast.ops import fused
 from stars_fast.ops.attention import AttentionOptions
 from stars_fast.ops.batch import RowBatch
-from stars_fast.ops.fused import Norm, Rotary, gated, rms_norm, rotate_append
+from stars_fast.ops.fused import Norm, Rotary
 
 Job = Callable[[int], Any]  # takes the number of an input set
 
@@ -355,7 +358,8 @@ def norm_case(size: Size, device: torch.device) -> Case:
     norm = Norm(torch.ones(dim, device=device, dtype=size.dtype), 1e-6)
     return _fused_case(
         f"norm {rows} x {dim} {_short(size.dtype)}",
-        lambda: rms_norm(x, norm, residual),
+        lambda: norm_kernels.rms_norm(x, norm, residual),
+        lambda: fused.rms_norm(x, norm, residual),
         4 * x.nbytes,
     )
 
@@ -366,7 +370,8 @@ def gate_case(size: Size, device: torch.device) -> Case:
     both = torch.randn((rows, 2 * dim), device=device).to(size.dtype)
     return _fused_case(
         f"gate {rows} x {dim} {_short(size.dtype)}",
-        lambda: gated(both[:, :dim], both[:, dim:], "silu"),
+        lambda: gate_kernel.gated(both[:, :dim], both[:, dim:], "silu"),
+        lambda: fused.gated(both[:, :dim], both[:, dim:], "silu"),
         both.nbytes * 3 // 2,
     )
 
@@ -384,38 +389,43 @@ def rotation_case(size: Size, device: torch.device) -> Case:
     k, v = (torch.zeros(shape, dtype=size.dtype, device=device) for _ in range(2))
     slots = (torch.arange(rows, device=device) + 1) * PAGE_SIZE + 3
 
-    def run() -> tuple[Tensor, ...]:
-        turned = rotate_append(query, key, value, rotary, k, v, slots)
+    arguments = (query, key, value, rotary, k, v, slots)
+
+    def written(turned: Tensor) -> tuple[Tensor, ...]:
         return turned, k.flatten(0, 1)[slots], v.flatten(0, 1)[slots]
 
     return _fused_case(
         f"rotate and append {rows} tokens, 1 layer {_short(size.dtype)}",
-        lambda: rotate_append(query, key, value, rotary, k, v, slots),
+        lambda: rotary_kernels.rotate_append(*arguments),
+        lambda: fused.rotate_append(*arguments),
         2 * sum(x.nbytes for x in (query, key, value, cos)),
-        run,
+        written,
     )
 
 
 def _fused_case(
-    name: str, job: Callable[[], Any], least_bytes: int, results: Callable[[], Any] | None = None
+    name: str,
+    ours: Callable[[], Any],
+    by_operator: Callable[[], Any],
+    least_bytes: int,
+    results: Callable[[Any], Any] = lambda found: found,
 ) -> Case:
-    """An operator of `ops.fused`, against its form in PyTorch."""
+    """A kernel against its operator in PyTorch; `results` is what both must agree in."""
 
-    def on(form: Backend, run: Callable[[], Any]) -> Any:  # noqa: ANN401
-        with ops.backend(form):
-            return run()
+    def by_torch() -> Any:  # noqa: ANN401
+        with ops.backend("pytorch"):
+            return by_operator()
 
     def check() -> None:
-        run = results or job
-        got, want = on("triton", run), on("pytorch", run)
+        got, want = results(ours()), results(by_torch())
         torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
 
     return Case(
         name=name,
-        ours=lambda _: on("triton", job),
+        ours=lambda _: ours(),
         check=check,
         least_bytes=least_bytes,
-        others={"torch": lambda _: on("pytorch", job)},
+        others={"torch": lambda _: by_torch()},
     )
 
 

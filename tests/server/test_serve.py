@@ -101,7 +101,7 @@ Loop._score = stuck
 
 
 def test_while_it_drains_it_says_so_and_late_streams_end_with_an_error(tmp_path: Path) -> None:
-    body = {"prompt": "The film", "max_tokens": 400, "seed": 1, "stream": True}
+    body = {"prompt": "The film", "max_tokens": 400, "seed": 1, "stream": True, "ignore_eos": True}
     body["stars"] = {"target_reward": 3.0, "segment_length": 2}
     code = """
 import time
