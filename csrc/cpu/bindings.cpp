@@ -65,6 +65,7 @@ void int8_linear(Address x, Index rows, Index inputs,
                                 std::to_string(inputs));
   }
   std::vector<Int8Layer> tasks;
+  tasks.reserve(layers.size());
   for (const auto& [weight, scale, bias, outputs] : layers) {
     tasks.push_back({reinterpret_cast<const std::uint8_t*>(weight), at(scale), at(bias), outputs});
   }

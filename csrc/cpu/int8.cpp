@@ -32,11 +32,11 @@ const Int8Kernels& choose() {
   const auto allows = [wanted](const char* name) {
     return wanted == nullptr || std::strcmp(wanted, name) == 0;
   };
-  if (allows("avx512") && static_cast<bool>(__builtin_cpu_supports("avx512f")) &&
-      static_cast<bool>(__builtin_cpu_supports("avx512vnni"))) {
+  if (allows("avx512") && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512vnni")) {
     return avx512::int8_table;
   }
-  if ((allows("avx2") || allows("avx512")) && static_cast<bool>(__builtin_cpu_supports("avx2"))) {
+  if ((allows("avx2") || allows("avx512")) && __builtin_cpu_supports("avx2")) {
     return avx2::int8_table;
   }
 #endif
