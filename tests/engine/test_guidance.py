@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.bpe_engine import bpe_engine
 from helpers.letter_law import LETTER, PROMPT, Tokens, count, letter_engine, p_value, stars_law
+from helpers.outputs import rounds_are_whole
 from helpers.tiny_architectures import tiny_lm
 from helpers.tiny_lm import LETTERS, letter_model, small_model
 from helpers.tiny_tokenizers import bpe_tokenizer
@@ -125,8 +126,9 @@ def test_greedy_tokens_are_those_of_plain_forwards(backend: Any) -> None:
     check(run(engine(backend=backend), params), greedy=True)
 
 
-def test_a_weight_of_zero_is_no_guide() -> None:
+def test_a_weight_of_zero_is_no_guide(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit, beside guided rows and without; the guide's steps are not run for it."""
+    rounds_are_whole(monkeypatch)
     params = dataclasses.replace(BASE, guide_weight=1.0)
     beside = run(engine(), params)[1].outputs[0]
     one = engine()

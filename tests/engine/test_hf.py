@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.outputs import rounds_are_whole
 from helpers.tiny_lm import letter_model, letter_tokenizer
 from transformers import LlamaForCausalLM
 
@@ -45,6 +46,12 @@ def call(model: LlamaForCausalLM, rows: list[list[int]], **options: Any) -> Any:
 
 
 TOKENIZER = letter_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def whole_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results are compared to the bit."""
+    rounds_are_whole(monkeypatch)
 
 
 def expected(
