@@ -261,9 +261,12 @@ def _with_drawn(turn: Turn, options: argparse.Namespace) -> float:
     """Tokens that vLLM has computed in a turn of the scheduler, of which it counts the prompts'.
 
     It has drawn a segment for each token of a prompt that was computed and is of no request's.
+    Where prompts share blocks, which are computed once, that tells nothing: NaN.
     """
     fed = turn.computed - turn.tokens
     attempts = fed - (turn.prompt_tokens - options.requests)
+    if attempts * options.segment_length < turn.tokens:
+        return float("nan")
     return float(fed + attempts * options.segment_length)
 
 

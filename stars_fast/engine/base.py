@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -42,7 +43,7 @@ class Reader(Protocol):
         ...
 
 
-class BaseEngine(OneThread):
+class BaseEngine(OneThread, ABC):
     """Requests and the rounds that run them; `BatchEngine` adds whole lists of prompts.
 
     Parameters
@@ -405,9 +406,9 @@ class BaseEngine(OneThread):
             reward = self._prompt_rewards([prompt])[0]
         return targets.of(prompt.token_ids, reward)
 
+    @abstractmethod
     def _prompt_rewards(self, prompts: Sequence[Prompt]) -> list[float]:
         """Return r(x) of each prompt, by a call of the reward model."""
-        raise NotImplementedError
 
     def _prefixes(self, params: StarsParams) -> PrefixCalibration | None:
         """Return what ``calibrate_prefixes`` stands for."""

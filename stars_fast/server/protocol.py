@@ -6,6 +6,7 @@ nothing; one that nobody knows is an error, too. Null asks for nothing, whatever
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -252,9 +253,9 @@ class Body(Strict):
         """How many of the likeliest tokens of the prompt are asked for; None: no scores of it."""
         return None
 
+    @abstractmethod
     def prompts(self) -> Sequence[PromptLike]:
         """Return the prompts, each to be answered `n` times."""
-        raise NotImplementedError
 
     def stars_values(self) -> dict[str, Any]:
         """Return the fields of `StarsParams` that the body's own stand for."""

@@ -26,6 +26,7 @@ from helpers.letter_law import (
     total_variation,
 )
 from helpers.letter_law import reward_model as letter_reward
+from helpers.outputs import all_same
 from helpers.ragged_law import EVEN, RAGGED, SETTINGS, ragged_engine
 from helpers.ragged_law import count as count_ragged
 from helpers.tiny_lm import letter_tokenizer, small_model
@@ -400,4 +401,4 @@ def test_is_reported_once() -> None:
     while one.has_unfinished():
         seen += one.step()
     assert [output.finished for output in seen] == [True]
-    assert same_tokens(seen, one.generate(PROMPTS[0], dataclasses.replace(PARAMS, seed=50, n=2)))
+    assert all_same(seen, one.generate(PROMPTS[0], dataclasses.replace(PARAMS, seed=50, n=2)))
