@@ -53,6 +53,22 @@ class Tiles(NamedTuple):
     split_tokens: int | None
 
 
+class OwnPart(NamedTuple):
+    """Attention of each row over its own tokens, made elsewhere.
+
+    Attributes
+    ----------
+    out : Tensor
+        ``[T, heads, Dv]``, row-major, dtype of the query.
+    lse : Tensor
+        float32 ``[heads, T]``, last stride 1: natural log-sum-exps of the scores, as flash-attn and
+        PyTorch give them.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
 class _Config(NamedTuple):
     block_m: int
     block_n: int
@@ -69,8 +85,11 @@ def attention(
     *,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    own: OwnPart | None = None,
 ) -> Tensor:
     """Attention of one layer under a plan; nothing is changed and the host does not wait.
+
+    With `own`, the rows' own tokens are not read: what it says of them is joined to the prefixes.
 
     Reads each key and value of a prefix once per group and tile, and each row's own once per tile
     of the row; prefix parts cost ``8 * heads * (Dv + 1)`` bytes each, written and read.
@@ -88,6 +107,8 @@ def attention(
         Of the layer.
     k_scale, v_scale : Tensor or None
         float32 ``[kv_heads]``, factors on what float8 pages hold; None is 1.
+    own : OwnPart or None
+        With a plan of the prefixes alone.
 
     Returns
     -------
@@ -105,6 +126,7 @@ def attention(
     Online softmax: FlashAttention-2, arXiv 2307.08691, section 3.1. Log-sum-exps are base 2.
     """
     _check(query, k_pages, v_pages, plan, options, k_scale, v_scale)
+    _check_own(query, v_pages, plan, own)
     scaling, window, softcap, sinks = options
     queries, heads, key_dim = query.shape
     page_size, kv_heads, value_dim = v_pages.shape[1:]
@@ -147,11 +169,12 @@ def attention(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip
-    if partials:
+    if partials or own is not None:
         merge_kernel[(_programs(query.device, _MERGE_PROGRAMS, plan.capacity.merges * heads),)](
             partial, lse, out, plan.merges, plan.num_merges, sinks if sinks is not None else like,
+            *((own.out, own.lse, own.lse.stride(0)) if own is not None else (like, like, 0)),
             HEADS=heads, VALUE_DIM=value_dim, BLOCK_S=_MERGE_SPLITS, BLOCK_DV=_block_d(value_dim),
-            SINKS=sinks is not None, num_warps=_MERGE_WARPS,
+            SINKS=sinks is not None, OWN=own is not None, num_warps=_MERGE_WARPS,
         )  # fmt: skip
     return out
 
@@ -269,7 +292,9 @@ def _attention_variants() -> Iterator[Variant]:
 
 
 def _merge_variants() -> Iterator[Variant]:
-    for dtype, dim, sinks in itertools.product(_DTYPES, (64, 128, 256), (False, True)):
+    for dtype, dim, sinks, own in itertools.product(
+        _DTYPES, (64, 128, 256), (False, True), (False, True)
+    ):
         short = _DTYPES[dtype]
         constexprs: dict[str, object] = {
             "HEADS": 32,
@@ -277,12 +302,13 @@ def _merge_variants() -> Iterator[Variant]:
             "BLOCK_S": _MERGE_SPLITS,
             "BLOCK_DV": _block_d(dim),
             "SINKS": sinks,
+            "OWN": own,
         }
         types = {
-            **dict.fromkeys(("out_ptr", "sinks_ptr"), f"*{short}"),
-            **dict.fromkeys(("partial_ptr", "lse_ptr"), "*fp32"),
+            **dict.fromkeys(("out_ptr", "sinks_ptr", "own_ptr"), f"*{short}"),
+            **dict.fromkeys(("partial_ptr", "lse_ptr", "own_lse_ptr"), "*fp32"),
         }
-        name = f"merge {short} d{dim}{' sinks' if sinks else ''}"
+        name = f"merge {short} d{dim}{' sinks' if sinks else ''}{' own' if own else ''}"
         yield _variant(name, merge_kernel, types, constexprs, _MERGE_WARPS, 3, ARCHITECTURES)
 
 
@@ -413,3 +439,27 @@ def _check(
     ):  # fmt: skip
         if tensor is not None and tensor.device != query.device:
             raise ValueError(f"{name} must be on {query.device} as the query, got {tensor.device}")
+
+
+def _check_own(query: Tensor, v_pages: Tensor, plan: AttentionPlan, own: OwnPart | None) -> None:
+    if plan.prefix_only != (own is not None):
+        raise ValueError(
+            "own must be given with a plan of the prefixes alone and with no other, got "
+            f"{'none' if own is None else 'one'}"
+        )
+    if own is None:
+        return
+    queries, heads, _ = query.shape
+    for name, tensor, shape, dtype in (
+        ("out", own.out, (queries, heads, v_pages.shape[3]), query.dtype),
+        ("lse", own.lse, (heads, queries), torch.float32),
+    ):
+        fits = tensor.shape == shape and tensor.dtype == dtype and tensor.device == query.device
+        if not fits or (queries and tensor.stride(-1) != 1):
+            raise ValueError(
+                f"own.{name} must be {dtype} of shape {shape} on {query.device}, last stride 1, "
+                f"got {tensor.dtype} of shape {tuple(tensor.shape)} and strides {tensor.stride()} "
+                f"on {tensor.device}"
+            )
+    if not own.out.is_contiguous():
+        raise ValueError(f"own.out must be row-major, got strides {own.out.stride()}")

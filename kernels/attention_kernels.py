@@ -332,7 +332,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
             tl.store(out_ptr + element, result, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["own_lse_stride"])
 def merge_kernel(  # type: ignore[no-untyped-def]
     partial_ptr,  # float32 [partials, HEADS, VALUE_DIM]
     lse_ptr,  # float32 [partials, HEADS]
@@ -340,13 +340,20 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     merges_ptr,  # int32 [X, 4]
     num_merges_ptr,  # int32 [1]
     sinks_ptr,  # [HEADS] or unused
+    own_ptr,  # [T, HEADS, VALUE_DIM], contiguous, or unused
+    own_lse_ptr,  # float32 [HEADS, own_lse_stride], natural, or unused
+    own_lse_stride,
     HEADS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     SINKS: tl.constexpr,
+    OWN: tl.constexpr,
 ):
-    """Each program takes every P-th (query, head) and weighs its partials by log-sum-exp."""
+    """Each program takes every P-th (query, head) and weighs its partials by log-sum-exp.
+
+    With OWN, there is one part more.
+    """
     d = tl.arange(0, BLOCK_DV)
     work = tl.load(num_merges_ptr) * HEADS
     for w in range(tl.program_id(0), work, tl.num_programs(0)):
@@ -376,7 +383,15 @@ def merge_kernel(  # type: ignore[no-untyped-def]
             top = new_top
         if SINKS:
             total += tl.exp2(tl.load(sinks_ptr + head).to(tl.float32) * LOG2E - top)
+        to = (query.to(tl.int64) * HEADS + head) * VALUE_DIM + d
+        if OWN:
+            own = tl.load(own_lse_ptr + head.to(tl.int64) * own_lse_stride + query) * LOG2E
+            new_top = tl.maximum(top, own)
+            decay = tl.exp2(top - new_top)
+            weight = tl.exp2(own - new_top)
+            part = tl.load(own_ptr + to, mask=d < VALUE_DIM, other=0.0).to(tl.float32)
+            total = total * decay + weight
+            acc = acc * decay + weight * part
         total = tl.where(total > 0, total, 1.0)
-        at = (query.to(tl.int64) * HEADS + head) * VALUE_DIM + d
         result = rounded(acc / total, out_ptr.dtype.element_ty)
-        tl.store(out_ptr + at, result, mask=d < VALUE_DIM)
+        tl.store(out_ptr + to, result, mask=d < VALUE_DIM)

@@ -5,7 +5,8 @@ of rows of one group, as many as share one matrix product: short rows together, 
 pieces of its own. The group's prefix is cut into *splits* of a fixed number of tokens. An *item*
 is one tile with one split of its prefix, with its rows' own tokens, or with both. A tile of one
 item is written out directly; otherwise each item writes a *partial* (the normalised output and its
-log-sum-exp) per query, and a *merge* joins the partials of a query.
+log-sum-exp) per query, and a *merge* joins the partials of a query. A plan of the prefixes alone
+leaves the rows' own tokens to others, whose result every query's merge takes in.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def plan_items(
     heads_per_kv: int,
     block_m: int,
     split_tokens: int | None,
+    prefix_only: bool = False,
 ) -> Items:
     """Cut a batch into items; every query meets each of its keys in exactly one.
 
@@ -73,6 +75,9 @@ def plan_items(
     split_tokens : int or None
         Prefix tokens of a split; None does not split. A tile whose rows' own tokens are more than
         that has items for them alone, some rows each.
+    prefix_only : bool
+        No item has own tokens, each has partials, and each query a merge, of none where its row has
+        no prefix.
 
     Raises
     ------
@@ -104,11 +109,12 @@ def plan_items(
     if split_tokens is not None:
         rows_per_item = np.maximum(1, split_tokens // longest)
     own_items = -(-(end_row - row) // rows_per_item)
-    apart = own_items > 1
-    own_items *= apart
+    apart = (own_items > 1) | prefix_only
+    own_items *= apart & (not prefix_only)
     prefix_items = np.where(apart, splits, np.maximum(1, splits))
-    partials = prefix_items + apart
-    partials = np.where(partials > 1, partials, 0)
+    partials = prefix_items + (own_items > 0)
+    if not prefix_only:
+        partials = np.where(partials > 1, partials, 0)
     base = np.cumsum(partials * queries) - partials * queries
 
     # Items with a split of the prefix; the last also has the own tokens, unless they are apart.
@@ -138,8 +144,9 @@ def plan_items(
     cost = np.concatenate((cost, (last - first) * longest[tile]))
 
     items = np.concatenate([np.stack(x, axis=1) for x in columns])
-    merged = np.repeat(np.arange(len(row)), np.where(partials > 0, queries, 0))
-    rank = _ragged_arange(np.where(partials > 0, queries, 0))
+    joined = np.where((partials > 0) | prefix_only, queries, 0)
+    merged = np.repeat(np.arange(len(row)), joined)
+    rank = _ragged_arange(joined)
     merges = np.stack(
         (query[merged] + rank, base[merged] + rank, partials[merged], queries[merged]), axis=1
     )
@@ -254,7 +261,7 @@ class AttentionPlan:
 
     Attributes
     ----------
-    heads_per_kv, block_m, split_tokens
+    heads_per_kv, block_m, split_tokens, prefix_only
         As in `plan_items`.
     capacity : PlanCapacity
     buffer : Tensor
@@ -291,6 +298,7 @@ class AttentionPlan:
     slots: Tensor
     query_row: Tensor
     query_own: Tensor
+    prefix_only: bool = False
 
     @classmethod
     def allocate(
@@ -301,6 +309,7 @@ class AttentionPlan:
         block_m: int,
         split_tokens: int | None,
         device: torch.device,
+        prefix_only: bool = False,
     ) -> AttentionPlan:
         """Return a plan without work, for `write`."""
         queries_per_tile(heads_per_kv, block_m)
@@ -310,6 +319,7 @@ class AttentionPlan:
             heads_per_kv=heads_per_kv,
             block_m=block_m,
             split_tokens=split_tokens,
+            prefix_only=prefix_only,
             capacity=capacity,
             buffer=buffer,
             **_views(buffer, capacity),
@@ -325,6 +335,7 @@ class AttentionPlan:
         block_m: int,
         split_tokens: int | None,
         device: torch.device,
+        prefix_only: bool = False,
     ) -> AttentionPlan:
         """Return a plan that just holds one batch, the last `query_lengths` tokens of each row.
 
@@ -336,6 +347,7 @@ class AttentionPlan:
         items = plan_items(
             batch.row_group, batch.row_start, batch.new_lengths, query_lengths,
             heads_per_kv=heads_per_kv, block_m=block_m, split_tokens=split_tokens,
+            prefix_only=prefix_only,
         )  # fmt: skip
         capacity = PlanCapacity(
             queries=int(query_lengths.sum()),
@@ -349,7 +361,7 @@ class AttentionPlan:
         )
         plan = cls.allocate(
             capacity, heads_per_kv=heads_per_kv, block_m=block_m, split_tokens=split_tokens,
-            device=device,
+            device=device, prefix_only=prefix_only,
         )  # fmt: skip
         plan._store(items, batch, query_lengths, None)
         return plan
@@ -381,6 +393,7 @@ class AttentionPlan:
         items = plan_items(
             batch.row_group, batch.row_start, batch.new_lengths, query_lengths,
             heads_per_kv=self.heads_per_kv, block_m=self.block_m, split_tokens=self.split_tokens,
+            prefix_only=self.prefix_only,
         )  # fmt: skip
         self._store(items, batch, query_lengths, query_own)
 

@@ -16,12 +16,23 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["FLAGS", "UNIFORM", "Backend", "Combine", "EngineConfig", "KvDtype", "LanguageModelLike"]
+__all__ = [
+    "FLAGS",
+    "UNIFORM",
+    "Attention",
+    "Backend",
+    "Combine",
+    "EngineConfig",
+    "KvDtype",
+    "LanguageModelLike",
+]
 __all__ += ["Quantize", "TemplateLike", "check_combine"]
 
 #: How several rewards become one.
 Combine = Literal["sum", "min", "mean_minus_std"]
 Backend = Literal["auto", "pytorch", "triton"]
+#: Who attends in passes of many tokens: prompts, and what a reward model reads.
+Attention = Literal["auto", "triton", "flash", "torch"]
 KvDtype = Literal["auto", "fp8"]
 Quantize = Literal["none", "int8"]
 #: What `Engine` and the reward models take as `reward_template`.
@@ -161,6 +172,13 @@ class EngineConfig:
             "a chat template has written"
         ),
     )
+    attention: Attention = field(
+        default="auto",
+        metadata=_flag(
+            "who attends to prompts and to what the reward model reads: triton, this project's "
+            "kernels; flash, the package flash-attn; torch, PyTorch (default: auto)"
+        ),
+    )
     page_size: int = field(
         default=16, metadata=_flag("tokens per page (default: 16)", "memory", "INT")
     )
@@ -199,6 +217,7 @@ class EngineConfig:
             checked_kwargs(self.chat_template_kwargs)
         RewardHead.of(self.reward_head)
         check_combine(self.combine, self.combine_stds)
+        check_attention(self.attention)
         if self.guide is None and self.guide_reference is not None:
             raise ValueError(
                 f"guide_reference must be None without a guide, got {self.guide_reference!r:.80}"
@@ -238,6 +257,14 @@ class EngineConfig:
             )
         if self.compile_model:
             raise ValueError(f"compile_model must be off with {name}={value!r}, got True")
+
+
+def check_attention(attention: object) -> None:
+    """Raise ValueError for an attention that there is not."""
+    if attention not in get_args(Attention):
+        raise ValueError(
+            f"attention must be one of {', '.join(get_args(Attention))}, got {attention!r}"
+        )
 
 
 def check_combine(combine: object, stds: float) -> None:

@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any, get_args
 
 from stars_fast.cli.errors import UsageError, value_errors
-from stars_fast.config import FLAGS, Combine, KvDtype, Quantize
+from stars_fast.config import FLAGS, Attention, Combine, KvDtype, Quantize
 from stars_fast.models.progress import quiet_libraries
 from stars_fast.reward import Reward, rewards_of
 
@@ -50,6 +50,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "int | None": {"type": int},
     "float": {"type": float},
     "float | None": {"type": float},
+    "Attention": {"choices": get_args(Attention)},
     "Combine": {"choices": get_args(Combine)},
     "KvDtype": {"choices": get_args(KvDtype)},
     "Quantize": {"choices": get_args(Quantize)},

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, Field, create_model, model_validator
 
-from stars_fast.config import FLAGS, Combine, KvDtype, Quantize
+from stars_fast.config import FLAGS, Attention, Combine, KvDtype, Quantize
 from stars_fast.params import StarsParams, with_fields
 from stars_fast.server.settings import ServerSettings
 
@@ -33,6 +33,7 @@ def _type_of(option: dataclasses.Field[Any]) -> Any:  # noqa: ANN401 - of a fiel
         "int | None": int | None,
         "float": float,
         "float | None": float | None,
+        "Attention": Attention,
         "Combine": Combine,
         "KvDtype": KvDtype,
         "Quantize": Quantize,

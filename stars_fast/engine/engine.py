@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_fast import _core
 from stars_fast.config import (
+    Attention,
     Backend,
     Combine,
     EngineConfig,
@@ -135,6 +136,14 @@ class Engine(BatchEngine):
     backend
         Form of the operators: ``"auto"``, Triton on a CUDA device and PyTorch elsewhere;
         ``"pytorch"``; or ``"triton"``, which on a CPU is for tests of the kernels.
+    attention
+        Who attends in passes of many tokens, which are prompts and what reward models read, on the
+        Triton backend: ``"triton"``, the kernels of this project; ``"flash"``, the package
+        flash-attn; ``"torch"``, `torch.nn.attention.varlen`. The last two attend within each text,
+        and a prefix that it shares with others is joined to that by log-sum-exp. ``"auto"`` takes
+        flash-attn, else PyTorch's, where a batch has no such prefix and they are there and agree
+        with this project's operators at load, and else the kernels. On other backends PyTorch's
+        operators are all there is (docs/gpu.md).
     kv_dtype
         Dtype of the pages of both models: ``"auto"``, that of their keys and values, or ``"fp8"``,
         which takes half the memory of bfloat16, on the Triton backend.
@@ -194,6 +203,7 @@ class Engine(BatchEngine):
         prefix_caching: bool = True,
         max_prefill_tokens: int = 8192,
         backend: Backend = "auto",
+        attention: Attention = "auto",
         kv_dtype: KvDtype = "auto",
         compile_model: bool = False,
         overlap_scoring: bool | None = None,
@@ -226,6 +236,7 @@ class Engine(BatchEngine):
             prefix_caching=prefix_caching,
             max_prefill_tokens=max_prefill_tokens,
             backend=backend,
+            attention=attention,
             kv_dtype=kv_dtype,
             compile_model=compile_model,
             overlap_scoring=overlap_scoring,
@@ -400,11 +411,12 @@ def _on_pages(
         num_pages=num_pages,
         page_size=config.page_size,
         backend=config.backend,
+        attention=config.attention,
         kv_dtype=config.kv_dtype,
         compile_model=config.compile_model,
         ranks=ranks,
     )
-    check_numbers(model, backend=config.backend)
+    check_numbers(model, backend=config.backend, attention=config.attention)
     if config.device_timing and paged.device.type != "cuda":
         raise ValueError(
             f"device_timing must be False for a model on {paged.device}: CUDA has the events"
@@ -451,6 +463,7 @@ def _scorer_for(
         quantize=config.quantize if config.reward_quantize is None else config.reward_quantize,
         max_rows=config.max_rows,
         backend=config.backend,
+        attention=config.attention,
         kv_dtype=config.kv_dtype,
         compile_model=config.compile_model,
         parse_special=config.parse_special,

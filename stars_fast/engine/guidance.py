@@ -73,7 +73,12 @@ def load_guides(
             continue
         try:
             guide, lora, own = drafting.load(
-                wanted, load, model.device, backend=config.backend, shares=not config.compile_model
+                wanted,
+                load,
+                model.device,
+                backend=config.backend,
+                attention=config.attention,
+                shares=not config.compile_model,
             )
         except (ModelLoadError, UnsupportedModelError) as error:
             raise type(error)(f"{name}: {error}") from error
@@ -99,6 +104,7 @@ def guided_model(
             num_pages=lm.num_pages,
             page_size=lm.page_size,
             backend=config.backend,
+            attention=config.attention,
             kv_dtype=config.kv_dtype,
             compile_model=config.compile_model,
             lora=one.lora,

@@ -1,7 +1,10 @@
-"""Attention of a forward through the Triton kernels: append to the pages, then attend over them.
+"""Attention of a forward on the Triton backend: append to the pages, then attend over them.
 
 A plan holds the batch on the device, see `stars_fast.kernels.attention_plan`. Layers differ in
 their number of query heads per KV head only rarely, but they may, so there is a plan for each.
+
+In passes of many tokens others may attend within each row's own tokens (`varlen_forms.py`). The
+kernels then read the prefixes, and the two parts are joined by their log-sum-exps: a cascade.
 """
 
 from __future__ import annotations
@@ -13,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stars_fast.kernels.attention import Tiles, attention, choose_tiles
+from stars_fast.kernels.attention import OwnPart, Tiles, attention, choose_tiles
 from stars_fast.kernels.attention_plan import AttentionPlan, PlanCapacity
 from stars_fast.kernels.pages import kv_append
 from stars_fast.models.pool import Pools
+from stars_fast.models.varlen_forms import Chosen, Texts, VarlenForm
 from stars_fast.ops.attention import AttentionOptions
 from stars_fast.ops.batch import BatchLike
 from stars_fast.ops.fused import Rotary, rotate_append
@@ -58,7 +62,6 @@ class KernelAttention:
         """Attention of the next layer, see `LayerAttention`."""
         layer, pools = self._layer, self._pools
         self._layer += 1
-        layout = pools.layouts[layer]
         pages = pools.k_pages[layer], pools.v_pages[layer]
         scales = pools.k_scales[layer], pools.v_scales[layer]
         query, key, value = _inner(query), _inner(key), _inner(value)
@@ -66,14 +69,74 @@ class KernelAttention:
             kv_append(*pages, key, value, self._slots, *scales)
         else:
             query = rotate_append(query, key, value, rotary, *pages, self._slots, *scales)
+            if self._rereads:
+                key = pages[0].flatten(0, 1).index_select(0, self._slots)
+        options = AttentionOptions(scaling, pools.layouts[layer].window, softcap, sinks)
+        return self._attend(layer, _inner(query), key, value, options)
+
+    #: Whether `_attend` looks at the keys; those that `rotate_append` turns are on the pages alone.
+    _rereads = False
+
+    def _attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
+    ) -> Tensor:
+        return self._by_kernel(layer, query, options)
+
+    def _by_kernel(
+        self, layer: int, query: Tensor, options: AttentionOptions, own: OwnPart | None = None
+    ) -> Tensor:
+        pools = self._pools
+        layout = pools.layouts[layer]
         return attention(
-            _inner(query),
-            *pages,
+            query,
+            pools.k_pages[layer],
+            pools.v_pages[layer],
             self._plans[layout.heads // layout.kv_heads],
-            AttentionOptions(scaling, layout.window, softcap, sinks),
-            k_scale=scales[0],
-            v_scale=scales[1],
+            options,
+            k_scale=pools.k_scales[layer],
+            v_scale=pools.v_scales[layer],
+            own=own,
         )
+
+
+class VarlenAttention(KernelAttention):
+    """The same, with each row's own tokens attended to by a form of `varlen_forms.py`.
+
+    Parameters
+    ----------
+    pools, plans
+        As `KernelAttention`; the plans are of the prefixes alone.
+    form
+        Attends to the rows' own tokens.
+    texts
+        The rows' new tokens.
+    prefixed
+        Whether a row has a prefix.
+    """
+
+    _rereads = True
+
+    def __init__(
+        self,
+        pools: Pools,
+        plans: Mapping[int, AttentionPlan],
+        form: VarlenForm,
+        texts: Texts,
+        *,
+        prefixed: bool,
+    ) -> None:
+        super().__init__(pools, plans)
+        self._form = form
+        self._texts = texts
+        self._prefixed = prefixed
+
+    def _attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
+    ) -> Tensor:
+        own = OwnPart(*self._form(query, key, value, self._texts, options))
+        if not self._prefixed and options.sinks is None:
+            return own.out
+        return self._by_kernel(layer, query, options, own)
 
 
 def tiles_of(pools: Pools, queries_per_group: int) -> dict[int, Tiles]:
@@ -84,8 +147,12 @@ def tiles_of(pools: Pools, queries_per_group: int) -> dict[int, Tiles]:
     }
 
 
-def extend_attention(pools: Pools, batch: BatchLike, slots: Tensor) -> KernelAttention:
+def extend_attention(
+    pools: Pools, batch: BatchLike, slots: Tensor, chosen: Chosen
+) -> KernelAttention:
     """Return the attention of one extend; `slots` are those of its packed tokens."""
+    prefixed = bool(batch.row_start.any())
+    varlen = chosen.form is not None and (chosen.cascades or not prefixed) and batch.num_rows > 0
     most = max(1, batch.num_tokens // max(1, batch.num_groups))
     plans = {}
     for heads, tiles in tiles_of(pools, most).items():
@@ -94,9 +161,14 @@ def extend_attention(pools: Pools, batch: BatchLike, slots: Tensor) -> KernelAtt
             batch.new_lengths,
             heads_per_kv=heads,
             device=pools.device,
+            prefix_only=varlen,
             **tiles._asdict(),
         )
     attending = KernelAttention(pools, plans)
+    if varlen:
+        assert chosen.form is not None
+        texts = Texts.of(batch.new_lengths.tolist(), pools.device)
+        attending = VarlenAttention(pools, plans, chosen.form, texts, prefixed=prefixed)
     attending.begin(slots)
     return attending
 

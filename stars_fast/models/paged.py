@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stars_fast.config import Backend, KvDtype
+from stars_fast.config import Attention, Backend, KvDtype
 from stars_fast.distributed import ALONE, Ranks
 from stars_fast.models.checks import check_architecture, max_length
 from stars_fast.models.decode import DecodeAttention, Workspace
@@ -32,6 +32,7 @@ from stars_fast.models.parameters import embedding_rows
 from stars_fast.models.pool import Pools
 from stars_fast.models.probe import attention_layout
 from stars_fast.models.threads import StepThreads
+from stars_fast.models.varlen_forms import choose_attention
 from stars_fast.ops.attention import AttentionOptions, AttentionPlan, attend, plan_attention
 from stars_fast.ops.backend import backend as choose_backend
 from stars_fast.ops.backend import check_backend, uses_triton
@@ -77,6 +78,9 @@ class PagedModel:
     backend : str
         Form of the operators: ``"auto"``, ``"pytorch"`` or ``"triton"``, see
         `stars_fast.ops.backend`.
+    attention : str
+        Who attends in `extend` and `prefill`: ``"auto"``, ``"triton"``, ``"flash"`` or ``"torch"``,
+        see `Engine`.
     kv_dtype : str
         Dtype of the pages: ``"auto"``, that of the model's own keys and values, or ``"fp8"``,
         float8_e4m3fn with a scale per head, for the Triton backend.
@@ -94,8 +98,8 @@ class PagedModel:
     UnsupportedModelError
         If the architecture cannot run on paged attention.
     ValueError
-        If a number is out of range, `backend` or `kv_dtype` is unknown or not available on the
-        model's device, or the model is in training mode.
+        If a number is out of range, `backend`, `attention` or `kv_dtype` is unknown or not
+        available for the model on its device, or the model is in training mode.
     """
 
     def __init__(
@@ -105,6 +109,7 @@ class PagedModel:
         num_pages: int,
         page_size: int,
         backend: Backend = "auto",
+        attention: Attention = "auto",
         kv_dtype: KvDtype = "auto",
         compile_model: bool = False,
         ranks: Ranks = ALONE,
@@ -149,6 +154,13 @@ class PagedModel:
             page_size=page_size,
             device=model.device,
             kv_dtype=kv_dtype,
+        )
+        self._chosen = choose_attention(
+            attention,
+            layouts,
+            on_kernels=self.on_kernels,
+            device=self.device,
+            stored=self.kv_dtype,
         )
         #: Bytes that `copy_pages` has written since the model was made.
         self.copied_bytes = 0
@@ -265,7 +277,7 @@ class PagedModel:
         if self.on_kernels:
             from stars_fast.models.kernel_attention import extend_attention
 
-            return extend_attention(self._pools, batch, slots)
+            return extend_attention(self._pools, batch, slots, self._chosen)
         plan = plan_attention(
             batch, batch.new_lengths, page_size=self.page_size, device=self.device
         )

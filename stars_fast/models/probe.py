@@ -60,6 +60,8 @@ class LayerLayout:
         Sliding window in tokens, a query's own position included; 0 is full attention.
     dtype : torch.dtype
         The dtype of keys and values.
+    softcap : float
+        Soft cap on the scores, 0 is off.
     """
 
     heads: int
@@ -68,6 +70,7 @@ class LayerLayout:
     value_dim: int
     window: int
     dtype: torch.dtype
+    softcap: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,7 @@ def _probe_attention(
             value_dim=value.shape[-1],
             window=attention_mask.window,
             dtype=value.dtype,
+            softcap=kwargs.get("softcap") or 0.0,
         )
     )
     out = value.repeat_interleave(heads // kv_heads, dim=1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stars_fast.config import Backend
+from stars_fast.config import Attention, Backend
 from stars_fast.errors import ModelLoadError
 from stars_fast.models.checks import check_architecture, has_lm_head, unsupported
 from stars_fast.models.first_layers import first_layers
@@ -47,14 +47,16 @@ def _batch(prefix_pages: list[int], start: int, pages: list[list[int]], new: int
 
 
 @torch.inference_mode()
-def check_numbers(model: PreTrainedModel, *, backend: Backend = "auto") -> None:
+def check_numbers(
+    model: PreTrainedModel, *, backend: Backend = "auto", attention: Attention = "auto"
+) -> None:
     """Compare a prefix, a fork into two candidates and their extension with the plain forward.
 
     A language model is compared by the logits of its decode steps, any other model by the hidden
-    states of an extend. Runs a few random tokens on the operators of `backend` through the first
-    layers of the model, of each kind at least one; where these differ, through all of them. What
-    has passed is not run again in this process. Weights are looked at in any case. Leaves the model
-    and the global random state as they were.
+    states of an extend. Runs a few random tokens, on `backend` and by `attention`, through the
+    first layers of the model, of each kind at least one; where these differ, through all of them.
+    What has passed is not run again in this process. Weights are looked at in any case. Leaves the
+    model and the global random state as they were.
 
     Raises
     ------
@@ -67,12 +69,14 @@ def check_numbers(model: PreTrainedModel, *, backend: Backend = "auto") -> None:
     layouts = attention_layout(model)
     short, kinds = first_layers(model, layouts)
     config = model.config.to_json_string(use_diff=False)
-    key = (type(model), config, kinds, model.dtype, model.device.type, backend)
+    key = (type(model), config, kinds, model.dtype, model.device.type, backend, attention)
     if key not in _PASSED:
         few = _LOW_PRECISION_FEW_LAYERS
-        reason = _difference(short, backend, few) if short is not model else "not compared"
+        reason = (
+            _difference(short, backend, attention, few) if short is not model else "not compared"
+        )
         if reason:
-            reason = _difference(model, backend, _LOW_PRECISION_TOLERANCE)
+            reason = _difference(model, backend, attention, _LOW_PRECISION_TOLERANCE)
         if reason:
             check_weights(model)
             raise unsupported(model, reason)
@@ -80,13 +84,17 @@ def check_numbers(model: PreTrainedModel, *, backend: Backend = "auto") -> None:
     check_weights(model)
 
 
-def _difference(model: PreTrainedModel, backend: Backend, low_precision: float) -> str:
+def _difference(
+    model: PreTrainedModel, backend: Backend, attention: Attention, low_precision: float
+) -> str:
     """Say by how much the results of a model on pages are wrong; nothing if they are right.
 
     `low_precision` is the tolerance of less than float32, and of 8-bit weights, which activations
     are rounded for.
     """
-    paged = PagedModel(model, num_pages=8, page_size=_PAGE_SIZE, backend=backend)
+    paged = PagedModel(
+        model, num_pages=8, page_size=_PAGE_SIZE, backend=backend, attention=attention
+    )
     generator = torch.Generator().manual_seed(0)
     count = _PREFIX + _FORKS * _NEW
     # Ids from the middle of the vocabulary: padding and other special tokens lie at its ends.

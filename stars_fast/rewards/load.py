@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stars_fast.config import Backend, KvDtype, LanguageModelLike, Quantize, TemplateLike
+from stars_fast.config import Attention, Backend, KvDtype, LanguageModelLike, Quantize, TemplateLike
 from stars_fast.distributed import ALONE, Ranks
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.checks import has_lm_head
@@ -74,6 +74,7 @@ def load_scorer(
     quantize: Quantize = "none",
     max_rows: int = 256,
     backend: Backend = "auto",
+    attention: Attention = "auto",
     kv_dtype: KvDtype = "auto",
     compile_model: bool = False,
     texts_only: bool = False,
@@ -128,7 +129,7 @@ def load_scorer(
         ``"int8"``: 8-bit weights for a model that is loaded here, onto the CPU.
     max_rows : int
         Most rows of one forward pass.
-    backend, kv_dtype, compile_model
+    backend, attention, kv_dtype, compile_model
         Options of a causal reward model or a judge, see `stars_fast.models.paged.PagedModel`.
     texts_only
         Responses come as text although there is no tokenizer.
@@ -162,6 +163,7 @@ def load_scorer(
         page_size=page_size,
         max_rows=max_rows,
         backend=backend,
+        attention=attention,
         kv_dtype=kv_dtype,
         compile_model=compile_model,
         ranks=ranks,
@@ -330,7 +332,7 @@ def _causal_scorer(
         reading = at_steps(reading, head, type(model).__name__)
     try:
         paged = pool.paged(model, lora)
-        check_numbers(model, backend=pool.backend)
+        check_numbers(model, backend=pool.backend, attention=pool.attention)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{error} As a reward model: {CALLABLE_ADVICE}") from error
     source: TokenSource

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stars_fast.config import Backend, LanguageModelLike, TemplateLike
+from stars_fast.config import Attention, Backend, LanguageModelLike, TemplateLike
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.load import adapted_model, same_device
 from stars_fast.models.lora import LoraAdapter, LoraLayers
@@ -63,6 +63,7 @@ class Drafting:
         device: torch.device | str | None,
         *,
         backend: Backend,
+        attention: Attention = "auto",
         shares: bool = True,
     ) -> tuple[PreTrainedModel, LoraLayers | None, PreTrainedTokenizerBase | None]:
         """Load a language model that runs beside it, with its tokenizer.
@@ -74,7 +75,7 @@ class Drafting:
             Loads one whose weights are its own.
         device : torch.device or str, optional
             Where to.
-        backend : str
+        backend, attention : str
             On which the loaded model is checked.
         shares : bool
             An adapter whose base is this model is layers beside its weights, the second result.
@@ -89,7 +90,7 @@ class Drafting:
             if beside is not None and not beside[1]:
                 return base, beside[0], self.tokenizer
         model, found = load(source)
-        check_numbers(model, backend=backend)
+        check_numbers(model, backend=backend, attention=attention)
         return model, None, found
 
 
@@ -164,7 +165,12 @@ def load_log_ratio(
             return _Model(whose, drafting.model, None, _known(whose, drafting.tokenizer))
         try:
             model, lora, found = drafting.load(
-                source, load, device, backend=pool.backend, shares=not pool.compile_model
+                source,
+                load,
+                device,
+                backend=pool.backend,
+                attention=pool.attention,
+                shares=not pool.compile_model,
             )
         except (ModelLoadError, UnsupportedModelError) as error:
             raise type(error)(f"{whose}: {error}") from error

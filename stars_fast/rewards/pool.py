@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from stars_fast.config import Backend, KvDtype
+from stars_fast.config import Attention, Backend, KvDtype
 from stars_fast.distributed import Ranks
 from stars_fast.models.lora import LoraLayers
 from stars_fast.models.paged import PagedModel
@@ -27,6 +27,7 @@ class RewardPool:
     page_size: int
     max_rows: int
     backend: Backend
+    attention: Attention
     kv_dtype: KvDtype
     compile_model: bool
     ranks: Ranks
@@ -59,6 +60,7 @@ class RewardPool:
             num_pages=num_pages,
             page_size=self.page_size,
             backend=self.backend,
+            attention=self.attention,
             kv_dtype=self.kv_dtype,
             compile_model=self.compile_model,
             ranks=self.ranks,

@@ -163,6 +163,10 @@ def test_bad_requests_are_recorded_and_harm_no_other(tmp_path: Path) -> None:
         ([*MODELS[:2], "--reward", "a={tmp}/none"], "reward 'a': "),
         ([*MODELS, "--reward-head", "label=good"], "reward_head names label 'good'; the labels"),
         ([*MODELS, "--device", "cpu", "--kv-dtype", "fp8"], "kv_dtype='fp8' needs the Triton"),
+        (
+            [*MODELS, "--device", "cpu", "--attention", "flash"],
+            "attention must be one of auto, torch here, got 'flash': the model is on cpu",
+        ),
     ],
 )
 def test_models_that_cannot_be_loaded_are_named(

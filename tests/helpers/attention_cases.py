@@ -121,6 +121,26 @@ def plain_attention(
     return torch.stack(out)
 
 
+def joined_parts(parts: list[tuple[Tensor, Tensor]], sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Join parts of a softmax, ``[..., dim]`` and natural log-sum-exps ``[...]``, in float64.
+
+    The merge of FlashAttention-2, arXiv 2307.08691, section 2.3; an empty part's log-sum-exp is
+    -inf, and nothing but empty parts are zeros. A sink, broadcast with the log-sum-exps, is a part
+    whose values are zero.
+    """
+    lses = torch.stack([lse.double() for _, lse in parts])
+    if sinks is not None:
+        lses = torch.cat((lses, sinks.double().expand(lses[:1].shape)))
+    lse = lses.logsumexp(dim=0)
+    weights = (lses - lse).exp().nan_to_num(0.0)
+    out = sum(
+        w.unsqueeze(-1) * part.double().nan_to_num(0.0)
+        for w, (part, _) in zip(weights, parts, strict=False)
+    )
+    assert isinstance(out, Tensor)
+    return out, lse
+
+
 def pools(
     shape: Shape,
     batch: RowBatch,

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from stars_fast.config import Attention
 from stars_fast.models.paged import PagedModel
 from stars_fast.ops.backend import Backend
 from stars_fast.ops.batch import RowBatch
@@ -54,9 +55,16 @@ class PageDriver:
         num_pages: int = 96,
         tolerance: float,
         backend: Backend = "auto",
+        attention: Attention = "auto",
     ) -> None:
         self.model = model
-        self.paged = PagedModel(model, num_pages=num_pages, page_size=page_size, backend=backend)
+        self.paged = PagedModel(
+            model,
+            num_pages=num_pages,
+            page_size=page_size,
+            backend=backend,
+            attention=attention,
+        )
         self.page_size = page_size
         self.free = list(range(1, num_pages))
         self.tolerance = tolerance

@@ -17,6 +17,7 @@ from torch import Tensor
 from stars_fast import ops
 from stars_fast.ops.attention import AttentionOptions, attention_weights
 from stars_fast.ops.batch import RowBatch
+from stars_fast.ops.varlen import varlen_attention
 
 kernels = pytest.importorskip("stars_fast.kernels.attention", reason="Triton is for Linux only")
 plans = pytest.importorskip("stars_fast.kernels.attention_plan")
@@ -58,16 +59,36 @@ class Case:
     def options(self) -> AttentionOptions:
         return AttentionOptions(SCALING, self.shape.window, self.shape.softcap, self.sinks)
 
-    def plan(self, block_m: int = 16, split_tokens: int | None = None) -> Any:
+    def plan(
+        self, block_m: int = 16, split_tokens: int | None = None, *, prefix_only: bool = False
+    ) -> Any:
         return plans.AttentionPlan.build(
             self.batch, self.asked, heads_per_kv=self.shape.heads // self.shape.kv_heads,
-            block_m=block_m, split_tokens=split_tokens, device=DEVICE,
+            block_m=block_m, split_tokens=split_tokens, device=DEVICE, prefix_only=prefix_only,
         )  # fmt: skip
 
     def run(self, block_m: int = 16, split_tokens: int | None = None) -> Tensor:
         """By the kernel."""
         plan = self.plan(block_m, split_tokens)
         return kernels.attention(self.query, self.k_pages, self.v_pages, plan, self.options)
+
+    def own(self) -> Any:
+        """Attention to each row's own tokens, all of them queries."""
+        new = self.batch.new_lengths
+        slots = np.concatenate([x[:n] for x, n in zip(self.batch.slots, new, strict=True)])
+        keys, values = (
+            pages.flatten(0, 1)[torch.from_numpy(slots).to(DEVICE)]
+            for pages in (self.k_pages, self.v_pages)
+        )
+        own = varlen_attention(self.query, keys, values, new.tolist(), self.options)
+        return kernels.OwnPart(*own)
+
+    def cascade(self, block_m: int = 16, split_tokens: int | None = None) -> Tensor:
+        """By the kernel for the prefixes, joined with the rows' own tokens."""
+        plan = self.plan(block_m, split_tokens, prefix_only=True)
+        return kernels.attention(
+            self.query, self.k_pages, self.v_pages, plan, self.options, own=self.own()
+        )
 
     def reference(self) -> Tensor:
         """By the PyTorch form in float32."""
@@ -134,6 +155,33 @@ def test_agrees_with_attention_written_out(shape_name: str) -> None:
             )  # fmt: skip
             assert_close(got[at + i].double(), want)
         at += asked
+
+
+@pytest.mark.parametrize(
+    ("shape_name", "prefixes", "split_tokens"),
+    [
+        *((name, [9, 0], 4) for name in SHAPES if name != "multi_query"),
+        ("multi_query", [3], None),
+        ("sinks", [0, 0], None),
+        ("grouped", [37], 4),  # more parts than the merge reads at once
+    ],
+)
+def test_cascades(shape_name: str, prefixes: list[int], split_tokens: int | None) -> None:
+    """Own tokens apart, of rows that share a prefix or have none; some of one token."""
+    candidates = [2, 1][: len(prefixes)]
+    case = make_case(SHAPES[shape_name], (prefixes, candidates, 3), seed=1)
+    assert 1 in case.batch.new_lengths
+    assert_close(case.cascade(16, split_tokens), case.reference())
+
+
+def test_a_cascade_leaves_texts_without_a_prefix_as_they_are() -> None:
+    """To the bit, so that neighbours with a prefix change nothing."""
+    case = make_case(SHAPES["grouped"], ([9, 0], [2, 1], 3)).to(torch.float16)
+    fresh = torch.from_numpy(np.repeat(case.batch.row_start == 0, case.batch.new_lengths))
+    got, own = case.cascade(16, 4), case.own().out
+    assert torch.equal(got[fresh], own[fresh])
+    assert not torch.equal(got[~fresh], own[~fresh])
+    torch.testing.assert_close(got.float(), case.reference(), atol=2e-3, rtol=2e-3)
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
@@ -430,6 +478,32 @@ def test_bad_arguments(changes: dict[str, Any], message: str) -> None:
     arguments["options"] = AttentionOptions(**{"scaling": 1.0, **given})
     with pytest.raises(ValueError, match=re.escape(message)):
         kernels.attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"plan": False}, "own must be given with a plan of the prefixes alone and with no other"),
+        ({"own": None}, "own must be given with a plan of the prefixes alone and with no other"),
+        ({"out": torch.zeros(1, 4, 7)}, "own.out must be torch.float32 of shape (1, 4, 8)"),
+        ({"out": torch.zeros(1, 8, 4).transpose(1, 2)}, "own.out must be torch.float32 of shape"),
+        ({"lse": torch.zeros(1, 4)}, "own.lse must be torch.float32 of shape (4, 1)"),
+        ({"lse": torch.zeros(4, 1).half()}, "own.lse must be torch.float32 of shape (4, 1)"),
+    ],
+)  # fmt: skip
+def test_bad_own_parts(changes: dict[str, Any], message: str) -> None:
+    case = make_case(SHAPES["grouped"], ([3], [1], 1), num_pages=8)
+    parts = {"out": torch.zeros(1, 4, 8), "lse": torch.zeros(4, 1), **changes}
+    own = kernels.OwnPart(parts["out"].to(DEVICE), parts["lse"].to(DEVICE))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kernels.attention(
+            case.query,
+            case.k_pages,
+            case.v_pages,
+            case.plan(prefix_only=changes.get("plan", True)),
+            case.options,
+            own=changes.get("own", own),
+        )
 
 
 def test_bad_scales() -> None:

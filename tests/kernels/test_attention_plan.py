@@ -46,17 +46,20 @@ def batches(draw: st.DrawFn) -> tuple[NDArray[np.int32], ...]:
     heads_per_kv=st.sampled_from([1, 3, 4, 40]),
     block_m=st.sampled_from([16, 64]),
     split_tokens=st.sampled_from([None, 1, 16, 33]),
+    prefix_only=st.booleans(),
 )
 def test_every_query_meets_each_key_once(
     batch: tuple[NDArray[np.int32], ...],
     heads_per_kv: int,
     block_m: int,
     split_tokens: int | None,
+    prefix_only: bool,
 ) -> None:
     group, start, new, asked = batch
     planned = plans.plan_items(
-        *batch, heads_per_kv=heads_per_kv, block_m=block_m, split_tokens=split_tokens
-    )
+        *batch, heads_per_kv=heads_per_kv, block_m=block_m, split_tokens=split_tokens,
+        prefix_only=prefix_only,
+    )  # fmt: skip
     most = max(1, block_m // heads_per_kv)
     end = np.cumsum(asked)
     query_row = np.repeat(np.arange(len(new)), asked)
@@ -80,10 +83,11 @@ def test_every_query_meets_each_key_once(
     used = []
     for query, row in enumerate(query_row):
         assert sorted(prefix[query]) == list(range(start[row]))
-        assert own[query] == 1
+        assert own[query] == (not prefix_only)
+        assert query in merges or not prefix_only
         if query in merges:
             partial, count, stride = merges[query]
-            assert count > 1
+            assert count > 1 or prefix_only
             assert sorted(at[query]) == [partial + k * stride for k in range(count)]
             used += at[query]
         else:
