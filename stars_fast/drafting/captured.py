@@ -77,6 +77,7 @@ class CapturedDrafter:
         """Whether each bucket is a CUDA graph, by its key."""
         return {key: bucket.graph.captured for key, bucket in self._buckets.items()}
 
+    @torch.inference_mode()
     def capture(self, max_rows: int) -> None:
         """Capture the steps of rounds of up to so many rows, the largest first.
 

@@ -219,6 +219,7 @@ class _EagerStep:
     captured = True
 
     def __init__(self, step: Callable[[], None], memory: object) -> None:
+        assert torch.is_inference_mode_enabled()  # or a graph would hold what gradients ask for
         self._step = step
 
     def run(self, times: int) -> None:
