@@ -14,6 +14,7 @@ from stars_fast.benchmarks.interpreter import ON_GPU
 from stars_fast.benchmarks.kernel_cases import FULL, SMOKE, TINY, Case, all_cases
 from stars_fast.benchmarks.least import Machine, Work
 from stars_fast.benchmarks.measure import ceilings
+from stars_fast.benchmarks.prediction import kernel_share
 from stars_fast.tables import markdown_table, origin
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -93,6 +94,7 @@ def _time_case(case: Case, machine: Machine) -> dict[str, Any]:
         best = row["ours_in_a_graph"] or row["ours"]
         row["least_microseconds"] = least * 1e6
         row["share_of_the_least"] = least * 1e6 / best["p50"]
+        row["predicted_share"] = kernel_share(case.name, case.operations)
     return row
 
 
@@ -104,10 +106,16 @@ def _line(row: Mapping[str, Any]) -> str:
     shown.append(f"ours {row['ours']['p50']:9.1f}")
     if row["ours_in_a_graph"]:
         shown.append(f"in a graph {row['ours_in_a_graph']['p50']:9.1f}")
-    shown.append(f"({row['share_of_the_least']:.0%})")
+    shown.append(f"({row['share_of_the_least']:.0%}, predicted {_share(row)})")
     for name, times in row["others"].items():
         shown.append(f"{name} {times['p50']:.1f}" if "p50" in times else f"{name} failed")
     return "  ".join(shown)
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    """What is predicted of the row's share of the least."""
+    predicted = row["predicted_share"]
+    return "nothing" if predicted is None else f"{predicted:.0%}"
 
 
 def markdown(record: Mapping[str, Any]) -> str:
@@ -133,8 +141,9 @@ def markdown(record: Mapping[str, Any]) -> str:
                 f"{row['least_microseconds']:.1f}",
                 f"{best['p50']:.1f}",
                 f"{row['share_of_the_least']:.0%}",
+                _share(row),
                 others,
             ]
         )
-    headings = ("", "least", "ours", "share of the least", "others")
+    headings = ("", "least", "ours", "share of the least", "predicted", "others")
     return f"{origin(record)}\n\n{markdown_table(headings, rows)}"

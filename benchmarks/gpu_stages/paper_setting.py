@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from stars_fast.benchmarks.interpreter import ON_GPU
+from stars_fast.benchmarks.least import Machine
 from stars_fast.benchmarks.measure import ceilings, default_device
 from stars_fast.benchmarks.paper import line
 from stars_fast.benchmarks.paper_bench import SHAPES, Bench
-from stars_fast.benchmarks.paper_steps import steps
-from stars_fast.benchmarks.prediction import beside, predict
+from stars_fast.benchmarks.paper_steps import Step, steps
+from stars_fast.benchmarks.prediction import Prediction, beside, predict
 from stars_fast.tables import text_table
 
 _REST = ("vanilla", "K 30", "first segment", "overhead", "baselines")
@@ -20,15 +21,7 @@ _REST = ("vanilla", "K 30", "first segment", "overhead", "baselines")
 
 def measure_centre() -> dict[str, Any]:
     """Measure the centre of the paper's setting, and print its prediction beside it."""
-    bench = _bench()
-    found = _measure(bench, "centre")
-    cell = steps()[0].cell if ON_GPU else steps()[0].cell.small()
-    shapes = SHAPES[cell.language], SHAPES[cell.reward]
-    predicted = predict(bench.machine, cell, *shapes)
-    if ON_GPU:
-        rows = beside(found, predicted)
-        print("\n".join(text_table([["", "measured", "predicted"], *rows])))
-    return {**found, "predicted": asdict(predicted)}
+    return _measure(_bench(), "centre")
 
 
 def measure_rest() -> dict[str, Any]:
@@ -64,4 +57,26 @@ def _measure(bench: Bench, name: str) -> dict[str, Any]:
     print(line(name, found, small=not ON_GPU), flush=True)
     if "failed" in found:
         raise RuntimeError(f"{name}: {found['failed']}")
-    return found
+    predicted = _predicted(step, bench.machine)
+    for side, prediction in predicted.items() if ON_GPU else ():
+        print(f"\n{side}, {name}")
+        print("\n".join(_beside(found.get(side, found), prediction)), flush=True)
+    return {**found, "predicted": {side: asdict(x) for side, x in predicted.items()}}
+
+
+def _predicted(step: Step, machine: Machine) -> dict[str, Prediction]:
+    """What is predicted of each side of a step."""
+    cell = step.cell if ON_GPU else step.cell.small()
+    if step.kind == "first segment":  # of one request
+        cell = replace(cell, requests=1, max_tokens=cell.segment_length)
+    sides = {"overhead": ("stars", "vanilla"), "vanilla": ("vanilla",)}.get(step.kind, ("stars",))
+    rewards = {"stars": SHAPES[cell.reward], "vanilla": None}
+    return {side: predict(machine, cell, SHAPES[cell.language], rewards[side]) for side in sides}
+
+
+def _beside(found: dict[str, Any], predicted: Prediction) -> list[str]:
+    """Measured and predicted figures; of a step that has no phases, what is predicted alone."""
+    if "phases" in found:
+        return text_table([["", "measured", "predicted"], *beside(found, predicted)])
+    rate = predicted.accepted_tokens_per_second
+    return [f"predicted: {1e3 * predicted.seconds:.1f} ms, {rate:,.0f} accepted tokens/s"]

@@ -20,6 +20,7 @@ from stars_fast.benchmarks.models import (
     language_model,
     prompts,
 )
+from stars_fast.benchmarks.prediction import step_milliseconds
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
@@ -64,7 +65,10 @@ def _engine(shape: Shape, rows: int, *, pages: int, **options: Any) -> Engine:
 
 
 def _time(engine: Engine, shape: Shape, rows: int, steps: int) -> dict[str, Any]:
-    """Milliseconds of a step, prefill and host among them; the least is to read the weights."""
+    """Milliseconds of a step, prefill and host among them, beside those predicted of it alone.
+
+    The least is to read the weights.
+    """
     _generate(engine, shape, rows, steps)  # captures and compiles
     begun = time.perf_counter()
     _generate(engine, shape, rows, steps)
@@ -77,6 +81,8 @@ def _time(engine: Engine, shape: Shape, rows: int, steps: int) -> dict[str, Any]
         machine = ceilings(DEVICE, DTYPE)
         weights = ModelCost.of(language_model(shape, device="meta"), DTYPE).weight_bytes
         found["least_milliseconds"] = weights / machine.bytes_per_second * 1e3
+        keys = sum(map(len, prompts(shape, rows))) + rows * (steps - 1) / 2
+        found["predicted_milliseconds"] = step_milliseconds(machine, shape, rows, keys)
     return found
 
 

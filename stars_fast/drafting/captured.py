@@ -3,7 +3,8 @@
 Rounds differ in their rows, prefixes and lengths. All of that is written to tensors that never
 move, and a graph is captured for *buckets* of rows only: a round runs in the smallest bucket that
 holds it, its spare rows on the null page, neither sampled nor counted. The usual steps are captured
-at load; a round that needs another one waits for its capture, and is counted.
+at load; a round that needs another one waits for its capture, and is counted. A graph holds the
+weights' addresses: where they have moved since, all are captured again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from stars_fast import _core
 from stars_fast.drafting.adjust import KnownTokens, Widths, num_tokens
@@ -65,6 +67,9 @@ class CapturedDrafter:
         self._known = known
         self._buckets: dict[_Key, _Bucket] = {}
         self._memory = GraphMemory(model.device) if model.device.type == "cuda" else None
+        # Another engine on the same model may join its weights. Of other types, nothing is moved.
+        self._weights = [x for x in model.model.parameters() if type(x) is nn.Parameter]
+        self._places = self._places_of_weights()
         self.capture_waits = 0
 
     @property
@@ -72,6 +77,7 @@ class CapturedDrafter:
         """Whether each bucket is a CUDA graph, by its key."""
         return {key: bucket.graph.captured for key, bucket in self._buckets.items()}
 
+    @torch.inference_mode()
     def capture(self, max_rows: int) -> None:
         """Capture the steps of rounds of up to so many rows, the largest first.
 
@@ -94,6 +100,7 @@ class CapturedDrafter:
 
     def draft(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Draft:
         """Draw the segments of a round; see `Drafter.draft`."""
+        self._forget_moved()
         with self._model.on_backend():
             needs = StepNeeds.of(plan, sampling, num_tokens(self._model.vocab_size, self._known))
             columns = _Columns(most_stop_ids(sampling), Widths.of(sampling))
@@ -108,6 +115,17 @@ class CapturedDrafter:
                     bucket.graph.run(1)
                     grammars.advance(bucket.ids, bucket.progress.live)
             return bucket.progress.read(plan.draft.num_rows, plan.draft.max_new)
+
+    def _places_of_weights(self) -> list[int]:
+        return [x.data_ptr() for x in self._weights]
+
+    def _forget_moved(self) -> None:
+        """Drop all buckets if the weights lie elsewhere than when they were made."""
+        places = self._places_of_weights()
+        if places != self._places:
+            _log.warning("the model's weights have been moved: steps are captured again")
+            self._buckets.clear()
+            self._places = places
 
     def _bucket(self, plan: _core.Plan, columns: _Columns, needs: StepNeeds) -> _Bucket:
         batch = plan.draft

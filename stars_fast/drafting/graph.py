@@ -12,6 +12,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _log = logging.getLogger(__name__)
 
+_WAITS = {
+    "_local_scalar_dense",
+    "_unique",
+    "_unique2",
+    "allclose",
+    "equal",
+    "masked_select",
+    "nonzero",
+    "repeat_interleave",  # unless it is told the size of its result
+    "unique_consecutive",
+    "unique_dim",
+}
+_INDEXES = {"index", "index_put", "index_put_", "_index_put_impl_"}
+_COPIES = {"_to_copy": 0, "copy_": 1}  # and which argument is copied
+
 
 class GraphMemory:
     """The stream and the memory of graphs that never run at the same time.
@@ -77,8 +92,6 @@ class StepGraph:
 class NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raises RuntimeError at an operator that waits for the device, on this thread alone."""
 
-    _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive")
-
     def __torch_dispatch__(
         self,
         func: Any,  # noqa: ANN401 - an operator overload
@@ -87,11 +100,23 @@ class NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         """Run an operator that does not wait."""
-        name = func._schema.name
-        if name.removeprefix("aten::") in self._WAITS:
+        kwargs = kwargs or {}
+        if func.namespace == "aten":
+            with self:  # what is made of other operators comes whole in inference mode
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        name = func._schema.name.removeprefix("aten::")
+        if name in _WAITS and kwargs.get("output_size") is None:
             raise RuntimeError(f"the step waits for the device: {name}")
-        result = func(*args, **(kwargs or {}))
-        source = {"aten::_to_copy": 0, "aten::copy_": 1}.get(name)
+        if name in _INDEXES:
+            for index in args[1]:
+                if index is not None and index.dtype in (torch.bool, torch.uint8):
+                    raise RuntimeError(f"the step waits for the device: {name} by a mask")
+                if index is not None and index.device != args[0].device:
+                    raise RuntimeError(f"the step copies from {index.device} to {args[0].device}")
+        result = func(*args, **kwargs)
+        source = _COPIES.get(name)
         if source is not None and result.device != args[source].device:
             raise RuntimeError(f"the step copies from {args[source].device} to {result.device}")
         return result

@@ -89,6 +89,7 @@ def test_the_kernels_as_a_table() -> None:
         "ours": {"p50": 4.0},
         "ours_in_a_graph": {"p50": 2.0},
         "share_of_the_least": 0.5,
+        "predicted_share": 0.8,
         "others": {"torch": {"p50": 8.0}, "other": {"failed": "RuntimeError"}},
     }
     record = {
@@ -101,7 +102,8 @@ def test_the_kernels_as_a_table() -> None:
         "command": "python benchmarks/gpu.py",
         "items": {"kernels": {"found": [row]}},
     }
-    assert kernels.markdown(record).splitlines()[-1] == "| a \\| b | 1.0 | 2.0 | 50% | torch 8 |"
+    last = kernels.markdown(record).splitlines()[-1]
+    assert last == "| a \\| b | 1.0 | 2.0 | 50% | 80% | torch 8 |"
     with pytest.raises(ValueError, match="the record must have 'kernels', got captured"):
         kernels.markdown({**record, "items": {"captured": {}}})
 

@@ -10,6 +10,7 @@ import torch
 from helpers.tiny_lm import small_model
 from helpers.tiny_rewards import reward_model
 from helpers.tiny_tokenizers import bpe_tokenizer
+from transformers import LlamaForCausalLM
 
 from stars_fast import Engine, StarsParams
 from stars_fast.drafting import captured
@@ -186,12 +187,39 @@ def test_usual_steps_are_captured_at_load(monkeypatch: pytest.MonkeyPatch) -> No
     assert triton.stats()["capture_waits"] == 1
 
 
+def test_steps_are_captured_again_where_another_engine_moves_the_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One with a compiled model leaves them apart; the other joins those of a product."""
+    monkeypatch.setattr(torch, "compile", lambda module: module)
+    monkeypatch.setattr(
+        "stars_fast.engine.engine.check_numbers", lambda *_, **__: None
+    )  # joins, too
+    model = LlamaForCausalLM(small_model(layers=1).config).eval().to(DEVICE)  # of no other test
+    weight = model.model.layers[0].mlp.up_proj.weight
+    apart = Engine(
+        model, num_pages=20, page_size=8, max_rows=2, backend="triton", compile_model=True
+    )
+    short = StarsParams(method="vanilla", max_tokens=1, segment_length=1, seed=3)
+
+    def token_ids(engine: Engine) -> list[int]:
+        (output,) = engine.generate([[5, 6]], short, use_tqdm=False)
+        return output.outputs[0].token_ids
+
+    want, waits, place = token_ids(apart), apart.stats()["capture_waits"], weight.data_ptr()
+    Engine(model, num_pages=20, page_size=8, max_rows=2, backend="triton")
+    assert weight.data_ptr() != place
+    assert token_ids(apart) == want
+    assert apart.stats()["capture_waits"] == waits + 1
+
+
 class _EagerStep:
     """A step that counts as captured."""
 
     captured = True
 
     def __init__(self, step: Callable[[], None], memory: object) -> None:
+        assert torch.is_inference_mode_enabled()  # or a graph would hold what gradients ask for
         self._step = step
 
     def run(self, times: int) -> None:

@@ -1,7 +1,8 @@
 """The captured step on tensors without data: what it would launch on a GPU, and what it may not.
 
-A step runs on the device "meta", which stands for the GPU: an operator that would wait for the
-device cannot run there, and one that mixes devices shows. Kernels only note that they are called.
+A step runs on the device "meta", which stands for the GPU, or on fake tensors that say to be on
+"cuda", with torch's builds for CUDA: an operator that would wait for the device cannot run there,
+and one that mixes devices shows. Kernels only note that they are called.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
@@ -26,17 +28,18 @@ from stars_fast.drafting.captured import _Bucket, _Columns
 from stars_fast.drafting.graph import NoWaiting
 from stars_fast.drafting.rows import StepNeeds
 from stars_fast.kernels.sample import sample
-from stars_fast.models import paged
+from stars_fast.models import joined, paged
 from stars_fast.models.fusion import FusedLayers
 from stars_fast.models.kernel_attention import DecodeCapacity
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.probe import attention_layout
 from stars_fast.ops.backend import backend
 
-META = torch.device("meta")
+#: Devices whose tensors need no data here.
+DEVICES = ("meta", "cuda") if torch.backends.cuda.is_built() else ("meta",)
 
 #: Operators that launch nothing, beside the views; dropout does in training only.
-_FREE = {"empty", "empty_like", "new_empty", "empty_strided", "promote_types", "dropout"}
+_FREE = {"empty", "empty_like", "new_empty", "empty_strided", "promote_types", "dropout", "device"}
 _KERNELS = {
     "attention": ("attention_kernel", "merge_kernel"),
     "pages": ("kv_append_kernel",),
@@ -51,6 +54,7 @@ _KERNELS = {
 class Launches(TorchDispatchMode):
     """Names of what is launched, in order."""
 
+    device: str
     names: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -61,7 +65,7 @@ class Launches(TorchDispatchMode):
     def note(self, name: str, arguments: Any) -> None:
         """Note a launch, whose tensors must lie on the one device."""
         for x in tree_leaves(arguments):
-            if isinstance(x, Tensor) and x.device != META and x.ndim:
+            if isinstance(x, Tensor) and x.device.type != self.device and x.ndim:
                 raise AssertionError(f"{name} takes a tensor on {x.device}")
         self.names.append(name)
 
@@ -105,8 +109,26 @@ def _sample(*args: Any, with_entropy: bool) -> tuple[Tensor, ...]:
     return sample(*args)
 
 
+@contextmanager
+def _without_data(device: str) -> Iterator[None]:
+    """Have tensors of the device without a driver; a fake GPU's is an H100."""
+    if device == "meta":
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch, FakeTensorMode(allow_non_fake_inputs=True):
+        patch.setattr(torch.cuda, "device", lambda *_: nullcontext())
+        patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+        # Fake parameters are of a type of their own, and only plain ones are moved together.
+        patch.setattr(joined, "_may_move", lambda tensors: True)
+        yield
+
+
 def captured_step(
-    make: Callable[[], PreTrainedModel], *, rows: int = 8, needs: StepNeeds | None = None
+    make: Callable[[], PreTrainedModel],
+    *,
+    device: str = "meta",
+    rows: int = 8,
+    needs: StepNeeds | None = None,
 ) -> Launches:
     """Return what one captured step of a model launches.
 
@@ -114,6 +136,8 @@ def captured_step(
     ----------
     make
         Returns the model, on the default device.
+    device
+        One of `DEVICES`.
     rows
         Of the bucket.
     needs
@@ -123,17 +147,17 @@ def captured_step(
     layouts = attention_layout(real)
     with backend("triton"):
         known = FusedLayers(real, layouts).known
-    with torch.device(META):
-        model = make().eval()
-    launches = Launches()
-    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+    launches = Launches(device)
+    with pytest.MonkeyPatch.context() as patch, _without_data(device):
+        with torch.device(device):
+            model = make().eval()
         patch.setattr(paged, "attention_layout", lambda model: layouts)
         patch.setattr(
             FusedLayers, "of", classmethod(lambda cls, model, found: cls(model, found, known))
         )
         lm = PagedModel(model, num_pages=64, page_size=16, backend="triton")
         capacity = DecodeCapacity(rows, page_entries=rows * 130, new_tokens=64, prefix_tokens=2048)
-        with _noting(launches), lm.on_backend():
+        with torch.inference_mode(), _noting(launches), lm.on_backend():
             bucket = _Bucket.make(
                 lm,
                 capacity,
