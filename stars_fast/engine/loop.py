@@ -356,7 +356,8 @@ class Loop:
             drafted = Draft.of_no_rows()
             if responses:
                 drafted = self.drafter.draft(plan, _sampling(plan, responses))
-                self.lm_calls += drafted.steps
+                calls = drafted.lm_calls
+                self.lm_calls += drafted.steps if calls is None else calls
                 self.row_steps += drafted.row_steps
         seconds = time.perf_counter() - begun
         done = cut_candidates(plan, drafted, responses, self._branches)
