@@ -145,7 +145,7 @@ BASE = StarsParams(
 )
 METHODS = {
     "rsd": BASE.with_method("rsd"),
-    "gsi": BASE.with_method("gsi", candidates=3, beta=0.2, target_reward=-1.0, top_k=0),
+    "gsi": BASE.with_method("gsi", candidates=3, beta=0.2, target_reward=-3.5, top_k=0),
     "stars": dataclasses.replace(BASE, max_attempts=3),
 }
 
