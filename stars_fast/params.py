@@ -140,6 +140,9 @@ class StarsParams:
         ``"gsi"`` (arXiv 2506.04118): of `candidates` segments of the draft model one is chosen by
         exp(t / beta), t = r + beta (log p - log p_draft), and taken if t reaches `target_reward`;
         else one of `candidates` of the model, by exp(r / beta).
+        ``"sss"`` (arXiv 2508.15044): the draft model's tokens, `segment_length` at a time, each
+        kept with probability min(1, p / p_reference), the reference being the draft model before it
+        was aligned; the first that is not is drawn anew. It needs no reward model.
         A parameter that is not one of the method's own is an error.
         """),
     )

@@ -41,6 +41,7 @@ class RowSampling:
     guide_weight: float = 0.0  # of the engine's guide; 0: it is not guided
     draft_attempts: int = 0  # attempts below this are drawn by the draft model
     compares: bool = False  # of these, `Draft.log_ratios` are wanted
+    verifies: bool = False  # their tokens are accepted one by one
     counts: dict[int, int] | None = None
     drawn: Sequence[int] = ()  # the tokens of the response so far, kept up by their owner
     grammar: GrammarState | None = None  # where the response stands in its grammar
@@ -87,6 +88,8 @@ class Draft:
         Forward passes of the model.
     lm_calls
         Forward passes of the language model, where those are not `steps`.
+    discarded
+        int32 ``[R]``, tokens drawn behind what is left of each row; None: none.
     row_steps
         Rows that each of them ran, summed: those whose segment had ended included. 0 where the
         model is not here.
@@ -107,6 +110,7 @@ class Draft:
     top_logprobs: npt.NDArray[np.float32] | None = None
     log_ratios: npt.NDArray[np.float64] | None = None
     lm_calls: int | None = None
+    discarded: npt.NDArray[np.int32] | None = None
     unfinished: npt.NDArray[np.bool_] | None = None
 
     @classmethod

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from stars_fast import ops
-from stars_fast.drafting.adjust import KnownTokens, Widths, num_tokens
+from stars_fast.drafting.adjust import KnownTokens
 from stars_fast.drafting.base import Draft, RowSampling
 from stars_fast.drafting.plan_rows import PlanRows, RowDrafter, RowPlan, joined, some_rows
 from stars_fast.drafting.read import RowsRead
-from stars_fast.drafting.rows import Progress, RowParameters, StepNeeds, most_stop_ids
+from stars_fast.drafting.verified import verified
+from stars_fast.drafting.walk import Walk, told
 from stars_fast.models.drafted import DraftedModel
 from stars_fast.models.logits import LogitHead
 from stars_fast.models.paged import PagedModel
-from stars_fast.ops.truncate import truncated_logprobs
 
 _NO_CHANCE = -1e30  # the least log-ratio: sums of infinite ones are no numbers
 
@@ -77,8 +77,10 @@ class PairedDrafter:
             for attempt, row in zip(plan.attempt.tolist(), sampling, strict=True)
         ]
         parts = []
-        for run, chosen in ((self._by_own, False), (self._by_draft, True)):
-            rows = [row for row, drafted in enumerate(theirs) if drafted is chosen]
+        verifies = [row.verifies for row in sampling]
+        ways = ((self._by_own, False, False), (self._by_draft, True, False))
+        for run, *way in (*ways, (self._by_both, True, True)):
+            rows = [at for at, of in enumerate(zip(theirs, verifies, strict=True)) if [*of] == way]
             if rows:
                 part = run(PlanRows.of(plan, rows), [sampling[row] for row in rows])
                 parts.append((rows, part))
@@ -103,6 +105,20 @@ class PairedDrafter:
             drafts = self._logits(draft, self._read(draft, plan, drawn, rows))
         return self._compared(plan, sampling, drawn, own, drafts)
 
+    def _by_both(self, plan: RowPlan, sampling: Sequence[RowSampling]) -> Draft:
+        """Rows of the draft model, as far as the language model accepts them."""
+        drawn = self._draft.draft(plan, sampling)
+        rows = np.arange(plan.draft.num_rows)
+        own, theirs, *before = (
+            self._logits(one, self._read(one, plan, drawn, rows))
+            for one in (self._model.lm, *self._model.beside)
+        )
+        logits = zip(own, theirs, before[0] if before else repeat(None), strict=False)
+        return verified(plan, sampling, drawn, self._walk(plan, sampling), logits)
+
+    def _walk(self, plan: RowPlan, sampling: Sequence[RowSampling]) -> Walk:
+        return Walk(plan, sampling, self._vocab_size, self._known, self._model.device)
+
     def _read(
         self, model: PagedModel, plan: RowPlan, drawn: Draft, rows: npt.NDArray[np.int64]
     ) -> RowsRead:
@@ -122,7 +138,7 @@ class PairedDrafter:
         drafts: Iterator[Tensor | None],
     ) -> Draft:
         """Return a draft with the language model's log-probabilities and, if asked for, ratios."""
-        walk = _Walk(plan, sampling, self._vocab_size, self._known, self._model.device)
+        walk = self._walk(plan, sampling)
         top = 0 if drawn.top_tokens is None else drawn.top_tokens.shape[2]
         named_all, logprobs, ratios = [], [], []
         for step, (ours, draft) in enumerate(zip(own, drafts, strict=False)):
@@ -136,86 +152,13 @@ class PairedDrafter:
                 pair = (walk.log_probs(logits, step) for logits in (ours, draft))
                 ratios.append(_ratio(*(p.gather(1, named[:, :1]).squeeze(1) for p in pair)))
                 walk.go_on(token, step)
-        return self._told(sampling, drawn, named_all, logprobs, ratios)
-
-    def _told(
-        self,
-        sampling: Sequence[RowSampling],
-        drawn: Draft,
-        named: list[Tensor],
-        logprobs: list[Tensor],
-        ratios: list[Tensor],
-    ) -> Draft:
-        ids = torch.stack(named, dim=1).cpu().numpy()
-        values = torch.stack(logprobs, dim=1).cpu().numpy()
-        there = np.arange(values.shape[1]) < drawn.lengths[:, None]
-        bad = (np.isnan(values[:, :, 0]) & there).any(axis=1)
-        log_ratios = None
         if ratios:
+            there = np.arange(len(ratios)) < drawn.lengths[:, None]
             compares = np.array([s.compares for s in sampling])
             log_ratios = torch.stack(ratios, dim=1).cpu().numpy()
             log_ratios[~(there & compares[:, None])] = 0.0
-        return replace(
-            drawn,
-            logprobs=values[:, :, 0],
-            top_tokens=None if drawn.top_tokens is None else ids[:, :, 1:],
-            top_logprobs=None if drawn.top_logprobs is None else values[:, :, 1:],
-            log_ratios=log_ratios,
-            lm_calls=1,
-            errors={
-                **drawn.errors,
-                **dict.fromkeys(
-                    np.nonzero(bad)[0].tolist(),
-                    "the model's logits of what the draft model has drawn are NaN or infinite",
-                ),
-            },
-        )
-
-
-class _Walk:
-    """The distributions that rows draw from, along tokens that they have drawn."""
-
-    def __init__(
-        self,
-        plan: RowPlan,
-        sampling: Sequence[RowSampling],
-        vocab_size: int,
-        known: KnownTokens | None,
-        device: torch.device,
-    ) -> None:
-        rows = plan.draft.num_rows
-        self._parameters = RowParameters.empty(rows, most_stop_ids(sampling), device)
-        self._parameters.write(plan, sampling)
-        self._vocab_size = vocab_size
-        self._progress = Progress(
-            self._parameters,
-            plan.draft.max_new,
-            StepNeeds.of(plan, sampling, num_tokens(vocab_size, known)),
-            vocab_size,
-            widths=Widths.of(sampling),
-            known=known,
-        )
-        if self._progress.adjustments is not None:
-            self._progress.adjustments.write(sampling)
-        self._grammars = self._progress.grammar_rows(sampling)
-        if self._grammars is not None:
-            self._grammars.allow()
-        self._step = torch.zeros(rows, dtype=torch.int64, device=device)
-
-    def log_probs(self, logits: Tensor, step: int) -> Tensor:
-        """Return them float64 ``[R, V]``, from raw logits behind the tokens so far."""
-        p = self._parameters
-        adjusted = self._progress.to_draw_from(logits[:, : self._vocab_size], self._step + step)
-        return truncated_logprobs(adjusted, p.temperature, p.top_k, p.top_p, p.min_p)
-
-    def go_on(self, token: Tensor, step: int) -> None:
-        """Append the token ``[R]`` of every row."""
-        if self._progress.adjustments is not None:
-            self._progress.adjustments.record(token, self._step + step)
-        if self._grammars is not None:
-            ends = (token.unsqueeze(1) == self._parameters.stop_ids).any(dim=1)
-            self._grammars.advance(token, ~ends & (step + 1 < self._parameters.lengths))
-            self._grammars.allow()
+            drawn = replace(drawn, log_ratios=log_ratios)
+        return told(drawn, named_all, logprobs)
 
 
 def _ratio(own: Tensor, draft: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def joined(parts: Sequence[tuple[Sequence[int], Draft]]) -> Draft:
 
     calls = [draft.steps if draft.lm_calls is None else draft.lm_calls for draft in drafts]
     names = ("tokens", "lengths", "stopped", "logprobs", "top_tokens", "top_logprobs")
-    tables = {name: table(name) for name in (*names, "log_ratios", "unfinished")}
+    tables = {name: table(name) for name in (*names, "log_ratios", "discarded", "unfinished")}
     return Draft(
         **tables,  # type: ignore[arg-type]
         adjusted_logprobs=_adjusted(parts, rows, steps),

@@ -45,6 +45,7 @@ def row_sampling(
         guide_weight=params.guide_weight,
         draft_attempts=params.draft_attempts,
         compares=params.kind.tilts,
+        verifies=params.kind.draft == "tokens",
     )
 
 

@@ -23,6 +23,7 @@ Method = Literal[
     "persona_judge",
     "rsd",
     "gsi",
+    "sss",
 ]
 
 _DRAWS = ("guided",)  # of methods whose tokens are draws
@@ -146,6 +147,9 @@ METHODS: dict[Method, MethodKind] = {
         default_candidates=8,
         schedule=_gsi_schedule,
         merit=_tilted,
+    ),
+    "sss": MethodKind(
+        ("segment_length", *_DRAWS), "always", draft="tokens", needs_reward=False
     ),
 }  # fmt: skip
 

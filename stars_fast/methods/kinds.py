@@ -152,6 +152,11 @@ class MethodKind:
     merit: Callable[[StarsParams, float, Drawn], float] | None = None
 
     @property
+    def plain(self) -> bool:
+        """Whether it draws from the language model and does nothing more."""
+        return not self.needs_reward and self.draft is None
+
+    @property
     def by_text(self) -> bool:
         """Whether a segment's text and length are all that it needs of the language model."""
         return not (self.by_entropy or self.ranked or self.judges or self.draft)

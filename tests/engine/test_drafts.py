@@ -38,16 +38,17 @@ LETTERS_BASE = StarsParams(
 
 
 @cache
-def draft_letters(seed: int = 7) -> LlamaForCausalLM:
+def draft_letters(seed: int) -> LlamaForCausalLM:
+    config = letter_model().config
     torch.manual_seed(seed)
-    return LlamaForCausalLM(letter_model().config).eval()
+    return LlamaForCausalLM(config).eval()
 
 
 @cache
-def draft_probs(done: Tokens, temperature: float = 1.0) -> list[float]:
+def draft_probs(done: Tokens, temperature: float = 1.0, seed: int = 7) -> list[float]:
     before = torch.tensor([[*(LETTERS.index(c) for c in PROMPT), *done]])
     with torch.no_grad():
-        logits = draft_letters()(before).logits[0, -1].double()
+        logits = draft_letters(seed)(before).logits[0, -1].double()
     found: list[float] = (logits / temperature).softmax(-1).tolist()
     return found
 
@@ -103,7 +104,7 @@ def gsi_law(params: StarsParams, *, tilts: bool = True) -> Law:
 
 @pytest.fixture(scope="module")
 def letters() -> Engine:
-    return letter_engine(draft_model=draft_letters())
+    return letter_engine(draft_model=draft_letters(7))
 
 
 def test_rsd_is_its_closed_form(letters: Engine) -> None:
@@ -113,13 +114,13 @@ def test_rsd_is_its_closed_form(letters: Engine) -> None:
         assert p_value(counts, rsd_law(dataclasses.replace(LETTERS_BASE, **planted))) < 1e-6
 
 
-GSI = LETTERS_BASE.with_method("gsi", candidates=2, beta=0.3, target_reward=-0.4)
+GSI = LETTERS_BASE.with_method("gsi", candidates=2, beta=0.6, target_reward=-0.1)
 
 
 def test_gsi_is_its_closed_form(letters: Engine) -> None:
     counts = count(letters, GSI, REQUESTS)
     assert p_value(counts, gsi_law(GSI)) > 1e-3
-    for planted in ({"target_reward": 9.0}, {"target_reward": -9.0}, {"beta": 0.6}):
+    for planted in ({"target_reward": 9.0}, {"target_reward": -9.0}, {"beta": 1.2}):
         assert p_value(counts, gsi_law(dataclasses.replace(GSI, **planted))) < 1e-6, planted
     assert p_value(counts, gsi_law(GSI, tilts=False)) < 1e-6
 
@@ -130,7 +131,9 @@ def test_a_draft_that_is_the_model_changes_nothing() -> None:
     low = dataclasses.replace(GSI, candidates=3, target_reward=-9.0)
     gibbs = low.with_method("stars", acceptance="gibbs", candidates=3)
     rsd = LETTERS_BASE.with_method("rsd", target_reward=-9.0, segment_length=4)
-    for one, other in ((low, gibbs), (rsd, rsd.with_method("vanilla"))):
+    sss = dataclasses.replace(SSS, segment_length=2)
+    pairs = ((low, gibbs), (rsd, rsd.with_method("vanilla")), (sss, sss.with_method("vanilla")))
+    for one, other in pairs:
         found = [responses_of(engine, params, 40) for params in (one, other)]
         mine, theirs = ([r.token_ids for r in responses] for responses in found)
         assert mine == theirs
@@ -139,14 +142,67 @@ def test_a_draft_that_is_the_model_changes_nothing() -> None:
     assert {s.accepted for r in responses_of(engine, high, 9) for s in r.segments} == {"fallback"}
 
 
+SSS = LETTERS_BASE.with_method("sss", segment_length=3, target_reward=None)
+
+
+def sss_law(params: StarsParams, *, aligned: bool = True, reference: bool = True) -> Law:
+    """Token by token, with p, q and b behind the tokens so far: q min(1, p / b), else the rest."""
+
+    def step(done: Tokens) -> Law:
+        p = truncated(LETTER.probs(done, params.temperature), params.top_k)
+        q = truncated(draft_probs(done, params.temperature), params.top_k)
+        b = draft_probs(done, params.temperature, seed=8) if reference else q
+        if not aligned:
+            q = b
+        rows = list(zip(p, q, b, strict=True))
+        kept = [t * min(1.0, own / old) for own, t, old in rows]
+        rest = [t * max(0.0, own / old - 1) for own, t, old in rows]
+        part = (1 - sum(kept)) / sum(rest)
+        return {(*done, i): a + part * c for i, (a, c) in enumerate(zip(kept, rest, strict=True))}
+
+    return law_of(step, params.max_tokens)
+
+
+def truncated(probs: list[float], top_k: int) -> list[float]:
+    least = sorted(probs)[-top_k] if top_k else 0.0
+    kept = [p if p >= least else 0.0 for p in probs]
+    return [p / sum(kept) for p in kept]
+
+
+def test_sss_is_its_closed_form() -> None:
+    engine = letter_engine(None, draft_model=draft_letters(7), draft_reference=draft_letters(8))
+    counts = count(engine, SSS, REQUESTS)
+    assert p_value(counts, sss_law(SSS)) > 1e-3
+    for planted in ({"aligned": False}, {"reference": False}):
+        assert p_value(counts, sss_law(SSS, **planted)) < 1e-6, planted
+    assert engine.stats()["drafted_tokens"] > engine.stats()["accepted_tokens"]
+
+
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_sss_without_a_reference_is_the_model(top_k: int) -> None:
+    """Speculative sampling: of the model's law after its filters."""
+    params = dataclasses.replace(SSS, top_k=top_k)
+    law = law_of(
+        lambda done: {
+            (*done, i): p
+            for i, p in enumerate(truncated(LETTER.probs(done, params.temperature), top_k))
+            if p
+        },
+        params.max_tokens,
+    )
+    counts = count(letter_engine(None, draft_model=draft_letters(7)), params, REQUESTS)
+    assert p_value(counts, law) > 1e-3
+
+
 PROMPTS = ["The film was slow at first, but", "A terrible kettle", "Not bad at all. " * 3]
 BASE = StarsParams(
-    segment_length=4, max_tokens=16, target_reward=0.1, temperature=1.0, top_k=30, ignore_eos=True
+    segment_length=4, max_tokens=12, target_reward=0.1, temperature=1.0, top_k=30, ignore_eos=True
 )
 METHODS = {
     "rsd": BASE.with_method("rsd"),
     "gsi": BASE.with_method("gsi", candidates=3, beta=0.2, target_reward=-3.5, top_k=0),
     "stars": dataclasses.replace(BASE, max_attempts=3),
+    "sss": BASE.with_method("sss", target_reward=None, repetition_penalty=1.2),
 }
 
 
@@ -160,7 +216,7 @@ def engine(**options: Any) -> Engine:
     return bpe_engine(**({"draft_model": draft()} | options))
 
 
-def run(one: Engine, order: tuple[int, ...] = tuple(range(9)), **changes: Any) -> list[Any]:
+def run(one: Engine, order: tuple[int, ...] = tuple(range(12)), **changes: Any) -> list[Any]:
     """Every prompt by every method, in this order."""
     asks = [(prompt, params) for params in METHODS.values() for prompt in PROMPTS]
     each = [dataclasses.replace(asks[i][1], seed=30 + i, **changes) for i in order]
@@ -207,7 +263,7 @@ def expected() -> list[list[int]]:
     found = run(engine())
     for part in (found[:3], found[3:6]):
         assert {s.accepted for r in part for s in r.segments} == {"test", "fallback"}
-    assert tokens(found)[6:] == tokens(run(bpe_engine(), (6, 7, 8)))
+    assert tokens(found)[6:9] == tokens(run(bpe_engine(), (6, 7, 8)))
     return tokens(found)
 
 
@@ -230,25 +286,40 @@ def test_same_tokens_whatever_the_pages(expected: list[list[int]], options: dict
 
 def test_same_tokens_in_any_batch(expected: list[list[int]]) -> None:
     one = engine()
-    order = (4, 8, 0, 6, 2, 3)
+    order = (4, 8, 0, 11, 6, 2, 3, 9)
     assert tokens(run(one, order)) == [expected[i] for i in order]
     assert tokens(run(one, (1,))) == [expected[1]]
+
+
+@pytest.mark.parametrize("reference", [None, tiny_lm("gpt2", vocab_size=416, seed=4)])
+def test_greedy_sss_is_greedy_guidance(reference: PreTrainedModel | None) -> None:
+    """The arg max of log p + log q - log b; without b that of p."""
+    params = dataclasses.replace(METHODS["sss"], temperature=0.0, repetition_penalty=1.0)
+    one = engine(draft_reference=reference)
+    for output in one.generate(PROMPTS, params, use_tqdm=False):
+        ids = list(output.prompt_token_ids)
+        for token in output.outputs[0].token_ids:
+            best = log_p(small_model(), ids)[-1]
+            if reference is not None:
+                best = best + log_p(draft(), ids)[-1] - log_p(reference, ids)[-1]
+            assert int(best.argmax()) == token
+            ids.append(token)
 
 
 def test_costs_count_both_models() -> None:
     one = engine()
     before = one.stats()["lm_calls"]
     one.generate(PROMPTS[:1], dataclasses.replace(METHODS["rsd"], target_reward=-9.0))
-    assert one.stats()["lm_calls"] - before == 1 + 4  # the prompt, and each segment read at once
+    assert one.stats()["lm_calls"] - before == 1 + 3  # the prompt, and each segment read at once
     assert one.num_parameters(beside=True)["lm"] > one.num_parameters()["lm"]
 
 
 class TestRefused:
-    @pytest.mark.parametrize("method", ["rsd", "gsi"])
+    @pytest.mark.parametrize("method", ["rsd", "gsi", "sss"])
     def test_without_a_draft_model(self, method: Any) -> None:
         match = rf"method='{method}' needs a draft model: pass Engine\(\.\.\., draft_model"
         with pytest.raises(ValueError, match=match):
-            bpe_engine().check_request("a", BASE.with_method(method))
+            bpe_engine().check_request("a", BASE.with_method(method, target_reward=None))
 
     @pytest.mark.parametrize(
         ("options", "match"),
