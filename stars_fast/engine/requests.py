@@ -142,8 +142,11 @@ class Response:
         self.output.text = self.text.text
         if finish is not None:
             self.output.text = self.text.whole[: candidate.stop_text_at]
-        rejected = tuple(a for a in self.rejected if a.number != candidate.attempt)
-        self.output.segments.append(replace(segment, rejected=rejected) if rejected else segment)
+        rejected = [a for a in self.rejected if a.number != candidate.attempt]
+        rejected.sort(key=lambda attempt: attempt.number)  # those held came behind the others
+        self.output.segments.append(
+            replace(segment, rejected=tuple(rejected)) if rejected else segment
+        )
         self.kept = None
         self.rejected.clear()
         self.known.clear()
