@@ -20,6 +20,11 @@ std::int32_t Scheduler::Request::draft_length() const {
   return options.overrun ? options.segment_length : std::min(options.segment_length, left);
 }
 
+std::int32_t Scheduler::Request::attempts_left() const {
+  const bool drafts = attempt < options.draft_attempts;
+  return (drafts ? options.draft_attempts : options.max_attempts) - attempt;
+}
+
 Scheduler::Scheduler(const SchedulerOptions& options)
     : options_(options),
       pool_(options.num_pages, options.page_size),
@@ -53,6 +58,13 @@ void Scheduler::validate(const std::int64_t* prompt, std::size_t prompt_length,
   if (options.rule != Rule::kAlways) {
     require(schedule.hard || (std::isfinite(schedule.beta) && schedule.beta > 0.0), "beta",
             schedule.beta, "above 0 with soft acceptance");
+  }
+  require(options.draft_attempts >= 0 && options.draft_attempts < options.max_attempts,
+          "draft_attempts", options.draft_attempts, "in [0, max_attempts)");
+  if (options.draft_attempts > 0) {
+    require(options.rule == Rule::kChoose, "draft_attempts", options.draft_attempts,
+            "0 unless choosing");
+    require(std::isfinite(schedule.target), "target_reward", schedule.target, "finite");
   }
   // A segment that starts inside a page, as one may that follows a shorter one, holds that page
   // twice while it is tried.

@@ -49,6 +49,9 @@ struct RequestOptions {
   Schedule schedule;
   bool overrun = false;        // a segment that begins within the budget may end past it
   bool last_untested = false;  // kTest: the last attempt is drawn and not tested
+  // kChoose: the first so many attempts are a choice of their own, whose reward has to reach
+  // Schedule::target; if it does not, the rest are made and one of these is taken. 0: one choice.
+  std::int32_t draft_attempts = 0;
 
   [[nodiscard]] bool needs_prompt_reward() const {
     return rule == Rule::kTest && schedule.needs_prompt_reward();
@@ -207,6 +210,7 @@ class Scheduler {
 
   struct Best {   // of the attempts of the segment at hand, none of which has passed
     Merit merit;  // by reward, or key of the choice
+    double reward = 0.0;
     bool any = false;
     bool stopped = false;
     bool has_pages = false;
@@ -244,6 +248,8 @@ class Scheduler {
     [[nodiscard]] std::int32_t response_length() const { return length() - prompt_length; }
     // Tokens of the next segment.
     [[nodiscard]] std::int32_t draft_length() const;
+    // Attempts that may be made before something is decided.
+    [[nodiscard]] std::int32_t attempts_left() const;
     // Tokens that need KV before the request can draft: all but the last, which the draft feeds.
     [[nodiscard]] std::int32_t prefix_length() const { return length() - 1; }
     // Runs, and has nothing to do: its pages may be taken.
@@ -336,7 +342,8 @@ class Scheduler {
   [[nodiscard]] static double merit_of(const Request& request, double reward);
   void accept(InFlightPlan& flight, Request& request, std::size_t row, const RoundResult& result);
   void carry(InFlightPlan& flight, Request& request, std::size_t first, const RoundResult& result);
-  void take_best(Request& request, std::int32_t row);
+  void take_best(Request& request, std::int32_t row, EventKind kind);
+  void end_draft(Request& request, std::int32_t row);
   void keep_best(Request& request, Branch& branch, std::size_t row, const RoundResult& result);
   void advance(Request& request, const std::vector<std::int32_t>& segment, bool stopped,
                EventKind kind, std::int32_t row);

@@ -120,14 +120,35 @@ void Scheduler::decide(InFlightPlan& flight, Request& request, const RoundResult
     if (!request.best.any || merit.beats(request.best.merit)) {
       request.best.any = true;
       request.best.merit = merit;
+      request.best.reward = reward;
       improved = row;
     }
   }
   if (improved != kNone) {
     keep_best(request, flight.rows[improved].branch, improved, result);
   }
+  const std::int32_t row = improved == kNone ? -1 : static_cast<std::int32_t>(improved);
   if (request.attempt == request.options.max_attempts) {
-    take_best(request, improved == kNone ? -1 : static_cast<std::int32_t>(improved));
+    const bool chosen =
+        request.options.rule == Rule::kChoose && request.options.draft_attempts == 0;
+    take_best(request, row, chosen ? EventKind::kChosen : EventKind::kFallback);
+  } else if (request.attempt == request.options.draft_attempts && request.best.any) {
+    end_draft(request, row);
+  }
+}
+
+// The draft's attempts have all been made: the one chosen is taken if its reward is enough.
+void Scheduler::end_draft(Request& request, std::int32_t row) {
+  Best& best = request.best;
+  if (best.merit.keeps && best.reward >= request.options.schedule.target) {
+    take_best(request, row, EventKind::kAccepted);
+    return;
+  }
+  drop_best_pages(request);
+  best.any = false;
+  if (row >= 0) {
+    decision_->outcome[static_cast<std::size_t>(row)] =
+        static_cast<std::int8_t>(RowOutcome::kPruned);
   }
 }
 
@@ -165,6 +186,9 @@ bool Scheduler::passes(Request& request, const Merit& reward, std::int32_t token
                        std::size_t row) {
   const RequestOptions& options = request.options;
   if (options.rule != Rule::kTest) {
+    if (request.attempt <= options.draft_attempts) {
+      decision_->threshold[row] = options.schedule.target;
+    }
     return options.rule == Rule::kAlways;
   }
   const std::int32_t start = request.response_length();
@@ -210,18 +234,16 @@ void Scheduler::accept(InFlightPlan& flight, Request& request, std::size_t row,
   }
 }
 
-// The segment's attempts have all been made.
-void Scheduler::take_best(Request& request, std::int32_t row) {
+// The attempts that there are to choose from have all been made.
+void Scheduler::take_best(Request& request, std::int32_t row, EventKind kind) {
   Best& best = request.best;
   if (best.has_pages) {
     promote(pool_, request.sequence, best.branch, static_cast<std::int32_t>(best.tokens.size()),
             copies_);
     best.has_pages = false;
   }
-  const bool chosen = request.options.rule == Rule::kChoose;
-  stats_.fallbacks += chosen ? 0 : 1;
-  advance(request, best.tokens, best.stopped, chosen ? EventKind::kChosen : EventKind::kFallback,
-          row);
+  stats_.fallbacks += kind == EventKind::kFallback ? 1 : 0;
+  advance(request, best.tokens, best.stopped, kind, row);
 }
 
 void Scheduler::keep_best(Request& request, Branch& branch, std::size_t row,

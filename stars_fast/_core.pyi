@@ -290,11 +290,13 @@ class Scheduler:
         choose: bool = False,
         overrun: bool = False,
         last_untested: bool = False,
+        draft_attempts: int = 0,
     ) -> None:
         """Queues a request; ``candidates=0`` is auto.
 
         Not `scored`: every segment is accepted. `choose`: all attempts are made, and one is taken
-        with probability proportional to exp(reward / beta), or with `hard` the largest. Else each
+        with probability proportional to exp(reward / beta), or with `hard` the largest; of the
+        first `draft_attempts`, if its reward reaches `target_reward`, else of the rest. Else each
         is tested, the last not if `last_untested`. `overrun`: a segment that begins within
         `max_tokens` may end past them. Raises ValueError (a value out of range, an id in use) or
         `RequestTooLargeError`.

@@ -127,6 +127,20 @@ class EngineConfig:
             metavar="DIR_OR_HUB_ID",
         ),
     )
+    draft_model: LanguageModelLike | None = field(
+        default=None,
+        metadata=_flag(
+            "smaller language model that drafts for the methods rsd, gsi and sss",
+            metavar="DIR_OR_HUB_ID",
+        ),
+    )
+    draft_reference: LanguageModelLike | None = field(
+        default=None,
+        metadata=_flag(
+            "that model before it was aligned, for sss (default: itself)",
+            metavar="DIR_OR_HUB_ID",
+        ),
+    )
     dtype: str | torch.dtype = field(
         default="auto",
         metadata=_flag("dtype of the weights, such as bfloat16 (default: the model's)"),
@@ -222,8 +236,16 @@ class EngineConfig:
             raise ValueError(
                 f"guide_reference must be None without a guide, got {self.guide_reference!r:.80}"
             )
-        if self.guide is not None and self.tensor_parallel:
-            raise ValueError("guide must be None with tensor_parallel=True")
+        if self.draft_model is None and self.draft_reference is not None:
+            raise ValueError(
+                "draft_reference must be None without a draft_model, got "
+                f"{self.draft_reference!r:.80}"
+            )
+        if self.guide is not None and self.draft_model is not None:
+            raise ValueError("guide must be None with a draft_model: one of them runs beside")
+        for name in ("guide", "draft_model"):
+            if getattr(self, name) is not None and self.tensor_parallel:
+                raise ValueError(f"{name} must be None with tensor_parallel=True")
         for name in ("quantize", "reward_quantize"):
             self._check_quantize(name)
         if self.page_size < 1:

@@ -135,6 +135,14 @@ class StarsParams:
         "accept".
         ``"persona_judge"`` (arXiv 2504.12663): single tokens, each accepted with probability
         min(1, p_judge / p_draft) by the same model under another prompt (`rewards.Persona`).
+        ``"rsd"`` (arXiv 2501.19324): a segment is the draft model's if its reward reaches
+        `target_reward`, else the model's (``Engine(draft_model=...)``).
+        ``"gsi"`` (arXiv 2506.04118): of `candidates` segments of the draft model one is chosen by
+        exp(t / beta), t = r + beta (log p - log p_draft), and taken if t reaches `target_reward`;
+        else one of `candidates` of the model, by exp(r / beta).
+        ``"sss"`` (arXiv 2508.15044): the draft model's tokens, `segment_length` at a time, each
+        kept with probability min(1, p / p_reference), the reference being the draft model before it
+        was aligned; the first that is not is drawn anew. It needs no reward model.
         A parameter that is not one of the method's own is an error.
         """),
     )
@@ -187,9 +195,10 @@ class StarsParams:
             """
             N: attempts drawn side by side in one round, at least 1, or ``"auto"``: as many as pay
             off. Changes the speed, never the tokens. With ``"best_of_n"``,
-            ``"speculative_rejection"``, ``"smc"``, ``"args"`` and ``acceptance="gibbs"`` it is part
-            of the method: the number of responses, paths, tokens or segments there are to choose
-            from (``"auto"``: 8, of tokens 10).
+            ``"speculative_rejection"``, ``"smc"``, ``"args"``, ``"gsi"`` and
+            ``acceptance="gibbs"`` it is part of the method: the number of responses, paths, tokens
+            or segments (``"gsi"``: of each model) there are to choose from (``"auto"``: 8, of
+            tokens 10).
             """,
             _COUNT,
         ),
@@ -567,11 +576,21 @@ class StarsParams:
     @property
     def attempts_per_segment(self) -> int:
         """R as it is run: one when greedy, where every draw is the same."""
-        if self.temperature == 0 and not self.kind.ranked:
+        greedy = self.temperature == 0 and not self.kind.ranked
+        if self.kind.draft == "segments":
+            return 2 * (1 if greedy else self.num_candidates)
+        if greedy:
             return 1
         if self.kind.decides == "choice":
             return self.num_candidates
         return self.max_attempts + (1 if self.rules == "public" else 0)
+
+    @property
+    def draft_attempts(self) -> int:
+        """Attempts of a segment that are the draft model's; the others are the model's."""
+        if self.kind.draft == "segments":
+            return self.attempts_per_segment // 2
+        return 0 if self.kind.draft is None else 1
 
 
 #: Of the fields that have one, by name.

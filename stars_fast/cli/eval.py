@@ -420,6 +420,8 @@ def _check_reward(spec: Spec, models: Models) -> None:
 
     reward = models.reward_model if spec.rm is None else models.rms[spec.rm]
     method, kind = spec.params.method, spec.params.kind
+    if kind.draft is not None and models.options.get("draft_model") is None:
+        raise UsageError(f"{spec.label}: --draft-model is needed for method {method!r}")
     if not kind.needs_reward:
         return
     if reward is None:

@@ -153,6 +153,8 @@ def check_models(args: argparse.Namespace, base: StarsParams) -> None:
     if args.model is None and reward_model is not None:
         flag = "--reward" if args.reward else "--reward-model"
         raise UsageError(f"{flag} needs --model beside it")
+    if base.kind.draft is not None and args.draft_model is None:
+        raise UsageError(f"--draft-model is needed for method {base.method!r}")
     if args.model is not None and reward_model is None and base.kind.needs_reward:
         raise UsageError(f"--reward-model is needed for method {base.method!r}")
 

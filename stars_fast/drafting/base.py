@@ -39,6 +39,9 @@ class RowSampling:
     min_tokens: int = 0
     top_logprobs: int = 0
     guide_weight: float = 0.0  # of the engine's guide; 0: it is not guided
+    draft_attempts: int = 0  # attempts below this are drawn by the draft model
+    compares: bool = False  # of these, `Draft.log_ratios` are wanted
+    verifies: bool = False  # their tokens are accepted one by one
     counts: dict[int, int] | None = None
     drawn: Sequence[int] = ()  # the tokens of the response so far, kept up by their owner
     grammar: GrammarState | None = None  # where the response stands in its grammar
@@ -76,10 +79,17 @@ class Draft:
     top_tokens, top_logprobs
         int64 and float32 ``[R, L, T]``: the most likely tokens under the raw distribution; None
         where no row asks for them.
+    log_ratios
+        float64 ``[R, L]``, log p - log p_draft of tokens that the draft model has drawn, of the
+        distributions that it and the language model draw from; None where no row asks for them.
     nan_step
         int64 ``[R]``: the first step whose logits were NaN, +inf or all -inf; -1 if none.
     steps
         Forward passes of the model.
+    lm_calls
+        Forward passes of the language model, where those are not `steps`.
+    discarded
+        int32 ``[R]``, tokens drawn behind what is left of each row; None: none.
     row_steps
         Rows that each of them ran, summed: those whose segment had ended included. 0 where the
         model is not here.
@@ -98,6 +108,9 @@ class Draft:
     adjusted_logprobs: npt.NDArray[np.float32] | None = None
     top_tokens: npt.NDArray[np.int64] | None = None
     top_logprobs: npt.NDArray[np.float32] | None = None
+    log_ratios: npt.NDArray[np.float64] | None = None
+    lm_calls: int | None = None
+    discarded: npt.NDArray[np.int32] | None = None
     unfinished: npt.NDArray[np.bool_] | None = None
 
     @classmethod

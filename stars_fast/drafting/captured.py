@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from stars_fast import _core
 from stars_fast.drafting.adjust import KnownTokens, Widths, num_tokens
 from stars_fast.drafting.base import Draft, RowSampling
 from stars_fast.drafting.graph import GraphMemory, StepGraph
+from stars_fast.drafting.plan_rows import RowPlan
 from stars_fast.drafting.rows import Progress, RowParameters, StepNeeds, most_stop_ids
 from stars_fast.kernels.attention import Tiles
 from stars_fast.models.kernel_attention import DecodeCapacity, KernelDecode
@@ -98,7 +98,7 @@ class CapturedDrafter:
         took = time.perf_counter() - begun
         _log.info("captured %d steps in %.1f s", len(self._buckets), took)
 
-    def draft(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Draft:
+    def draft(self, plan: RowPlan, sampling: Sequence[RowSampling]) -> Draft:
         """Draw the segments of a round; see `Drafter.draft`."""
         self._forget_moved()
         with self._model.on_backend():
@@ -127,7 +127,7 @@ class CapturedDrafter:
             self._buckets.clear()
             self._places = places
 
-    def _bucket(self, plan: _core.Plan, columns: _Columns, needs: StepNeeds) -> _Bucket:
+    def _bucket(self, plan: RowPlan, columns: _Columns, needs: StepNeeds) -> _Bucket:
         batch = plan.draft
         needed = replace(DecodeCapacity.of(batch), rows=bucket_rows(batch.num_rows))
         tiles = self._model.decode_tiles(-(-batch.num_rows // batch.num_groups))
@@ -251,7 +251,7 @@ class _Bucket:
             and (own is None or own.widths.hold(columns.widths))
         )
 
-    def write(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> None:
+    def write(self, plan: RowPlan, sampling: Sequence[RowSampling]) -> None:
         """Put a round in place."""
         rows = plan.draft.num_rows
         self.decode.write(plan.draft)

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from stars_fast import _core
 from stars_fast.drafting.adjust import KnownTokens, Widths, num_tokens
 from stars_fast.drafting.base import Draft, RowSampling
 from stars_fast.drafting.pace import Pace
+from stars_fast.drafting.plan_rows import RowPlan
 from stars_fast.drafting.rows import Progress, RowParameters, StepNeeds, most_stop_ids
 from stars_fast.models.threads import StepThreads
 from stars_fast.ops.batch import BatchLike
@@ -79,12 +79,12 @@ class EagerDrafter:
         self._known = known
         self._share = share
 
-    def draft(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Draft:
+    def draft(self, plan: RowPlan, sampling: Sequence[RowSampling]) -> Draft:
         """Draw the segments of a round; see `Drafter.draft`."""
         with self._model.on_backend():
             return self._draft(plan, sampling)
 
-    def _draft(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Draft:
+    def _draft(self, plan: RowPlan, sampling: Sequence[RowSampling]) -> Draft:
         batch = plan.draft
         rows, steps = batch.num_rows, batch.max_new
         device = self._model.device

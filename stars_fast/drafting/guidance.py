@@ -66,7 +66,7 @@ class _GuidedSteps:
     @property
     def step_threads(self) -> StepThreads | None:
         """Chooses the threads of a step; None where any model's results depend on them."""
-        alike = all(one.step_threads is not None for one in self._model.guides)
+        alike = all(one.step_threads is not None for one in self._model.beside)
         return self._model.lm.step_threads if alike else None
 
     def on_backend(self) -> contextlib.AbstractContextManager[None]:
@@ -75,14 +75,14 @@ class _GuidedSteps:
 
     def begin_decode(self, batch: BatchLike) -> list[DecodeState]:
         """Start the round in every model."""
-        return [one.begin_decode(batch) for one in (self._model.lm, *self._model.guides)]
+        return [one.begin_decode(batch) for one in (self._model.lm, *self._model.beside)]
 
     def decode_step(self, state: Any, j: int, input_ids: Tensor) -> Tensor:  # noqa: ANN401
         """Run each row's j-th new token in every model; return the guided logits."""
         logits = self._model.lm.decode_step(state[0], j, input_ids)
         guide, *rest = (
             one.decode_step(own, j, self._model.read_by(one, input_ids))
-            for one, own in zip(self._model.guides, state[1:], strict=True)
+            for one, own in zip(self._model.beside, state[1:], strict=True)
         )
         reference: Tensor | None = rest[0] if rest else None
         if self._model.reference == "lm":

@@ -11,10 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stars_fast import _core, ops
+from stars_fast import ops
 from stars_fast.drafting.adjust import Adjustments, KnownTokens, Widths
 from stars_fast.drafting.base import Draft, RowSampling
 from stars_fast.drafting.grammar import GrammarRows
+from stars_fast.drafting.plan_rows import RowPlan
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class RowParameters:
             stop_ids=torch.full((rows, stop_ids), -1, dtype=torch.int64, device=device),
         )
 
-    def write(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> None:
+    def write(self, plan: RowPlan, sampling: Sequence[RowSampling]) -> None:
         """Store the rows of a round, in one transfer; rows past them get a length of 0."""
         width = len(_COLUMNS) + self.stop_ids.shape[1]
         table = np.zeros((self.lengths.shape[0], width), np.int64)
@@ -154,7 +155,7 @@ class StepNeeds:
     grammars: bool = False
 
     @classmethod
-    def of(cls, plan: _core.Plan, sampling: Sequence[RowSampling], vocab_size: int) -> StepNeeds:
+    def of(cls, plan: RowPlan, sampling: Sequence[RowSampling], vocab_size: int) -> StepNeeds:
         """What these rows need."""
         positions = plan.position.tolist()
         top = max(s.top_logprobs for s in sampling)
@@ -267,7 +268,7 @@ class Progress:
         """
         p = self._parameters
         needs = self._needs
-        raw, logits = logits, self._to_draw_from(logits, step)
+        raw, logits = logits, self.to_draw_from(logits, step)
         token: Tensor
         token, logprob, _, entropy, ok = ops.sample(
             logits,
@@ -326,7 +327,7 @@ class Progress:
         torch.gt(self._ended_at, step + 1, out=self.live)
         return token
 
-    def _to_draw_from(self, logits: Tensor, step: Tensor) -> Tensor:
+    def to_draw_from(self, logits: Tensor, step: Tensor) -> Tensor:
         """Return the logits as rows draw from them; themselves, if they are the raw ones."""
         mask = None
         if self._known is not None:

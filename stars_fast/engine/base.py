@@ -18,7 +18,7 @@ from stars_fast.engine.one_thread import OneThread, one_thread
 from stars_fast.engine.prompt_scores import TokenScore
 from stars_fast.engine.requests import Request
 from stars_fast.errors import NotCalibratedError
-from stars_fast.models.guidance import GuidedModel
+from stars_fast.models.lockstep import Lockstep
 from stars_fast.models.parameters import multiplied_parameters
 from stars_fast.outputs import (
     Calibration,
@@ -358,7 +358,7 @@ class BaseEngine(OneThread, ABC):
         """
         return self.loop.stats()
 
-    def num_parameters(self, *, guided: bool = False) -> dict[str, int]:
+    def num_parameters(self, *, beside: bool = False) -> dict[str, int]:
         """Return how many weights a token is multiplied with, for an estimate of operations.
 
         ``"lm"`` and ``"rm"``: all parameters but an input embedding that is not the output head as
@@ -367,13 +367,14 @@ class BaseEngine(OneThread, ABC):
 
         Parameters
         ----------
-        guided
-            The tokens run through the guide and its reference as well, which count as ``"lm"``.
+        beside
+            The tokens run through guide or draft model and its reference as well, which count as
+            ``"lm"``.
         """
         model, scorer = self.loop.model, self.loop.scorer
         lms = [] if model.model is None else [model.model]
-        if guided and isinstance(model, GuidedModel):
-            lms += [guide.model for guide in model.guides]
+        if beside and isinstance(model, Lockstep):
+            lms += [one.model for one in model.beside]
         rms = [] if scorer is None else scorer.modules
         return {
             "lm": sum(map(multiplied_parameters, lms)),

@@ -30,15 +30,19 @@ from stars_fast.drafting.eager import EagerDrafter
 from stars_fast.drafting.grammar import Grammars
 from stars_fast.drafting.guidance import GuidedDrafter
 from stars_fast.drafting.pace import Pace
+from stars_fast.drafting.paired import PairedDrafter
+from stars_fast.drafting.plan_rows import RowDrafter
 from stars_fast.drafting.segment_ends import segment_end_levels
 from stars_fast.engine.batches import BatchEngine
+from stars_fast.engine.beside import in_lockstep, load_beside
 from stars_fast.engine.clock import PhaseClock
 from stars_fast.engine.generation_defaults import GenerationDefaults
-from stars_fast.engine.guidance import guided_model, load_guides
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import PHASES, Loop
 from stars_fast.engine.one_thread import one_thread
 from stars_fast.engine.prompt_scores import TokenScore, prompt_scores
+from stars_fast.models.drafted import DraftedModel
+from stars_fast.models.guidance import GuidedModel
 from stars_fast.models.load import check_device, check_dtype, load_causal_lm
 from stars_fast.models.logits import LogitHead
 from stars_fast.models.machine import bound_kernel_caches
@@ -82,6 +86,10 @@ class Engine(BatchEngine):
         where it is None, and ``"uniform"`` compares with nothing. Both have the tokens of `model`;
         the directory of a LoRA adapter whose base is `model` shares its weights. Each takes as many
         pages as `model` does (docs/guidance.md).
+    draft_model, draft_reference
+        A smaller language model that drafts for ``method="rsd"``, ``"gsi"`` and ``"sss"``, and what
+        it was before it was aligned, for ``"sss"`` (docs/drafts.md). Tokens, adapters and pages as
+        of a guide; not with one.
     tokenizer
         The language model's; None loads it from `model` if that is a directory or id.
     device, dtype
@@ -181,6 +189,8 @@ class Engine(BatchEngine):
         *,
         guide: LanguageModelLike | None = None,
         guide_reference: LanguageModelLike | None = None,
+        draft_model: LanguageModelLike | None = None,
+        draft_reference: LanguageModelLike | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
@@ -216,6 +226,8 @@ class Engine(BatchEngine):
         config = EngineConfig(
             guide=guide,
             guide_reference=guide_reference,
+            draft_model=draft_model,
+            draft_reference=draft_reference,
             device=device,
             dtype=dtype,
             quantize=quantize,
@@ -270,9 +282,13 @@ class Engine(BatchEngine):
             quantize=quantize,
         )
         tokenizer = tokenizer if tokenizer is not None else found_tokenizer
-        guides = load_guides(config, loaded, tokenizer, _source_of(model, config))
-        lm = _on_pages(loaded, config, ranks, [guide.model for guide in guides])
-        guided = guided_model(lm, guides, config)
+        named = {
+            name: getattr(config, name)
+            for name in ("guide", "guide_reference", "draft_model", "draft_reference")
+        }
+        beside = load_beside(named, config, loaded, tokenizer, _source_of(model, config))
+        lm = _on_pages(loaded, config, ranks, [one.model for one in beside])
+        together = in_lockstep(lm, beside, config)
         scorer = _scorer_for(
             reward_model, config, lm, _source_of(model, config), tokenizer, reward_tokenizer, ranks
         )
@@ -292,11 +308,14 @@ class Engine(BatchEngine):
         self._grammars = Grammars(tokenizer, eos_ids)
         segment_ends = _segment_ends_of(tokenizer, lm)
         pace = Pace()
-        drafter = make_drafter(lm, segment_ends, ranks, known, pace, max_rows)
-        if guided is not None:
-            drafter = GuidedDrafter(guided, drafter, segment_ends, known)
+        own = make_drafter(lm, segment_ends, ranks, known, pace, max_rows)
+        drafter: Drafter = own
+        if isinstance(together, GuidedModel):
+            drafter = GuidedDrafter(together, own, segment_ends, known)
+        elif isinstance(together, DraftedModel):
+            drafter = _paired_drafter(together, own, tokenizer, ranks, max_rows)
         loop = Loop(
-            lm if guided is None else guided,
+            lm if together is None else together,
             drafter,
             scheduler,
             scorer,
@@ -308,7 +327,7 @@ class Engine(BatchEngine):
             pace=pace,
         )
         self._lm = lm
-        self._max_length = lm.max_length if guided is None else guided.max_length
+        self._max_length = lm.max_length if together is None else together.max_length
         self._logit_head: LogitHead | None = None
         self._generation_defaults = GenerationDefaults(getattr(loaded, "generation_config", None))
         super().__init__(
@@ -328,7 +347,8 @@ class Engine(BatchEngine):
                 judges,
                 num_tokens=num_tokens(lm.vocab_size, known),
                 eos_ids=eos_ids,
-                guides=guided is not None,
+                guides=isinstance(together, GuidedModel),
+                drafts=isinstance(together, DraftedModel),
             ),
             tokenizer=tokenizer,
             eos_ids=eos_ids,
@@ -523,7 +543,7 @@ def make_drafter(
     known: KnownTokens | None = None,
     pace: Pace | None = None,
     max_rows: int = 0,
-) -> Drafter:
+) -> RowDrafter:
     """Return the drafter that suits a model's backend; for the rest see `EagerDrafter`.
 
     Rounds end by `pace` only where that changes no result. On a GPU, the steps of rounds of up to
@@ -541,6 +561,24 @@ def make_drafter(
     drafter = CapturedDrafter(model, segment_ends, known)
     drafter.capture(max_rows)
     return drafter
+
+
+def _paired_drafter(
+    model: DraftedModel,
+    own: RowDrafter,
+    tokenizer: PreTrainedTokenizerBase | None,
+    ranks: Ranks,
+    max_rows: int,
+) -> PairedDrafter:
+    """Return the drafter of two models; `own` is the language model's."""
+    draft = make_drafter(
+        model.draft,
+        _segment_ends_of(tokenizer, model.draft),
+        ranks,
+        _known_tokens(tokenizer, model.draft),
+        max_rows=max_rows,
+    )
+    return PairedDrafter(model, own, draft, _known_tokens(tokenizer, model.lm))
 
 
 def _eos_token_ids(

@@ -30,6 +30,8 @@ class Limits:
         Tokens that end a response.
     guides
         There is a model that guides.
+    drafts
+        There is a draft model.
     """
 
     vocab_size: int
@@ -40,6 +42,7 @@ class Limits:
     num_tokens: int | None = None
     eos_ids: tuple[int, ...] = ()
     guides: bool = False
+    drafts: bool = False
 
     def check(self, params: StarsParams) -> None:
         """Raise ValueError, naming the parameter, for what the models cannot do."""
@@ -56,6 +59,10 @@ class Limits:
             raise ValueError(
                 f"guide_weight must be 0 on an engine without a guide, got {params.guide_weight}: "
                 "pass Engine(..., guide=...)"
+            )
+        if params.kind.draft is not None and not self.drafts:
+            raise ValueError(
+                f"method={params.method!r} needs a draft model: pass Engine(..., draft_model=...)"
             )
         if params.stop_texts and not self.has_tokenizer:
             raise ValueError("stop needs a tokenizer: pass Engine(..., tokenizer=...)")

@@ -122,6 +122,8 @@ class Loop:
         Called with each round that is drafted, before it is scored; None: nobody is told.
     lm_calls, row_steps
         Forward passes of the language model; rows x steps of those that drafted.
+    discarded
+        Drafted tokens behind the first that was not accepted.
     """
 
     def __init__(
@@ -157,6 +159,7 @@ class Loop:
         self._planned: deque[_core.Plan] = deque()  # out, the oldest first
         self.lm_calls = 0
         self.row_steps = 0
+        self.discarded = 0
 
     @property
     def has_unfinished(self) -> bool:
@@ -171,9 +174,11 @@ class Loop:
     def stats(self) -> dict[str, float]:
         """Return the counters of `BaseEngine.stats`."""
         scheduler = self._scheduler
+        drafted = scheduler.stats["drafted_tokens"] + self.discarded
         scorer = {} if self.scorer is None else self.scorer.stats()
         return {
             **scheduler.stats,
+            "drafted_tokens": drafted,
             "lm_calls": self.lm_calls,
             "row_steps": self.row_steps,
             "copied_bytes": self.model.copied_bytes,
@@ -356,8 +361,11 @@ class Loop:
             drafted = Draft.of_no_rows()
             if responses:
                 drafted = self.drafter.draft(plan, _sampling(plan, responses))
-                self.lm_calls += drafted.steps
+                calls = drafted.lm_calls
+                self.lm_calls += drafted.steps if calls is None else calls
                 self.row_steps += drafted.row_steps
+                if drafted.discarded is not None:
+                    self.discarded += int(drafted.discarded.sum())
         seconds = time.perf_counter() - begun
         done = cut_candidates(plan, drafted, responses, self._branches)
         done.seconds["draft"], done.beside = seconds, beside
@@ -443,6 +451,8 @@ class Loop:
         thresholds = decision.threshold.tolist()
         for row, response in enumerate(done.responses):
             response.drafted_tokens += max(0, int(done.lengths[row]) - done.drawn[row])
+            if done.draft.discarded is not None and row < len(done.draft.discarded):
+                response.drafted_tokens += int(done.draft.discarded[row])
             response.under_way.clear()
         for row, response in enumerate(done.responses):
             if not done.decided[row]:

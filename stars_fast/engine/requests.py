@@ -28,8 +28,8 @@ class Candidate:
     ----------
     branch
         Its id at the scorer; -1 if it was not scored.
-    adjusted_logprobs, top_logprobs
-        See `Draft`; the former are `logprobs` where nothing changed them.
+    adjusted_logprobs, top_logprobs, log_ratios
+        See `Draft`; the first are `logprobs` where nothing changed them.
     attempt
         Number of the attempt within the segment.
     reward, threshold
@@ -51,6 +51,7 @@ class Candidate:
     logprobs: list[float]
     adjusted_logprobs: list[float]
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    log_ratios: list[float] = field(default_factory=list)
     reward: float | None = None
     threshold: float | None = None
     rewards: dict[str, float] = field(default_factory=dict)
@@ -141,8 +142,11 @@ class Response:
         self.output.text = self.text.text
         if finish is not None:
             self.output.text = self.text.whole[: candidate.stop_text_at]
-        rejected = tuple(a for a in self.rejected if a.number != candidate.attempt)
-        self.output.segments.append(replace(segment, rejected=rejected) if rejected else segment)
+        rejected = [a for a in self.rejected if a.number != candidate.attempt]
+        rejected.sort(key=lambda attempt: attempt.number)  # those held came behind the others
+        self.output.segments.append(
+            replace(segment, rejected=tuple(rejected)) if rejected else segment
+        )
         self.kept = None
         self.rejected.clear()
         self.known.clear()

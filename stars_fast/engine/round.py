@@ -177,6 +177,7 @@ def _drawn(
         logprobs=logprobs,
         adjusted_logprobs=logprobs if adjusted is None else adjusted[row, :length].tolist(),
         top_logprobs=_top_logprobs(draft, row, length, params.top_logprobs),
+        log_ratios=[] if draft.log_ratios is None else draft.log_ratios[row, :length].tolist(),
         stopped=bool(draft.stopped[row]),
     )
     if before is None:
@@ -187,6 +188,7 @@ def _drawn(
         logprobs=before.logprobs + new.logprobs,
         adjusted_logprobs=before.adjusted_logprobs + new.adjusted_logprobs,
         top_logprobs=before.top_logprobs + new.top_logprobs,
+        log_ratios=before.log_ratios + new.log_ratios,
     )
 
 
@@ -216,6 +218,7 @@ def _first(candidate: Candidate, length: int) -> Candidate:
         logprobs=candidate.logprobs[:length],
         adjusted_logprobs=candidate.adjusted_logprobs[:length],
         top_logprobs=candidate.top_logprobs[:length],
+        log_ratios=candidate.log_ratios[:length],
     )
 
 

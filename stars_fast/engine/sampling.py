@@ -43,6 +43,9 @@ def row_sampling(
         min_tokens=params.min_tokens,
         top_logprobs=params.top_logprobs,
         guide_weight=params.guide_weight,
+        draft_attempts=params.draft_attempts,
+        compares=params.kind.tilts,
+        verifies=params.kind.draft == "tokens",
     )
 
 

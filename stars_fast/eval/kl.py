@@ -86,6 +86,8 @@ def alignment_kl(params: StarsParams, segments: Sequence[Segment]) -> AlignmentK
     kind = params.kind
     if not kind.needs_reward:
         return AlignmentKl(0.0, "exact")
+    if kind.draft is not None:
+        return AlignmentKl(None, reason="segments are drawn by two models")
     if kind.competes is not None and not kind.resamples:
         return AlignmentKl(_chosen_among(params.num_candidates), "upper bound")
     if kind.decides == "choice" and not kind.ranked:

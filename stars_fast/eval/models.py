@@ -24,7 +24,7 @@ RewardSource: TypeAlias = "str | RewardFunction | LogRatio | Persona | list[Rewa
 #: Options of `Engine` that a result depends on, beside the models.
 _MATTER = (
     "dtype", "quantize", "reward_quantize", "kv_dtype", "reward_template", "reward_head",
-    "compile_model", "attention", "guide", "guide_reference",
+    "compile_model", "attention", "guide", "guide_reference", "draft_model", "draft_reference",
 )  # fmt: skip
 #: Of these, what is of no matter to one reward model.
 _OF_SEVERAL = ("combine", "combine_stds")

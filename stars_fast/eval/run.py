@@ -298,7 +298,9 @@ def _run(
                 after,
                 # The last token of a prompt is the first that drafting runs.
                 prompt_tokens=sum(max(len(one.prompt_token_ids) - 1, 0) for one in there),
-                parameters=engine.num_parameters(guided=any(one.guide_weight for one in each)),
+                parameters=engine.num_parameters(
+                    beside=any(one.guide_weight or one.kind.draft for one in each)
+                ),
                 seconds=seconds,
             )
             drafted = sum(one.drafted_tokens for one in there)

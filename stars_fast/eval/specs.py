@@ -180,7 +180,7 @@ def with_reference(specs: Sequence[Spec], common: Mapping[str, Any]) -> tuple[li
     for label in labels:
         if labels.count(label) > 1:
             raise ValueError(f"two methods are labelled {label!r}; write LABEL=METHOD:...")
-    chosen = next((s for s in specs if not s.params.kind.needs_reward and s.lm is None), None)
+    chosen = next((s for s in specs if s.params.kind.plain and s.lm is None), None)
     if chosen is None:
         label = "vanilla" if "vanilla" not in labels else "vanilla on the base model"
         chosen = make_spec("vanilla", {}, common, ModelNames(), label=label)

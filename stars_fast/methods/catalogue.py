@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal
 
-from stars_fast.methods.kinds import Drawn, MethodKind, Schedule
+from stars_fast.methods.kinds import Drawn, MethodKind, Schedule, flat_target
 
 if TYPE_CHECKING:
     from stars_fast.params import StarsParams
@@ -21,6 +21,9 @@ Method = Literal[
     "smc",
     "mara",
     "persona_judge",
+    "rsd",
+    "gsi",
+    "sss",
 ]
 
 _DRAWS = ("guided",)  # of methods whose tokens are draws
@@ -55,6 +58,19 @@ def _persona_schedule(params: StarsParams) -> Schedule:
 def _log_ratio(judged: float, candidate: Drawn) -> float:
     """Log p_judge - log p_draft of the segment."""
     return judged - math.fsum(candidate.logprobs)
+
+
+def _rsd_schedule(params: StarsParams) -> Schedule:
+    return Schedule(target=flat_target(params), hard=True)
+
+
+def _gsi_schedule(params: StarsParams) -> Schedule:
+    return Schedule(target=flat_target(params), beta=params.beta)
+
+
+def _tilted(params: StarsParams, reward: float, candidate: Drawn) -> float:
+    """R + beta (log p - log p_draft) of a segment of the draft (arXiv 2506.04118); r of others."""
+    return reward + params.beta * math.fsum(candidate.log_ratios)
 
 
 METHODS: dict[Method, MethodKind] = {
@@ -113,6 +129,27 @@ METHODS: dict[Method, MethodKind] = {
         judges=True,
         schedule=_persona_schedule,
         effective_reward=_log_ratio,
+    ),
+    "rsd": MethodKind(
+        (*_SEGMENT, "target_reward", "trace", *_DRAWS, "calibrate_prefixes"),
+        "choice",
+        draft="segments",
+        schedule=_rsd_schedule,
+    ),
+    "gsi": MethodKind(
+        (
+            *_SEGMENT, "target_reward", "beta", "candidates", "trace", *_DRAWS,
+            "calibrate_prefixes",
+        ),
+        "choice",
+        draft="segments",
+        tilts=True,
+        default_candidates=8,
+        schedule=_gsi_schedule,
+        merit=_tilted,
+    ),
+    "sss": MethodKind(
+        ("segment_length", *_DRAWS), "always", draft="tokens", needs_reward=False
     ),
 }  # fmt: skip
 

@@ -25,6 +25,7 @@ class SchedulerOptions(TypedDict):
     choose: bool
     overrun: bool
     last_untested: bool
+    draft_attempts: int
 
 
 def scheduler_options(params: StarsParams) -> SchedulerOptions:
@@ -54,6 +55,7 @@ def scheduler_options(params: StarsParams) -> SchedulerOptions:
         overrun=params.rules == "public",
         # The one more that the public rules make; a greedy request makes none.
         last_untested=kind.decides == "test" and params.attempts_per_segment > params.max_attempts,
+        draft_attempts=params.draft_attempts if kind.decides == "choice" else 0,
     )
 
 

@@ -41,6 +41,11 @@ class Drawn(Protocol):
         ...
 
     @property
+    def log_ratios(self) -> Sequence[float]:
+        """Log p - log p_draft of each token of a draft model; empty where nobody asks for it."""
+        ...
+
+    @property
     def stopped(self) -> bool:
         """Whether its last token ends the response."""
         ...
@@ -56,6 +61,19 @@ class Schedule:
     hard: bool = False
 
 
+def flat_target(params: StarsParams) -> float:
+    """Return the target reward as a number.
+
+    Raises
+    ------
+    ValueError
+        If there is none yet.
+    """
+    if not isinstance(params.target_reward, int | float):
+        raise ValueError(f"target_reward must be a number by now, got {params.target_reward!r}")
+    return float(params.target_reward)
+
+
 def threshold_schedule(params: StarsParams) -> Schedule:
     """Return the schedule that the request's own parameters describe.
 
@@ -65,11 +83,7 @@ def threshold_schedule(params: StarsParams) -> Schedule:
         If the method needs a target reward and there is none yet.
     """
     own = params.kind.parameters
-    target = 0.0
-    if "target_reward" in own:
-        if not isinstance(params.target_reward, int | float):
-            raise ValueError(f"target_reward must be a number by now, got {params.target_reward!r}")
-        target = float(params.target_reward)
+    target = flat_target(params) if "target_reward" in own else 0.0
     alpha = params.alpha if "alpha" in own else 1.0
     return Schedule(target, alpha, params.beta, params.acceptance == "hard")
 
@@ -102,6 +116,12 @@ class MethodKind:
         A reward model is required.
     judges
         The reward model is the language model under another prompt, and no other.
+    draft
+        What the draft model is for. ``"segments"``: the first half of a segment's candidates are
+        its draws, one of which is taken if it passes; the others are the language model's.
+        ``"tokens"``: the segment is its draw, as far as the language model accepts its tokens.
+    tilts
+        The decision needs the log-ratio of language model and draft model.
     default_candidates
         Value of ``candidates="auto"`` if the number changes the result; None if it does not.
     schedule
@@ -124,12 +144,19 @@ class MethodKind:
     resamples: bool = False
     needs_reward: bool = True
     judges: bool = False
+    draft: Literal["segments", "tokens"] | None = None
+    tilts: bool = False
     default_candidates: int | None = None
     schedule: Callable[[StarsParams], Schedule] = threshold_schedule
     effective_reward: Callable[[float, Drawn], float] | None = None
     merit: Callable[[StarsParams, float, Drawn], float] | None = None
 
     @property
+    def plain(self) -> bool:
+        """Whether it draws from the language model and does nothing more."""
+        return not self.needs_reward and self.draft is None
+
+    @property
     def by_text(self) -> bool:
         """Whether a segment's text and length are all that it needs of the language model."""
-        return not (self.by_entropy or self.ranked or self.judges)
+        return not (self.by_entropy or self.ranked or self.judges or self.draft)

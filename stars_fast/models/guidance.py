@@ -1,24 +1,15 @@
-"""A language model and those that guide it, in lockstep on pages of one numbering."""
+"""A language model and those that guide it."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from transformers import PreTrainedModel
-
+from stars_fast.models.lockstep import Lockstep
 from stars_fast.models.paged import PagedModel
-from stars_fast.ops.batch import BatchLike
 
 
-class GuidedModel:
-    """What rounds ask of a language model on pages, done by it and by its guides alike.
-
-    All have as many pages of the same size, so that one scheduler's page tables, forks and copies
-    are those of every one of them.
+class GuidedModel(Lockstep):
+    """A language model in lockstep with its guides.
 
     Parameters
     ----------
@@ -33,56 +24,5 @@ class GuidedModel:
     def __init__(
         self, lm: PagedModel, guide: PagedModel, reference: PagedModel | Literal["lm", "uniform"]
     ) -> None:
-        guides = (guide,) if isinstance(reference, str) else (guide, reference)
-        if any(
-            (one.num_pages, one.page_size, one.device) != (lm.num_pages, lm.page_size, lm.device)
-            for one in guides
-        ):
-            raise ValueError("guides must have the language model's pages and device")
-        self.lm = lm
+        super().__init__(lm, (guide,) if isinstance(reference, str) else (guide, reference))
         self.reference = reference
-        #: Those that have pages of their own, the guide first.
-        self.guides = guides
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The language model itself."""
-        return self.lm.model
-
-    @property
-    def device(self) -> torch.device:
-        """Where all of them are."""
-        return self.lm.device
-
-    @property
-    def copied_bytes(self) -> int:
-        """Bytes moved by page copies so far."""
-        return sum(one.copied_bytes for one in (self.lm, *self.guides))
-
-    @property
-    def max_length(self) -> int | None:
-        """The shortest context in tokens; None where none has a limit."""
-        known = [one.max_length for one in (self.lm, *self.guides)]
-        return min((length for length in known if length is not None), default=None)
-
-    def copy_pages(
-        self, src: NDArray[np.int32], dst: NDArray[np.int32], count: NDArray[np.int32]
-    ) -> None:
-        """Copy pages of every model; see `PagedModel.copy_pages`."""
-        for one in (self.lm, *self.guides):
-            one.copy_pages(src, dst, count)
-
-    def prefill(self, batch: BatchLike, input_ids: Tensor) -> None:
-        """Run prompts in every model, since any request may come to share their pages."""
-        self.lm.prefill(batch, input_ids)
-        for one in self.guides:
-            one.prefill(batch, self.read_by(one, input_ids))
-
-    def read_by(self, guide: PagedModel, input_ids: Tensor) -> Tensor:
-        """Return ids that a guide can read: what it has no embedding for becomes its last token.
-
-        Such ids are padding of the language model's vocabulary, or of a request that has no weight.
-        """
-        if guide.vocab_size >= self.lm.vocab_size:
-            return input_ids
-        return input_ids.clamp(max=guide.vocab_size - 1)

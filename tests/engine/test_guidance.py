@@ -133,7 +133,7 @@ def test_a_weight_of_zero_is_no_guide(monkeypatch: pytest.MonkeyPatch) -> None:
     beside = run(engine(), params)[1].outputs[0]
     one = engine()
     assert isinstance(one.loop.model, GuidedModel)
-    for model in one.loop.model.guides:
+    for model in one.loop.model.beside:
         model.decode_step = None  # type: ignore[assignment, method-assign]
     alone = run(one, BASE)
     plain = run(bpe_engine(), BASE)
@@ -268,7 +268,7 @@ def test_all_share_the_memory_of_the_pool(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(pool, "_memory_budget", lambda *_: budget)
     model = engine(num_pages=None).loop.model
     assert isinstance(model, GuidedModel)
-    assert [one.num_pages for one in (model.lm, *model.guides)] == [100] * 3
+    assert [one.num_pages for one in (model.lm, *model.beside)] == [100] * 3
 
 
 class TestRefused:

@@ -50,11 +50,16 @@ METHODS: dict[str, StarsParams] = {
     "speculative_rejection": BASE.with_method("speculative_rejection", candidates=3),
     "smc": BASE.with_method("smc", candidates=4, beta=0.1, ess_threshold=1.0),
     "persona_judge": BASE.with_method("persona_judge"),
+    "rsd": BASE.with_method("rsd"),
+    "gsi": BASE.with_method("gsi", candidates=2, target_reward=-5.0),
+    "sss": BASE.with_method("sss", target_reward=None),
 }
 
 
 def engine_for(method: str, **options: Any) -> Engine:
     rewards = {"persona_judge": (Persona(template="Be kind. {prompt}"),)}.get(method, ())
+    if method in ("rsd", "gsi", "sss"):
+        options["draft_model"] = small_model(layers=1)
     return bpe_engine(*rewards, **options)
 
 

@@ -159,7 +159,7 @@ def test_biases_are_a_copy_by_token_id() -> None:
 def test_auto_candidates_stand_for_a_number_where_it_matters() -> None:
     numbers = {method: StarsParams(method=method).num_candidates for method in METHODS}
     assert numbers == dict.fromkeys(METHODS, 1) | {
-        "best_of_n": 8, "args": 10, "speculative_rejection": 8, "smc": 8,
+        "best_of_n": 8, "args": 10, "speculative_rejection": 8, "smc": 8, "gsi": 8,
     }  # fmt: skip
     assert StarsParams(acceptance="gibbs").num_candidates == 8
 
@@ -168,6 +168,7 @@ def test_greedy_draws_need_no_second_attempt() -> None:
     greedy = StarsParams(temperature=0.0, max_attempts=9)
     assert greedy.attempts_per_segment == 1
     assert greedy.with_method("mara").attempts_per_segment == 9  # those are no draws
+    assert greedy.with_method("gsi").attempts_per_segment == 2  # one of each model
     assert dataclasses.replace(greedy, temperature=0.1).attempts_per_segment == 9
 
 

@@ -153,7 +153,7 @@ def test_parameters_are_those_that_multiply() -> None:
     assert function.num_parameters() == {"lm": untied, "rm": 0}
     led = Engine(letter_model(), guide=letter_model(), tokenizer=letter_tokenizer())
     assert led.num_parameters()["lm"] == untied
-    assert led.num_parameters(guided=True)["lm"] == 2 * untied
+    assert led.num_parameters(beside=True)["lm"] == 2 * untied
 
 
 def test_answers_of_mathematics() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 from fuzz.prompts import read_prompt
 from fuzz.tokenizers import FAMILIES, LINES
-from fuzz.worlds import CONTEXT, REWARD_CONTEXT, World, draw_world
+from fuzz.worlds import CONTEXT, REWARD_CONTEXT, World, draw_beside, draw_world
 from helpers.tiny_tokenizers import SPECIAL
 
 from stars_fast import StarsParams
-from stars_fast.methods import COMMON, kind_of
+from stars_fast.methods import COMMON, METHODS, kind_of
 
 #: Every method, and its forms. Case by case one after the other has the first request.
 TURNS: tuple[dict[str, Any], ...] = (
@@ -29,10 +29,14 @@ TURNS: tuple[dict[str, Any], ...] = (
     {"method": "speculative_rejection"},
     {"method": "smc"},
     {"method": "mara"},
+    {"method": "rsd"},
+    {"method": "gsi"},
+    {"method": "sss"},
     {"method": "persona_judge"},
 )
 _JUDGED = len(TURNS) - 1
 _VANILLA = 3
+_DRAFTED = tuple(i for i, turn in enumerate(TURNS) if METHODS[turn["method"]].draft is not None)
 
 _OPENINGS = ("The film was slow", "日本語の", "Привет, мир! ", "line one\nline two", "", "12 x = {")
 _STOPS = (
@@ -112,11 +116,12 @@ def draw_case(number: int) -> Case:
     rng = random.Random(f"case {number}")
     turn = number % len(TURNS)
     world = draw_world(rng, family=FAMILIES[number % len(FAMILIES)], judged=turn == _JUDGED)
+    world = draw_beside(rng, world, drafts=turn in _DRAFTED)
     max_rows = rng.choice([1, 2, 3, 5, 8, 16])
     asks: list[Ask] = []
     opening = _draw_text(rng, 40)
     for place in range(rng.randint(2, 5)):
-        mine = TURNS[turn if place == 0 else _draw_turn(rng, turn)]
+        mine = TURNS[turn if place == 0 else _draw_turn(rng, turn, world)]
         params = _draw_params(rng, world, mine, max_rows)
         prompt = _draw_prompt(rng, world, params)
         if isinstance(prompt, str) and rng.random() < 0.5:
@@ -151,10 +156,11 @@ def with_other_candidates(rng: random.Random, ask: Ask) -> Ask:
     return replace(ask, params=replace(ask.params, candidates=rng.choice(["auto", 1, 5])))
 
 
-def _draw_turn(rng: random.Random, first: int) -> int:
+def _draw_turn(rng: random.Random, first: int, world: World) -> int:
     if first == _JUDGED:
         return rng.choice([_JUDGED, _VANILLA])
-    return rng.choice([*range(_JUDGED), 0, 1, 6])
+    turns = [*range(_JUDGED), 0, 1, 6]
+    return rng.choice([i for i in turns if i not in _DRAFTED or world.drafts])
 
 
 def _draw_text(rng: random.Random, most: int) -> str:
@@ -237,7 +243,10 @@ def _draw_params(
         "reward_weight": rng.choice([0.0, 0.5, 1.5]),
         "rejection_rate": rng.choice([0.0, 0.3, 0.5, 0.8]),
         "ess_threshold": rng.choice([0.0, 0.5, 1.0]),
+        "guide_weight": rng.choice([0.0, 0.4, 1.0, -0.7]) if world.guides else 0.0,
     }
+    if turn["method"] == "gsi":  # whose models are far apart
+        drawn["target_reward"] = rng.choice([-80.0, -20.0, -5.0, 0.0])
     drawn["min_tokens"] = rng.choice(
         [0, 0, drawn["max_tokens"], rng.randint(0, drawn["max_tokens"])]
     )

@@ -82,6 +82,49 @@ class PlainLogits:
         return float(torch.distributions.Categorical(logits=self.after(before)).entropy())
 
 
+class GuidedLogits(PlainLogits):
+    """Those of a model that another one guides.
+
+    Parameters
+    ----------
+    lm, guide
+        Of each.
+    reference
+        What the guide is compared with; None: nothing.
+    weight
+        Of the guide's log-ratio.
+    """
+
+    def __init__(
+        self, lm: PlainLogits, guide: PlainLogits, reference: PlainLogits | None, weight: float
+    ) -> None:
+        self._parts = (lm, guide, reference)
+        self._weight = weight
+
+    def wobbling(self, wobble: int) -> GuidedLogits:
+        lm, guide, reference = self._parts
+        others = (lm.wobbling(wobble), guide.wobbling(wobble + 1))
+        away = others[0] if reference is lm else reference and reference.wobbling(wobble + 2)
+        return GuidedLogits(*others, away, self._weight)
+
+    def learn(self, responses: Iterable[Sequence[int]]) -> None:
+        known = [list(ids) for ids in responses]
+        for part in self._parts:
+            if part is not None:
+                part.learn(known)
+
+    def after(self, response: Sequence[int]) -> Tensor:
+        found = [part.after(response) for part in self._parts if part is not None]
+        width = min(map(len, found))
+        lm, *others = (logits.double()[:width] for logits in found)
+        log_ps = [logits.log_softmax(-1) for logits in others]
+        if len(found) == 3:
+            log_ps[0] = log_ps[0] - log_ps[1]
+        out = torch.full((len(found[0]),), -torch.inf)
+        out[:width] = (lm + self._weight * log_ps[0]).float()
+        return out
+
+
 def adjusted(
     logits: Tensor,
     params: StarsParams,
@@ -122,6 +165,18 @@ def drawn_token(
     """The token drawn at `params`' temperature and filters, of the largest noisy score."""
     if params.temperature == 0:
         return int(logits.argmax())
+    scores = truncated(logits, params)
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    words = [torch.tensor([word]) for word in (signed, position, attempt, stream)]
+    return int((scores + token_noise_all(*words, len(logits))).argmax())
+
+
+def truncated(logits: Tensor, params: StarsParams) -> Tensor:
+    """The logits ``[1, vocab]`` at `params`' temperature, -inf where its filters leave them out."""
+    if params.temperature == 0:
+        best = torch.full((1, len(logits)), -torch.inf)
+        best[0, logits.argmax()] = 0.0
+        return best
     scores = (logits / params.temperature).unsqueeze(0)
     no_ids: Any = None  # the filters look at scores alone
     if params.top_k:
@@ -130,9 +185,7 @@ def drawn_token(
         scores = TopPLogitsWarper(params.top_p)(no_ids, scores)
     if params.min_p > 0:
         scores = MinPLogitsWarper(params.min_p)(no_ids, scores)
-    signed = seed - 2**64 if seed >= 2**63 else seed
-    words = [torch.tensor([word]) for word in (signed, position, attempt, stream)]
-    return int((scores + token_noise_all(*words, len(logits))).argmax())
+    return scores
 
 
 def likely_token(logits: Tensor, rank: int) -> int:

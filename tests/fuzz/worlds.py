@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fuzz.rewards import RewardSetup, TemplateKind, function_reward
@@ -56,6 +56,8 @@ class World:
         Logits of the model beyond the tokenizer's vocabulary.
     eos_ids
         End the response, unless they are ignored.
+    beside
+        Models that run beside, by the option that names each.
     """
 
     family: str
@@ -66,6 +68,17 @@ class World:
     wider: int
     eos_ids: tuple[int, ...]
     rewards: RewardSetup
+    beside: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def guides(self) -> bool:
+        """Whether there is a guide."""
+        return "guide" in self.beside
+
+    @property
+    def drafts(self) -> bool:
+        """Whether there is a draft model."""
+        return "draft_model" in self.beside
 
     @property
     def vocab_size(self) -> int:
@@ -81,6 +94,7 @@ class World:
             device="cpu",
             seed=seed,
             **self.rewards.engine_options,
+            **self.beside,
             **options,
         )
         engine.calibration = CALIBRATION
@@ -90,7 +104,7 @@ class World:
         return (
             f"{self.architecture} on {self.family} tokens (chat {self.chat}, {self.wider} logits "
             f"more than tokens), rewards by {self.rewards.label}, template "
-            f"{self.rewards.template!r}"
+            f"{self.rewards.template!r}, beside {sorted(self.beside)}"
         )
 
 
@@ -134,6 +148,34 @@ def draw_world(rng: random.Random, *, family: str, judged: bool) -> World:
     else:
         rewards = _draw_reward_model(rng, family, tokens)
     return World(family, tokens, chat, architecture, model, wider, tuple(eos_ids), rewards)
+
+
+def draw_beside(rng: random.Random, world: World, *, drafts: bool) -> World:
+    """Draw whether another model guides, or drafts, and that one's reference."""
+    kinds = ["draft"] if drafts else [None, None, "guide", "draft"]
+    kind = rng.choice(kinds)
+    if kind is None:
+        return world
+    first, second = {
+        "guide": ("guide", "guide_reference"),
+        "draft": ("draft_model", "draft_reference"),
+    }[kind]
+    beside: dict[str, Any] = {first: _draw_small(rng, world)}
+    if rng.random() < 0.5:
+        beside[second] = _draw_small(rng, world)
+    elif kind == "guide" and rng.random() < 0.5:
+        beside[second] = "uniform"
+    return replace(world, beside=beside)
+
+
+def _draw_small(rng: random.Random, world: World) -> Any:
+    return tiny_lm(
+        rng.choice(["llama", "gpt2", "qwen2"]),
+        seed=rng.randrange(2**31),
+        vocab_size=len(world.tokenizer) + rng.choice([0, 0, 9]),
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
+    )
 
 
 def _draw_reward_model(rng: random.Random, family: str, language: Any) -> RewardSetup:

@@ -11,7 +11,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from fuzz.draws import ROUNDING, PlainLogits, adjusted, drawn_token, likely_token
+import torch
+from fuzz.draws import (
+    ROUNDING,
+    GuidedLogits,
+    PlainLogits,
+    adjusted,
+    drawn_token,
+    likely_token,
+    truncated,
+)
 from fuzz.prompts import read_prompt
 from fuzz.rewards import JudgeReward, Reward, judge_ids
 from fuzz.texts import Texts, border_level
@@ -72,7 +81,12 @@ class WrittenOut:
         self.texts = Texts(
             world.tokenizer, self.prompt, stops, frozenset(stop_ids), self.params.min_tokens
         )
-        self.logits = PlainLogits(world.model, self.prompt.token_ids)
+        self.beside = {
+            name: PlainLogits(model, self.prompt.token_ids)
+            for name, model in world.beside.items()
+            if model != "uniform"
+        }
+        self.logits = self._logits()
         self.judge: PlainLogits | None = None
         if world.rewards.name == "persona":
             ids = judge_ids(world.rewards.model, world.tokenizer, self.prompt)
@@ -85,6 +99,10 @@ class WrittenOut:
         other = WrittenOut.__new__(WrittenOut)
         other.__dict__ |= self.__dict__
         other.logits = self.logits.wobbling(wobble)
+        other.beside = {
+            name: logits.wobbling(wobble + 7 + at)
+            for at, (name, logits) in enumerate(self.beside.items())
+        }
         other.judge = self.judge and self.judge.wobbling(-wobble)
         other.wobble = wobble
         return other
@@ -92,9 +110,18 @@ class WrittenOut:
     def learn(self, responses: Iterable[Sequence[int]]) -> None:
         """Read in few passes what may well be asked for; it changes no result."""
         known = [list(ids) for ids in responses]
-        self.logits.learn(known)
+        for logits in (self.logits, *self.beside.values()):
+            logits.learn(known)
         if self.judge is not None:
             self.judge.learn(known)
+
+    def _logits(self) -> PlainLogits:
+        lm = PlainLogits(self.world.model, self.prompt.token_ids)
+        if not self.params.guide_weight:
+            return lm
+        named = self.world.beside.get("guide_reference")
+        away = None if named == "uniform" else self.beside.get("guide_reference", lm)
+        return GuidedLogits(lm, self.beside["guide"], away, self.params.guide_weight)
 
     def responses(self) -> list[CompletionOutput]:
         """Every response, whole."""
@@ -113,6 +140,10 @@ class WrittenOut:
         while not path.over:
             if params.method == "vanilla":
                 self._extend([path])
+            elif params.kind.draft == "segments":
+                self._commit(path, self._by_two(path))
+            elif params.kind.draft == "tokens":
+                self._commit(path, self._speculated(path))
             else:
                 self._commit(path, self._segment(path))
         return self._output(index, path)
@@ -165,10 +196,10 @@ class WrittenOut:
 
     # Segments
 
-    def to_draw_from(self, response: list[int]) -> Tensor:
+    def to_draw_from(self, response: list[int], logits: PlainLogits | None = None) -> Tensor:
         """The logits behind a response, with what the request changes in them."""
         return adjusted(
-            self.logits.after(response),
+            (logits or self.logits).after(response),
             self.params,
             self.prompt.token_ids,
             response,
@@ -176,23 +207,35 @@ class WrittenOut:
             known=len(self.world.tokenizer),
         )
 
-    def draft(self, before: list[int], seed: int, attempt: int, stream: int) -> list[int]:
-        """A segment that is drawn."""
-        (drafted,) = self._drafts([(before, seed, stream)], attempt)
+    def draft(
+        self,
+        before: list[int],
+        seed: int,
+        attempt: int,
+        stream: int,
+        logits: PlainLogits | None = None,
+    ) -> list[int]:
+        """A segment that is drawn; `logits`: of another model."""
+        (drafted,) = self._drafts([(before, seed, stream)], attempt, logits)
         return drafted
 
-    def _drafts(self, starts: list[tuple[list[int], int, int]], attempt: int) -> list[list[int]]:
+    def _drafts(
+        self,
+        starts: list[tuple[list[int], int, int]],
+        attempt: int,
+        model: PlainLogits | None = None,
+    ) -> list[list[int]]:
         """The segments that begin after each response, under its seed and stream."""
         drafts: list[list[int]] = [[] for _ in starts]
         growing = list(range(len(starts)))
         while growing:
-            self.logits.learn([starts[i][0] + drafts[i] for i in growing])
+            (model or self.logits).learn([starts[i][0] + drafts[i] for i in growing])
             for i in list(growing):
                 before, seed, stream = starts[i]
                 if self._ends_before_next(before, drafts[i]):
                     growing.remove(i)
                     continue
-                logits = self.to_draw_from(before + drafts[i])
+                logits = self.to_draw_from(before + drafts[i], model)
                 position = len(before) + len(drafts[i])
                 drafts[i].append(drawn_token(logits, self.params, seed, position, attempt, stream))
                 if self._ends_behind(before, drafts[i]):
@@ -299,6 +342,105 @@ class WrittenOut:
             path.seed, len(path.token_ids), number, self._stream(path), PURPOSE_CHOOSE
         )
         return Tried(drafted, reward, None, False, merit / beta - math.log(-math.log(uniform)))
+
+    # Two models
+
+    def _by_two(self, path: Path) -> Segment:
+        """A segment of the draft model if it passes, else one of the model."""
+        params = self.params
+        number = 1 if params.temperature == 0 or params.method == "rsd" else self._num_paths()
+        target, start = params.target_reward, len(path.token_ids)
+        assert isinstance(target, float | int)
+        tried: list[Tried] = []
+        for draws in (self.beside["draft_model"], None):
+            for _ in range(number):
+                tried.append(self._by_one(path, len(tried), draws))
+            best = max(range(len(tried) - number, len(tried)), key=lambda i: (tried[i].key, -i))
+            taken = tried[best]
+            if draws is None or taken.passed:
+                break
+        path.token_ids += taken.token_ids
+        others = tuple(
+            Attempt(i, tuple(one.token_ids), one.reward) for i, one in enumerate(tried) if i != best
+        )
+        passed = len(tried) == number
+        return Segment(
+            start,
+            len(path.token_ids),
+            taken.reward,
+            float(target) if passed else None,
+            len(tried),
+            "test" if passed else "fallback",
+            others,
+        )
+
+    def _by_one(self, path: Path, attempt: int, draws: PlainLogits | None) -> Tried:
+        """An attempt of the draft model, or of the model."""
+        params, before = self.params, path.token_ids
+        stream = len(path.segments)
+        drafted = self.draft(before, path.seed, attempt, stream, draws)
+        reward = tilted = self.shown(before + drafted)
+        if draws is not None and params.method == "gsi":
+            tilted += params.beta * sum(
+                self._log_ratio(before + drafted[:i], token, draws)
+                for i, token in enumerate(drafted)
+            )
+        key = tilted
+        if params.method == "gsi":
+            uniform = purpose_uniform(path.seed, len(before), attempt, stream, PURPOSE_CHOOSE)
+            key = tilted / params.beta - math.log(-math.log(uniform))
+        assert isinstance(params.target_reward, float | int)
+        return Tried(drafted, reward, None, tilted >= params.target_reward, key)
+
+    def _log_prob(self, response: list[int], logits: PlainLogits | None = None) -> Tensor:
+        """Of every token, of the distribution that is drawn from."""
+        found = truncated(self.to_draw_from(response, logits), self.params)
+        return found[0].double().log_softmax(-1)
+
+    def _log_ratio(self, response: list[int], token: int, draws: PlainLogits) -> float:
+        own = float(self._log_prob(response)[token])
+        other = float(self._log_prob(response, draws)[token])
+        return 0.0 if math.isinf(other) else max(own, -1e30) - other
+
+    def _speculated(self, path: Path) -> Segment:
+        """Tokens of the draft model up to the first that is not kept."""
+        params, draws = self.params, self.beside["draft_model"]
+        start, goes_on = len(path.token_ids), True
+        longest = min(start + params.segment_length, params.max_tokens)
+        while goes_on:
+            before = path.token_ids
+            token = drawn_token(
+                self.to_draw_from(before, draws), params, path.seed, len(before), 0, 0
+            )
+            kept, instead = self._verified(path, token, draws)
+            path.token_ids = [*before, token if kept else instead]
+            goes_on = kept and len(path.token_ids) < longest
+            goes_on = goes_on and not self.texts.stops(path.token_ids)
+        return Segment(start, len(path.token_ids), None, None, 1, "test")
+
+    def _verified(self, path: Path, token: int, draws: PlainLogits) -> tuple[bool, int]:
+        """Whether a token is kept, and what is drawn instead."""
+        params, before = self.params, path.token_ids
+        reference = self.beside.get("draft_reference")
+        if params.temperature == 0:
+            logits = self.to_draw_from(before).double().log_softmax(-1)
+            if reference is not None:
+                logits = logits + self.to_draw_from(before, draws).double().log_softmax(-1)
+                logits = logits - self.to_draw_from(before, reference).double().log_softmax(-1)
+            best = int(logits.nan_to_num(-math.inf).argmax())
+            return token == best, best
+        p, q = self._log_prob(before), self._log_prob(before, draws)
+        b = q
+        if reference is not None:
+            whole = self.to_draw_from(before, reference) / params.temperature
+            b = whole.double().log_softmax(-1)
+        test, draw = (_core.accept_uniform(path.seed, len(before), i, 0) for i in range(2))
+        kept = math.log(test) <= float(p[token] - b[token])
+        weights = p.exp() - q.exp() if reference is None else (p + q - b).exp() - q.exp()
+        weights = weights.nan_to_num(0.0).clamp(min=0.0)
+        weights = p.exp() if float(weights.sum()) <= 0 else weights
+        ends = weights.cumsum(0)
+        return kept, int(torch.searchsorted(ends, draw * ends[-1]))
 
     # Whole responses
 

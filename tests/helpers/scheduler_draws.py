@@ -54,6 +54,7 @@ class Spec:
     hard: bool = False
     overrun: bool = False
     last_untested: bool = False
+    draft_attempts: int = 0  # of a choice
     breaks_rate: float = 0.0
 
     @property
@@ -89,6 +90,7 @@ class Spec:
             choose=self.choose,
             overrun=self.overrun,
             last_untested=self.last_untested,
+            draft_attempts=self.draft_attempts if self.scored and self.choose else 0,
         )
 
     def outcome(self) -> list[Event]:
@@ -111,13 +113,15 @@ class Spec:
         best: Draw | None = None
         most = (False, -math.inf)
         attempt = 0
-        kind = _core.EVENT_CHOSEN if self.scored and self.choose else _core.EVENT_FALLBACK
+        chooses = self.scored and self.choose
+        drafts = self.draft_attempts if chooses else 0
+        kind = _core.EVENT_CHOSEN if chooses and not drafts else _core.EVENT_FALLBACK
         for attempt in range(self.max_attempts):
             made = self.draw(position, attempt, stream)
             if math.isnan(made.reward):
                 return Event(position, [], _core.EVENT_FAILED, attempt + 1, 0)
             merit, passed = made.reward, not self.scored
-            if self.scored and self.choose:
+            if chooses:
                 if not self.hard:
                     uniform = purpose_uniform(self.seed, position, attempt, stream, PURPOSE_CHOOSE)
                     merit -= math.log(-math.log(uniform))
@@ -130,6 +134,12 @@ class Spec:
             if passed:
                 kind = _core.EVENT_ACCEPTED
                 break
+            if attempt + 1 == drafts:
+                assert best is not None
+                if not best.breaks and best.reward >= 0.0:
+                    kind = _core.EVENT_ACCEPTED
+                    break
+                best, most = None, (False, -math.inf)
         assert best is not None
         over = position + len(best.tokens) >= self.max_tokens
         finish = _core.FINISH_LENGTH if over else _core.FINISH_NONE

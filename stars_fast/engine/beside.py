@@ -1,15 +1,18 @@
-"""Loads the models that guide a language model, and checks that they speak of the same tokens."""
+"""Loads models that run beside a language model, and checks that they speak of the same tokens."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stars_fast.config import UNIFORM, EngineConfig
+from stars_fast.config import UNIFORM, EngineConfig, LanguageModelLike
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
+from stars_fast.models.drafted import DraftedModel
 from stars_fast.models.guidance import GuidedModel
+from stars_fast.models.lockstep import Lockstep
 from stars_fast.models.lora import LoraLayers
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.parameters import embedding_rows
@@ -19,8 +22,8 @@ from stars_fast.rewards.vocabulary import check_vocabulary, same_tokens
 
 
 @dataclass(frozen=True)
-class LoadedGuide:
-    """A guide or its reference, before it has pages.
+class LoadedModel:
+    """A model before it has pages.
 
     Attributes
     ----------
@@ -34,18 +37,19 @@ class LoadedGuide:
     lora: LoraLayers | None
 
 
-def load_guides(
+def load_beside(
+    named: Mapping[str, LanguageModelLike | None],
     config: EngineConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     source: str | None,
-) -> list[LoadedGuide]:
-    """Return the guide and, where that is a model beside the language model, its reference.
+) -> list[LoadedModel]:
+    """Return the models that are named, each with pages to come beside the language model's.
 
     Parameters
     ----------
-    config
-        Names them; none without a guide.
+    named
+        By the option that names each; None and ``"uniform"`` are no models.
     model, tokenizer, source
         The language model, and the directory or hub id whose weights it has.
 
@@ -56,7 +60,6 @@ def load_guides(
     ValueError
         If one has other tokens, or is elsewhere.
     """
-    named = {"guide": config.guide, "guide_reference": config.guide_reference}
     drafting = Drafting(model, tokenizer, source)
     load = functools.partial(
         load_language_model,
@@ -72,7 +75,7 @@ def load_guides(
         if wanted is None or wanted == UNIFORM:
             continue
         try:
-            guide, lora, own = drafting.load(
+            one, lora, own = drafting.load(
                 wanted,
                 load,
                 model.device,
@@ -82,23 +85,21 @@ def load_guides(
             )
         except (ModelLoadError, UnsupportedModelError) as error:
             raise type(error)(f"{name}: {error}") from error
-        if guide.device != model.device:
+        if one.device != model.device:
             raise ValueError(
                 f"{name} must be on the language model's device, {model.device}, got one on "
-                f"{guide.device}"
+                f"{one.device}"
             )
-        _check_tokens(name, guide, own, model, tokenizer)
-        loaded.append(LoadedGuide(guide, lora))
+        _check_tokens(name, one, own, model, tokenizer)
+        loaded.append(LoadedModel(one, lora))
     return loaded
 
 
-def guided_model(
-    lm: PagedModel, guides: list[LoadedGuide], config: EngineConfig
-) -> GuidedModel | None:
-    """Return the language model with its guides on as many pages; None if there are none."""
-    if not guides:
+def in_lockstep(lm: PagedModel, beside: list[LoadedModel], config: EngineConfig) -> Lockstep | None:
+    """Return the language model with those beside it on as many pages; None if there are none."""
+    if not beside:
         return None
-    guide, *reference = (
+    first, *reference = (
         PagedModel(
             one.model,
             num_pages=lm.num_pages,
@@ -109,16 +110,18 @@ def guided_model(
             compile_model=config.compile_model,
             lora=one.lora,
         )
-        for one in guides
+        for one in beside
     )
+    if config.draft_model is not None:
+        return DraftedModel(lm, first, reference[0] if reference else None)
     if reference:
-        return GuidedModel(lm, guide, reference[0])
-    return GuidedModel(lm, guide, "lm" if config.guide_reference is None else "uniform")
+        return GuidedModel(lm, first, reference[0])
+    return GuidedModel(lm, first, "lm" if config.guide_reference is None else "uniform")
 
 
 def _check_tokens(
     name: str,
-    guide: PreTrainedModel,
+    other: PreTrainedModel,
     own: PreTrainedTokenizerBase | None,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -127,7 +130,7 @@ def _check_tokens(
 
     One without a tokenizer beside it is taken to have the language model's.
     """
-    rows, wanted = embedding_rows(guide), embedding_rows(model)
+    rows, wanted = embedding_rows(other), embedding_rows(model)
     if tokenizer is None:
         if rows != wanted:
             raise ValueError(
@@ -137,7 +140,7 @@ def _check_tokens(
         return
     if own is not None and not same_tokens(tokenizer, own):
         raise ValueError(
-            f"{name} must have the language model's tokens: {_named(own, guide)} and the language "
+            f"{name} must have the language model's tokens: {_named(own, other)} and the language "
             f"model's {_named(tokenizer, model)} give other ids to some token or text"
         )
     try:
