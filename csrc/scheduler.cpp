@@ -45,6 +45,10 @@ void Scheduler::validate(const std::int64_t* prompt, std::size_t prompt_length,
   require(!options.overrun || options.segment_length < kMaxTokens, "segment_length",
           options.segment_length, "below 2**28");
   require(options.max_attempts >= 1, "max_attempts", options.max_attempts, "at least 1");
+  require(options.attempts_span >= 1, "attempts_span", options.attempts_span, "at least 1");
+  for (const std::int32_t attempts : options.attempts_at) {
+    require(attempts >= 1, "attempts_at", attempts, "at least 1");
+  }
   require(options.candidates >= 0, "candidates", options.candidates, "at least 0 (0: auto)");
   if (options.rule == Rule::kTest) {
     require(std::isfinite(schedule.target), "target_reward", schedule.target, "finite");

@@ -281,7 +281,7 @@ void Scheduler::allot_rows() {
   // given whatever it costs, with "auto" only then. Not what the round gains: a segment that seldom
   // passes has to be done as well, and waiting for it costs its pages and its prefix every round.
   const auto row_limit = [](const Request& request) {
-    const std::int32_t left = request.options.max_attempts - request.attempt;
+    const std::int32_t left = request.most_attempts() - request.attempt;
     const std::int32_t asked = request.options.candidates;
     return request.options.rule == Rule::kAlways ? 1 : asked == 0 ? left : std::min(asked, left);
   };

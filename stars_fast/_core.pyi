@@ -290,14 +290,17 @@ class Scheduler:
         choose: bool = False,
         overrun: bool = False,
         last_untested: bool = False,
+        attempts_at: Sequence[int] = ...,
+        attempts_span: int = 1,
     ) -> None:
         """Queues a request; ``candidates=0`` is auto.
 
         Not `scored`: every segment is accepted. `choose`: all attempts are made, and one is taken
         with probability proportional to exp(reward / beta), or with `hard` the largest. Else each
         is tested, the last not if `last_untested`. `overrun`: a segment that begins within
-        `max_tokens` may end past them. Raises ValueError (a value out of range, an id in use) or
-        `RequestTooLargeError`.
+        `max_tokens` may end past them. `attempts_at`, if not empty: attempts by where a segment
+        begins, an entry for each `attempts_span` response tokens. Raises ValueError (a value out of
+        range, an id in use) or `RequestTooLargeError`.
         """
 
     def add_group(

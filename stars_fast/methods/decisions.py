@@ -25,6 +25,8 @@ class SchedulerOptions(TypedDict):
     choose: bool
     overrun: bool
     last_untested: bool
+    attempts_at: tuple[int, ...]
+    attempts_span: int
 
 
 def scheduler_options(params: StarsParams) -> SchedulerOptions:
@@ -54,6 +56,8 @@ def scheduler_options(params: StarsParams) -> SchedulerOptions:
         overrun=params.rules == "public",
         # The one more that the public rules make; a greedy request makes none.
         last_untested=kind.decides == "test" and params.attempts_per_segment > params.max_attempts,
+        attempts_at=params.attempts_at,
+        attempts_span=params.attempts_span,
     )
 
 

@@ -40,6 +40,7 @@ class SchedulerMachine(DriverMachine):
         ends_early=st.sampled_from([0.0, 0.5]),
         bad_rate=st.sampled_from([0.0, 0.0, 0.1]),
         breaks_rate=st.sampled_from([0.0, 0.0, 0.5, 1.0]),
+        attempts_at=st.just(()) | st.tuples(*[st.integers(1, 4)] * 3),
     )
     def add(
         self,
@@ -61,6 +62,7 @@ class SchedulerMachine(DriverMachine):
         ends_early: float,
         bad_rate: float,
         breaks_rate: float,
+        attempts_at: tuple[int, ...],
     ) -> None:
         prompt = [prefix] * (length - 1) + [self.driver.next_id % 7]
         spec = Spec(
@@ -81,6 +83,9 @@ class SchedulerMachine(DriverMachine):
             ends_early=ends_early,
             bad_rate=bad_rate,
             breaks_rate=breaks_rate,
+            # By parts of three tokens; with one attempt there is nothing to share out.
+            attempts_at=attempts_at if scored and max_attempts > 1 else (),
+            attempts_span=3,
         )
         try:
             self.driver.add(spec)
