@@ -22,7 +22,7 @@ std::int32_t Scheduler::Request::draft_length() const {
 
 std::int32_t Scheduler::Request::attempts_left() const {
   const bool drafts = attempt < options.draft_attempts;
-  return (drafts ? options.draft_attempts : options.max_attempts) - attempt;
+  return (drafts ? options.draft_attempts : most_attempts()) - attempt;
 }
 
 Scheduler::Scheduler(const SchedulerOptions& options)
@@ -50,6 +50,10 @@ void Scheduler::validate(const std::int64_t* prompt, std::size_t prompt_length,
   require(!options.overrun || options.segment_length < kMaxTokens, "segment_length",
           options.segment_length, "below 2**28");
   require(options.max_attempts >= 1, "max_attempts", options.max_attempts, "at least 1");
+  require(options.attempts_span >= 1, "attempts_span", options.attempts_span, "at least 1");
+  for (const std::int32_t attempts : options.attempts_at) {
+    require(attempts >= 1, "attempts_at", attempts, "at least 1");
+  }
   require(options.candidates >= 0, "candidates", options.candidates, "at least 0 (0: auto)");
   if (options.rule == Rule::kTest) {
     require(std::isfinite(schedule.target), "target_reward", schedule.target, "finite");
@@ -64,6 +68,8 @@ void Scheduler::validate(const std::int64_t* prompt, std::size_t prompt_length,
   if (options.draft_attempts > 0) {
     require(options.rule == Rule::kChoose, "draft_attempts", options.draft_attempts,
             "0 unless choosing");
+    require(options.attempts_at.empty(), "draft_attempts", options.draft_attempts,
+            "0 with attempts_at");
     require(std::isfinite(schedule.target), "target_reward", schedule.target, "finite");
   }
   // A segment that starts inside a page, as one may that follows a shorter one, holds that page

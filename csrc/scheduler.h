@@ -1,6 +1,7 @@
 // The accept/reject loop: which rows to draft, what their rewards decide, which pages they hold.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <deque>
 #include <limits>
@@ -43,8 +44,8 @@ enum class Rule : std::int8_t {
 struct RequestOptions {
   Rule rule = Rule::kTest;
   std::int32_t segment_length = 32;
-  std::int32_t max_attempts = 20;
-  std::int32_t candidates = 0;  // rows of a round; 0: as many as pay off
+  std::int32_t max_attempts = 20;  // above 1: some attempts may be rejected
+  std::int32_t candidates = 0;     // rows of a round; 0: as many as pay off
   std::uint64_t seed = 0;
   Schedule schedule;
   bool overrun = false;        // a segment that begins within the budget may end past it
@@ -52,7 +53,20 @@ struct RequestOptions {
   // kChoose: the first so many attempts are a choice of their own, whose reward has to reach
   // Schedule::target; if it does not, the rest are made and one of these is taken. 0: one choice.
   std::int32_t draft_attempts = 0;
+  // A budget of attempts for each part of the response: entry i is of the segments that begin at
+  // response tokens [i * attempts_span, (i + 1) * attempts_span), the last of those behind as well.
+  // Empty: all have max_attempts.
+  std::vector<std::int32_t> attempts_at;
+  std::int32_t attempts_span = 1;
 
+  // Attempts of the segment that begins at a response token, at most.
+  [[nodiscard]] std::int32_t attempts_from(std::int32_t start) const {
+    if (attempts_at.empty()) {
+      return max_attempts;
+    }
+    const auto part = static_cast<std::size_t>(start / attempts_span);
+    return attempts_at[std::min(part, attempts_at.size() - 1)];
+  }
   [[nodiscard]] bool needs_prompt_reward() const {
     return rule == Rule::kTest && schedule.needs_prompt_reward();
   }
@@ -250,6 +264,10 @@ class Scheduler {
     [[nodiscard]] std::int32_t draft_length() const;
     // Attempts that may be made before something is decided.
     [[nodiscard]] std::int32_t attempts_left() const;
+    // Attempts of the segment at hand, at most.
+    [[nodiscard]] std::int32_t most_attempts() const {
+      return options.attempts_from(response_length());
+    }
     // Tokens that need KV before the request can draft: all but the last, which the draft feeds.
     [[nodiscard]] std::int32_t prefix_length() const { return length() - 1; }
     // Runs, and has nothing to do: its pages may be taken.

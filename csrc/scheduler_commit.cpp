@@ -128,7 +128,7 @@ void Scheduler::decide(InFlightPlan& flight, Request& request, const RoundResult
     keep_best(request, flight.rows[improved].branch, improved, result);
   }
   const std::int32_t row = improved == kNone ? -1 : static_cast<std::int32_t>(improved);
-  if (request.attempt == request.options.max_attempts) {
+  if (request.attempt == request.most_attempts()) {
     const bool chosen =
         request.options.rule == Rule::kChoose && request.options.draft_attempts == 0;
     take_best(request, row, chosen ? EventKind::kChosen : EventKind::kFallback);
@@ -197,7 +197,7 @@ bool Scheduler::passes(Request& request, const Merit& reward, std::int32_t token
   const double uniform =
       accept_uniform(options.seed, static_cast<std::uint32_t>(start),
                      static_cast<std::uint32_t>(request.attempt - 1), request.stream);
-  const bool tested = !options.last_untested || request.attempt < options.max_attempts;
+  const bool tested = !options.last_untested || request.attempt < request.most_attempts();
   const bool passed =
       tested && reward.keeps && options.schedule.accepts(reward.value, tau, uniform);
   step_towards(request.pass_rate, passed, kPassRateStep);

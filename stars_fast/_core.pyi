@@ -291,6 +291,8 @@ class Scheduler:
         overrun: bool = False,
         last_untested: bool = False,
         draft_attempts: int = 0,
+        attempts_at: Sequence[int] = ...,
+        attempts_span: int = 1,
     ) -> None:
         """Queues a request; ``candidates=0`` is auto.
 
@@ -298,8 +300,9 @@ class Scheduler:
         with probability proportional to exp(reward / beta), or with `hard` the largest; of the
         first `draft_attempts`, if its reward reaches `target_reward`, else of the rest. Else each
         is tested, the last not if `last_untested`. `overrun`: a segment that begins within
-        `max_tokens` may end past them. Raises ValueError (a value out of range, an id in use) or
-        `RequestTooLargeError`.
+        `max_tokens` may end past them. `attempts_at`, if not empty: attempts by where a segment
+        begins, an entry for each `attempts_span` response tokens. Raises ValueError (a value out of
+        range, an id in use) or `RequestTooLargeError`.
         """
 
     def add_group(

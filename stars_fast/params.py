@@ -12,14 +12,16 @@ from textwrap import indent
 from typing import Any, Literal, get_args
 
 from stars_fast.methods import COMMON, GIBBS, METHODS, Method, MethodKind, has_gibbs, kind_of
+from stars_fast.methods.attempts import MOST_ATTEMPTS, MOST_PARTS, shared_out
 from stars_fast.text.surrogates import check_unicode
 
-__all__ = ["Acceptance", "CardsRules", "Method", "SegmentEnd", "StarsParams"]
+__all__ = ["Acceptance", "AttemptsSchedule", "CardsRules", "Method", "SegmentEnd", "StarsParams"]
 __all__ += ["RANGES", "TEXTS", "Range", "plain_text", "with_fields"]
 
 Acceptance = Literal["soft", "hard", "gibbs"]
 CardsRules = Literal["paper", "public"]
 SegmentEnd = Literal["length", "clause", "sentence", "step"]
+AttemptsSchedule = Literal["uniform", "decay", "growth"]
 
 #: Counts, and positions that are sums of two of them, have to fit 32 bits in the core.
 _MOST = 2**28 - 1
@@ -187,6 +189,25 @@ class StarsParams:
         default=20,
         metadata=_about(
             "R: attempts of a segment before the best-scored of them is kept, at least 1.", _COUNT
+        ),
+    )
+    attempts_schedule: AttemptsSchedule = field(
+        default="uniform",
+        metadata=_about("""
+        Which segments the attempts go to (arXiv 2510.23334). ``"uniform"``: each has
+        `max_attempts`, or as many as there are `candidates` to choose from. ``"decay"``: the first
+        have more and the last fewer, at least 1, for the same total over a response of
+        `max_tokens`; ``"growth"``: the other way round.
+        """),
+    )
+    attempts_rate: float = field(
+        default=0.5,
+        metadata=_about(
+            """
+            With `attempts_schedule`: attempts fall by this factor from a segment to the next, or,
+            where segments differ in length, every `segment_length` tokens, in (0, 1).
+            """,
+            Range(above=0, below=1),
         ),
     )
     candidates: int | Literal["auto"] = field(
@@ -467,6 +488,7 @@ class StarsParams:
         _choice("acceptance", self.acceptance, get_args(Acceptance))
         _choice("rules", self.rules, get_args(CardsRules))
         _choice("segment_end", self.segment_end, get_args(SegmentEnd))
+        _choice("attempts_schedule", self.attempts_schedule, get_args(AttemptsSchedule))
         self._check_own_parameters()
         for name, allowed in RANGES.items():
             value, also = getattr(self, name), _ALSO.get(name, {})
@@ -511,6 +533,19 @@ class StarsParams:
                     f"{one.name} is no parameter of {shown}, got {getattr(self, one.name)!r}; "
                     f"the parameters are {', '.join(own)}"
                 )
+
+        if self.attempts_schedule != "uniform":
+            self._check_parts()
+
+    def _check_parts(self) -> None:
+        parts = -(-self.max_tokens // self.attempts_span)
+        if parts > MOST_PARTS or parts * self.attempts_per_segment > MOST_ATTEMPTS:
+            raise ValueError(
+                f"attempts_schedule={self.attempts_schedule!r} is for at most {MOST_PARTS} "
+                f"segments with {MOST_ATTEMPTS} attempts in all, got max_tokens={self.max_tokens}, "
+                f"that is {parts} of {self.attempts_span} tokens, with {self.attempts_per_segment} "
+                "attempts"
+            )
 
     @property
     def kind(self) -> MethodKind:
@@ -591,6 +626,31 @@ class StarsParams:
         if self.kind.draft == "segments":
             return self.attempts_per_segment // 2
         return 0 if self.kind.draft is None else 1
+
+    @property
+    def attempts_span(self) -> int:
+        """Response tokens of a part of `attempts_at`: those of the shortest segment."""
+        ragged = self.kind.by_entropy or self.segment_end != "length"
+        return min(self.min_segment_length, self.draft_length) if ragged else self.draft_length
+
+    @property
+    def attempts_at(self) -> tuple[int, ...]:
+        """R of the segments that begin in each part; empty: `attempts_per_segment` in all."""
+        if self.attempts_schedule == "uniform" or self.attempts_per_segment == 1:
+            return ()
+        untested = 1 if self.rules == "public" else 0
+        shares = shared_out(
+            -(-self.max_tokens // self.attempts_span),
+            self.attempts_per_segment - untested,
+            self.attempts_rate ** (self.attempts_span / self.draft_length),
+            growth=self.attempts_schedule == "growth",
+        )
+        return tuple(share + untested for share in shares)
+
+    @property
+    def most_attempts(self) -> int:
+        """Of the segment that has the most."""
+        return max(self.attempts_at, default=self.attempts_per_segment)
 
 
 #: Of the fields that have one, by name.

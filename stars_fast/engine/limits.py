@@ -73,11 +73,12 @@ class Limits:
                 f"segment_end={params.segment_end!r} needs a tokenizer: pass Engine(..., "
                 "tokenizer=...)"
             )
-        if params.kind.ranked and params.attempts_per_segment > self._can_come(params):
+        if params.kind.ranked and params.most_attempts > self._can_come(params):
             name = "max_attempts" if params.kind.decides == "test" else "candidates"
+            by = " by attempts_schedule" if params.attempts_at else ""
             raise ValueError(
                 f"{name} must be at most the tokens that can be drawn, {self._can_come(params)}, "
-                f"with method={params.method!r}, got {params.attempts_per_segment}"
+                f"with method={params.method!r}, got {params.most_attempts}{by}"
             )
         if not params.kind.needs_reward:
             return

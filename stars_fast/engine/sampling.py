@@ -34,7 +34,7 @@ def row_sampling(
         entropy_limit=params.entropy_threshold if params.kind.by_entropy else math.inf,
         segment_end=_SEGMENT_ENDS[params.segment_end],
         min_length=params.min_segment_length,
-        ranks=params.attempts_per_segment if params.kind.ranked else 0,
+        ranks=params.most_attempts if params.kind.ranked else 0,
         repetition_penalty=params.repetition_penalty,
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,

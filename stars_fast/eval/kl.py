@@ -91,7 +91,7 @@ def alignment_kl(params: StarsParams, segments: Sequence[Segment]) -> AlignmentK
     if kind.competes is not None and not kind.resamples:
         return AlignmentKl(_chosen_among(params.num_candidates), "upper bound")
     if kind.decides == "choice" and not kind.ranked:
-        bound = len(segments) * _chosen_among(params.num_candidates)
+        bound = math.fsum(_chosen_among(segment.attempts) for segment in segments)
         return AlignmentKl(bound, "upper bound")
     if kind.decides != "test":
         return AlignmentKl(None, reason=f"there is no estimator for {params.method}")

@@ -27,7 +27,8 @@ Method = Literal[
 ]
 
 _DRAWS = ("guided",)  # of methods whose tokens are draws
-_ATTEMPTS = ("max_attempts", "candidates", "acceptance", "trace")
+_SHARES = ("attempts_schedule", "attempts_rate")  # of methods whose segments have attempts
+_ATTEMPTS = ("max_attempts", "candidates", "acceptance", "trace", *_SHARES)
 _SEGMENT = ("segment_length", "segment_end", "step_text", "min_segment_length")
 _SCHEDULE = ("target_reward", "beta", "alpha", *_ATTEMPTS)
 
@@ -82,7 +83,13 @@ METHODS: dict[Method, MethodKind] = {
         competes="responses",
         default_candidates=8,
     ),
-    "rejection": MethodKind(("target_reward", "beta", *_ATTEMPTS, *_DRAWS), "test", whole=True),
+    "rejection": MethodKind(
+        (
+            "target_reward", "beta", "max_attempts", "candidates", "acceptance", "trace", *_DRAWS,
+        ),
+        "test",
+        whole=True,
+    ),
     "cards": MethodKind(
         (
             "segment_length", "min_segment_length", "entropy_threshold", "rules", *_SCHEDULE,
@@ -93,7 +100,7 @@ METHODS: dict[Method, MethodKind] = {
         by_entropy=True,
     ),
     "args": MethodKind(
-        ("candidates", "reward_weight", "trace"),
+        ("candidates", "reward_weight", "trace", *_SHARES),
         "choice",
         one_token=True,
         ranked=True,
@@ -155,10 +162,13 @@ METHODS: dict[Method, MethodKind] = {
 
 #: ``acceptance="gibbs"`` of ``"stars"``.
 GIBBS = MethodKind(
-    (*_SEGMENT, "beta", "candidates", "acceptance", "trace", *_DRAWS, "calibrate_prefixes"),
+    (
+        *_SEGMENT, "beta", "candidates", "acceptance", "trace", *_SHARES, *_DRAWS,
+        "calibrate_prefixes",
+    ),
     "choice",
     default_candidates=8,
-)
+)  # fmt: skip
 
 
 def kind_of(method: Method, acceptance: str) -> MethodKind:

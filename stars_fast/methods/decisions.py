@@ -26,6 +26,8 @@ class SchedulerOptions(TypedDict):
     overrun: bool
     last_untested: bool
     draft_attempts: int
+    attempts_at: tuple[int, ...]
+    attempts_span: int
 
 
 def scheduler_options(params: StarsParams) -> SchedulerOptions:
@@ -56,6 +58,8 @@ def scheduler_options(params: StarsParams) -> SchedulerOptions:
         # The one more that the public rules make; a greedy request makes none.
         last_untested=kind.decides == "test" and params.attempts_per_segment > params.max_attempts,
         draft_attempts=params.draft_attempts if kind.decides == "choice" else 0,
+        attempts_at=params.attempts_at,
+        attempts_span=params.attempts_span,
     )
 
 

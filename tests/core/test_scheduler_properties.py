@@ -41,6 +41,7 @@ class SchedulerMachine(DriverMachine):
         ends_early=st.sampled_from([0.0, 0.5]),
         bad_rate=st.sampled_from([0.0, 0.0, 0.1]),
         breaks_rate=st.sampled_from([0.0, 0.0, 0.5, 1.0]),
+        attempts_at=st.just(()) | st.tuples(*[st.integers(1, 4)] * 3),
     )
     def add(
         self,
@@ -63,6 +64,7 @@ class SchedulerMachine(DriverMachine):
         ends_early: float,
         bad_rate: float,
         breaks_rate: float,
+        attempts_at: tuple[int, ...],
     ) -> None:
         prompt = [prefix] * (length - 1) + [self.driver.next_id % 7]
         spec = Spec(
@@ -75,7 +77,7 @@ class SchedulerMachine(DriverMachine):
             choose=choose,
             overrun=overrun,
             last_untested=last_untested,
-            draft_attempts=min(draft_attempts, max_attempts - 1),
+            draft_attempts=0 if attempts_at else min(draft_attempts, max_attempts - 1),
             hard=hard,
             alpha=alpha,
             seed=seed,
@@ -84,6 +86,9 @@ class SchedulerMachine(DriverMachine):
             ends_early=ends_early,
             bad_rate=bad_rate,
             breaks_rate=breaks_rate,
+            # By parts of three tokens; with one attempt there is nothing to share out.
+            attempts_at=attempts_at if scored and max_attempts > 1 else (),
+            attempts_span=3,
         )
         try:
             self.driver.add(spec)

@@ -8,18 +8,12 @@ import math
 
 import pytest
 from helpers.letter_law import (
-    LETTER,
-    Law,
-    Tokens,
-    World,
     count,
-    law_of,
+    gibbs_law,
     letter_engine,
     model_law,
     p_value,
     responses_of,
-    segments,
-    text,
     tilted,
     total_variation,
 )
@@ -40,35 +34,16 @@ def engine() -> Engine:
     return letter_engine()
 
 
-def closed_form(params: StarsParams, beta: float = BETA, world: World = LETTER) -> Law:
-    """Every tuple of N independent segments, and the choice of one of them."""
-
-    def step(done: Tokens) -> Law:
-        length = min(params.segment_length, params.max_tokens - len(done))
-        table = [
-            (done + segment, p, math.exp(world.reward(text(done + segment)) / beta))
-            for segment, p in segments(done, length, params.temperature, world)
-        ]
-        law: Law = {}
-        for drawn in itertools.product(table, repeat=params.num_candidates):
-            chance = math.prod(p for _, p, _ in drawn) / sum(w for _, _, w in drawn)
-            for whole, _, weight in drawn:
-                law[whole] = law.get(whole, 0.0) + chance * weight
-        return law
-
-    return law_of(step, params.max_tokens)
-
-
 @pytest.mark.parametrize(("candidates", "max_tokens"), [(2, 2), (3, 2), (2, 3)])
 def test_matches_closed_form(engine: Engine, candidates: int, max_tokens: int) -> None:
     params = dataclasses.replace(PARAMS, candidates=candidates, max_tokens=max_tokens)
     counts = count(engine, params, 3000)
-    assert p_value(counts, closed_form(params)) > 1e-3
+    assert p_value(counts, gibbs_law(params, BETA)) > 1e-3
     planted = {
-        "beta": closed_form(params, beta=0.85),
-        "one more": closed_form(dataclasses.replace(params, candidates=candidates + 1)),
-        "one fewer": closed_form(dataclasses.replace(params, candidates=candidates - 1)),
-        "temperature": closed_form(dataclasses.replace(params, temperature=1.1)),
+        "beta": gibbs_law(params, 0.85),
+        "one more": gibbs_law(dataclasses.replace(params, candidates=candidates + 1), BETA),
+        "one fewer": gibbs_law(dataclasses.replace(params, candidates=candidates - 1), BETA),
+        "temperature": gibbs_law(dataclasses.replace(params, temperature=1.1), BETA),
     }
     found = {name: p_value(counts, law) for name, law in planted.items()}
     assert all(p < 1e-4 for p in found.values()), found
@@ -77,8 +52,8 @@ def test_matches_closed_form(engine: Engine, candidates: int, max_tokens: int) -
 def test_segments_of_unequal_length_match_closed_form() -> None:
     params = dataclasses.replace(PARAMS, candidates=3, beta=1.0, **SETTINGS)
     counts = count_ragged(ragged_engine(), params, 12_000)
-    assert p_value(counts, closed_form(params, 1.0, RAGGED)) > 1e-3
-    assert p_value(counts, closed_form(params, 1.0, EVEN)) < 1e-6
+    assert p_value(counts, gibbs_law(params, 1.0, RAGGED)) > 1e-3
+    assert p_value(counts, gibbs_law(params, 1.0, EVEN)) < 1e-6
 
 
 def test_one_candidate_is_the_model(engine: Engine) -> None:

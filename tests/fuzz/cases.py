@@ -256,6 +256,9 @@ def _draw_params(
         drawn["candidates"] = rng.randint(1, min(6, max_rows))
     elif turn["method"] == "best_of_n":
         drawn["candidates"] = rng.randint(1, 5)
+    if not kind.ranked:  # of which there are as many as tokens
+        drawn["attempts_schedule"] = rng.choice(["uniform", "uniform", "decay", "growth"])
+        drawn["attempts_rate"] = rng.choice([0.3, 0.7, 0.97])
     mine = {name: value for name, value in drawn.items() if name in own}
     return StarsParams(**{**mine, **turn})
 

@@ -273,7 +273,7 @@ class WrittenOut:
         """The next segment of a method that tests attempts, or chooses among them."""
         tests = self.params.kind.decides == "test"
         tried: list[Tried] = []
-        while len(tried) < self._most_attempts() and not (tried and tried[-1].passed):
+        while len(tried) < self._most_attempts(path) and not (tried and tried[-1].passed):
             tried.append((self._tested if tests else self._considered)(path, len(tried)))
         best = max(range(len(tried)), key=lambda i: (tried[i].passed, tried[i].key, -i))
         start = len(path.token_ids)
@@ -294,7 +294,13 @@ class WrittenOut:
             others,
         )
 
-    def _most_attempts(self) -> int:
+    def _most_attempts(self, path: Path) -> int:
+        shares = self.params.attempts_at
+        if not shares:
+            return self._attempts_on_average()
+        return shares[min(len(path.token_ids) // self.params.attempts_span, len(shares) - 1)]
+
+    def _attempts_on_average(self) -> int:
         params = self.params
         if params.temperature == 0 and not params.kind.ranked:
             return 1  # every draw is the same
@@ -305,7 +311,7 @@ class WrittenOut:
 
     def _stream(self, path: Path) -> int:
         """The number of the segment, where one may have attempts that are not taken."""
-        return len(path.segments) if self._most_attempts() > 1 else 0
+        return len(path.segments) if self._attempts_on_average() > 1 else 0
 
     def _attempt(self, path: Path, attempt: int) -> list[int]:
         if self.params.kind.ranked:
@@ -318,7 +324,7 @@ class WrittenOut:
         whole = path.token_ids + drafted
         reward = self.shown(whole)
         tau = self.threshold(len(whole))
-        if params.rules == "public" and number == params.max_attempts:  # the one more, untested
+        if params.rules == "public" and number + 1 == self._most_attempts(path):  # untested
             return Tried(drafted, reward, tau, False, reward)
         beta = 1.0 if params.method in ("mara", "persona_judge") else params.beta
         place = len(path.token_ids)

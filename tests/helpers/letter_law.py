@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -194,6 +195,32 @@ def stars_law(params: StarsParams, world: World = LETTER) -> Law:
             reward = world.reward(text(whole))
             tau = min(target, start + (target - start) * len(whole) / total)
             table.append((whole, p, reward, min(1.0, math.exp((reward - tau) / params.beta))))
-        return first_to_pass(table, params.max_attempts)
+        return first_to_pass(table, _attempts(params, done))
 
     return law_of(step, total)
+
+
+def gibbs_law(params: StarsParams, beta: float, world: World = LETTER) -> Law:
+    """The law of responses of ``acceptance="gibbs"``: every tuple of N independent segments."""
+
+    def step(done: Tokens) -> Law:
+        length = min(params.segment_length, params.max_tokens - len(done))
+        table = [
+            (done + segment, p, math.exp(world.reward(text(done + segment)) / beta))
+            for segment, p in segments(done, length, params.temperature, world)
+        ]
+        law: Law = {}
+        for drawn in itertools.product(table, repeat=_attempts(params, done)):
+            chance = math.prod(p for _, p, _ in drawn) / sum(w for _, _, w in drawn)
+            for whole, _, weight in drawn:
+                law[whole] = law.get(whole, 0.0) + chance * weight
+        return law
+
+    return law_of(step, params.max_tokens)
+
+
+def _attempts(params: StarsParams, done: Tokens) -> int:
+    """Attempts of the segment behind some tokens."""
+    if not params.attempts_at:
+        return params.attempts_per_segment
+    return params.attempts_at[len(done) // params.attempts_span]

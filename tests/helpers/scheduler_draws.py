@@ -56,6 +56,8 @@ class Spec:
     last_untested: bool = False
     draft_attempts: int = 0  # of a choice
     breaks_rate: float = 0.0
+    attempts_at: tuple[int, ...] = ()
+    attempts_span: int = 1
 
     @property
     def prompt_reward(self) -> float:
@@ -91,6 +93,8 @@ class Spec:
             overrun=self.overrun,
             last_untested=self.last_untested,
             draft_attempts=self.draft_attempts if self.scored and self.choose else 0,
+            attempts_at=self.attempts_at,
+            attempts_span=self.attempts_span,
         )
 
     def outcome(self) -> list[Event]:
@@ -116,7 +120,10 @@ class Spec:
         chooses = self.scored and self.choose
         drafts = self.draft_attempts if chooses else 0
         kind = _core.EVENT_CHOSEN if chooses and not drafts else _core.EVENT_FALLBACK
-        for attempt in range(self.max_attempts):
+        parts = self.attempts_at
+        part = min(position // self.attempts_span, len(parts) - 1)
+        attempts = parts[part] if parts else self.max_attempts
+        for attempt in range(attempts):
             made = self.draw(position, attempt, stream)
             if math.isnan(made.reward):
                 return Event(position, [], _core.EVENT_FAILED, attempt + 1, 0)
@@ -125,7 +132,7 @@ class Spec:
                 if not self.hard:
                     uniform = purpose_uniform(self.seed, position, attempt, stream, PURPOSE_CHOOSE)
                     merit -= math.log(-math.log(uniform))
-            elif self.scored and not (self.last_untested and attempt + 1 == self.max_attempts):
+            elif self.scored and not (self.last_untested and attempt + 1 == attempts):
                 tau = schedule.threshold(self.prompt_reward, position + len(made.tokens))
                 uniform = _core.accept_uniform(self.seed, position, attempt, stream)
                 passed = not made.breaks and schedule.accepts(made.reward, tau, uniform)
