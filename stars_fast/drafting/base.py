@@ -39,6 +39,7 @@ class RowSampling:
     min_tokens: int = 0
     top_logprobs: int = 0
     guide_weight: float = 0.0  # of the engine's guide; 0: it is not guided
+    position_shift: int = 0  # what positions behind the prompt are ahead of their tokens' numbers
     counts: dict[int, int] | None = None
     drawn: Sequence[int] = ()  # the tokens of the response so far, kept up by their owner
     grammar: GrammarState | None = None  # where the response stands in its grammar
@@ -52,6 +53,13 @@ class RowSampling:
         """Whether logits are changed behind so many tokens of the response."""
         changes = self.logit_bias or self.counts is not None or self.grammar is not None
         return bool(changes or self.bad_words) or position < self.min_tokens
+
+
+def position_shifts(sampling: Sequence[RowSampling]) -> npt.NDArray[np.int64] | None:
+    """Return the shift of each row, int64 ``[R]``; None where no row has one."""
+    if not any(row.position_shift for row in sampling):
+        return None
+    return np.array([row.position_shift for row in sampling], np.int64)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 
 from stars_fast import _core
 from stars_fast.drafting.adjust import KnownTokens, Widths, num_tokens
-from stars_fast.drafting.base import Draft, RowSampling
+from stars_fast.drafting.base import Draft, RowSampling, position_shifts
 from stars_fast.drafting.graph import GraphMemory, StepGraph
 from stars_fast.drafting.rows import Progress, RowParameters, StepNeeds, most_stop_ids
 from stars_fast.kernels.attention import Tiles
@@ -243,6 +243,8 @@ class _Bucket:
             self.progress.adjustments.write(sampling)
         self.ids[:rows].copy_(torch.from_numpy(plan.first_token))
         self.first_position[:rows].copy_(torch.from_numpy(plan.draft.row_start))
+        if (shift := position_shifts(sampling)) is not None:
+            self.first_position[:rows] += torch.from_numpy(shift).to(self.first_position.device)
         self.ids[rows:].zero_()
         self.first_position[rows:].zero_()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from transformers import PreTrainedModel
 
 from stars_fast.models.paged import PagedModel
 from stars_fast.ops.batch import BatchLike
+
+if TYPE_CHECKING:
+    from stars_fast.models.images import ImageRows
 
 
 class GuidedModel:
@@ -72,9 +75,12 @@ class GuidedModel:
         for one in (self.lm, *self.guides):
             one.copy_pages(src, dst, count)
 
-    def prefill(self, batch: BatchLike, input_ids: Tensor) -> None:
-        """Run prompts in every model, since any request may come to share their pages."""
-        self.lm.prefill(batch, input_ids)
+    def prefill(self, batch: BatchLike, input_ids: Tensor, images: ImageRows | None = None) -> None:
+        """Run prompts in every model, since any request may come to share their pages.
+
+        Guides see no pictures: requests that have some are not guided.
+        """
+        self.lm.prefill(batch, input_ids, images)
         for one in self.guides:
             one.prefill(batch, self.read_by(one, input_ids))
 
