@@ -55,7 +55,8 @@ def open_image(value: object, name: str) -> Image:
     Parameters
     ----------
     value
-        A `PIL.Image.Image`, the path of a file, or a data URL, ``data:image/png;base64,...``.
+        A `PIL.Image.Image`, the path of a file, a data URL, ``data:image/png;base64,...``, or what
+        a file holds.
     name
         Of the value, for errors.
 
@@ -100,6 +101,8 @@ def pixel_key(picture: Image) -> bytes:
 
 def _bytes_of(value: object, name: str) -> bytes:
     """Return the bytes of a file that a path or a data URL names."""
+    if isinstance(value, bytes):
+        return _bounded(value, name)
     if isinstance(value, str) and value.startswith("data:"):
         return _data_url(value, name)
     if isinstance(value, str) and value.startswith(("http://", "https://")):

@@ -192,7 +192,7 @@ class PromptReader:
         text, control = self._special.unmarked(marked)
         self._check_bytes(text, max_tokens)
         images = None
-        if chat.images:
+        if chat.images or (sees and self._images.mark in marked):
             marked, images = self._place_images(marked, chat.images)
         # The template writes its own special tokens.
         ids = self._chat_encoder.encode([marked])[0]

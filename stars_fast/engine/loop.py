@@ -145,7 +145,7 @@ class Loop:
         images: ImageEncoder | None = None,
     ) -> None:
         self.pace = pace
-        self._images = images
+        self.images = images
         self._seen: dict[int, SeenPrompt] = {}  # of prompts with pictures, by response handle
         self._grammars = grammars
         self.model = model
@@ -216,10 +216,14 @@ class Loop:
         """
         seen = None
         if prompt.images is not None:
-            if self._images is None:
+            if self.images is None:
                 raise ValueError("the language model sees no images, and the prompt has some")
+            if params.guide_weight:
+                raise ValueError(
+                    "guide_weight must be 0 for a prompt with images: no guide sees any"
+                )
             self.wait_for_scoring()  # the reward model may be the same
-            seen = self._images.see(prompt)
+            seen = self.images.see(prompt)
         ids = np.array(prompt.token_ids, np.int64) if seen is None else seen.scheduler_ids
         if params.kind.decides != "paths":
             options = scheduler_options(params)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -54,12 +54,19 @@ PICTURES = (
 )
 
 
+@dataclass
+class Given:
+    """What is given as an image, though it may be a text."""
+
+    value: object
+
+
 def chat(*parts: object) -> list[dict[str, Any]]:
     """Return a message of texts and images."""
     content = []
     for part in parts:
         kind = "text" if isinstance(part, str) else "image"
-        content.append({"type": kind, kind: part})
+        content.append({"type": kind, kind: part.value if isinstance(part, Given) else part})
     return [{"role": "user", "content": content}]
 
 
@@ -304,8 +311,3 @@ def _model(kind: str, tokenizer: Any, changes: dict[str, Any]) -> Any:
         pad_token_id=0,
     )
     return getattr(t, f"{name}ForConditionalGeneration")(config)
-
-
-def images_of(messages: Sequence[dict[str, Any]]) -> int:
-    """Return how many images a chat has."""
-    return sum(part["type"] == "image" for part in messages[0]["content"])
