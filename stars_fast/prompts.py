@@ -187,12 +187,12 @@ class PromptReader:
             template_kwargs=self._special.marked_in(chat.template_kwargs),
             tools=self._special.marked_in(chat.tools),
         )
-        sees = isinstance(self._images, ImageReader)
-        marked = render(as_text, tokenizer, self._template_kwargs, as_parts=sees)
+        reader = self._images if isinstance(self._images, ImageReader) else None
+        marked = render(as_text, tokenizer, self._template_kwargs, as_parts=reader is not None)
         text, control = self._special.unmarked(marked)
         self._check_bytes(text, max_tokens)
         images = None
-        if chat.images or (sees and self._images.mark in marked):
+        if chat.images or (reader is not None and reader.mark in marked):
             marked, images = self._place_images(marked, chat.images)
         # The template writes its own special tokens.
         ids = self._chat_encoder.encode([marked])[0]

@@ -21,7 +21,7 @@ def load_processor(
     """
     if find_spec("PIL") is None:
         return "they need Pillow: pip install 'stars_fast[images]'"
-    name = source.name_or_path if isinstance(source, PreTrainedModel) else os.fspath(source)
+    name: Any = source.name_or_path if isinstance(source, PreTrainedModel) else os.fspath(source)
     options = {"trust_remote_code": trust_remote_code}
     loader: Any = AutoProcessor
     try:

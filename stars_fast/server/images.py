@@ -7,6 +7,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 from stars_fast.images import MAX_BYTES, open_image
@@ -72,13 +73,19 @@ async def _fetched(where: str, part: Any, hosts: Sequence[str]) -> Any:  # noqa:
         raise ValueError(f"{name} leads to {host!r}, from which this server fetches no pictures")
     try:
         data = await asyncio.wait_for(asyncio.to_thread(_read, url), _TIMEOUT)
-    except (OSError, HTTPException, ValueError, TimeoutError) as error:
-        raise ValueError(f"{name} cannot be fetched: {error or 'it takes too long'}") from None
+    except asyncio.TimeoutError:
+        raise ValueError(f"{name} cannot be fetched: it takes over {_TIMEOUT:g} s") from None
+    except (OSError, HTTPException, ValueError) as error:
+        raise ValueError(f"{name} cannot be fetched: {error}") from None
     return {"type": "image", "image": await asyncio.to_thread(open_image, data, name)}
 
 
 def _read(url: str) -> bytes:
     opener = urllib.request.build_opener(_NoRedirects)
-    with opener.open(url, timeout=_TIMEOUT) as answer:  # its scheme was looked at
-        data: bytes = answer.read(MAX_BYTES + 1)
+    try:
+        with opener.open(url, timeout=_TIMEOUT) as answer:  # its scheme was looked at
+            data: bytes = answer.read(MAX_BYTES + 1)
+    except HTTPError as error:
+        with error:  # an answer, too
+            raise ValueError(str(error)) from None
     return data

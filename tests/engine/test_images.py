@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,3 +126,17 @@ def test_what_a_user_writes_places_no_image() -> None:
         Engine(model, processor=processor, page_size=4, num_pages=200, parse_special=True).read(
             chat("w1 <image> w2")
         )
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "gemma3"])
+def test_a_directory_brings_its_processor(kind: str, tmp_path: Path) -> None:
+    model, processor = tiny_vision(kind)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    options = {"page_size": 4, "num_pages": 200}
+    outputs = [
+        Engine(source, **options).generate(CHATS[:3], GREEDY, use_tqdm=False)
+        for source in (str(tmp_path),)
+    ]
+    want = Engine(model, processor=processor, **options).generate(CHATS[:3], GREEDY, use_tqdm=False)
+    assert outputs[0] == want
