@@ -246,12 +246,9 @@ class PagedModel:
     @torch.inference_mode()
     def prefill(self, batch: BatchLike, input_ids: Tensor, images: ImageRows | None = None) -> None:
         """Run `extend` only for its keys and values; of rows with pictures by their features."""
-        if images is None:
-            self.extend_all(batch, input_ids)
-        else:
-            self._prefill_images(batch, images)
+        self.extend_all(batch, input_ids, images)
 
-    def _prefill_images(self, batch: BatchLike, images: ImageRows) -> None:
+    def _extend_images(self, batch: BatchLike, images: ImageRows) -> Tensor:
         row, offset = _packed(images.lengths)
         stored = offset < batch.new_lengths[row]
         slots = torch.from_numpy(
@@ -275,11 +272,19 @@ class PagedModel:
                 else BlockAttention(self._pools, batch, images.lengths, images.blocks, slots)
             )
             inputs = {"inputs_embeds": embeddings.unsqueeze(0), **deep}
-            self._forward(decoder, None, positions, attention, **inputs)
+            hidden = self._forward(decoder, None, positions, attention, **inputs)
+        return hidden if stored.all() else hidden[torch.from_numpy(stored).to(self.device)]
 
     @torch.inference_mode()
-    def extend_all(self, batch: BatchLike, input_ids: Tensor) -> Tensor:
-        """`extend` with the hidden states of all new tokens, ``[T, hidden]``."""
+    def extend_all(
+        self, batch: BatchLike, input_ids: Tensor, images: ImageRows | None = None
+    ) -> Tensor:
+        """`extend` with the hidden states of all new tokens, ``[T, hidden]``.
+
+        With `images`, the same tokens and the features of their pictures, `input_ids` are not read.
+        """
+        if images is not None:
+            return self._extend_images(batch, images)
         if input_ids.shape != (batch.num_tokens,):
             raise ValueError(
                 f"input_ids must have shape ({batch.num_tokens},), got {tuple(input_ids.shape)}"
