@@ -112,6 +112,7 @@ void bind_plan(py::module_& module) {
           "draft", [](Plan& plan) -> Batch& { return plan.draft; },
           py::return_value_policy::reference_internal)
       .def_property_readonly("prefill_tokens", vector_property(&Plan::prefill_tokens))
+      .def_property_readonly("prefill_request", vector_property(&Plan::prefill_request))
       .def_property_readonly("request", vector_property(&Plan::request))
       .def_property_readonly("attempt", vector_property(&Plan::attempt))
       .def_property_readonly("seed", vector_property(&Plan::seed))

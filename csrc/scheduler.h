@@ -82,7 +82,8 @@ struct RequestOptions {
 struct Plan {
   Copies copies;  // to run before anything else
   Batch prefill;
-  std::vector<std::int64_t> prefill_tokens;  // [prefill.num_tokens]
+  std::vector<std::int64_t> prefill_tokens;   // [prefill.num_tokens]
+  std::vector<std::int64_t> prefill_request;  // [prefill.num_rows]
   Batch draft;
   std::vector<std::int64_t> request;      // [rows]
   std::vector<std::int32_t> attempt;      // [rows]

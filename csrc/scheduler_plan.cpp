@@ -11,6 +11,7 @@ namespace stars_fast {
 void Plan::clear() {
   copies.clear();
   prefill_tokens.clear();
+  prefill_request.clear();
   request.clear();
   attempt.clear();
   seed.clear();
@@ -270,6 +271,7 @@ void Scheduler::list_prefill() {
     plan.prefill.add_extension(request.sequence, chunk.begin, chunk.length);
     const auto first = request.tokens.begin() + chunk.begin;
     plan.prefill_tokens.insert(plan.prefill_tokens.end(), first, first + chunk.length);
+    plan.prefill_request.push_back(request.id);
   }
 }
 

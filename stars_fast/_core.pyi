@@ -150,6 +150,10 @@ class Plan:
         """Token ids to prefill, [prefill.num_tokens]."""
 
     @property
+    def prefill_request(self) -> npt.NDArray[np.int64]:
+        """[P] request of each row of the prefill."""
+
+    @property
     def request(self) -> npt.NDArray[np.int64]:
         """[R] request of each drafted row."""
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from stars_fast.images import PromptImages, open_image
 from stars_fast.text.chats import CHAT_OPTIONS, ChatLike, chat_of, is_chat, render
 from stars_fast.text.decoders import prompt_text
+from stars_fast.text.image_prompts import ImageReader
 from stars_fast.text.surrogates import check_unicode
 from stars_fast.text.tokenization import SpecialTokens, TextEncoder, TokenBytes, token_bytes
 
@@ -34,6 +36,9 @@ class Prompt:
         others were written by a user, and are text.
     whole : bool
         Its text is all that a reward model reads: no template is put around it.
+    images : PromptImages or None
+        Its pictures. In `text` one word of the chat template stands for each, in `token_ids` as
+        many tokens as it takes; `messages` leave them out.
     """
 
     text: str
@@ -41,6 +46,7 @@ class Prompt:
     messages: list[dict[str, Any]] | None = None
     control: tuple[tuple[int, int], ...] = ()
     whole: bool = False
+    images: PromptImages | None = None
 
 
 #: One prompt: text, token ids, chat messages ({"role": ..., "content": ...}), or an object with
@@ -88,6 +94,8 @@ class PromptReader:
         Variables of the chat template, where a chat does not say otherwise.
     parse_special
         Special tokens that are written in prompts and messages are special. Off, they are text.
+    images
+        Reads the pictures of messages; None: there must be none. A text says why.
     """
 
     def __init__(
@@ -98,8 +106,10 @@ class PromptReader:
         template_kwargs: Mapping[str, Any] | None = None,
         *,
         parse_special: bool = False,
+        images: ImageReader | str | None = None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._images = images
         self._vocab_size = vocab_size
         self._max_length = max_length
         self._template_kwargs = template_kwargs or {}
@@ -166,7 +176,7 @@ class PromptReader:
         return Prompt(text, ids, None, self._special.unmarked(marked)[1])
 
     def _parse_chat(self, prompt: ChatLike, max_tokens: int) -> Prompt:
-        chat = chat_of(prompt)
+        chat = chat_of(prompt, images=self._images is not None)
         tokenizer = self._need_tokenizer("a chat prompt")
         check_unicode(chat.messages, "messages")
         check_unicode(chat.template_kwargs, "chat_template_kwargs")
@@ -177,12 +187,24 @@ class PromptReader:
             template_kwargs=self._special.marked_in(chat.template_kwargs),
             tools=self._special.marked_in(chat.tools),
         )
-        marked = render(as_text, tokenizer, self._template_kwargs)
+        reader = self._images if isinstance(self._images, ImageReader) else None
+        marked = render(as_text, tokenizer, self._template_kwargs, as_parts=reader is not None)
         text, control = self._special.unmarked(marked)
         self._check_bytes(text, max_tokens)
+        images = None
+        if chat.images or (reader is not None and reader.mark in marked):
+            marked, images = self._place_images(marked, chat.images)
         # The template writes its own special tokens.
         ids = self._chat_encoder.encode([marked])[0]
-        return Prompt(text, ids, chat.plain_messages, control)
+        return Prompt(text, ids, chat.text_messages, control, images=images)
+
+    def _place_images(self, marked: str, given: Sequence[object]) -> tuple[str, PromptImages]:
+        """Return a chat's text with the tokens of its pictures, and these."""
+        if not isinstance(self._images, ImageReader):
+            raise ValueError(f"messages have images: {self._images}")
+        pictures = tuple(open_image(one, f"image {i}") for i, one in enumerate(given))
+        marked, groups = self._images.place(marked, pictures)
+        return marked, PromptImages(pictures, groups)
 
     def _decode(self, ids: list[int]) -> str:
         if self._tokenizer is None:
@@ -223,8 +245,9 @@ class PromptReader:
             )
 
     def _check_range(self, ids: list[int]) -> None:
+        place = self._images.place_id if isinstance(self._images, ImageReader) else None
         for position, token in enumerate(ids):
-            if not 0 <= token < self._vocab_size:
+            if not 0 <= token < self._vocab_size and token != place:
                 raise ValueError(
                     f"prompt token id {token} at position {position} is out of range: "
                     f"must be in [0, {self._vocab_size})"
@@ -311,7 +334,7 @@ def prompt_of(record: Mapping[str, object]) -> PromptValue:
     if given != ["messages"]:
         raise ValueError(f"{next(iter(options))} needs messages, got {given[0]}")
     chat = {"messages": prompt, **options}
-    chat_of(chat)
+    chat_of(chat, images=True)
     return chat
 
 
@@ -330,7 +353,7 @@ def _text(value: object) -> PromptValue:
 def _messages(value: object) -> PromptValue:
     if not isinstance(value, list) or not value:
         raise ValueError(f"messages must be a list that is not empty, got {short(value)}")
-    chat_of(value)
+    chat_of(value, images=True)
     return value
 
 

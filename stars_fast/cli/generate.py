@@ -82,6 +82,13 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     data.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="a prompt; can be repeated"
     )
+    data.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a picture before each --prompt, which becomes a chat message; can be repeated",
+    )
     data.add_argument("--chat", action="store_true", help="turn text prompts into chat messages")
     data.add_argument(
         "--output", metavar="FILE", help="JSON lines; - for standard output (the default)"
@@ -166,7 +173,7 @@ def _run(
     target = None
     if target_file is not None and args.resume and base.needs_calibration:
         target = read_target(target_file) if args.calibration_targets == "pooled" else None
-    with opened_input(source, args.prompt) as read_line, _opened(output) as stream:
+    with opened_input(source, args.prompt, args.image) as read_line, _opened(output) as stream:
         engine = load_engine(args)
         if engine.rank != 0:
             engine.follow()
@@ -208,6 +215,8 @@ def _kept(job: Runner, output: Path | None) -> str:
 def _check_flags(args: argparse.Namespace, base: StarsParams) -> None:
     if args.prompt and args.input:
         raise UsageError("--prompt and --input cannot be given together")
+    if args.image and not args.prompt:
+        raise UsageError("--image needs --prompt; in a file, pictures are parts of messages")
     if args.resume and args.output in (None, "-"):
         raise UsageError("--resume needs --output FILE, the file to continue")
     check_models(args, base)
@@ -269,7 +278,7 @@ def _check_input(
     if not args.prompt and (source is None or not is_regular_file(source)):
         return None
     total = 0
-    with opened_input(source, args.prompt) as read_line:
+    with opened_input(source, args.prompt, args.image) as read_line:
         requests = Requests(read_line, base, args.seed, chat=args.chat)
         while (item := requests.take(wait=True)) is not None:
             total += 1
@@ -290,7 +299,7 @@ def _check_prompts(
     UsageError
         A prompt that is too long, or that the model cannot read.
     """
-    with opened_input(source, args.prompt) as read_line:
+    with opened_input(source, args.prompt, args.image) as read_line:
         requests = Requests(read_line, base, args.seed, chat=args.chat)
         while (item := requests.take(wait=True)) is not None:
             if isinstance(item, LineError) or done.has(item):

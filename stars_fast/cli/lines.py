@@ -32,10 +32,15 @@ def is_regular_file(path: Path) -> bool:
 
 
 @contextmanager
-def opened_input(path: Path | None, prompts: Sequence[str]) -> Iterator[ReadLine]:
-    """The lines of a file, of a pipe, of standard input (`path` None), or of `prompts` if any."""
+def opened_input(
+    path: Path | None, prompts: Sequence[str], images: Sequence[str] = ()
+) -> Iterator[ReadLine]:
+    """The lines of a file, of a pipe, of standard input (`path` None), or of `prompts` if any.
+
+    Each of these has the `images`, files, before its text.
+    """
     if prompts:
-        text = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+        text = "".join(json.dumps(_record(prompt, images)) + "\n" for prompt in prompts)
         lines = io.BytesIO(text.encode())
         yield lambda wait: lines.readline()
     elif path is None:
@@ -50,6 +55,14 @@ def opened_input(path: Path | None, prompts: Sequence[str]) -> Iterator[ReadLine
         with file:
             regular = is_regular_file(path)
             yield (lambda wait: file.readline()) if regular else PipeLines(file.fileno())
+
+
+def _record(prompt: str, images: Sequence[str]) -> dict[str, object]:
+    if not images:
+        return {"prompt": prompt}
+    parts: list[dict[str, str]] = [{"type": "image", "image": image} for image in images]
+    parts.append({"type": "text", "text": prompt})
+    return {"messages": [{"role": "user", "content": parts}]}
 
 
 class PipeLines:

@@ -84,6 +84,14 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="how the model writes calls of tools, which chats then answer as tool_calls "
         "(default: they stay text)",
     )
+    server.add_argument(
+        "--allow-image-host",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="fetch pictures that chats link to from this host, HOST or HOST:PORT; can be repeated "
+        "(default: pictures come as data URLs only)",
+    )
     server.add_argument("--log-prompts", action="store_true", help="also log prompts and responses")
     server.add_argument("--seed", type=int, default=0, metavar="INT", help="(default: 0)")
     limits = parser.add_argument_group("limits")
@@ -223,6 +231,7 @@ def _settings(args: argparse.Namespace, base: StarsParams) -> ServerSettings:
         model_path=args.model,
         allowed_origins=tuple(args.allow_origin),
         tool_call_parser=args.tool_call_parser,
+        image_hosts=tuple(args.allow_image_host),
     )
 
 

@@ -75,6 +75,7 @@ class ServeArgs(EngineArgs):
     log_prompts: bool = False
     allowed_origins: tuple[str, ...] = ()
     tool_call_parser: str | None = None
+    image_hosts: tuple[str, ...] = ()
     max_running: int | None = Field(None, ge=1)
     max_waiting: int = Field(256, ge=0)
     max_prompt_tokens: int | None = Field(None, ge=1)
@@ -128,6 +129,7 @@ class ServeArgs(EngineArgs):
             model_path=self.model,
             allowed_origins=self.allowed_origins,
             tool_call_parser=self.tool_call_parser,
+            image_hosts=self.image_hosts,
         )
 
     def engine_options(self) -> dict[str, Any]:

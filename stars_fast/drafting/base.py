@@ -42,6 +42,7 @@ class RowSampling:
     draft_attempts: int = 0  # attempts below this are drawn by the draft model
     compares: bool = False  # of these, `Draft.log_ratios` are wanted
     verifies: bool = False  # their tokens are accepted one by one
+    position_shift: int = 0  # what positions behind the prompt are ahead of their tokens' numbers
     counts: dict[int, int] | None = None
     drawn: Sequence[int] = ()  # the tokens of the response so far, kept up by their owner
     grammar: GrammarState | None = None  # where the response stands in its grammar
@@ -55,6 +56,13 @@ class RowSampling:
         """Whether logits are changed behind so many tokens of the response."""
         changes = self.logit_bias or self.counts is not None or self.grammar is not None
         return bool(changes or self.bad_words) or position < self.min_tokens
+
+
+def position_shifts(sampling: Sequence[RowSampling]) -> npt.NDArray[np.int64] | None:
+    """Return the shift of each row, int64 ``[R]``; None where no row has one."""
+    if not any(row.position_shift for row in sampling):
+        return None
+    return np.array([row.position_shift for row in sampling], np.int64)
 
 
 @dataclass(frozen=True)

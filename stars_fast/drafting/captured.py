@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from stars_fast.drafting.adjust import KnownTokens, Widths, num_tokens
-from stars_fast.drafting.base import Draft, RowSampling
+from stars_fast.drafting.base import Draft, RowSampling, position_shifts
 from stars_fast.drafting.graph import GraphMemory, StepGraph
 from stars_fast.drafting.plan_rows import RowPlan
 from stars_fast.drafting.rows import Progress, RowParameters, StepNeeds, most_stop_ids
@@ -261,6 +261,8 @@ class _Bucket:
             self.progress.adjustments.write(sampling)
         self.ids[:rows].copy_(torch.from_numpy(plan.first_token))
         self.first_position[:rows].copy_(torch.from_numpy(plan.draft.row_start))
+        if (shift := position_shifts(sampling)) is not None:
+            self.first_position[:rows] += torch.from_numpy(shift).to(self.first_position.device)
         self.ids[rows:].zero_()
         self.first_position[rows:].zero_()
 

@@ -7,11 +7,13 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from stars_fast.drafting.adjust import KnownTokens, Widths, num_tokens
-from stars_fast.drafting.base import Draft, RowSampling
+from stars_fast.drafting.base import Draft, RowSampling, position_shifts
 from stars_fast.drafting.pace import Pace
 from stars_fast.drafting.plan_rows import RowPlan
 from stars_fast.drafting.rows import Progress, RowParameters, StepNeeds, most_stop_ids
@@ -41,7 +43,7 @@ class StepModel(Protocol):
         """Run operators in the form that the model's do."""
         ...
 
-    def begin_decode(self, batch: BatchLike) -> Any:  # noqa: ANN401 - its own
+    def begin_decode(self, batch: BatchLike, shift: npt.NDArray[np.int64] | None = None) -> Any:  # noqa: ANN401 - its own
         """Start a round; see `PagedModel.begin_decode`."""
         ...
 
@@ -105,7 +107,7 @@ class EagerDrafter:
             progress.adjustments.write(sampling)
         ids = torch.from_numpy(plan.first_token).to(device)
         step = torch.zeros(rows, dtype=torch.int64, device=device)
-        state = self._model.begin_decode(batch)
+        state = self._model.begin_decode(batch, position_shifts(sampling))
         grammars = progress.grammar_rows(sampling)
         threads = self._model.step_threads if rows > 1 else None  # one row's sums are divided
         if threads is not None:

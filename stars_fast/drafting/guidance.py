@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -73,9 +75,12 @@ class _GuidedSteps:
         """Run operators as the language model's do."""
         return self._model.lm.on_backend()
 
-    def begin_decode(self, batch: BatchLike) -> list[DecodeState]:
-        """Start the round in every model."""
-        return [one.begin_decode(batch) for one in (self._model.lm, *self._model.beside)]
+    def begin_decode(
+        self, batch: BatchLike, shift: npt.NDArray[np.int64] | None = None
+    ) -> list[DecodeState]:
+        """Start the round in every model; positions are shifted in the language model alone."""
+        guides = [one.begin_decode(batch) for one in self._model.beside]
+        return [self._model.lm.begin_decode(batch, shift), *guides]
 
     def decode_step(self, state: Any, j: int, input_ids: Tensor) -> Tensor:  # noqa: ANN401
         """Run each row's j-th new token in every model; return the guided logits."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from stars_fast import _core
 from stars_fast.config import (
@@ -43,11 +43,13 @@ from stars_fast.engine.one_thread import one_thread
 from stars_fast.engine.prompt_scores import TokenScore, prompt_scores
 from stars_fast.models.drafted import DraftedModel
 from stars_fast.models.guidance import GuidedModel
+from stars_fast.models.images import ImageEncoder, image_token_id, sees_images
 from stars_fast.models.load import check_device, check_dtype, load_causal_lm
 from stars_fast.models.logits import LogitHead
 from stars_fast.models.machine import bound_kernel_caches
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.pool import default_num_pages
+from stars_fast.models.processor import load_processor
 from stars_fast.models.selfcheck import check_numbers
 from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptReader
@@ -56,6 +58,7 @@ from stars_fast.rewards.base import Scorer
 from stars_fast.rewards.load_several import RewardModelsLike, load_rewards, named_rewards
 from stars_fast.rewards.on_ranks import load_on_ranks
 from stars_fast.rewards.persona import Persona
+from stars_fast.text.image_prompts import ImageReader
 
 _log = logging.getLogger(__name__)
 
@@ -92,6 +95,9 @@ class Engine(BatchEngine):
         of a guide; not with one.
     tokenizer
         The language model's; None loads it from `model` if that is a directory or id.
+    processor
+        What a model that sees images reads them with; None loads it as the tokenizer
+        (docs/images.md).
     device, dtype
         Device and precision of the models. None is the GPU if there is one, else the CPU;
         ``"auto"`` is the precision in which the weights are stored.
@@ -192,6 +198,7 @@ class Engine(BatchEngine):
         draft_model: LanguageModelLike | None = None,
         draft_reference: LanguageModelLike | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        processor: ProcessorMixin | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
         quantize: Quantize = "none",
@@ -282,6 +289,12 @@ class Engine(BatchEngine):
             quantize=quantize,
         )
         tokenizer = tokenizer if tokenizer is not None else found_tokenizer
+        encoder = ImageEncoder(loaded) if sees_images(loaded) else None
+        reader = _image_reader(model, loaded, processor, trust_remote_code=trust_remote_code)
+        if isinstance(reader, ImageReader):
+            tokenizer = reader.tokenizer if tokenizer is None else tokenizer
+            if not tokenizer.chat_template:
+                tokenizer.chat_template = reader.chat_template
         named = {
             name: getattr(config, name)
             for name in ("guide", "guide_reference", "draft_model", "draft_reference")
@@ -325,6 +338,7 @@ class Engine(BatchEngine):
             ranks=ranks,
             grammars=self._grammars,
             pace=pace,
+            images=encoder,
         )
         self._lm = lm
         self._max_length = lm.max_length if together is None else together.max_length
@@ -337,6 +351,7 @@ class Engine(BatchEngine):
                 self._max_length,
                 chat_template_kwargs,
                 parse_special=parse_special,
+                images=reader,
             ),
             loop,
             Limits(
@@ -409,6 +424,26 @@ def _connected(config: EngineConfig) -> Ranks:
             if value:
                 raise ValueError(f"{name} must be off with tensor_parallel=True, got {value}")
     return ranks
+
+
+def _image_reader(
+    source: str | os.PathLike[str] | PreTrainedModel,
+    model: PreTrainedModel,
+    processor: ProcessorMixin | None,
+    *,
+    trust_remote_code: bool,
+) -> ImageReader | str | None:
+    """Return what reads the pictures of prompts, or why nothing does; None: the model sees none."""
+    if not sees_images(model):
+        if processor is not None:
+            raise ValueError(
+                f"processor must be None with a {model.config.model_type}, which sees no images"
+            )
+        return None
+    found = processor or load_processor(source, trust_remote_code=trust_remote_code)
+    if isinstance(found, str):
+        return found
+    return ImageReader(found, model.config.model_type, image_token_id(model))
 
 
 def _on_pages(

@@ -28,6 +28,7 @@ from stars_fast.engine.requests import Response
 from stars_fast.engine.round import Round, cut_candidates, score_round
 from stars_fast.engine.sampling import continued, counts_of, row_sampling
 from stars_fast.methods.decisions import scheduler_options
+from stars_fast.models.images import ImageEncoder, ImageRows, SeenPrompt
 from stars_fast.outputs import (
     Attempt,
     CompletionOutput,
@@ -82,8 +83,10 @@ class LanguageModel(Protocol):
         """Copy the first `count` tokens of pages, all layers."""
         ...
 
-    def prefill(self, batch: _core.Batch, token_ids: torch.Tensor) -> None:
-        """Run tokens of prompts."""
+    def prefill(
+        self, batch: _core.Batch, token_ids: torch.Tensor, images: ImageRows | None = None
+    ) -> None:
+        """Run tokens of prompts; `images`: the same with the features of their pictures."""
         ...
 
 
@@ -113,6 +116,8 @@ class Loop:
         Compiles the grammars of requests; None: none has one.
     pace
         Told what rounds cost; the drafter's, if that ends rounds of which some rows go on.
+    images
+        Encodes the pictures of prompts; None: none has any.
 
     Attributes
     ----------
@@ -139,8 +144,11 @@ class Loop:
         ranks: Ranks = ALONE,
         grammars: Grammars | None = None,
         pace: Pace | None = None,
+        images: ImageEncoder | None = None,
     ) -> None:
         self.pace = pace
+        self.images = images
+        self._seen: dict[int, SeenPrompt] = {}  # of prompts with pictures, by response handle
         self._grammars = grammars
         self.model = model
         self.drafter = drafter
@@ -211,14 +219,29 @@ class Loop:
         ValueError
             If it does not fit the page pool or the reward model; nothing is queued then.
         """
-        ids = np.array(prompt.token_ids, np.int64)
+        seen = None
+        if prompt.images is not None:
+            if self.images is None:
+                raise ValueError("the language model sees no images, and the prompt has some")
+            if params.guide_weight:
+                raise ValueError(
+                    "guide_weight must be 0 for a prompt with images: no guide sees any"
+                )
+            if params.kind.draft is not None:
+                raise ValueError(
+                    f"method={params.method!r} is not for a prompt with images: no draft model "
+                    "sees any"
+                )
+            self.wait_for_scoring()  # the reward model may be the same
+            seen = self.images.see(prompt)
+        ids = np.array(prompt.token_ids, np.int64) if seen is None else seen.scheduler_ids
         if params.kind.decides != "paths":
             options = scheduler_options(params)
 
             def queue(handles: list[int]) -> None:
                 self._scheduler.add(handles[0], ids, seed=seed, **options)
 
-            return self._start(prompt, params, 1, stop_token_ids, prefixes, queue)
+            return self._start(prompt, params, 1, stop_token_ids, prefixes, queue, seen)
 
         count = params.num_candidates
 
@@ -236,7 +259,7 @@ class Loop:
                 rejection_rate=params.rejection_rate,
             )
 
-        return self._start(prompt, params, count, stop_token_ids, prefixes, queue_paths)
+        return self._start(prompt, params, count, stop_token_ids, prefixes, queue_paths, seen)
 
     def _start(
         self,
@@ -246,6 +269,7 @@ class Loop:
         stop_token_ids: tuple[int, ...],
         prefixes: PrefixCalibration | None,
         queue: Callable[[list[int]], None],
+        seen: SeenPrompt | None,
     ) -> list[Response]:
         """Tell the scorer and, through `queue`, the scheduler; all or nothing."""
         self.wait_for_scoring()
@@ -264,6 +288,9 @@ class Loop:
             raise
         words = word_tokens(self._tokenizer, params.bad_words or ())
         sampling = row_sampling(params, stop_token_ids, words)
+        if seen is not None:
+            sampling = replace(sampling, position_shift=seen.shift)
+            self._seen |= dict.fromkeys(handles, seen)
         responses = [
             Response(
                 handle,
@@ -352,8 +379,7 @@ class Loop:
         beside = time.perf_counter() - self._begun
         with self._clock.phase("prefill"):
             if plan.prefill.num_rows:
-                ids = torch.from_numpy(plan.prefill_tokens).to(self.model.device)
-                self.model.prefill(plan.prefill, ids)
+                self._prefill(plan)
                 self.lm_calls += 1
         begun = time.perf_counter()
         responses = [self._responses[handle] for handle in _handles(plan)]
@@ -370,6 +396,15 @@ class Loop:
         done = cut_candidates(plan, drafted, responses, self._branches)
         done.seconds["draft"], done.beside = seconds, beside
         return done
+
+    def _prefill(self, plan: _core.Plan) -> None:
+        ids, images = plan.prefill_tokens, None
+        if self._seen:
+            seen = [self._seen.get(handle) for handle in plan.prefill_request.tolist()]
+            if any(seen):
+                images = ImageRows.of(plan.prefill, ids, seen)
+                ids = images.token_ids
+        self.model.prefill(plan.prefill, torch.from_numpy(ids).to(self.model.device), images)
 
     def _score(self, done: Round) -> Round:
         """Score a round, on the worker's thread where scoring overlaps."""
@@ -549,6 +584,7 @@ class Loop:
         response.output.finish_reason = reason
         response.kept = None
         self._responses.pop(response.handle, None)
+        self._seen.pop(response.handle, None)
         if response.scored:
             self._needed_scorer.finish(response.handle)
 

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 
+from stars_fast.text.chats import IMAGE_TYPES
+
 #: Characters of a prompt that takes so long that others are not to wait for it.
 LONG_TEXT = 1 << 15
 
@@ -63,7 +65,7 @@ class _Worker:
 
 
 def is_long(prompt: object) -> bool:
-    """Whether a prompt of any form has more than `LONG_TEXT` characters or token ids."""
+    """Whether a prompt has more than `LONG_TEXT` characters or token ids, or has pictures."""
     size, left = 0, [prompt]
     while left and size <= LONG_TEXT:
         value = left.pop()
@@ -74,6 +76,8 @@ def is_long(prompt: object) -> bool:
             continue
         size += 1
         if isinstance(value, Mapping):
+            if value.get("type") in IMAGE_TYPES:
+                return True  # a small file may be a large picture
             left += value.values()
         elif isinstance(value, Sequence):
             left += value

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -146,6 +146,20 @@ def attention_implementation(configs: list[Any], name: str) -> Iterator[None]:
         finally:
             for config, value in zip(configs, before, strict=True):
                 config._attn_implementation_internal = value
+
+
+@contextlib.contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Have another function in the place of a module's `forward`."""
+    # Past nn.Module.__setattr__, which is meant for parameters; a library may also have set one.
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
 
 
 def _lock_of(config: Any) -> threading.RLock:  # noqa: ANN401

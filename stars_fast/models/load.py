@@ -12,6 +12,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -23,6 +24,7 @@ from stars_fast.config import Quantize
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.checks import has_lm_head
 from stars_fast.models.files import check_model_directory
+from stars_fast.models.images import SEEING
 from stars_fast.models.lora import LoraAdapter
 from stars_fast.models.progress import bars_on_terminals_only
 from stars_fast.models.quantize import check_quantize, quantize_model
@@ -124,7 +126,8 @@ def load_causal_lm(
     tokenizer = _saved_tokenizer(name, trust_remote_code, gguf_file)
     try:
         with bars_on_terminals_only():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            kind = AutoModelForCausalLM if _is_causal(config) else AutoModelForImageTextToText
+            loaded: Any = kind.from_pretrained(
                 name,
                 config=config,
                 dtype=dtype,
@@ -211,10 +214,15 @@ def _load_config(name: str, trust_remote_code: bool, gguf_file: str | None) -> P
             f"model {name!r} is a {names[0]}: it scores texts and has no language-model head; pass "
             "it as the reward model"
         )
-    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not own_code:
+    if not _is_causal(config) and config.model_type not in SEEING:
         raise UnsupportedModelError(f"{kind} has no causal language model in transformers")
     return config
+
+
+def _is_causal(config: PreTrainedConfig) -> bool:
+    """Whether transformers has a causal language model of a model type, or its own code has."""
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or own_code
 
 
 def _saved_tokenizer(

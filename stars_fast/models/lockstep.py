@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,6 +12,9 @@ from transformers import PreTrainedModel
 
 from stars_fast.models.paged import PagedModel
 from stars_fast.ops.batch import BatchLike
+
+if TYPE_CHECKING:
+    from stars_fast.models.images import ImageRows
 
 
 class Lockstep:
@@ -64,9 +69,12 @@ class Lockstep:
         for one in (self.lm, *self.beside):
             one.copy_pages(src, dst, count)
 
-    def prefill(self, batch: BatchLike, input_ids: Tensor) -> None:
-        """Run prompts in every model, since any request may come to share their pages."""
-        self.lm.prefill(batch, input_ids)
+    def prefill(self, batch: BatchLike, input_ids: Tensor, images: ImageRows | None = None) -> None:
+        """Run prompts in every model, since any request may come to share their pages.
+
+        Those beside see no pictures: requests that have some do not run them.
+        """
+        self.lm.prefill(batch, input_ids, images)
         for one in self.beside:
             one.prefill(batch, self.read_by(one, input_ids))
 

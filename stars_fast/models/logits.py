@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -12,7 +9,7 @@ from transformers.utils.generic import ModelOutput
 
 from stars_fast.errors import UnsupportedModelError
 from stars_fast.models.checks import has_lm_head
-from stars_fast.models.interface import attention_configs, exclusive
+from stars_fast.models.interface import attention_configs, exclusive, replaced_forward
 from stars_fast.models.parameters import embedding_rows
 
 __all__ = ["LogitHead"]
@@ -76,26 +73,8 @@ class LogitHead:
         """Return logits ``[N, vocab]`` of the backbone's hidden states ``[N, hidden]``."""
         ids = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
         given = self._kind(last_hidden_state=hidden.unsqueeze(0))
-        with exclusive(self._configs), _returning(self._backbone, given):
+        with exclusive(self._configs), replaced_forward(self._backbone, lambda *_, **__: given):
             output = self._model(input_ids=ids, use_cache=False, return_dict=True)
         logits = output.logits
         assert isinstance(logits, Tensor)
         return logits.squeeze(0)
-
-
-@contextlib.contextmanager
-def _returning(module: nn.Module, output: ModelOutput) -> Iterator[None]:
-    """Have a module return this, whatever it is called with."""
-
-    def forward(*_: object, **__: object) -> ModelOutput:
-        return output
-
-    # Past nn.Module.__setattr__, which is meant for parameters; a library may also have set one.
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-        if before is not None:
-            module.__dict__["forward"] = before

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from stars_fast.config import Attention, Backend, KvDtype
 from stars_fast.distributed import ALONE, Ranks
+from stars_fast.models.block_attention import BlockAttention
 from stars_fast.models.checks import check_architecture, max_length
 from stars_fast.models.decode import DecodeAttention, Workspace
 from stars_fast.models.fusion import FusedLayers
@@ -41,9 +42,13 @@ from stars_fast.ops.cpu import runs_on
 from stars_fast.ops.fused import Rotary, rotate
 from stars_fast.ops.pages import copy_pages, kv_append
 
-if TYPE_CHECKING:  # Triton is for Linux only
+if TYPE_CHECKING:
+    # Triton is for Linux only.
     from stars_fast.kernels.attention import Tiles
+    from stars_fast.models.images import ImageRows
     from stars_fast.models.kernel_attention import DecodeCapacity, KernelDecode
+
+IntArray = NDArray[np.integer[Any]]
 
 _SCALE_TOKENS = 64  # of the text on which float8 scales are measured
 
@@ -251,22 +256,54 @@ class PagedModel:
         return hidden.index_select(0, torch.from_numpy(last).to(self.device))
 
     @torch.inference_mode()
-    def prefill(self, batch: BatchLike, input_ids: Tensor) -> None:
-        """Run `extend` only for its keys and values."""
-        self.extend_all(batch, input_ids)
+    def prefill(self, batch: BatchLike, input_ids: Tensor, images: ImageRows | None = None) -> None:
+        """Run `extend` only for its keys and values; of rows with pictures by their features."""
+        self.extend_all(batch, input_ids, images)
+
+    def _extend_images(self, batch: BatchLike, images: ImageRows) -> Tensor:
+        row, offset = _packed(images.lengths)
+        stored = offset < batch.new_lengths[row]
+        slots = torch.from_numpy(
+            np.where(stored, batch.slots[row, np.minimum(offset, batch.max_new - 1)], 0)
+        ).to(self.device)
+        places = torch.from_numpy(images.places).to(self.device)
+        ids = torch.from_numpy(images.token_ids).to(self.device).masked_fill(places, 0)
+        positions = torch.from_numpy(images.positions).to(self.device).unsqueeze(-2)
+        decoder: nn.Module = self.model.get_decoder()  # type: ignore[no-untyped-call]
+        with self.on_backend():
+            embeddings = self.model.get_input_embeddings()(ids)
+            deep: dict[str, Any] = {}
+            if images.features is not None:
+                embeddings[places] = images.features.rows.to(embeddings.dtype)
+                if images.features.deep:
+                    deep["visual_pos_masks"] = places.unsqueeze(0)
+                    deep["deepstack_visual_embeds"] = list(images.features.deep)
+            attention = (
+                self._extend_attention(batch, slots)
+                if images.blocks is None
+                else BlockAttention(self._pools, batch, images.lengths, images.blocks, slots)
+            )
+            inputs = {"inputs_embeds": embeddings.unsqueeze(0), **deep}
+            hidden = self._forward(decoder, None, positions, attention, **inputs)
+        return hidden if stored.all() else hidden[torch.from_numpy(stored).to(self.device)]
 
     @torch.inference_mode()
-    def extend_all(self, batch: BatchLike, input_ids: Tensor) -> Tensor:
-        """`extend` with the hidden states of all new tokens, ``[T, hidden]``."""
-        new, start = batch.new_lengths, batch.row_start
+    def extend_all(
+        self, batch: BatchLike, input_ids: Tensor, images: ImageRows | None = None
+    ) -> Tensor:
+        """`extend` with the hidden states of all new tokens, ``[T, hidden]``.
+
+        With `images`, the same tokens and the features of their pictures, `input_ids` are not read.
+        """
+        if images is not None:
+            return self._extend_images(batch, images)
         if input_ids.shape != (batch.num_tokens,):
             raise ValueError(
                 f"input_ids must have shape ({batch.num_tokens},), got {tuple(input_ids.shape)}"
             )
-        offset = _ragged_arange(new)
-        row = np.repeat(np.arange(batch.num_rows), new)
+        row, offset = _packed(batch.new_lengths)
         slots = torch.from_numpy(batch.slots[row, offset]).to(self.device)
-        positions = torch.from_numpy(start[row].astype(np.int64) + offset).to(self.device)
+        positions = torch.from_numpy(batch.row_start[row].astype(np.int64) + offset).to(self.device)
         with self.on_backend():
             attention = self._extend_attention(batch, slots)
             return self._forward(
@@ -290,12 +327,16 @@ class PagedModel:
             return not self.on_kernels and NativeDecode.fits(self._pools)
 
     @torch.inference_mode()
-    def begin_decode(self, batch: BatchLike) -> DecodeState:
+    def begin_decode(self, batch: BatchLike, shift: NDArray[np.int64] | None = None) -> DecodeState:
         """Start a round of decode steps; prefixes are read now, and the batch is not read again.
 
-        A round begun from this model ends when another begins.
+        A round begun from this model ends when another begins. `shift`: int64 ``[R]``, what
+        positions are ahead of their tokens' numbers; None: nothing.
         """
-        start = torch.from_numpy(batch.row_start.astype(np.int64)).to(self.device).unsqueeze(0)
+        begins = batch.row_start.astype(np.int64)
+        if shift is not None:
+            begins += shift
+        start = torch.from_numpy(begins).to(self.device).unsqueeze(0)
         last = torch.from_numpy(batch.new_lengths.astype(np.int64) - 1).to(self.device).unsqueeze(0)
         ones = torch.ones_like(start)
         if self.on_kernels:
@@ -391,13 +432,17 @@ class PagedModel:
     def _forward(
         self,
         module: nn.Module,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         positions: Tensor,
         attention: LayerAttention,
         ones: Tensor | None = None,
+        **inputs: Any,
     ) -> Tensor:
         """First output of a forward on packed tokens ``[T]``, without its batch dimension."""
-        ids = input_ids.unsqueeze(0)
+        if input_ids is not None:
+            inputs["input_ids"] = input_ids.unsqueeze(0)
+        if ones is None:
+            ones = torch.ones((1, positions.shape[-1]), dtype=torch.int64, device=self.device)
         linears = contextlib.nullcontext() if self._linears is None else self._linears.active()
         fused = contextlib.nullcontext() if self._fused is None else self._fused.active()
         lora = contextlib.nullcontext() if self._lora is None else self._lora.active()
@@ -405,9 +450,9 @@ class PagedModel:
         paged = attention_implementation(self._configs, STARS_PAGED)
         with paged, fused, linears, lora, together:
             output = self._compiled.get(module, module)(
-                input_ids=ids,
+                **inputs,
                 # Padding is not expressed through the mask; some models ask for one all the same.
-                attention_mask=torch.ones_like(ids) if ones is None else ones,
+                attention_mask=ones,
                 position_ids=positions,
                 use_cache=False,
                 stars_attention=attention,
@@ -452,7 +497,12 @@ class _ExtendAttention:
         )
 
 
-def _ragged_arange(lengths: NDArray[np.int32]) -> NDArray[np.int64]:
+def _packed(lengths: IntArray) -> tuple[IntArray, IntArray]:
+    """Return the row of each token of rows of these lengths, and its number in the row."""
+    return np.repeat(np.arange(len(lengths)), lengths), _ragged_arange(lengths)
+
+
+def _ragged_arange(lengths: IntArray) -> IntArray:
     """``[0 .. lengths[0]-1, 0 .. lengths[1]-1, ...]``, int64."""
     ends = np.cumsum(lengths, dtype=np.int64)
     return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import numbers
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
 from itertools import islice
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from stars_fast.errors import RewardError
 from stars_fast.rewards.base import KnownRewards, Prompt, ScoreJob, Scorer, finite_reward
 from stars_fast.rewards.deadline import HungError, TimedCalls
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 __all__ = ["CallableScorer", "RewardFunction", "ScoresEach"]
 
-RewardFunction = Callable[[list[str], list[str]], Any]
+RewardFunction = Callable[..., Any]
 
 
 @runtime_checkable
@@ -35,8 +39,8 @@ class ScoresEach(Protocol):
         ...
 
 
-#: Prompt, response and committed text of a job.
-_Texts: TypeAlias = tuple[str, str, str]
+#: Prompt, response and committed text of a job, and the pictures of its prompt.
+_Texts: TypeAlias = "tuple[str, str, str, list[Image]]"
 
 
 class CallableScorer(Scorer):
@@ -45,8 +49,9 @@ class CallableScorer(Scorer):
     The function is called once per round with the jobs of every request, and must return one
     finite number per pair: a list, a tuple, a generator, a numpy array or a tensor, the last two of
     shape (n,) or (n, 1). It may be async. It gets the prompt as the language model reads it
-    (`Prompt.text`) and the response without special tokens, empty for r(x). Each job is one pair of
-    one call; equal pairs of live requests are asked for once.
+    (`Prompt.text`) and the response without special tokens, empty for r(x). One that has
+    a parameter `images` gets the pictures of each prompt there, a list of RGB images of PIL for
+    each pair. Each job is one pair of one call; equal pairs of live requests are asked for once.
 
     A call that raises, or that returns the wrong count, says nothing about which pair is to blame;
     the pairs are then tried again one by one, so that only the bad ones fail. A value that is not a
@@ -58,8 +63,8 @@ class CallableScorer(Scorer):
     Parameters
     ----------
     function : callable or ScoresEach
-        `f(prompts: list[str], responses: list[str]) -> list[float]`, or an object that is asked by
-        its `score_each`.
+        `f(prompts: list[str], responses: list[str]) -> list[float]`, the same with a parameter
+        `images: list[list[PIL.Image.Image]]`, or an object that is asked by its `score_each`.
     timeout : float, optional
         Seconds that a call may take; None: as many as it takes.
     """
@@ -72,6 +77,8 @@ class CallableScorer(Scorer):
         self._branches: dict[int, dict[int, str]] = {}
         self._timed = TimedCalls(timeout)
         self._name = getattr(function, "__qualname__", type(function).__name__)
+        self._sees_images = not isinstance(function, ScoresEach) and _takes_images(function)
+        self._images: dict[int, list[Image]] = {}
         self._prompts: dict[int, str] = {}
         self._known = KnownRewards()
         self._jobs = 0
@@ -80,7 +87,11 @@ class CallableScorer(Scorer):
     def start(self, request: int, prompt: Prompt, max_response_tokens: int) -> None:
         """Remember the prompt; a function has no context length to check."""
         self._prompts[request] = prompt.text
-        self._known.start(request, _bytes(prompt.text))
+        key = _bytes(prompt.text)
+        if self._sees_images and prompt.images is not None:
+            self._images[request] = list(prompt.images.pictures)
+            key = b"".join([*(group.key for group in prompt.images.groups), key])
+        self._known.start(request, key)
 
     def score(self, jobs: Sequence[ScoreJob]) -> list[float | Exception]:
         """Call the function; see `Scorer.score` and the notes of the class."""
@@ -115,7 +126,12 @@ class CallableScorer(Scorer):
         if not jobs:
             return []
         texts = [
-            (self._prompts[job.request], job.response_text, self._committed.get(job.request, ""))
+            (
+                self._prompts[job.request],
+                job.response_text,
+                self._committed.get(job.request, ""),
+                self._images.get(job.request, []),
+            )
             for job in jobs
         ]
         rewards = self._call(texts)
@@ -149,9 +165,11 @@ class CallableScorer(Scorer):
 
     def _ask(self, texts: Sequence[_Texts]) -> object:
         # Lists of its own: a function that changes them must not change the retry.
-        prompts, responses, committed = map(list, zip(*texts, strict=True))
+        prompts, responses, committed, images = map(list, zip(*texts, strict=True))
         if isinstance(self._function, ScoresEach):
             return self._function.score_each(prompts, responses, committed)
+        if self._sees_images:
+            return self._function(prompts, responses, images=images)
         return self._function(prompts, responses)
 
     def _error(self, what: str, cause: BaseException | None = None) -> RewardError:
@@ -174,13 +192,21 @@ class CallableScorer(Scorer):
 
     def finish(self, request: int) -> None:
         """Forget the request."""
-        for by_request in (self._prompts, self._committed, self._branches):
+        for by_request in (self._prompts, self._committed, self._branches, self._images):
             by_request.pop(request, None)
         self._known.finish(request)
 
     def stats(self) -> dict[str, int]:
         """Return the counters of `Scorer.stats`; tokens are not known here."""
         return {"rm_jobs": self._jobs, "rm_calls": self._calls, "rm_tokens": 0}
+
+
+def _takes_images(function: Callable[..., Any]) -> bool:
+    """Whether a function has a parameter `images`."""
+    try:
+        return "images" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some built-in functions have no signature
+        return False
 
 
 def _values(returned: object, count: int) -> list[Any] | str:

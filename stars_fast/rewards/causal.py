@@ -106,6 +106,8 @@ class CausalScorer(Scorer):
         )
         prefix = bound.empty_ids[: self._reading.prefix(bound)]
         self._texts.open(request, prefix, self._reading.marks(bound.empty_ids))
+        if bound.seen is not None:
+            self._texts.see(request, bound.seen)
         self._known.start(request, prefix.tobytes())
         self._prompts[request] = bound
 

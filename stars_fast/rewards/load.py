@@ -19,6 +19,7 @@ from stars_fast.config import Attention, Backend, KvDtype, LanguageModelLike, Qu
 from stars_fast.distributed import ALONE, Ranks
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.checks import has_lm_head
+from stars_fast.models.images import ImageEncoder, sees_images
 from stars_fast.models.load import adapted_model, load_causal_lm, load_tokenizer, same_device
 from stars_fast.models.lora import LoraAdapter, LoraLayers
 from stars_fast.models.parameters import embedding_rows
@@ -228,8 +229,26 @@ def load_scorer(
             loaded.model, tokenizer, template, loaded.readout, head, parse_special
         )
     return _causal_scorer(
-        loaded, lora, tokenizer, lm_tokenizer, template, head, pool, parse_special
+        loaded,
+        lora,
+        tokenizer,
+        lm_tokenizer,
+        template,
+        head,
+        pool,
+        parse_special,
+        images=_encoder_of(loaded.model, language_model),
     )
+
+
+def _encoder_of(
+    model: PreTrainedModel, language_model: PreTrainedModel | None
+) -> ImageEncoder | None:
+    """Return what shows a reward model the images of prompts, where these are ready for it."""
+    if language_model is None or not sees_images(model):
+        return None
+    same = model.config.model_type == language_model.config.model_type
+    return ImageEncoder(model) if same else None
 
 
 def _python_scorer(reward_model: object, template: TemplateLike, timeout: float | None) -> Scorer:
@@ -316,6 +335,8 @@ def _causal_scorer(
     head: RewardHead,
     pool: RewardPool,
     parse_special: bool,
+    *,
+    images: ImageEncoder | None,
 ) -> Scorer:
     model = loaded.model
     rows = embedding_rows(model)
@@ -344,7 +365,7 @@ def _causal_scorer(
         and not isinstance(chosen, CallableTemplate)
         and same_tokens(lm_tokenizer, tokenizer)
     ):
-        source = SharedTokens(tokenizer, chosen, rows)
+        source = SharedTokens(tokenizer, chosen, rows, images)
     else:
         source = RetokenizedText(tokenizer, _of_answers(chosen, head))
     return CausalScorer(

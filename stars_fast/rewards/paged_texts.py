@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from stars_fast._core import Batch, OutOfPagesError, SequenceCache
 from stars_fast.errors import RewardError
+from stars_fast.models.images import ImageRows, SeenPrompt
 from stars_fast.models.paged import PagedModel
 from stars_fast.rewards.reading import Cut
 from stars_fast.rewards.tokens import Ids, common_length
@@ -115,6 +116,7 @@ class PagedTexts:
         self._max_batch_tokens = max_batch_tokens
         self._cache = SequenceCache(num_pages=num_pages, page_size=page_size)
         self._requests: dict[int, _Request] = {}
+        self._seen: dict[int, SeenPrompt] = {}  # of requests whose prompts have images
         self._same_prompt: dict[bytes, dict[int, None]] = {}  # by the ids of their prompt
         # Requests that hold pages and branches that do, the longest unused first.
         self._resident: OrderedDict[int, None] = OrderedDict()
@@ -146,6 +148,10 @@ class PagedTexts:
         marked = next((self._requests[other].marked for other in same_prompt), {})
         same_prompt[request] = None
         self._requests[request] = _Request(prefix, prefix, same_prompt, marks, marked)
+
+    def see(self, request: int, prompt: SeenPrompt) -> None:
+        """Note the images of a request's prompt, which is the beginning of its prefix."""
+        self._seen[request] = prompt
 
     def marked(self, row: Row) -> list[torch.Tensor]:
         """Return what was kept [D] at each mark of a row; all have run at some time."""
@@ -214,6 +220,7 @@ class PagedTexts:
     def close(self, request: int) -> None:
         """Forget the request and free its pages."""
         state = self._requests.pop(request)
+        self._seen.pop(request, None)
         for branch in list(state.branches):
             self._drop(state, branch)
         self._cache.close(request)
@@ -387,8 +394,12 @@ class PagedTexts:
         for row in rows:
             self.tokens[row.request] += row.new
         try:
+            images = None
+            if self._seen:
+                seen = [self._seen.get(row.request) for row in rows]
+                images = ImageRows.of(batch, token_ids, seen) if any(seen) else None
             ids = torch.from_numpy(token_ids).to(self._model.device)
-            hidden = self._model.extend_all(batch, ids)
+            hidden = self._model.extend_all(batch, ids, images)
             self._keep_marked(rows, hidden)
         except Exception as error:  # noqa: BLE001 - one bad pass must not end other requests
             return self.failed(rows, error)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from stars_fast.models.images import ImageEncoder, SeenPrompt
 from stars_fast.rewards.base import Prompt, ScoreJob
 from stars_fast.rewards.text import FramedPrompt, PlainTemplate, RenderedPrompt, Template, filled
 from stars_fast.text.tokenization import MARK, TextEncoder
@@ -43,10 +44,14 @@ class TokenPrompt:
         The ids of r(x), the template with an empty response.
     stem : int
         How many of them every response is expected to share: those before the response.
+    seen : SeenPrompt or None
+        The prompt with its images encoded, where the reward model sees them: the first ids of
+        `empty_ids` are its `scheduler_ids`.
     """
 
     empty_ids: Ids
     stem: int
+    seen: SeenPrompt | None = field(default=None, kw_only=True)
 
     @property
     def tail(self) -> int:
@@ -110,13 +115,21 @@ class SharedTokens(TokenSource):
         One whose prompts are framed: every one but a callable's.
     vocab_size : int
         Rows of the reward model's embedding; higher ids are an error of their job.
+    images : ImageEncoder or None
+        The reward model's, which then reads prompts with images as the language model does,
+        whatever the template. None: it reads them without.
     """
 
     needs_text = False
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: Template, vocab_size: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template,
+        vocab_size: int,
+        images: ImageEncoder | None = None,
     ) -> None:
+        self._images = images
         self._template = template
         self._vocab_size = vocab_size
         self._encoder = TextEncoder(tokenizer, add_special_tokens=False)
@@ -126,7 +139,11 @@ class SharedTokens(TokenSource):
 
     def bind(self, prompt: Prompt) -> TokenPrompt:
         """Return the ids around the response."""
-        if isinstance(self._template, PlainTemplate) and not prompt.whole:
+        seen = None
+        if prompt.images is not None and self._images is not None:
+            seen = self._images.see(prompt)
+            prefix, suffix = seen.scheduler_ids.tolist(), self._tail
+        elif isinstance(self._template, PlainTemplate) and not prompt.whole:
             prefix, suffix = prompt.token_ids, self._tail
             self._check(np.asarray(prefix, dtype=np.int64), "prompt_token_ids")
         else:
@@ -139,7 +156,7 @@ class SharedTokens(TokenSource):
         if not len(empty):
             raise ValueError("the prompt is empty: the reward model has no token to read")
         stem = len(prefix)
-        return _SharedPrompt(empty, stem, prefix=empty[:stem], suffix=empty[stem:])
+        return _SharedPrompt(empty, stem, prefix=empty[:stem], suffix=empty[stem:], seen=seen)
 
     def encode(
         self, prompts: Sequence[TokenPrompt], jobs: Sequence[ScoreJob]

@@ -32,18 +32,42 @@ def _has_text(name: str) -> dict[str, Any]:
     }
 
 
+class ImageUrl(BaseModel):
+    """A picture for a model that sees such; further fields, such as `detail`, are of no effect."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    url: str = Field(
+        description="`data:image/png;base64,...`, or a link to a host of `--allow-image-host`.",
+        json_schema_extra={"pattern": "^(data:image/|https?://)"},
+    )
+
+
 class ContentPart(BaseModel):
     """A part of a message; further fields, such as `cache_control`, are of no effect."""
 
     model_config = ConfigDict(
         extra="ignore",
         strict=True,
-        json_schema_extra={"anyOf": [_has_text("text"), _has_text("refusal")]},
+        json_schema_extra={
+            "anyOf": [
+                _has_text("text"),
+                _has_text("refusal"),
+                {
+                    "required": ["image_url"],
+                    "properties": {
+                        "type": {"const": "image_url"},
+                        "image_url": {"$ref": "#/components/schemas/ImageUrl"},
+                    },
+                },
+            ]
+        },
     )
 
-    type: str = Field(json_schema_extra={"enum": [*PART_TYPES]})
+    type: str = Field(json_schema_extra={"enum": [*PART_TYPES, "image_url"]})
     text: str | None = None
     refusal: str | None = None
+    image_url: ImageUrl | None = None
 
 
 class FunctionCall(BaseModel):

@@ -17,6 +17,7 @@ from stars_fast.params import StarsParams
 from stars_fast.prompts import Prompt, PromptLike
 from stars_fast.server.answers import Usage
 from stars_fast.server.errors import ApiError, request_failed
+from stars_fast.server.images import fetch_images
 from stars_fast.server.method_name import method_values, values_in_name
 from stars_fast.server.protocol import Body, params_of
 from stars_fast.server.settings import ServerSettings
@@ -106,6 +107,8 @@ class Generation:
         QueueFullError, EngineStoppedError, DeadlineError, ValueError, TypeError
             Those of `AsyncEngine.submit` and `RequestStream.admitted`.
         """
+        if self._settings.image_hosts:
+            self.prompts = await fetch_images(self.prompts, self._settings.image_hosts)
         if self._body.only_prompts or self._body.prompt_logprobs is not None:
             await self._read_prompts()
         if self._body.only_prompts:

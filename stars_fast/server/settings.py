@@ -39,6 +39,8 @@ class ServerSettings:
     tool_call_parser
         How calls of tools stand in the text of a chat's answer, one of
         `stars_fast.text.tool_calls.TOOL_CALL_PARSERS`; None: they stay text.
+    image_hosts
+        Hosts, by name or ``name:port``, from which pictures of chats are fetched.
     """
 
     model_name: str
@@ -52,6 +54,7 @@ class ServerSettings:
     model_path: str | None = None
     allowed_origins: tuple[str, ...] = ()
     tool_call_parser: str | None = None
+    image_hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.tool_call_parser not in (None, *TOOL_CALL_PARSERS):

@@ -23,6 +23,8 @@ CHAT_OPTIONS = (
 
 #: Parts of a content, and where each has its text.
 PART_TYPES = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+#: Parts that are images, where the model sees such; each has its image under this name.
+IMAGE_TYPES = ("image", "image_url")
 #: Of an assistant's message: what is said of its text, which no template reads.
 _ABOUT_THE_TEXT = frozenset({"annotations", "stars"})
 #: Nothing here can hear or make these.
@@ -58,7 +60,10 @@ class Chat:
     Attributes
     ----------
     messages
-        Each with ``role`` and ``content``, text both, and what else templates may read.
+        Each with ``role`` and ``content``, text both, and what else templates may read. A content
+        with images is a list of parts: ``{"type": "text", "text": ...}`` and ``{"type": "image"}``.
+    images
+        Of all messages, in order, as they were given: paths, data URLs or PIL images.
     template_kwargs
         Variables of the template, such as ``{"enable_thinking": False}``.
     tools
@@ -74,6 +79,7 @@ class Chat:
     tools: list[dict[str, Any]] = field(default_factory=list)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    images: tuple[object, ...] = ()
 
     @property
     def plain_messages(self) -> list[dict[str, Any]]:
@@ -83,6 +89,21 @@ class Chat:
             for message in self.messages
         ]
 
+    @property
+    def text_messages(self) -> list[dict[str, Any]]:
+        """The plain messages, their contents as text; images are left out."""
+        return [
+            {**message, "content": content_text(message["content"])}
+            for message in self.plain_messages
+        ]
+
+
+def content_text(content: str | list[dict[str, Any]]) -> str:
+    """Return the text of a content."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
 
 def is_chat(value: object) -> bool:
     """Whether a value that is no list of prompts is meant as a chat."""
@@ -91,11 +112,12 @@ def is_chat(value: object) -> bool:
     )
 
 
-def chat_of(value: ChatLike, name: str = "messages") -> Chat:
+def chat_of(value: ChatLike, name: str = "messages", *, images: bool = False) -> Chat:
     """Read a chat; in errors its messages have this name.
 
     Message fields that are null or empty ask for nothing; parts of a content are joined; the
-    arguments of tool calls, JSON text with OpenAI, become the objects that templates read.
+    arguments of tool calls, JSON text with OpenAI, become the objects that templates read. With
+    `images` there may be parts ``{"type": "image", "image": ...}`` and OpenAI's ``image_url``.
 
     Raises
     ------
@@ -115,7 +137,8 @@ def chat_of(value: ChatLike, name: str = "messages") -> Chat:
                 )
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"{name} must be a list that is not empty, got {_short(messages)}")
-    plain = [_message(f"{name}[{i}]", message) for i, message in enumerate(messages)]
+    found: list[object] | None = [] if images else None
+    plain = [_message(f"{name}[{i}]", message, found) for i, message in enumerate(messages)]
     continues = _flag(options, "continue_final_message", default=False)
     opens = _flag(options, "add_generation_prompt", default=not continues)
     if continues and opens:
@@ -129,7 +152,7 @@ def chat_of(value: ChatLike, name: str = "messages") -> Chat:
     tools = _tools(options.get("tools", []))
     if tools and "tools" in variables:
         raise ValueError("tools is given twice: in the chat and in its chat_template_kwargs")
-    return Chat(plain, variables, tools, opens, continues)
+    return Chat(plain, variables, tools, opens, continues, tuple(found or ()))
 
 
 def checked_kwargs(value: object) -> Mapping[str, Any]:
@@ -149,7 +172,11 @@ def checked_kwargs(value: object) -> Mapping[str, Any]:
 
 
 def render(
-    chat: Chat, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
+    chat: Chat,
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Mapping[str, Any],
+    *,
+    as_parts: bool = False,
 ) -> str:
     """Return a chat as the tokenizer's template writes it.
 
@@ -161,6 +188,9 @@ def render(
         The language model's.
     template_kwargs
         Variables of the template.
+    as_parts
+        Contents are lists of parts wherever the template takes such, as those of models that see
+        images do.
 
     Raises
     ------
@@ -188,6 +218,8 @@ def render(
             )
         )
 
+    if as_parts and _takes_parts(write):
+        messages = [{**message, "content": _parts(message["content"])} for message in messages]
     try:
         text = write(messages)
     except Exception as error:
@@ -203,6 +235,7 @@ def render(
     for number, message in enumerate(messages):
         # Of the assistant's turns templates may leave out what it thought.
         role, content = message["role"], message["content"]
+        content = content_text(content)
         known = role in ("user", "assistant") or (role == "system" and content.strip() in text)
         if not known and not _shows(write, messages, number, {"content": _PROBE}):
             raise ValueError(
@@ -217,6 +250,19 @@ def render(
                 f"messages[{number}] has tool_calls, which the model's chat template leaves out"
             )
     return text
+
+
+def _takes_parts(write: Callable[[list[dict[str, Any]]], str]) -> bool:
+    """Whether a template writes the text of parts, and not how Python shows them."""
+    try:
+        text = write([{"role": "user", "content": _parts(_PROBE)}])
+    except Exception:  # noqa: BLE001 - it asks for text
+        return False
+    return _PROBE in text and "'type'" not in text
+
+
+def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _shows(
@@ -263,7 +309,7 @@ def _tools(value: object) -> list[dict[str, Any]]:
     return [dict(tool) for tool in value]
 
 
-def _message(where: str, message: object) -> dict[str, Any]:
+def _message(where: str, message: object, images: list[object] | None) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise ValueError(
             f'{where} must be {{"role": text, "content": text}}, got {_short(message)}'
@@ -271,7 +317,7 @@ def _message(where: str, message: object) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise ValueError(f"{where}.role must be text that is not empty, got {_short(role)}")
-    plain: dict[str, Any] = {"role": role, "content": _content(where, role, message)}
+    plain: dict[str, Any] = {"role": role, "content": _content(where, role, message, images)}
     for name, value in message.items():
         if name in plain or name == "refusal" or name in _ABOUT_THE_TEXT:
             continue
@@ -283,7 +329,9 @@ def _message(where: str, message: object) -> dict[str, Any]:
     return plain
 
 
-def _content(where: str, role: str, message: Mapping[str, Any]) -> str:
+def _content(
+    where: str, role: str, message: Mapping[str, Any], images: list[object] | None
+) -> str | list[dict[str, Any]]:
     content = message.get("content")
     if content is None and role == "assistant":
         content = message.get("refusal") or ""
@@ -293,7 +341,34 @@ def _content(where: str, role: str, message: Mapping[str, Any]) -> str:
         raise ValueError(
             f"{where}.content must be text or a list of text parts, got {_short(content)}"
         )
-    return "".join(_part(f"{where}.content[{i}]", part) for i, part in enumerate(content))
+    parts: list[dict[str, Any]] = []
+    for number, part in enumerate(content):
+        place = f"{where}.content[{number}]"
+        if images is not None and _is_image(part):
+            images.append(_image(place, part))
+            parts.append({"type": "image"})
+        else:
+            parts.append({"type": "text", "text": _part(place, part)})
+    if any(part["type"] == "image" for part in parts):
+        return parts
+    return content_text(parts)
+
+
+def _is_image(part: object) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in IMAGE_TYPES
+
+
+def _image(where: str, part: Mapping[str, Any]) -> object:
+    """Return the image of a part, as it was given."""
+    kind = part["type"]
+    value = part.get(kind)
+    if kind == "image_url" and isinstance(value, Mapping):
+        value = value.get("url")
+    if kind == "image_url" and not (isinstance(value, str) and value.startswith("data:")):
+        raise ValueError(f"{where}.image_url.url must be a data URL, got {_short(value)}")
+    if value is None:
+        raise ValueError(f"{where}.{kind} must be given")
+    return value
 
 
 def _part(where: str, part: object) -> str:

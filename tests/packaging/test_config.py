@@ -10,8 +10,8 @@ import pytest
 from stars_fast import Engine
 from stars_fast.config import EngineConfig
 
-#: Models and tokenizers are no options.
-MODELS = {"self", "model", "reward_model", "tokenizer", "reward_tokenizer"}
+#: Models, tokenizers and processors are no options.
+MODELS = {"self", "model", "reward_model", "tokenizer", "reward_tokenizer", "processor"}
 
 
 def test_every_option_has_the_same_default() -> None:

@@ -32,6 +32,7 @@ FLOORS = (
     ("config", "reward"),
     ("methods", "outputs", "seeds", "core", "demo", "tables", "reward_head"),
     ("text", "_core"),
+    ("images",),
 )
 FLOOR = {package: number for number, floor in enumerate(FLOORS) for package in floor}
 

@@ -1,0 +1,48 @@
+"""Loading what a model that sees images reads them with."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+__all__ = ["images_only", "load_processor"]
+
+
+def load_processor(
+    source: str | os.PathLike[str] | PreTrainedModel, *, trust_remote_code: bool = False
+) -> Any:  # noqa: ANN401 - transformers types no processor
+    """Return the processor of a model's directory or hub id; a text says why there is none.
+
+    Its part for videos, which needs torchvision, is left out where that is not installed.
+    """
+    if find_spec("PIL") is None:
+        return "they need Pillow: pip install 'stars_fast[images]'"
+    name: Any = source.name_or_path if isinstance(source, PreTrainedModel) else os.fspath(source)
+    options = {"trust_remote_code": trust_remote_code}
+    loader: Any = AutoProcessor
+    try:
+        if find_spec("torchvision") is None:
+            config = type(AutoConfig.from_pretrained(name, **options))
+            loader = images_only(PROCESSOR_MAPPING[config])
+        return loader.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        return f"the model's processor cannot be loaded: {error}"
+
+
+def images_only(kind: Any) -> Any:  # noqa: ANN401
+    """Return a class of processors without their part for videos."""
+    if "video_processor" not in kind.get_attributes():
+        return kind
+
+    def get_attributes(_: object) -> list[str]:
+        return [name for name in kind.get_attributes() if name != "video_processor"]
+
+    def init(self: object, *parts: object, **options: object) -> None:
+        kind.__init__(self, *parts, video_processor=None, **options)
+
+    members = {"get_attributes": classmethod(get_attributes), "__init__": init}
+    return type(kind.__name__, (kind,), members)
