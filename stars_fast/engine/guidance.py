@@ -105,6 +105,8 @@ def guided_model(
         )
         for one in guides
     )
+    for model in (guide, *reference):
+        model.pack_weights()
     if reference:
         return GuidedModel(lm, guide, reference[0])
     return GuidedModel(lm, guide, "lm" if config.guide_reference is None else "uniform")

@@ -24,6 +24,7 @@ from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.checks import has_lm_head
 from stars_fast.models.files import check_model_directory
 from stars_fast.models.lora import LoraAdapter
+from stars_fast.models.packed import ours, theirs
 from stars_fast.models.progress import bars_on_terminals_only
 from stars_fast.models.quantize import check_quantize, quantize_model
 from stars_fast.models.sharded import loading_options, num_shards, why_not_sharded
@@ -110,6 +111,7 @@ def load_causal_lm(
         )
         if quantize == "int8":
             quantize_model(model)
+        ours(model)
         return model, tokenizer
     read: dict[str, Any] = {}
     if gguf_file is None:
@@ -145,6 +147,7 @@ def load_causal_lm(
         )
     if quantize == "int8":
         quantize_model(model)
+    ours(model)
     return model, tokenizer
 
 
@@ -280,6 +283,7 @@ def _take_loaded(
         )
     if not has_lm_head(model):
         raise UnsupportedModelError(f"{type(model).__name__} has no language-model head")
+    theirs(model)
     folder = model.name_or_path
     if not folder or not Path(folder).exists():
         return model, None
