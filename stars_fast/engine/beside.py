@@ -112,6 +112,8 @@ def in_lockstep(lm: PagedModel, beside: list[LoadedModel], config: EngineConfig)
         )
         for one in beside
     )
+    for model in (first, *reference):
+        model.pack_weights()
     if config.draft_model is not None:
         return DraftedModel(lm, first, reference[0] if reference else None)
     if reference:

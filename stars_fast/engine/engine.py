@@ -472,6 +472,7 @@ def _on_pages(
         ranks=ranks,
     )
     check_numbers(model, backend=config.backend, attention=config.attention)
+    paged.pack_weights()
     if config.device_timing and paged.device.type != "cuda":
         raise ValueError(
             f"device_timing must be False for a model on {paged.device}: CUDA has the events"

@@ -38,6 +38,7 @@ from stars_fast.models.interface import (
 from stars_fast.models.joined import JoinedLinears, Joining
 from stars_fast.models.linear import may_pack
 from stars_fast.models.machine import memory_bytes
+from stars_fast.models.packed import GATE_UP, QKV
 from stars_fast.models.probe import LayerLayout
 from stars_fast.models.quantize import Int8Linear, joined
 from stars_fast.ops.backend import backend, plain, uses_triton
@@ -317,7 +318,7 @@ class FusedLayers:
         both = getattr(module, "gate_up_proj", None)
         if not isinstance(down, nn.Linear | Int8Linear):
             return
-        product = self._join(module, ("gate_proj", "up_proj"))
+        product = self._join(module, GATE_UP)
         if isinstance(both, nn.Linear | Int8Linear):
             product = lambda x: both(x).chunk(2, dim=-1)  # noqa: E731
         if product is None:
@@ -360,7 +361,7 @@ class FusedLayers:
         by_head = getattr(module, "query_key_value", None)  # GPT-NeoX
         if isinstance(by_head, nn.Linear) and not self._typed:
             return lambda x: by_head(x).view(len(x), asked.heads, -1).chunk(3, dim=-1)
-        return self._join(module, ("q_proj", "k_proj", "v_proj"))
+        return self._join(module, QKV)
 
     def _turned(self, turn: Turn, cos: Tensor, sin: Tensor) -> Rotary:
         """Return what `turn` makes of a forward's tables, once for all its layers."""

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stars_fast.models.linear import fits, pack, version
+from stars_fast.models.linear import fits, version
+from stars_fast.models.packed import PackedGroup, group_of
 
 #: Whether layers run on a joined copy of their weights in oneDNN's layout, on one tensor that their
 #: own weights become parts of, or each by itself.
@@ -33,11 +34,10 @@ class JoinedLinears:
         self._modules = list(modules)
         self._linears = [module for module in modules if fits(module)]
         several = len(modules) > 1
-        self._packs = joining == "packed" and several and len(self._linears) == len(self._modules)
-        self._sizes = [module.weight.shape[0] for module in self._linears]
+        fit = len(self._linears) == len(self._modules) or group_of(modules) is not None
+        self._packs = joining == "packed" and several and fit
         self._versions: list[tuple[int, int]] = []
-        self._weight: Tensor | None = None
-        self._bias: Tensor | None = None
+        self._group: PackedGroup | None = None
         self._whole: _Whole | None = None
         if joining == "in place" and several:
             self._whole = _Whole.of(self._modules)
@@ -48,26 +48,15 @@ class JoinedLinears:
             return self._whole.product(x)
         if not self._packs:
             return [module(x) for module in self._modules]
+        group = group_of(self._modules)
+        if group is not None:  # of packed weights alone
+            self._group = None
+            return group.product(x)
         versions = [version(module) for module in self._linears]
-        if versions != self._versions:
-            self._pack()
+        if self._group is None or versions != self._versions:
+            self._group = PackedGroup(self._linears)
             self._versions = versions
-        product = torch.ops.mkldnn._linear_pointwise.default
-        out: Tensor = product(x, self._weight, self._bias, "none", [], "")
-        return torch.split(out, self._sizes, dim=-1)
-
-    def _pack(self) -> None:
-        weights = [module.weight.detach() for module in self._linears]
-        self._weight = pack(torch.cat(weights))
-        biases = [module.bias for module in self._linears]
-        self._bias = None
-        if any(bias is not None for bias in biases):
-            self._bias = torch.cat(
-                [
-                    weight.new_zeros(len(weight)) if bias is None else bias.detach()
-                    for weight, bias in zip(weights, biases, strict=True)
-                ]
-            )
+        return self._group.product(x)
 
 
 class _Whole:

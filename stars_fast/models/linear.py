@@ -2,7 +2,8 @@
 
 PyTorch sends float32 products on a CPU to MKL, which on the processors measured is two to three
 times slower than oneDNN for the few rows of a decode step. The model is not changed: its linear
-layers are redirected while a forward of ours runs.
+layers are redirected while a forward of ours runs. Models that were loaded here give up their own
+copy, see `stars_fast.models.packed`.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from stars_fast.models.checks import has_lm_head
 from stars_fast.models.files import check_model_directory
 from stars_fast.models.images import SEEING
 from stars_fast.models.lora import LoraAdapter
+from stars_fast.models.packed import ours, theirs
 from stars_fast.models.progress import bars_on_terminals_only
 from stars_fast.models.quantize import check_quantize, quantize_model
 from stars_fast.models.sharded import loading_options, num_shards, why_not_sharded
@@ -112,6 +113,7 @@ def load_causal_lm(
         )
         if quantize == "int8":
             quantize_model(model)
+        ours(model)
         return model, tokenizer
     read: dict[str, Any] = {}
     if gguf_file is None:
@@ -148,6 +150,7 @@ def load_causal_lm(
         )
     if quantize == "int8":
         quantize_model(model)
+    ours(model)
     return model, tokenizer
 
 
@@ -288,6 +291,7 @@ def _take_loaded(
         )
     if not has_lm_head(model):
         raise UnsupportedModelError(f"{type(model).__name__} has no language-model head")
+    theirs(model)
     folder = model.name_or_path
     if not folder or not Path(folder).exists():
         return model, None

@@ -29,6 +29,7 @@ from stars_fast.models.kv_scales import ScaleProbe
 from stars_fast.models.linear import OneDnnLinears
 from stars_fast.models.lora import LoraLayers
 from stars_fast.models.native_decode import NativeDecode
+from stars_fast.models.packed import pack_model
 from stars_fast.models.parameters import embedding_rows
 from stars_fast.models.pool import Pools
 from stars_fast.models.probe import attention_layout
@@ -70,7 +71,8 @@ class PagedModel:
 
     The pool is allocated here, once. The model itself is not changed: its attention
     implementation, and on a CPU its linear layers, are switched while a forward runs and restored
-    after. One thread at a time may use the model, through this object or otherwise.
+    after; `pack_weights` alone changes it. One thread at a time may use the model, through this
+    object or otherwise.
 
     Parameters
     ----------
@@ -204,6 +206,13 @@ class PagedModel:
         self._forward(
             self.model.base_model, ids.to(self.device), positions, ScaleProbe(self._pools)
         )
+
+    def pack_weights(self) -> None:
+        """Free what the packed weights of a model of ours were made from; see `pack_model`."""
+        if self._linears is None or self.on_kernels or self._ranks.size > 1:
+            return
+        pack_model(self.model)
+        self._linears = OneDnnLinears(self.model)  # of what is left
 
     @property
     def device(self) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from stars_fast.models.packed import PackedLinear
 from stars_fast.models.quantize import Int8Embedding, Int8Module
 
 
@@ -25,7 +26,10 @@ def multiplied_parameters(model: PreTrainedModel) -> int:
     """
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    tied = head is not None and head.weight is embedding
+    alone = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    tied = head is not None and head not in alone and head.weight is embedding
     packed = {m.weight: m.num_weights for m in model.modules() if isinstance(m, Int8Module)}
     # parameters() gives what is tied once.
-    return sum(packed.get(p, p.numel()) for p in model.parameters() if tied or p is not embedding)
+    rest = (p for p in model.parameters() if tied or p is not embedding)
+    weights = sum(packed.get(p, p.numel()) for p in rest)
+    return weights + sum(m.in_features * m.out_features for m in alone)

@@ -14,6 +14,7 @@ from stars_fast.errors import ModelLoadError
 from stars_fast.models.checks import check_architecture, has_lm_head, unsupported
 from stars_fast.models.first_layers import first_layers
 from stars_fast.models.interface import attention_configs, attention_implementation
+from stars_fast.models.machine import release_file_pages
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.probe import attention_layout
 from stars_fast.models.quantize import Int8Linear
@@ -143,7 +144,9 @@ def check_weights(model: PreTrainedModel) -> None:
         if weight.is_meta or weight.dtype.itemsize < torch.float16.itemsize:  # of quantised layers
             continue
         # A sum is read at the speed of the memory; in float16 it may be infinite by itself.
-        if weight.sum().isfinite():
+        finite = bool(weight.sum().isfinite())
+        release_file_pages(weight)  # few rows of an embedding are read again
+        if finite:
             continue
         bad = ~torch.isfinite(weight)
         if bad.any():

@@ -17,6 +17,7 @@ from transformers.utils.hub import cached_file
 from stars_fast.config import Quantize
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.files import check_model_directory, read_json
+from stars_fast.models.packed import ours
 from stars_fast.models.quantize import quantize_model
 from stars_fast.models.sharded import loading_options
 
@@ -99,6 +100,7 @@ class Loading:
         placed = model if self.num_ranks > 1 else model.to(self.device or "cpu")
         if self.quantize == "int8":
             quantize_model(placed)
+        ours(placed)
         self.loaded[key] = placed.eval(), report
         return self.loaded[key]
 

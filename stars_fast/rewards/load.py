@@ -22,6 +22,7 @@ from stars_fast.models.checks import has_lm_head
 from stars_fast.models.images import ImageEncoder, sees_images
 from stars_fast.models.load import adapted_model, load_causal_lm, load_tokenizer, same_device
 from stars_fast.models.lora import LoraAdapter, LoraLayers
+from stars_fast.models.packed import theirs
 from stars_fast.models.parameters import embedding_rows
 from stars_fast.models.quantize import check_quantize
 from stars_fast.models.selfcheck import check_numbers
@@ -220,6 +221,7 @@ def load_scorer(
             loaded = shared([load_kind(checkpoint, wanted, how) for wanted in heads])
     else:
         reward_model.train(False)
+        theirs(reward_model)
         tokenizer = reward_tokenizer or _tokenizer_of(reward_model, trust_remote_code)
         loaded = shared([_read_loaded(reward_model, wanted) for wanted in heads])
     head = heads[0]  # several differ in the number alone
@@ -354,6 +356,7 @@ def _causal_scorer(
     try:
         paged = pool.paged(model, lora)
         check_numbers(model, backend=pool.backend, attention=pool.attention)
+        paged.pack_weights()
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{error} As a reward model: {CALLABLE_ADVICE}") from error
     source: TokenSource

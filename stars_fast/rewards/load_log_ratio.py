@@ -243,8 +243,10 @@ def _source(each: _Model, template: TemplateLike, parse_special: bool, *, ids: b
 def _scorer(
     each: _Model, pool: RewardPool, source: TokenSource, others: int, *, anew: bool
 ) -> CausalScorer:
+    paged = pool.paged(each.model, each.lora, others)
+    paged.pack_weights()
     return log_prob_scorer(
-        pool.paged(each.model, each.lora, others),
+        paged,
         source,
         max_rows=pool.max_rows,
         anew=anew,
