@@ -37,13 +37,14 @@ from stars_fast.engine.guidance import guided_model, load_guides
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import PHASES, Loop
 from stars_fast.engine.one_thread import one_thread
-from stars_fast.engine.prompt_scores import TokenScore, prompt_scores
+from stars_fast.engine.prompt_scores import prompt_scores
 from stars_fast.models.load import check_device, check_dtype, load_causal_lm
 from stars_fast.models.logits import LogitHead
 from stars_fast.models.machine import bound_kernel_caches
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.pool import default_num_pages
 from stars_fast.models.selfcheck import check_numbers
+from stars_fast.outputs import TokenScore
 from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptReader
 from stars_fast.reward_head import RewardHeadLike
