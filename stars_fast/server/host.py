@@ -235,10 +235,13 @@ class EngineHost:
         if done.cancelled():
             return
         error = done.exception()
+        if error is None:
+            try:
+                self.send(("answer", number, done.result(), None))
+            except Exception as unsent:  # noqa: BLE001 - a result that cannot be pickled
+                error = unsent
         if error is not None:
             self.send(("answer", number, None, portable(error)))
-        else:
-            self.send(("answer", number, done.result(), None))
 
     def _cancel(self, number: int) -> None:
         done = self._asked.get(number)
