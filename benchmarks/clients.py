@@ -1,8 +1,8 @@
 """Clients of the server: one streaming request as it is seen from outside.
 
 Run as a script, they are in a process of their own, which reads tasks from its input, a JSON object
-``{"url": ..., "prompts": [...]}`` a line, streams all requests of one at once, and writes how long
-it took and the texts.
+``{"url": ..., "prompts": [...], "at_once": ...}`` a line, streams its requests at once or one after
+the other, and writes how long all took, the seconds to each first chunk, and the texts.
 """
 
 from __future__ import annotations
@@ -141,14 +141,17 @@ async def _serve_tasks() -> None:
         task = json.loads(line)
         async with many_connections() as session:
             begun = time.perf_counter()
-            answers = await asyncio.gather(
-                *(
-                    complete(session, task["url"], {"prompt": prompt, "seed": i, "stream": True})
-                    for i, prompt in enumerate(task["prompts"])
-                )
-            )
+            requests = [
+                complete(session, task["url"], {"prompt": prompt, "seed": i, "stream": True})
+                for i, prompt in enumerate(task["prompts"])
+            ]
+            if task["at_once"]:
+                answers = await asyncio.gather(*requests)
+            else:
+                answers = [await request for request in requests]
             seconds = time.perf_counter() - begun
-        print(json.dumps({"seconds": seconds, "texts": [a.text for a in answers]}), flush=True)
+        found = {"seconds": seconds, "firsts": [answer.chunks[0] for answer in answers]}
+        print(json.dumps({**found, "texts": [answer.text for answer in answers]}), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from typing import Any
 
 from stars_fast import Engine, StarsParams, demo
-from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.server import ServerSettings
+from stars_fast.server.host import EngineHost, FrontProcess
 from stars_fast.server.run import run_server
 
 #: Limits, small enough for requests to run into them.
@@ -91,13 +91,18 @@ def main() -> int:
         request_timeout=REQUEST_TIMEOUT,
         max_body_bytes=MAX_BODY_BYTES,
     )
-    running = AsyncEngine(
-        engine,
-        max_running=MAX_RUNNING,
-        max_waiting=MAX_WAITING,
-        max_prompt_tokens=MAX_PROMPT_TOKENS,
-    )
-    run_server(running, settings, "127.0.0.1", 0)
+    with FrontProcess() as front:
+        running = EngineHost(
+            engine,
+            front,
+            settings,
+            "127.0.0.1",
+            0,
+            max_running=MAX_RUNNING,
+            max_waiting=MAX_WAITING,
+            max_prompt_tokens=MAX_PROMPT_TOKENS,
+        )
+        run_server(running)
     return 0
 
 

@@ -44,8 +44,9 @@ class Served:
     log: Path
 
     def resident_bytes(self) -> int:
-        """Memory that it holds."""
-        return int(self.process.memory_info().rss)
+        """Memory that it holds, the process of its front included."""
+        both = (self.process, *self.process.children(recursive=True))
+        return sum(int(one.memory_info().rss) for one in both)
 
 
 @contextmanager

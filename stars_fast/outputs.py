@@ -126,6 +126,23 @@ class RequestOutput:
 
 
 @dataclass(frozen=True)
+class TokenScore:
+    """A token of a prompt.
+
+    Attributes
+    ----------
+    logprob
+        Natural log-probability under the model's raw distribution, after those before it; None for
+        the first one, before which there is nothing.
+    top
+        The most likely tokens at its place with theirs, the most likely first.
+    """
+
+    logprob: float | None = None
+    top: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class PrefixCalibration:
     """Predictions of a finished response's reward from the reward of its prefix.
 

@@ -604,6 +604,11 @@ class StarsParams:
         return self.kind.default_candidates if self.candidates == "auto" else self.candidates
 
     @property
+    def samples_per_response(self) -> int:
+        """Whole responses or paths that there are to choose from; 1 for most methods."""
+        return 1 if self.kind.competes is None else self.num_candidates
+
+    @property
     def stop_texts(self) -> tuple[str, ...]:
         """`stop` as a tuple, empty if there is none."""
         return tuple(self.stop or ())

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from stars_fast.images import PromptImages, open_image
 from stars_fast.text.chats import CHAT_OPTIONS, ChatLike, chat_of, is_chat, render
@@ -77,6 +77,18 @@ def as_prompt_list(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLik
         several = isinstance(prompts[0], Mapping) and "messages" in prompts[0]
         return list(prompts) if several else [prompts]  # type: ignore[arg-type, list-item]
     return list(prompts)  # type: ignore[arg-type]
+
+
+class Reader(Protocol):
+    """Turns prompts into token ids and checks them, as `PromptReader` does."""
+
+    def read(self, prompt: PromptLike | Prompt, max_tokens: int) -> Prompt:
+        """Return the prompt, ready to be continued by `max_tokens` tokens."""
+        ...
+
+    def response_ids(self, text: str) -> list[int]:
+        """Return the ids of a response's text, which stands behind its prompt."""
+        ...
 
 
 class PromptReader:

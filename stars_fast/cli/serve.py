@@ -7,6 +7,7 @@ import importlib.util
 import os
 import signal
 import socket
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from stars_fast.text.tool_calls import TOOL_CALL_PARSERS
 if TYPE_CHECKING:
     from stars_fast.engine import Engine
     from stars_fast.server import ServerSettings
+    from stars_fast.server.host import FrontProcess
 
 _DEMO_PROMPTS = 32
 _KEY_VARIABLE = "STARS_FAST_API_KEY"
@@ -188,12 +190,28 @@ def run(args: argparse.Namespace) -> int:
     prompts = _calibration_prompts(args, base)
     template = _chat_template(args)
     _check_port(args.host, args.port)
-    engine = load_engine(args)
+    from stars_fast.server.host import FrontProcess
+
+    # Of the ranks that torchrun has started, the first alone serves.
+    leads = not args.tensor_parallel or os.environ.get("RANK", "0") == "0"
+    with FrontProcess() if leads else nullcontext() as front:
+        return _with_engine(load_engine(args), front, settings, args, base, prompts, template)
+
+
+def _with_engine(
+    engine: Engine,
+    front: FrontProcess | None,
+    settings: ServerSettings,
+    args: argparse.Namespace,
+    base: StarsParams,
+    prompts: list[Any],
+    template: str | None,
+) -> int:
     if template is not None:
         if engine.tokenizer is None:
             raise UsageError("--chat-template needs a model with a tokenizer")
         engine.tokenizer.chat_template = template
-    if engine.rank != 0:
+    if front is None:
         # torchrun sends signals to all: these end when rank 0 has drained.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
@@ -202,7 +220,7 @@ def run(args: argparse.Namespace) -> int:
     with engine.lead():
         if prompts:
             _calibrate(engine, prompts, base, args)
-        return _serve(engine, settings, args)
+        return _serve(engine, front, settings, args)
 
 
 def _settings(args: argparse.Namespace, base: StarsParams) -> ServerSettings:
@@ -294,15 +312,21 @@ def _calibrate(
     say(told(found, args.calibration_quantile, f"{len(prompts)} prompts"))
 
 
-def _serve(engine: Engine, settings: ServerSettings, args: argparse.Namespace) -> int:
-    from stars_fast.engine.async_engine import AsyncEngine
+def _serve(
+    engine: Engine, front: FrontProcess, settings: ServerSettings, args: argparse.Namespace
+) -> int:
+    from stars_fast.server.host import EngineHost
     from stars_fast.server.run import run_server
 
     if settings.params.needs_calibration and engine.calibration is None:
         say("no target reward: each request must give target_reward, or another method")
     try:
-        running = AsyncEngine(
+        running = EngineHost(
             engine,
+            front,
+            settings,
+            args.host,
+            args.port,
             max_running=args.max_running,
             max_waiting=args.max_waiting,
             max_prompt_tokens=args.max_prompt_tokens,
@@ -310,5 +334,5 @@ def _serve(engine: Engine, settings: ServerSettings, args: argparse.Namespace) -
         )
     except ValueError as error:
         raise UsageError(str(error)) from None
-    run_server(running, settings, args.host, args.port)
+    run_server(running)
     return 0

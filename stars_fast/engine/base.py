@@ -7,7 +7,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +15,6 @@ from stars_fast.distributed import ALONE, Ranks
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import Loop
 from stars_fast.engine.one_thread import OneThread, one_thread
-from stars_fast.engine.prompt_scores import TokenScore
 from stars_fast.engine.requests import Request
 from stars_fast.errors import NotCalibratedError
 from stars_fast.models.lockstep import Lockstep
@@ -24,23 +23,12 @@ from stars_fast.outputs import (
     Calibration,
     PrefixCalibration,
     RequestOutput,
+    TokenScore,
 )
 from stars_fast.params import StarsParams
-from stars_fast.prompts import Prompt, PromptLike
+from stars_fast.prompts import Prompt, PromptLike, Reader
 from stars_fast.rewards.combine import CombinedReward
 from stars_fast.seeds import derive_seed
-
-
-class Reader(Protocol):
-    """Turns prompts into token ids and checks them, as `PromptReader` does."""
-
-    def read(self, prompt: PromptLike | Prompt, max_tokens: int) -> Prompt:
-        """Return the prompt, ready to be continued by `max_tokens` tokens."""
-        ...
-
-    def response_ids(self, text: str) -> list[int]:
-        """Return the ids of a response's text, which stands behind its prompt."""
-        ...
 
 
 class BaseEngine(OneThread, ABC):
@@ -103,6 +91,11 @@ class BaseEngine(OneThread, ABC):
             If it is malformed, or does not fit the model's context.
         """
         return self._reader.read(prompt, 0)
+
+    @property
+    def reader(self) -> Reader:
+        """What reads prompts, beside the rounds as well."""
+        return self._reader
 
     def prompt_scores(self, token_ids: Sequence[int], top: int = 0) -> list[TokenScore]:
         """Return the log-probabilities of a prompt's own tokens.

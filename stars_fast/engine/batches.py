@@ -127,25 +127,24 @@ class BatchEngine(BaseEngine):
             (self._reader.read(text, 0), self._reader.response_ids(response), response)
             for text, response in zip(texts, responses, strict=True)
         ]
-        with self._broadcast_call("score", texts, list(responses)):
-            return _rewards(self.loop.score_whole(pairs))
+        return self.score_read(pairs)
 
     @one_thread
-    def score_texts(self, texts: Sequence[str]) -> list[float]:
-        """Return the reward of each text, read as it is: no template is put around it.
+    def score_read(self, pairs: Sequence[tuple[Prompt, list[int], str]]) -> list[float]:
+        """Return the reward of each response to its prompt, as `score`; nothing is tokenised.
 
-        A reward function gets it as a prompt with an empty response.
+        Parameters
+        ----------
+        pairs
+            A prompt that was read, and its response as token ids and as text.
 
         Raises
         ------
-        ValueError
-            Without a reward model, or if a text is empty or does not fit.
-        RewardError
-            If the reward model fails on one of them.
+        ValueError, RewardError
+            As `score`.
         """
-        read = [replace(self._reader.read(text, 0), whole=True) for text in texts]
-        with self._broadcast_call("score_texts", list(texts)):
-            return _rewards(self.loop.score_whole([(prompt, [], "") for prompt in read]))
+        with self._broadcast_call("score_read", pairs):
+            return _rewards(self.loop.score_whole(pairs))
 
     @one_thread
     def calibrate(
@@ -276,8 +275,7 @@ class BatchEngine(BaseEngine):
     def _followed_calls(self) -> dict[str, Callable[..., Any]]:
         return {
             **super()._followed_calls(),
-            "score": self.score,
-            "score_texts": self.score_texts,
+            "score_read": self.score_read,
         }
 
 

@@ -40,7 +40,7 @@ from stars_fast.engine.generation_defaults import GenerationDefaults
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import PHASES, Loop
 from stars_fast.engine.one_thread import one_thread
-from stars_fast.engine.prompt_scores import TokenScore, prompt_scores
+from stars_fast.engine.prompt_scores import prompt_scores
 from stars_fast.models.drafted import DraftedModel
 from stars_fast.models.guidance import GuidedModel
 from stars_fast.models.images import ImageEncoder, image_token_id, sees_images
@@ -51,6 +51,7 @@ from stars_fast.models.paged import PagedModel
 from stars_fast.models.pool import default_num_pages
 from stars_fast.models.processor import load_processor
 from stars_fast.models.selfcheck import check_numbers
+from stars_fast.outputs import TokenScore
 from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptReader
 from stars_fast.reward_head import RewardHeadLike

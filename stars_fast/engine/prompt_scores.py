@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 
 from stars_fast.models.interface import attention_configs, exclusive
 from stars_fast.models.logits import LogitHead
+from stars_fast.outputs import TokenScore
 
 #: Positions whose logits are there at once.
 _POSITIONS = 256
-
-
-@dataclass(frozen=True)
-class TokenScore:
-    """A token of a prompt.
-
-    Attributes
-    ----------
-    logprob
-        Natural log-probability under the model's raw distribution, after those before it; None for
-        the first one, before which there is nothing.
-    top
-        The most likely tokens at its place with theirs, the most likely first.
-    """
-
-    logprob: float | None = None
-    top: dict[int, float] = field(default_factory=dict)
 
 
 @torch.inference_mode()

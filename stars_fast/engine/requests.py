@@ -180,7 +180,7 @@ def candidate_text(response: Response, candidate: Candidate) -> ResponseText:
 
 @dataclass
 class Request:
-    """A request and its responses, ``n * samples_per_response`` of them.
+    """A request and its responses, ``n * params.samples_per_response`` of them.
 
     Attributes
     ----------
@@ -204,7 +204,7 @@ class Request:
 
     def to_output(self) -> RequestOutput:
         """Return a copy of the state, which later rounds do not change."""
-        size = samples_per_response(self.params)
+        size = self.params.samples_per_response
         groups = [self.responses[i : i + size] for i in range(0, len(self.responses), size)]
         return RequestOutput(
             request_id=self.request_id,
@@ -216,11 +216,6 @@ class Request:
             drafted_tokens=sum(response.drafted_tokens for response in self.responses),
             rm_tokens=sum(response.rm_tokens for response in self.responses),
         )
-
-
-def samples_per_response(params: StarsParams) -> int:
-    """Return how many whole responses or paths there are to choose from; 1 for most methods."""
-    return 1 if params.kind.competes is None else params.num_candidates
 
 
 def _best(samples: Sequence[Response]) -> Response:

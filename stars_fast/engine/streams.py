@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 from stars_fast.errors import DeadlineError
 from stars_fast.outputs import RequestOutput
@@ -16,6 +17,36 @@ from stars_fast.prompts import Prompt, PromptLike
 _UNREAD = 64
 
 _Call = Callable[[], None]
+
+
+class Stream(Protocol):
+    """A request, and where what becomes of it goes."""
+
+    request_id: str
+    prompt: PromptLike | Prompt
+    params: StarsParams
+
+    def admit(self, prompt_tokens: int) -> None:
+        """Note that the engine has taken the request."""
+
+    def deliver(self, output: RequestOutput) -> None:
+        """Pass on an output."""
+
+    def fail(self, error: Exception) -> None:
+        """End with an error."""
+
+
+S = TypeVar("S", bound=Stream)
+
+
+class Outgoing(Protocol[S]):
+    """Takes what an engine's thread has for streams, and passes it on in one go."""
+
+    def put(self, stream: S, call: _Call) -> None:
+        """Keep a call that this stream is to get."""
+
+    def send(self) -> list[S]:
+        """Pass on what was kept, in its order; the streams that nobody reads any more."""
 
 
 class RequestStream:

@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast import _core
-from stars_fast.engine.base import Reader
 from stars_fast.engine.batches import BatchEngine
 from stars_fast.engine.clock import PhaseClock
 from stars_fast.engine.limits import Limits
@@ -19,6 +18,7 @@ from stars_fast.engine.requests import Request
 from stars_fast.methods import METHODS
 from stars_fast.outputs import RequestOutput
 from stars_fast.params import StarsParams
+from stars_fast.prompts import Reader
 from stars_fast.remote.calls import CallDrafter, Caller
 from stars_fast.rewards.base import Prompt, Scorer
 from stars_fast.rewards.load_several import named_rewards

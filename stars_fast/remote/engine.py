@@ -12,12 +12,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast.config import Combine, TemplateLike, check_combine
-from stars_fast.engine.base import Reader
 from stars_fast.engine.requests import Request
 from stars_fast.models.load import load_tokenizer
 from stars_fast.outputs import RequestOutput
 from stars_fast.params import StarsParams
-from stars_fast.prompts import PromptReader
+from stars_fast.prompts import PromptReader, Reader
 from stars_fast.remote.base import CallEngine, check_options, check_rewards
 from stars_fast.remote.caller import CompletionsCaller
 from stars_fast.remote.history import History, TextHistory, TokenHistory

@@ -18,7 +18,6 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.server.answers import ModelList, ModelObject, State, Version
 from stars_fast.server.chat import ChatAnswer, ChatChunk, ChatRequest, ChatWriter
 from stars_fast.server.completions import (
@@ -27,6 +26,7 @@ from stars_fast.server.completions import (
     CompletionRequest,
     CompletionWriter,
 )
+from stars_fast.server.engines import ServedEngine
 from stars_fast.server.errors import ApiError, add_handlers, api_error
 from stars_fast.server.guard import Guard
 from stars_fast.server.logs import log
@@ -73,13 +73,14 @@ _POLICY = (
 )
 
 
-def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
+def create_app(engine: ServedEngine, settings: ServerSettings) -> FastAPI:
     """Return the application, for uvicorn or another ASGI server.
 
     Parameters
     ----------
     engine
-        Whose server this is; it is drained when the application shuts down.
+        An `AsyncEngine`, or the client of an engine in another process; it is drained when the
+        application shuts down.
     settings
         Names, limits and defaults.
     """
@@ -233,6 +234,7 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Return the metrics as Prometheus reads them."""
+        await engine.refresh()
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/", include_in_schema=False)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from operator import methodcaller
 from typing import Any
 
-from stars_fast.engine.async_engine import AsyncEngine
-from stars_fast.engine.prompt_scores import TokenScore
-from stars_fast.engine.requests import samples_per_response
 from stars_fast.engine.streams import RequestStream
 from stars_fast.errors import EngineStoppedError
-from stars_fast.outputs import CompletionOutput, RequestOutput
+from stars_fast.outputs import CompletionOutput, RequestOutput, TokenScore
 from stars_fast.params import StarsParams
 from stars_fast.prompts import Prompt, PromptLike
 from stars_fast.server.answers import Usage
+from stars_fast.server.engines import ServedEngine
 from stars_fast.server.errors import ApiError, request_failed
 from stars_fast.server.images import fetch_images
 from stars_fast.server.method_name import method_values, values_in_name
@@ -57,7 +56,7 @@ class Generation:
 
     def __init__(
         self,
-        engine: AsyncEngine,
+        engine: ServedEngine,
         body: Body,
         settings: ServerSettings,
         method: str | None = None,
@@ -81,7 +80,7 @@ class Generation:
         if body.wants_logprobs and not engine.has_logprobs:
             raise ValueError("logprobs cannot be had: the engine of this server keeps none")
         self.prompts: Sequence[Any] = body.prompts()
-        drawn = len(self.prompts) * self.params.n * samples_per_response(self.params)
+        drawn = len(self.prompts) * self.params.n * self.params.samples_per_response
         if drawn > settings.max_choices:
             raise ValueError(
                 f"n asks for {drawn} responses in one request, prompts and candidates counted; "
@@ -105,7 +104,7 @@ class Generation:
         Raises
         ------
         QueueFullError, EngineStoppedError, DeadlineError, ValueError, TypeError
-            Those of `AsyncEngine.submit` and `RequestStream.admitted`.
+            Those of `ServedEngine.submit` and `RequestStream.admitted`.
         """
         if self._settings.image_hosts:
             self.prompts = await fetch_images(self.prompts, self._settings.image_hosts)
@@ -132,13 +131,11 @@ class Generation:
 
     async def _read_prompt(self, prompt: PromptLike) -> None:
         engine, timeout = self._engine, self._settings.request_timeout
-        read = await engine.read(
-            lambda _: engine.check_request(prompt, self.params), prompt, timeout
-        )
+        read = await engine.check_request(prompt, self.params, timeout)
         self._read.append(read)
         top = self._body.prompt_logprobs
         if top is not None:
-            scores = await engine.call(lambda e: e.prompt_scores(read.token_ids, top), timeout)
+            scores = await engine.call(methodcaller("prompt_scores", read.token_ids, top), timeout)
             self._prompt_scores.append(scores)
 
     def abort(self) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
-
-from stars_fast.engine import prompt_scores
+from stars_fast import outputs
 from stars_fast.engine.detokenize import token_offsets, token_text
 from stars_fast.prompts import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: Stands for minus infinity, which JSON does not have.
 LEAST_LOGPROB = -9999.0
@@ -78,7 +80,7 @@ class Scores:
         return list(self._written(token_ids[first:], logprobs, offsets, top))
 
     def of_prompt(
-        self, token_ids: Sequence[int], scores: Sequence[prompt_scores.TokenScore]
+        self, token_ids: Sequence[int], scores: Sequence[outputs.TokenScore]
     ) -> list[TokenScore]:
         """Return the tokens of a prompt."""
         offsets = token_offsets(self._tokenizer, Prompt("", []), token_ids)

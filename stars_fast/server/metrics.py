@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.outputs import Segment
+from stars_fast.server.engines import ServedEngine
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _ATTEMPTS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 32, 64)
@@ -39,7 +39,7 @@ class Metrics:
         Returns how many connections are open, idle ones included.
     """
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: ServedEngine) -> None:
         self._engine = engine
         self.connections: Callable[[], int] = lambda: 0
         self._mean_seconds = 0.0
@@ -116,7 +116,7 @@ class Metrics:
 class _EngineCollector(Collector):
     """Shows an engine's counters as they are when asked."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: ServedEngine) -> None:
         self._engine = engine
         self._before = engine.stats()  # calibration is no request's
 

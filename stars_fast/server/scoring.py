@@ -6,17 +6,21 @@ import functools
 import math
 import uuid
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from stars_fast.engine.async_engine import AsyncEngine
-from stars_fast.engine.batches import BatchEngine
+from stars_fast.prompts import Prompt, Reader
 from stars_fast.server.answers import Head
 from stars_fast.server.chat import ChatMessage
+from stars_fast.server.engines import ServedEngine
 from stars_fast.server.openapi import NOT_EMPTY
 from stars_fast.server.protocol import Lenient
 from stars_fast.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from stars_fast.engine.batches import BatchEngine
 
 
 class PoolingRequest(Lenient):
@@ -133,7 +137,7 @@ class Scoring:
         Of the server.
     """
 
-    def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
+    def __init__(self, engine: ServedEngine, settings: ServerSettings) -> None:
         self._engine = engine
         self._settings = settings
 
@@ -179,9 +183,9 @@ class Scoring:
         most = self._settings.max_choices
         if len(pairs) > most:
             raise ValueError(f"input must have at most {most} texts, got {len(pairs)}")
-        scores, tokens = await self._engine.call(
-            functools.partial(_score, pairs), self._settings.request_timeout
-        )
+        timeout = self._settings.request_timeout
+        read = await self._engine.read(functools.partial(_read, pairs), pairs, timeout)
+        scores, tokens = await self._engine.call(functools.partial(_score, read), timeout)
         if activate:
             scores = [_sigmoid(score) for score in scores]
         return scores, ScoringUsage(prompt_tokens=tokens, total_tokens=tokens, completion_tokens=0)
@@ -194,13 +198,23 @@ class Scoring:
         }
 
 
-def _score(pairs: Sequence[Pair], engine: BatchEngine) -> tuple[list[float], int]:
+#: What is scored, as it was read: a prompt, and its response as token ids and as text.
+ReadPair = tuple[Prompt, list[int], str]
+
+
+def _read(pairs: Sequence[Pair], reader: Reader) -> list[ReadPair]:
+    return [
+        (replace(reader.read(prompt, 0), whole=True), [], "")
+        if response is None
+        else (reader.read(prompt, 0), reader.response_ids(response), response)
+        for prompt, response in pairs
+    ]
+
+
+def _score(pairs: Sequence[ReadPair], engine: BatchEngine) -> tuple[list[float], int]:
     """Return the scores and the tokens run for them; on the engine's thread."""
     before = engine.stats().get("rm_tokens", 0)
-    if pairs[0][1] is None:
-        scores = engine.score_texts([text for text, _ in pairs])
-    else:
-        scores = engine.score([prompt for prompt, _ in pairs], [text or "" for _, text in pairs])
+    scores = engine.score_read(pairs)
     return scores, int(engine.stats().get("rm_tokens", 0) - before)
 
 

@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.server.answers import to_json
+from stars_fast.server.engines import ServedEngine
 from stars_fast.server.errors import ApiError, api_error
 from stars_fast.server.generation import Generation
 from stars_fast.server.logs import log
@@ -42,7 +42,7 @@ class Serving:
         Of the server.
     """
 
-    def __init__(self, engine: AsyncEngine, settings: ServerSettings, metrics: Metrics) -> None:
+    def __init__(self, engine: ServedEngine, settings: ServerSettings, metrics: Metrics) -> None:
         self._engine = engine
         self._settings = settings
         self._metrics = metrics

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
-from transformers import PreTrainedTokenizerBase
 
-from stars_fast.engine.async_engine import AsyncEngine
-from stars_fast.engine.base import BaseEngine
-from stars_fast.prompts import PromptLike
+from stars_fast.prompts import PromptLike, Reader
 from stars_fast.server.chat import ChatMessage
+from stars_fast.server.engines import ServedEngine
 from stars_fast.server.protocol import Lenient
 from stars_fast.text.chats import CHAT_OPTIONS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class TokenizeRequest(Lenient):
@@ -56,7 +57,7 @@ class DetokenizeAnswer(BaseModel):
 
 
 async def tokenize(
-    engine: AsyncEngine, body: TokenizeRequest, timeout: float | None
+    engine: ServedEngine, body: TokenizeRequest, timeout: float | None
 ) -> TokenizeAnswer:
     """Return a text or a chat as the model reads it.
 
@@ -71,17 +72,19 @@ async def tokenize(
     if body.messages is not None:
         prompt = body.model_dump(include={"messages", *CHAT_OPTIONS}, exclude_unset=True)
     assert prompt is not None
-    ids = await engine.read(functools.partial(_ids, body, prompt), prompt, timeout)
+    ids = await engine.read(
+        functools.partial(_ids, body, prompt, engine.tokenizer), prompt, timeout
+    )
     strings = None
     if body.return_token_strs:
-        strings = [str(one) for one in _tokenizer(engine).convert_ids_to_tokens(ids)]
+        strings = [str(one) for one in _needed(engine.tokenizer).convert_ids_to_tokens(ids)]
     return TokenizeAnswer(
         count=len(ids), max_model_len=engine.max_length, tokens=ids, token_strs=strings
     )
 
 
 async def detokenize(
-    engine: AsyncEngine, body: DetokenizeRequest, timeout: float | None
+    engine: ServedEngine, body: DetokenizeRequest, timeout: float | None
 ) -> DetokenizeAnswer:
     """Return tokens as text.
 
@@ -90,27 +93,33 @@ async def detokenize(
     ValueError
         There is no tokenizer, or it has no such token.
     """
-    size = len(_tokenizer(engine))
+    tokenizer = _needed(engine.tokenizer)
+    size = len(tokenizer)
     for number, token in enumerate(body.tokens):
         if not 0 <= token < size:
             raise ValueError(f"tokens[{number}] must be in [0, {size}), got {token}")
-    text = await engine.read(lambda _: _tokenizer(engine).decode(body.tokens), body.tokens, timeout)
+    text = await engine.read(lambda _: tokenizer.decode(body.tokens), body.tokens, timeout)
     return DetokenizeAnswer(prompt=str(text))
 
 
-def _ids(body: TokenizeRequest, prompt: PromptLike, engine: BaseEngine) -> list[int]:
+def _ids(
+    body: TokenizeRequest,
+    prompt: PromptLike,
+    tokenizer: PreTrainedTokenizerBase | None,
+    reader: Reader,
+) -> list[int]:
     if body.messages is not None:
         if body.add_special_tokens:
             raise ValueError("add_special_tokens must be false with messages: templates write them")
-        return engine.read(prompt).token_ids
+        return reader.read(prompt, 0).token_ids
+    needed = _needed(tokenizer)
     if body.add_special_tokens is False:
-        ids: list[int] = _tokenizer(engine)(prompt, add_special_tokens=False)["input_ids"]
+        ids: list[int] = needed(prompt, add_special_tokens=False)["input_ids"]
         return list(ids)
-    _tokenizer(engine)
-    return engine.read(prompt).token_ids
+    return reader.read(prompt, 0).token_ids
 
 
-def _tokenizer(engine: AsyncEngine | BaseEngine) -> PreTrainedTokenizerBase:
-    if engine.tokenizer is None:
+def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
         raise ValueError("prompt and tokens need a tokenizer, which the model here does not have")
-    return engine.tokenizer
+    return tokenizer

@@ -148,7 +148,7 @@ def test_rounds_go_on_while_a_long_prompt_is_read(reading: tuple[AsyncEngine, Ga
         assert await engine.call(lambda e: e.max_rows) == 8
         with pytest.raises(RuntimeError, match="SystemExit: 1"):
             await collect(engine, "cc", PARAMS)
-        assert await engine.read(lambda e: e.read("ab").text, "ab") == "ab"
+        assert await engine.read(lambda reader: reader.read("ab", 0).text, "ab") == "ab"
         started: list[str] = []
         add = engine._engine.add_request
 

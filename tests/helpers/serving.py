@@ -5,6 +5,7 @@ Import it after the packages of the extras server and test were found to be inst
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ from helpers.tiny_lm import letter_model, letter_tokenizer
 
 from stars_fast import Engine, StarsParams
 from stars_fast.benchmarks.clients import read_metrics
-from stars_fast.benchmarks.server_thread import server_thread
+from stars_fast.benchmarks.server_thread import server_thread, server_with_front
 from stars_fast.engine.async_engine import AsyncEngine
+from stars_fast.engine.engine_thread import EngineThread
 from stars_fast.server import ServerSettings
 
 PARAMS = StarsParams(
@@ -38,7 +40,7 @@ class Served:
     """A running server."""
 
     url: str
-    engine: AsyncEngine
+    engine: EngineThread[Any]
     gate: Gate
     clients: list[openai.OpenAI] = field(default_factory=list)
 
@@ -60,10 +62,23 @@ class Served:
 
 @contextmanager
 def serving(
-    engine: Engine, gate: Gate, settings: ServerSettings | None = None, **options: Any
+    engine: Engine,
+    gate: Gate,
+    settings: ServerSettings | None = None,
+    *,
+    front: bool = False,
+    **options: Any,
 ) -> Iterator[Served]:
-    running = AsyncEngine(engine, **options)
-    with server_thread(running, settings or ServerSettings("letters", PARAMS)) as url:
+    """Serve on a thread; with `front`, which takes longer to start, as `stars-fast serve` does."""
+    settings = settings or ServerSettings("letters", PARAMS)
+    with contextlib.ExitStack() as stack:
+        running: EngineThread[Any]
+        if front:
+            url, host = stack.enter_context(server_with_front(engine, settings, **options))
+            running = host.thread
+        else:
+            running = own = AsyncEngine(engine, **options)
+            url = stack.enter_context(server_thread(own, settings))
         served = Served(url, running, gate)
         try:
             yield served

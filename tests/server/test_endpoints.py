@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -119,6 +121,22 @@ class TestRewards:
         chat = {"messages": [USER, ANSWER], "use_activation": False}
         assert answer(served, "/classify", chat)["data"][0]["probs"] == [expected]
         assert answer(served, "/pooling", chat)["data"][0]["data"] == [expected]
+
+    def test_texts_are_read_beside_the_rounds(
+        self, served: Served, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        threads: set[str] = set()
+
+        def noted(own: Callable[..., Any], *given: Any) -> Any:
+            threads.add(threading.current_thread().name)
+            return own(*given)
+
+        for name in ("read", "response_ids"):
+            own = getattr(engine.reader, name)
+            monkeypatch.setattr(engine.reader, name, functools.partial(noted, own))
+        answer(served, "/score", {"text_1": "Not", "text_2": " bad"})
+        answer(served, "/classify", {"input": "Not bad"})
+        assert threads == {"stars-fast-reader"}
 
     @pytest.mark.parametrize("path", ["/classify", "/pooling", "/score", "/v1/score"])
     def test_our_own_remote_reward_reads_it(self, served: Served, path: str) -> None:

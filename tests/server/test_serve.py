@@ -57,10 +57,10 @@ Loop._score = long
 
 def test_an_engine_that_fails_ends_the_process_and_says_why(tmp_path: Path) -> None:
     code = """
-from stars_fast.engine.async_engine import AsyncEngine
+from stars_fast.engine.engine_thread import EngineThread
 def fault(engine, *_):
     raise SystemExit(0)
-AsyncEngine._pass_on = fault
+EngineThread._pass_on = fault
 """
     log = tmp_path / "log"
     with server_process(PAGES, log, code) as (url, process):

@@ -32,9 +32,9 @@ VANILLA: dict[str, Any] = {"method": "vanilla"}
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Served]:
-    """A server that the tests leave as they found it."""
+    """A server that the tests leave as they found it, with its front in a process of its own."""
     gate = Gate()
-    with serving(letter_engine(gate), gate) as served:
+    with serving(letter_engine(gate), gate, front=True) as served:
         yield served
 
 
@@ -377,7 +377,7 @@ def test_a_full_queue_is_429_with_retry_after() -> None:
         ]
         for thread in threads:
             thread.start()
-        until(lambda: served.engine.num_waiting == 1)
+        until(lambda: (served.engine.num_running, served.engine.num_waiting) == (1, 1))
         metrics = served.metrics()
         assert metrics["stars:num_requests_running"] == 1
         assert metrics["stars:num_requests_waiting"] == 1
@@ -480,16 +480,19 @@ def test_metrics_move(shared: Served) -> None:
     assert after["stars:rm_tokens_total"] == 0
 
 
-def test_logs_have_the_request_id_and_no_prompt(
-    shared: Served, caplog: pytest.LogCaptureFixture
-) -> None:
-    headers = {"X-Request-Id": "my-request.1"}
-    with caplog.at_level(logging.INFO, logger="stars_fast.server"):
+def test_logs_have_the_request_id_and_no_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    headers, gate = {"X-Request-Id": "my-request.1"}, Gate()
+    with (
+        caplog.at_level(logging.INFO, logger="stars_fast.server"),
+        serving(letter_engine(gate), gate) as served,
+    ):
         response = httpx.post(
-            f"{shared.url}/v1/completions", json={"prompt": "abba"}, headers=headers, timeout=60
+            f"{served.url}/v1/completions", json={"prompt": "abba"}, headers=headers, timeout=60
         )
+        bad = httpx.get(f"{served.url}/health", headers={"X-Request-Id": "a b\tc"})
     assert response.headers["x-request-id"] == "my-request.1"
-    (record,) = [record for record in caplog.records if record.name == "stars_fast.server"]
+    records = [record for record in caplog.records if record.name == "stars_fast.server"]
+    (record,) = [record for record in records if record.getMessage() == "request"]
     from stars_fast.server.logs import JsonFormatter
 
     line = json.loads(JsonFormatter().format(record))
@@ -498,7 +501,6 @@ def test_logs_have_the_request_id_and_no_prompt(
     assert line["status"] == 200
     assert line["completion_tokens"] == 12
     assert "abba" not in json.dumps(line)
-    bad = httpx.get(f"{shared.url}/health", headers={"X-Request-Id": "a b\tc"})
     assert bad.headers["x-request-id"] != "a b\tc"
 
 

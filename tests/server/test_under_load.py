@@ -64,11 +64,15 @@ def test_a_crowd_of_streams_comes_to_its_end(tmp_path: Path) -> None:
 
 def test_both_sides_of_the_overhead_give_the_same_texts(tmp_path: Path) -> None:
     out = tmp_path / "overhead.json"
-    options = ["--requests", "4", "--max-tokens", "16", "--repeats", "1", "--out", str(out)]
+    options = ["--requests", "4", "--max-tokens", "16", "--repeats", "1", "--alone", "1"]
+    options += ["--out", str(out)]
     assert overhead.main(options) == 0
     record = json.loads(out.read_text())
     assert record["tokens"] == 64
-    assert len(record["engine_seconds"]) == len(record["server_seconds"]) == 1
+    for way in ("front", "thread"):
+        assert len(record["engine_seconds"]) == len(record[way]["seconds"]) == 1
+        assert record[way]["first_segment_ratio"] > 0
+    assert record["front"]["front_cpu_seconds"] > record["thread"]["front_cpu_seconds"] == 0
 
 
 def test_hostile_clients_harm_no_neighbour() -> None:
