@@ -7,6 +7,7 @@ from typing import Literal
 from stars_fast.models.lockstep import Lockstep
 from stars_fast.models.paged import PagedModel
 
+
 class GuidedModel(Lockstep):
     """A language model in lockstep with its guides.
 
