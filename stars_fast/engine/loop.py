@@ -441,8 +441,9 @@ class Loop:
             done.unfinished,
         )
         thresholds = decision.threshold.tolist()
-        for row, response in enumerate(done.responses):
-            response.drafted_tokens += max(0, int(done.lengths[row]) - done.drawn[row])
+        rows = zip(done.responses, done.lengths.tolist(), done.drawn, strict=True)
+        for response, length, drawn in rows:
+            response.drafted_tokens += max(0, length - drawn)
             response.under_way.clear()
         for row, response in enumerate(done.responses):
             if not done.decided[row]:
