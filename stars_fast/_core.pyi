@@ -428,6 +428,11 @@ class SequenceCache:
     def common_prefix(self, sequence: int, token_ids: npt.ArrayLike) -> int:
         """Tokens at the start of `token_ids` that the sequence holds already."""
 
+    def common_prefixes(
+        self, sequences: npt.ArrayLike, token_ids: npt.ArrayLike, lengths: npt.ArrayLike
+    ) -> list[int]:
+        """The same of many texts: `token_ids` holds ``lengths[i]`` ids for ``sequences[i]``."""
+
     def truncate(self, sequence: int, length: int) -> None: ...
     def copy(self, source: int, target: int) -> None:
         """`target`, open and without branches, becomes a copy of `source` on the same pages.

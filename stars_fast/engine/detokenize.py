@@ -59,7 +59,7 @@ class ResponseText:
 
     def extended(self, token_ids: Sequence[int]) -> ResponseText:
         """Return the text with further tokens; special ones and unknown ones add nothing."""
-        new = tuple(token for token in token_ids if self._decoder.speaks(token))
+        new = tuple(filter(self._decoder.speaks, token_ids))
         if not new:
             return self
         window = self._window + new

@@ -484,10 +484,12 @@ class Loop:
             done.unfinished,
         )
         thresholds = decision.threshold.tolist()
-        for row, response in enumerate(done.responses):
-            response.drafted_tokens += max(0, int(done.lengths[row]) - done.drawn[row])
-            if done.draft.discarded is not None and row < len(done.draft.discarded):
-                response.drafted_tokens += int(done.draft.discarded[row])
+        discarded = [] if done.draft.discarded is None else done.draft.discarded.tolist()
+        rows = zip(done.responses, done.lengths.tolist(), done.drawn, strict=True)
+        for row, (response, length, drawn) in enumerate(rows):
+            response.drafted_tokens += max(0, length - drawn)
+            if row < len(discarded):
+                response.drafted_tokens += discarded[row]
             response.under_way.clear()
         for row, response in enumerate(done.responses):
             if not done.decided[row]:

@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+import numpy.typing as npt
+
 from stars_fast.drafting.base import RowSampling
 from stars_fast.engine.detokenize import ResponseText
 from stars_fast.outputs import (
@@ -89,6 +92,10 @@ class Response:
         Whether it keeps the constraints of its rewards, as far as it has come.
     drafted_tokens, rm_tokens
         Its cost, see `RequestOutput`.
+    scored
+        Whether its segments are scored and tested.
+    token_ids
+        Its committed tokens, those of `output`, as jobs of the scorer take them.
     """
 
     handle: int
@@ -107,15 +114,14 @@ class Response:
     keeps: bool = True
     drafted_tokens: int = 0
     rm_tokens: int = 0
+    scored: bool = field(init=False)
+    token_ids: npt.NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.scored = self.params.scored
+        self.token_ids = np.array(self.output.token_ids, np.int64)
         if self.sampling.bad_words:
             self.sampling = replace(self.sampling, drawn=self.output.token_ids)
-
-    @property
-    def scored(self) -> bool:
-        """Whether its segments are scored and tested."""
-        return self.params.scored
 
     @property
     def finished(self) -> bool:
@@ -128,6 +134,7 @@ class Response:
         `finish`: why it ends the response, None if it does not.
         """
         self.output.token_ids.extend(candidate.token_ids)
+        self.token_ids = np.concatenate((self.token_ids, np.array(candidate.token_ids, np.int64)))
         self.output.logprobs.extend(candidate.logprobs)
         self.output.top_logprobs.extend(candidate.top_logprobs)
         if self.sampling.grammar is not None:
@@ -159,6 +166,7 @@ class Response:
         mine.text, mine.finish_reason = theirs.text, theirs.finish_reason
         mine.reward, mine.rewards = theirs.reward, theirs.rewards
         mine.token_ids[:] = theirs.token_ids  # the same list: `sampling` reads it
+        self.token_ids = source.token_ids
         mine.logprobs = list(theirs.logprobs)
         mine.top_logprobs = list(theirs.top_logprobs)
         if self.sampling.grammar is not None:

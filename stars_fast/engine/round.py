@@ -20,7 +20,6 @@ from stars_fast.drafting.base import Draft
 from stars_fast.engine.detokenize import find_step_end, find_stop
 from stars_fast.engine.requests import Candidate, Response, candidate_text
 from stars_fast.methods.decisions import effective_reward, merit
-from stars_fast.params import StarsParams
 from stars_fast.rewards.base import ScoreJob, Scorer
 from stars_fast.rewards.combine import CombinedReward
 
@@ -119,14 +118,12 @@ def cut_candidates(
     drawn = plan.drawn.tolist()
     goes_on = [False] * len(drawn) if draft.unfinished is None else draft.unfinished.tolist()
     candidates = []
-    for row, response in enumerate(responses):
-        if row >= len(drawn):
-            candidates.append(response.under_way[attempts[row]])
-            continue
-        before = response.under_way[attempts[row]] if drawn[row] else None
-        candidate = _drawn(draft, row, response.params, before, next(branches), attempts[row])
+    new = _drawn(draft, responses, attempts, branches)
+    for row, bad in enumerate(draft.nan_step.tolist()):
+        response, candidate = responses[row], new[row]
+        if drawn[row]:
+            candidate = _joined(response.under_way[attempts[row]], candidate)
         cut, ended = _cut(response, candidate)
-        bad = int(draft.nan_step[row])
         if 0 <= bad < len(cut.token_ids) - drawn[row]:
             ended = True
             at = len(response.output.token_ids) + drawn[row] + bad
@@ -135,8 +132,10 @@ def cut_candidates(
         candidates.append(cut)
         goes_on[row] = goes_on[row] and not ended
     rows = len(responses)
-    goes_on += [False] * (rows - len(drawn))
-    drawn += [len(candidate.token_ids) for candidate in candidates[len(drawn) :]]
+    for row in range(len(drawn), rows):  # held
+        candidates.append(responses[row].under_way[attempts[row]])
+        goes_on.append(False)
+        drawn.append(len(candidates[row].token_ids))
     lengths = np.array([len(candidate.token_ids) for candidate in candidates], np.int32)
     done = Round(
         plan=plan,
@@ -159,29 +158,30 @@ def cut_candidates(
 
 
 def _drawn(
-    draft: Draft,
-    row: int,
-    params: StarsParams,
-    before: Candidate | None,
-    branch: int,
-    attempt: int,
-) -> Candidate:
-    """Return what a row has drawn, behind what it had drawn `before`."""
-    length = int(draft.lengths[row])
-    logprobs = draft.logprobs[row, :length].tolist()
+    draft: Draft, responses: list[Response], attempts: list[int], branches: Iterator[int]
+) -> list[Candidate]:
+    """Return what each row has drawn in this round."""
+    lengths = draft.lengths.tolist()
+    tokens, logprobs = draft.tokens.tolist(), draft.logprobs.tolist()
     adjusted = draft.adjusted_logprobs
-    new = Candidate(
-        branch=branch,
-        attempt=attempt,
-        token_ids=draft.tokens[row, :length].tolist(),
-        logprobs=logprobs,
-        adjusted_logprobs=logprobs if adjusted is None else adjusted[row, :length].tolist(),
-        top_logprobs=_top_logprobs(draft, row, length, params.top_logprobs),
-        log_ratios=[] if draft.log_ratios is None else draft.log_ratios[row, :length].tolist(),
-        stopped=bool(draft.stopped[row]),
-    )
-    if before is None:
-        return new
+    ratios, stopped = draft.log_ratios, draft.stopped.tolist()
+    return [
+        Candidate(
+            branch=next(branches),
+            attempt=attempts[row],
+            token_ids=tokens[row][:length],
+            logprobs=(raw := logprobs[row][:length]),
+            adjusted_logprobs=raw if adjusted is None else adjusted[row, :length].tolist(),
+            top_logprobs=_top_logprobs(draft, row, length, responses[row].params.top_logprobs),
+            log_ratios=[] if ratios is None else ratios[row, :length].tolist(),
+            stopped=stopped[row],
+        )
+        for row, length in enumerate(lengths)
+    ]
+
+
+def _joined(before: Candidate, new: Candidate) -> Candidate:
+    """Return what a row has drawn behind what earlier rounds drew of it."""
     return replace(
         new,
         token_ids=before.token_ids + new.token_ids,
@@ -283,7 +283,7 @@ def score_round(
     if not rows:
         return
     begun = time.perf_counter()
-    jobs = [_job(done.responses[row], done.candidates[row], scorer) for row in rows]
+    jobs = [_job(done, row, scorer) for row in rows]
     for row, reward in zip(rows, scorer.score(jobs), strict=True):
         if isinstance(reward, Exception):
             done.errors[row] = f"reward: {reward}"
@@ -303,12 +303,9 @@ def score_round(
     done.seconds["score"] = time.perf_counter() - begun
 
 
-def _job(
-    response: Response,
-    candidate: Candidate,
-    scorer: Scorer,
-) -> ScoreJob:
-    ids = response.output.token_ids + candidate.token_ids
+def _job(done: Round, row: int, scorer: Scorer) -> ScoreJob:
+    response, candidate = done.responses[row], done.candidates[row]
+    ids = np.concatenate((response.token_ids, done.tokens[row, : len(candidate.token_ids)]))
     text = ""
     if scorer.needs_text:
         text = candidate_text(response, candidate).whole[: candidate.stop_text_at]

@@ -22,7 +22,9 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from stars_fast.errors import RewardError
@@ -32,7 +34,7 @@ __all__ = ["HeadRewards", "KnownRewards", "Prompt", "PromptRewards", "RewardMode
 __all__ += ["Scorer", "finite_reward"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ScoreJob:
     """One response to score.
 
@@ -42,7 +44,7 @@ class ScoreJob:
         The request it belongs to, known to `Scorer.start`.
     branch : int
         Id of the candidate, to be named in `Scorer.keep` or `Scorer.accept` afterwards.
-    response_ids : list[int]
+    response_ids : sequence of int, or int64 [N]
         The whole response so far, committed text and candidate segment, as ids of the language
         model. Empty asks for r(x).
     response_text : str
@@ -51,7 +53,7 @@ class ScoreJob:
 
     request: int
     branch: int
-    response_ids: list[int]
+    response_ids: Sequence[int] | NDArray[np.int64]
     response_text: str
 
 

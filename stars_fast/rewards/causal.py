@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from stars_fast._core import OutOfPagesError
 from stars_fast.errors import RewardError
@@ -133,7 +132,7 @@ class CausalScorer(Scorer):
             except ValueError as error:
                 results[place] = error
                 continue
-            row = Row(place, job.request, job.branch, cut, not job.response_ids)
+            row = Row(place, job.request, job.branch, cut, len(job.response_ids) == 0)
             if row.is_prompt:
                 key = row.ids.tobytes()
                 known = self._prompt_rewards.get(key)
@@ -163,6 +162,8 @@ class CausalScorer(Scorer):
 
     def _run_all(self, rows: list[Row], results: list[float | Exception]) -> None:
         """Score rows, in as many passes as they take."""
+        if not rows:
+            return
         self._texts.touch(frozenset(row.request for row in rows))
         for chunk in self._chunks(rows):
             self._run(chunk, results)
@@ -223,8 +224,8 @@ class CausalScorer(Scorer):
     def _chunks(self, rows: list[Row]) -> Iterator[list[Row]]:
         """Cut the rows into forward passes: requests kept together, like lengths side by side."""
         longest: dict[int, int] = {}
-        for row in rows:
-            new = len(row.ids) - max(self._texts.fork_point(row), self._texts.restorable(row))
+        for row, start in zip(rows, self._texts.fork_points(rows), strict=True):
+            new = len(row.ids) - max(start, self._texts.restorable(row))
             longest[row.request] = max(longest.get(row.request, 1), new)
         chunk: list[Row] = []
         for row in sorted(rows, key=lambda row: (longest[row.request], row.request)):
@@ -260,16 +261,15 @@ class CausalScorer(Scorer):
 
     def _read(self, rows: list[Row], hidden: torch.Tensor) -> list[float] | RewardError:
         """Return the rewards of rows that have run, from the hidden states [T, hidden]."""
-        ends = np.cumsum([row.new for row in rows])
-        marks: list[torch.Tensor] = []
-        places: list[NDArray[np.int64]] = []
-        for row, end in zip(rows, ends, strict=True):
-            marks += self._texts.marked(row)
-            places.append(np.arange(end - (len(row.ids) - row.cut.first), end))
+        marks = [mark for row in rows for mark in self._texts.marked(row)]
+        counts = np.array([len(row.ids) - row.cut.first for row in rows])
+        # Read are the last of each row's new ones.
+        behind = np.cumsum([row.new for row in rows]) - np.cumsum(counts)
+        places = np.arange(counts.sum()) + np.repeat(behind, counts)
         try:
             with torch.inference_mode():
                 marked = torch.stack(marks) if marks else hidden[:0]
-                chosen = torch.from_numpy(np.concatenate(places)).to(hidden.device)
+                chosen = torch.from_numpy(places).to(hidden.device)
                 read = hidden.index_select(0, chosen)
                 return self._reading.values(read, marked, [row.cut for row in rows])
         except Exception as error:  # noqa: BLE001 - one bad pass must not end other requests

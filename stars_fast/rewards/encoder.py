@@ -126,7 +126,7 @@ class EncoderScorer(Scorer):
             except ValueError as error:
                 results[place] = error
                 continue
-            if not jobs[place].response_ids:
+            if not len(jobs[place].response_ids):
                 keys[place] = tuple(fields["input_ids"])
                 known = self._prompt_rewards.get(keys[place])
                 if known is not None:

@@ -229,16 +229,20 @@ class PagedTexts:
         if not state.same_prompt:
             del self._same_prompt[state.prefix.tobytes()]
 
-    def fork_point(self, row: Row) -> int:
-        """Return how many ids of a row are not run."""
+    def fork_points(self, rows: Sequence[Row]) -> list[int]:
+        """Return how many ids of each row are not run."""
+        cached = self._cache.common_prefixes(
+            _int64([row.request for row in rows]),
+            np.concatenate([row.cut.ids for row in rows]),
+            _int32([len(row.cut.ids) for row in rows]),
+        )
         # What is read is run even if it is cached: its hidden state is not.
-        return min(self._cache.common_prefix(row.request, row.ids), row.cut.first)
+        return [min(ids, row.cut.first) for ids, row in zip(cached, rows, strict=True)]
 
     def restorable(self, row: Row) -> int:
         """Return how many ids of the row `restore` caches if they are not; 0: none are missing."""
-        cached = self._cache.length(row.request)
-        alone = row.is_prompt and cached == 0 and len(row.ids) <= self._max_batch_tokens
-        return 0 if alone else self._shared(row)
+        alone = row.is_prompt and len(row.ids) <= self._max_batch_tokens
+        return 0 if alone and self._cache.length(row.request) == 0 else self._shared(row)
 
     def settle(self, row: Row) -> None:
         """File a row that was run among its request's branches; r(x) leaves the prompt behind."""
@@ -262,6 +266,10 @@ class PagedTexts:
         another request holds is shared with it, what several lack is run for one of them. A prompt
         that is about to be scored by itself needs no pass of its own.
         """
+        lacking = {row.request for row in rows if self._lacks(row.request)}
+        if not lacking:
+            return
+        rows = [row for row in rows if row.request in lacking]
         self._share(self._targets(rows, self._shared))
         missing = self._targets(rows, self.restorable)
         for request in missing:
@@ -298,10 +306,13 @@ class PagedTexts:
 
     def _shared(self, row: Row) -> int:
         """Return how many ids of the row are committed; 0: none that are not cached."""
-        committed = self._requests[row.request].committed
-        if self._cache.length(row.request) >= len(committed):
+        if not self._lacks(row.request):
             return 0
-        return common_length(row.ids, committed)
+        return common_length(row.ids, self._requests[row.request].committed)
+
+    def _lacks(self, request: int) -> bool:
+        """Whether the cache lacks some of a request's committed text."""
+        return self._cache.length(request) < len(self._requests[request].committed)
 
     def _share(self, missing: dict[int, int]) -> None:
         """Give each request what another of its prompt holds; whoever is content leaves `missing`.
@@ -408,14 +419,16 @@ class PagedTexts:
     def _keep_marked(self, rows: list[Row], hidden: torch.Tensor) -> None:
         """Keep what is kept of marks that have run; `hidden` is [T, hidden]."""
         new: dict[tuple[int, bytes], int] = {}  # where in `hidden`, by request and key
-        at = 0
+        end = 0
         for row in rows:
+            end += row.new
             state = self._requests[row.request]
+            if not (row.cut.marks or state.marks):
+                continue
             marks = [m for m in row.cut.marks or state.marks if m < len(row.ids)]
             for mark, key in zip(marks, _mark_keys(row.ids, marks), strict=True):
                 if mark >= row.start and key not in state.marked:
-                    new[row.request, key] = at + mark - row.start
-            at += row.new
+                    new[row.request, key] = end + mark - len(row.ids)
         if not new:
             return
         with torch.inference_mode():
@@ -434,8 +447,8 @@ class PagedTexts:
 
     def _fork(self, rows: list[Row]) -> tuple[Batch, Ids] | OutOfPagesError:
         """Order the rows and give each its pages; the batch and its new ids [T]."""
-        for row in rows:
-            row.start = self.fork_point(row)
+        for row, start in zip(rows, self.fork_points(rows), strict=True):
+            row.start = start
             row.row = self._next_row
             self._next_row += 1
         rows.sort(key=lambda row: (row.request, row.start))  # neighbours share a prefix

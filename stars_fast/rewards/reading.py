@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,7 +27,7 @@ class Head(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Cut:
     """What is run of a job.
 
@@ -53,7 +54,7 @@ class Cut:
     @property
     def read(self) -> bytes:
         """Everything that the reward depends on."""
-        marks = np.array([self.first, len(self.marks), *self.marks], np.int64)
+        marks = array("q", (self.first, len(self.marks), *self.marks))
         return marks.tobytes() + self.ids.tobytes() + self.following.tobytes()
 
 

@@ -59,7 +59,7 @@ class TokenPrompt:
         return len(self.empty_ids) - self.stem
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Encoded:
     """What is run of a job.
 
@@ -163,24 +163,27 @@ class SharedTokens(TokenSource):
     ) -> list[Encoded | Exception]:
         """Return prefix, response and suffix ids of each job."""
         encoded: list[Encoded | Exception] = []
-        for prompt, job in zip(prompts, jobs, strict=True):
+        responses = [np.asarray(job.response_ids, dtype=np.int64) for job in jobs]
+        known = not jobs or self._knows(np.concatenate(responses))
+        for prompt, response in zip(prompts, responses, strict=True):
             assert isinstance(prompt, _SharedPrompt)
-            response = np.asarray(job.response_ids, dtype=np.int64)
-            try:
-                self._check(response, "response_ids")
-            except ValueError as error:
-                encoded.append(error)
-                continue
-            if prompt.tail:
-                end = len(response)
-                while end and int(response[end - 1]) in self._special:
-                    end -= 1
-                response = response[:end]
-            encoded.append(Encoded(np.concatenate((prompt.prefix, response, prompt.suffix))))
+            if not known:
+                try:
+                    self._check(response, "response_ids")
+                except ValueError as error:
+                    encoded.append(error)
+                    continue
+            end = len(response)
+            while prompt.tail and end and int(response[end - 1]) in self._special:
+                end -= 1
+            encoded.append(Encoded(np.concatenate((prompt.prefix, response[:end], prompt.suffix))))
         return encoded
 
+    def _knows(self, ids: Ids) -> bool:
+        return not len(ids) or 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size
+
     def _check(self, ids: Ids, name: str) -> None:
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
+        if not self._knows(ids):
             raise ValueError(
                 f"{name} must lie in [0, {self._vocab_size}), the reward model's vocabulary, got "
                 f"{int(ids.min())} to {int(ids.max())}"

@@ -6,9 +6,9 @@ family, and the cleaning of spaces can be had of a text that comes in pieces.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeGuard, cast
 from weakref import WeakKeyDictionary
 
@@ -44,6 +44,8 @@ class Decoder:
         self._decode: _Decode = getattr(tokenizer, "decode", _nothing)
         self._before: tuple[int, ...] = ()
         self.cleans_up = False
+        #: Whether a token stands for text; remembered, as a round asks for every token it commits.
+        self.speaks = functools.cache(self._speaks)
         if _is_tokenizer(tokenizer):
             special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
             self._silent = frozenset({*special, *tokenizer.all_special_ids})
@@ -53,8 +55,7 @@ class Decoder:
             self._decode = _decode_of(tokenizer, cleans_up=self.cleans_up)
             self._before = self._plain_token(tokenizer)
 
-    def speaks(self, token: int) -> bool:
-        """Whether a token stands for text."""
+    def _speaks(self, token: int) -> bool:
         return token not in self._silent and self._known(token)
 
     def _decodes_to_text(self, token: int) -> bool:
@@ -162,7 +163,9 @@ def _decode_of(tokenizer: PreTrainedTokenizerBase, *, cleans_up: bool) -> _Decod
     ):
         return cast("_Decode", backend.decode)
     if cleans_up:
-        return cast("_Decode", partial(tokenizer.decode, clean_up_tokenization_spaces=False))
+        return cast(
+            "_Decode", functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+        )
     return tokenizer.decode
 
 

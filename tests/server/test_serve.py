@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -230,6 +233,16 @@ def test_a_missing_package_is_named(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["serve"]) == 2
     assert "pip install 'stars_fast[server]'" in capfd.readouterr().err
+
+
+def test_garbage_is_not_sought_in_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = SimpleNamespace(rank=0, lead=nullcontext)
+    monkeypatch.setattr("stars_fast.cli.serve.load_engine", lambda args: loaded)
+    monkeypatch.setattr("stars_fast.cli.serve._serve", lambda *args: gc.get_freeze_count())
+    try:
+        assert main(["serve", "--model", "m", "--port", "0"]) > 0
+    finally:
+        gc.unfreeze()
 
 
 def test_the_dashboard_asks_for_metrics_that_exist() -> None:
