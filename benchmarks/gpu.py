@@ -11,10 +11,11 @@ Stage 1, four minutes, tells the most:
 ``large steps``        decode steps of a 7B model, 192 rows: milliseconds, and the top 20 kernels
 ``centre``             the paper's setting, beside its prediction
 
-Stage 2 has the rest of the paper's setting, a 1.2B model's steps by side, and each kernel's time
-with its peers'. Stage 3 has the tests and compute-sanitizer. An item that fails is recorded with
-its error and the next one runs; the record is written after each. After ``--seconds`` no further
-item begins, and what was left out is listed. Commands write to logs beside the record as they go.
+Stage 2 has the rest of the paper's setting, a 1.2B model's steps by side, prompts and scoring by
+each form of attention, and each kernel's time with its peers', the sampler's with vLLM's and
+FlashInfer's. Stage 3 has the tests and compute-sanitizer. An item that fails is recorded with its
+error and the next one runs; the record is written after each. After ``--seconds`` no further item
+begins, and what was left out is listed. Commands write to logs beside the record as they go.
 
 Without a GPU the same items run in Triton's interpreter on small shapes, as far as that goes:
 nothing is timed for the record then, and nothing is written.
@@ -93,7 +94,15 @@ def stage_items(stage: int, logs: Path, seconds: float) -> list[Item]:
     seconds
         That one command may take.
     """
-    from stars_fast.benchmarks.gpu_stages import checks, engines, kernels, paper_setting, steps
+    from stars_fast.benchmarks.gpu_stages import (
+        attention_forms,
+        checks,
+        engines,
+        kernels,
+        paper_setting,
+        samplers,
+        steps,
+    )
 
     if stage == 1:
         return [
@@ -110,6 +119,8 @@ def stage_items(stage: int, logs: Path, seconds: float) -> list[Item]:
         return [
             Item("paper", paper_setting.measure_rest),
             Item("steps", steps.time_sides),
+            Item("attention forms", attention_forms.time_forms),
+            Item("samplers", samplers.time_samplers),
             Item("kernels", kernels.time_kernels),
         ]
     return [

@@ -25,6 +25,7 @@ from transformers.generation.logits_process import (
 )
 
 from stars_fast import ops
+from stars_fast.benchmarks.sampler_peers import Draw, peers
 from stars_fast.kernels import gated as gate_kernel
 from stars_fast.kernels import norm as norm_kernels
 from stars_fast.kernels import pages as page_kernels
@@ -164,8 +165,18 @@ PAGE_SIZE = 16
 
 def all_cases(size: Size, device: torch.device) -> Iterator[Case]:
     """Every case, made one at a time: some take much of a GPU's memory."""
+    yield from sampling_cases(size, device)
+    yield from model_cases(size, device)
+
+
+def sampling_cases(size: Size, device: torch.device) -> Iterator[Case]:
+    """Every number of rows, by every filter."""
     for rows in size.sample_rows:
         yield from sample_cases(size, rows, device)
+
+
+def model_cases(size: Size, device: torch.device) -> Iterator[Case]:
+    """Every kernel but those that sample."""
     yield fork_case(size, device)
     yield append_case(size, device)
     yield norm_case(size, device)
@@ -199,16 +210,7 @@ def sample_cases(size: Size, rows: int, device: torch.device) -> Iterator[Case]:
         for _ in range(sets)
     ]
     for name, (temperature, top_k, top_p) in FILTERS.items():
-        arguments = (
-            torch.full((rows,), temperature, device=device),
-            torch.full((rows,), top_k, dtype=torch.int32, device=device),
-            torch.full((rows,), top_p, device=device),
-            torch.zeros(rows, device=device),
-            torch.arange(rows, device=device),
-            torch.full((rows,), 7, device=device),
-            torch.zeros(rows, dtype=torch.int64, device=device),
-            torch.zeros(rows, dtype=torch.int64, device=device),
-        )
+        arguments = drawing(rows, temperature, top_k, top_p, device)
 
         def check(arguments: tuple[Tensor, ...] = arguments) -> None:
             got = sample(logits[0], *arguments)[0]
@@ -225,6 +227,22 @@ def sample_cases(size: Size, rows: int, device: torch.device) -> Iterator[Case]:
             others=samplers(logits, temperature, top_k, top_p),
             sets=sets,
         )
+
+
+def drawing(
+    rows: int, temperature: float, top_k: int, top_p: float, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Return what `sample` takes beside logits, the same filters in every row."""
+    return (
+        torch.full((rows,), temperature, device=device),
+        torch.full((rows,), top_k, dtype=torch.int32, device=device),
+        torch.full((rows,), top_p, device=device),
+        torch.zeros(rows, device=device),
+        torch.arange(rows, device=device),
+        torch.full((rows,), 7, device=device),
+        torch.zeros(rows, dtype=torch.int64, device=device),
+        torch.zeros(rows, dtype=torch.int64, device=device),
+    )
 
 
 def _sample_set(logits: list[Tensor], arguments: tuple[Tensor, ...], number: int) -> Tensor:
@@ -244,7 +262,7 @@ def warped(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tens
 
 
 def samplers(logits: list[Tensor], temperature: float, top_k: int, top_p: float) -> dict[str, Job]:
-    """The same draws, from other noise, by PyTorch's operators, transformers and FlashInfer."""
+    """The same draws, from other noise, by PyTorch, transformers and `sampler_peers`."""
     if temperature == 0:
         return {"torch": lambda i: logits[i].argmax(dim=-1)}
 
@@ -264,18 +282,14 @@ def samplers(logits: list[Tensor], temperature: float, top_k: int, top_p: float)
             warped(logits[i], temperature, top_k, top_p).softmax(dim=-1), 1
         ),
     }
-    if importlib.util.find_spec("flashinfer") is not None:
-        from flashinfer import sampling
-
-        def by_flashinfer(i: int) -> Tensor:
-            scaled = logits[i].float() / temperature
-            if not top_k and top_p >= 1:
-                return sampling.sampling_from_logits(scaled)
-            k = top_k or scaled.shape[1]
-            return sampling.top_k_top_p_sampling_from_logits(scaled, k, top_p)
-
-        jobs["flashinfer"] = by_flashinfer
+    if logits[0].device.type == "cuda":
+        for name, draw in peers(len(logits[0]), temperature, top_k, top_p).items():
+            jobs[name] = functools.partial(_draw_set, draw, logits)
     return jobs
+
+
+def _draw_set(draw: Draw, logits: list[Tensor], number: int) -> Tensor:
+    return draw(logits[number])
 
 
 # Pages

@@ -17,7 +17,10 @@ import torch
 
 from stars_fast.benchmarks.least import Machine
 
-PACKAGES = ("stars_fast", "torch", "triton", "transformers", "numpy", "flash-attn", "flashinfer")
+PACKAGES = (
+    *("stars_fast", "torch", "triton", "transformers", "numpy"),
+    *("flash-attn", "flashinfer-python", "vllm"),
+)
 
 _HERE = Path(__file__).resolve().parent
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stars_fast.benchmarks import gpu
-from stars_fast.benchmarks.gpu_stages import cache, kernels
+from stars_fast.benchmarks import gpu, kernel_cases, sampler_peers
+from stars_fast.benchmarks.gpu_stages import attention_forms, cache, kernels, samplers
 from stars_fast.benchmarks.gpu_stages.items import Item, run_items
 from stars_fast.benchmarks.gpu_stages.streamed import run_streamed
 from stars_fast.benchmarks.interpreter import ON_GPU
+from stars_fast.benchmarks.kernel_cases import TINY
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -104,6 +106,9 @@ def test_the_kernels_as_a_table() -> None:
     }
     last = kernels.markdown(record).splitlines()[-1]
     assert last == "| a \\| b | 1.0 | 2.0 | 50% | 80% | torch 8 |"
+    record["items"]["samplers"] = {"found": {"times": [{**row, "name": "sample"}]}}
+    names = [line.split(" | ")[0] for line in kernels.markdown(record).splitlines()[-2:]]
+    assert names == ["| sample", "| a \\| b"]
     with pytest.raises(ValueError, match="the record must have 'kernels', got captured"):
         kernels.markdown({**record, "items": {"captured": {}}})
 
@@ -116,6 +121,42 @@ def test_a_stage_runs_small_without_a_gpu(capsys: pytest.CaptureFixture[str]) ->
     shown = capsys.readouterr().out
     assert "nothing is written" in shown
     assert "failed: nothing\nleft out: nothing" in shown
+
+
+def test_attention_forms_without_a_gpu() -> None:
+    """PyTorch's operators in a cascade with the kernels; flash-attn says why not."""
+    if ON_GPU:
+        pytest.skip("there is one")
+    (found,) = (x for x in attention_forms.passes(TINY) if x.name == "segments")
+    row = attention_forms._time_pass(replace(found, per_group=1, prefix=5), TINY)
+    assert row["triton"]["differs"] == 0.0
+    assert row["torch"]["p50"] > 0
+    assert row["flash"]["failed"].endswith(
+        "flash-attn runs on CUDA devices, and the model is on cpu"
+    )
+
+
+def test_samplers_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    if ON_GPU:
+        pytest.skip("there is one")
+    monkeypatch.setattr(kernel_cases, "FILTERS", {"top-k 40": (0.8, 40, 1.0)})
+    monkeypatch.setattr(samplers, "_SIZE", replace(TINY, sample_rows=(1,), vocab_size=61))
+    monkeypatch.setattr(sampler_peers.importlib.util, "find_spec", lambda _: None)
+    found = samplers.time_samplers()
+    assert found["missing"]["vllm"] == "vllm is not installed"
+    assert found["kept"] == []
+    assert {"torch", "transformers"} <= found["times"][0]["others"].keys()
+
+
+def test_peers_that_fail_are_recorded() -> None:
+    """Packages of others raise what they like."""
+
+    def broken(_: int) -> None:
+        raise ImportError("undefined symbol")
+
+    case = kernels.Case("a", lambda _: None, lambda: None, 1, others={"theirs": broken})
+    row = kernels.time_case(case, kernels.Machine("made up", 1.0, 1.0))
+    assert row["others"]["theirs"] == {"failed": "ImportError: undefined symbol"}
 
 
 def test_a_gpu_can_be_demanded(capsys: pytest.CaptureFixture[str]) -> None:

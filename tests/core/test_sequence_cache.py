@@ -20,7 +20,7 @@ def test_prefixes_of_many_texts_are_found_in_one_call() -> None:
     ids = [token for _, text in texts for token in text]
     lengths = np.array([len(text) for _, text in texts])
     assert cache.common_prefixes(sequences, ids, lengths) == [3, 2, 0, 5, 0]
-    for wrong in (lengths + 1, lengths - [1, 0, 0, 0, 0], lengths + [0, 1, -1, 0, 0]):
+    for wrong in (lengths + 1, lengths - [1, 0, 0, 0, 0], lengths + np.array([0, 1, -1, 0, 0])):
         with pytest.raises(ValueError, match="add up to 13, the ids given"):
             cache.common_prefixes(sequences, ids, wrong)
     with pytest.raises(ValueError, match="lengths must have 5 entries, got 4"):
