@@ -731,6 +731,7 @@ def test_rewards_of_a_log_ratio(tmp_path: Path) -> None:
         (("--common", "lm=x"), "lm and rm are of single methods"),
         (("--common", "x"), "--common: expected name=value"),
         (("--method", "persona_judge"), "persona_judge and rm=NAME of a --persona go together"),
+        (("--method", "gsi"), "gsi: --draft-model is needed for method 'gsi'"),
         (("--method", "stars:rm=p", "--persona", "p=Be kind."), "go together"),
         (("--lm", "x"), "--lm must be NAME=VALUE, got 'x'"),
         (("--lm", "x=/nowhere"), "model directory '/nowhere' does not exist"),

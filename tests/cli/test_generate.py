@@ -565,6 +565,7 @@ def test_wrong_flags_are_named_before_a_model_is_loaded(
     ("models", "message"),
     [
         (("--model", "lm"), "--reward-model is needed for method 'stars'"),
+        (("--method", "sss"), "--draft-model is needed for method 'sss'"),
         (("--reward-model", "rm"), "--reward-model needs --model"),
     ],
 )

@@ -99,6 +99,20 @@ def test_guidance(letters: Served) -> None:
     assert "guide_weight must be 0" in response.json()["error"]["message"]
 
 
+def test_a_draft_model(letters: Served) -> None:
+    """By the body's object, and by the model's name."""
+    draft = coin_model(1e-9, 1e-9)
+    engine = letter_engine(Gate(), draft_model=draft)
+    with serving(engine, Gate(), ServerSettings("led", VANILLA)) as led:
+        asked = {"method": "rsd", "target_reward": -9.0}
+        text = choice_of(led.post({"prompt": "ab", "seed": 2, "stars": asked}))["text"]
+        assert set(text) == {"b"} != set(engine_text(seed=2))
+        assert led.post({"prompt": "ab", "model": "led:sss"}).status_code == 200
+    response = letters.post({"prompt": "ab", "stars": asked})
+    assert response.status_code == 400
+    assert "method='rsd' needs a draft model" in response.json()["error"]["message"]
+
+
 NOTHING: dict[str, Any] = {
     "repetition_penalty": 1.0, "min_tokens": 0, "top_k": -1, "min_p": 0.0, "best_of": 1,
     "use_beam_search": False, "length_penalty": 1.0, "skip_special_tokens": True,
