@@ -26,7 +26,7 @@ __all__ = [
     "KvDtype",
     "LanguageModelLike",
 ]
-__all__ += ["Quantize", "TemplateLike", "check_combine"]
+__all__ += ["Quantize", "TemplateLike", "check_combine", "check_quantize_name"]
 
 #: How several rewards become one.
 Combine = Literal["sum", "min", "mean_minus_std"]
@@ -267,17 +267,8 @@ class EngineConfig:
         value = getattr(self, name)
         if value is None and name == "reward_quantize":
             return
-        if value not in get_args(Quantize):
-            raise ValueError(
-                f"{name} must be one of {', '.join(get_args(Quantize))}, got {value!r}"
-            )
-        if value == "none":
-            return
-        if str(self.dtype) not in ("auto", "float32", "torch.float32"):
-            raise ValueError(
-                f"dtype must be 'auto' or 'float32' with {name}={value!r}, got {self.dtype!r}"
-            )
-        if self.compile_model:
+        check_quantize_name(name, value, self.dtype)
+        if value != "none" and self.compile_model:
             raise ValueError(f"compile_model must be off with {name}={value!r}, got True")
 
 
@@ -287,6 +278,14 @@ def check_attention(attention: object) -> None:
         raise ValueError(
             f"attention must be one of {', '.join(get_args(Attention))}, got {attention!r}"
         )
+
+
+def check_quantize_name(name: str, value: object, dtype: object) -> None:
+    """Raise ValueError for weights that there are not, or not in a dtype; `name` says whose."""
+    if value not in get_args(Quantize):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(Quantize))}, got {value!r}")
+    if value != "none" and str(dtype) not in ("auto", "float32", "torch.float32"):
+        raise ValueError(f"dtype must be 'auto' or 'float32' with {name}={value!r}, got {dtype!r}")
 
 
 def check_combine(combine: object, stds: float) -> None:

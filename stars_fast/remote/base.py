@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast import _core
+from stars_fast.config import Quantize, check_quantize_name
 from stars_fast.engine.batches import BatchEngine
 from stars_fast.engine.clock import PhaseClock
 from stars_fast.engine.limits import Limits
@@ -172,6 +173,8 @@ def check_options(
     seed: int | None,
     reward_timeout: float | None,
     chat_template_kwargs: Mapping[str, Any] | None,
+    reward_quantize: Quantize,
+    dtype: str | torch.dtype,
 ) -> None:
     """Raise ValueError if an option that all such engines have is out of range."""
     if max_rows < 1:
@@ -180,6 +183,7 @@ def check_options(
         raise ValueError(f"seed must be None or in [0, 2**64), got {seed}")
     if reward_timeout is not None and not reward_timeout > 0:
         raise ValueError(f"reward_timeout must be above 0 or None, got {reward_timeout}")
+    check_quantize_name("reward_quantize", reward_quantize, dtype)
     if chat_template_kwargs is not None:
         checked_kwargs(chat_template_kwargs)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from stars_fast.config import Combine, TemplateLike, check_combine
+from stars_fast.config import Combine, Quantize, TemplateLike, check_combine
 from stars_fast.engine.requests import Request
 from stars_fast.models.load import load_tokenizer
 from stars_fast.outputs import RequestOutput
@@ -86,7 +86,7 @@ class RemoteEngine(CallEngine):
     chat_template_kwargs
         Variables of the tokenizer's chat template, see `Engine`.
     reward_template, reward_head, combine, combine_stds, reward_tokenizer, reward_device,
-    reward_num_pages, reward_timeout, dtype, allow_pickle
+    reward_num_pages, reward_timeout, reward_quantize, dtype, allow_pickle
         Options of the reward model, see `Engine`; its device defaults to the GPU if there is one.
     parse_special
         See `Engine`. Prompts that are sent as text are tokenised by the server, which may read
@@ -130,12 +130,13 @@ class RemoteEngine(CallEngine):
         reward_device: str | torch.device | None = None,
         reward_num_pages: int | None = None,
         reward_timeout: float | None = None,
+        reward_quantize: Quantize = "none",
         dtype: str | torch.dtype = "auto",
         parse_special: bool = False,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
     ) -> None:
-        check_options(max_rows, seed, reward_timeout, chat_template_kwargs)
+        check_options(max_rows, seed, reward_timeout, chat_template_kwargs, reward_quantize, dtype)
         check_combine(combine, combine_stds)
         check_rewards(
             reward_model,
@@ -188,6 +189,7 @@ class RemoteEngine(CallEngine):
                     parse_special=parse_special,
                     trust_remote_code=trust_remote_code,
                     allow_pickle=allow_pickle,
+                    quantize=reward_quantize,
                     timeout=reward_timeout,
                 )
         except BaseException:

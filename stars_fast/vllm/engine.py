@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from stars_fast.config import Combine, TemplateLike, check_combine
+from stars_fast.config import Combine, Quantize, TemplateLike, check_combine
 from stars_fast.models.load import load_tokenizer
 from stars_fast.params import StarsParams
 from stars_fast.prompts import Prompt, PromptReader
@@ -63,7 +63,7 @@ class StarsLLM(CallEngine):
     chat_template_kwargs, parse_special, trust_remote_code
         See `Engine`.
     reward_template, reward_head, combine, combine_stds, reward_tokenizer, reward_num_pages,
-    reward_timeout, dtype, allow_pickle
+    reward_timeout, reward_quantize, dtype, allow_pickle
         Options of the reward model, see `Engine`.
     reward_device
         Device of the reward model. vLLM takes most of the memory of its own GPUs.
@@ -95,12 +95,13 @@ class StarsLLM(CallEngine):
         reward_device: str | torch.device = "cpu",
         reward_num_pages: int | None = None,
         reward_timeout: float | None = None,
+        reward_quantize: Quantize = "none",
         dtype: str | torch.dtype = "auto",
         parse_special: bool = False,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
     ) -> None:
-        check_options(max_rows, seed, reward_timeout, chat_template_kwargs)
+        check_options(max_rows, seed, reward_timeout, chat_template_kwargs, reward_quantize, dtype)
         check_combine(combine, combine_stds)
         check_rewards(
             reward_model,
@@ -132,6 +133,7 @@ class StarsLLM(CallEngine):
                 parse_special=parse_special,
                 trust_remote_code=trust_remote_code,
                 allow_pickle=allow_pickle,
+                quantize=reward_quantize,
                 timeout=reward_timeout,
             )
         self._max_length = int(model.max_model_len)

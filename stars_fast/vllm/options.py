@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from stars_fast.config import Quantize
 from stars_fast.engine.async_engine import STUCK_AFTER
 from stars_fast.params import StarsParams, with_fields
 from stars_fast.remote.rewards import RemoteReward
@@ -49,6 +50,7 @@ class PluginOptions(BaseModel):
     reward_device: str = "cpu"
     reward_num_pages: int | None = None
     reward_timeout: float | None = None
+    reward_quantize: Quantize = "none"
     dtype: str = "auto"
     allow_pickle: bool = False
 
@@ -100,7 +102,7 @@ class PluginOptions(BaseModel):
                 *("tokenizer", "logprobs", "seed", "max_rows", "overlap_scoring"),
                 *("chat_template_kwargs", "parse_special", "trust_remote_code"),
                 *("reward_template", "reward_head", "reward_device", "reward_num_pages"),
-                *("reward_timeout", "dtype", "allow_pickle"),
+                *("reward_timeout", "reward_quantize", "dtype", "allow_pickle"),
             }
         )
 

@@ -14,9 +14,10 @@ pytest.importorskip("httpx", reason="needs httpx, of the extra remote")
 from helpers.json_server import Answer, json_server
 from helpers.letter_law import EOS, letter_engine, reward_of
 
-from stars_fast import RemoteEngine, StarsParams, _core
+from stars_fast import RemoteEngine, StarsParams, _core, demo
 from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.engine.base import BaseEngine
+from stars_fast.models.quantize import Int8Linear
 from stars_fast.remote import RemoteError
 from stars_fast.rewards import Persona
 
@@ -312,12 +313,18 @@ def test_constructor(letters: Any) -> None:
         RemoteEngine(url, seed=-1)
     with pytest.raises(ValueError, match="max_rows must be at least 1"):
         RemoteEngine(url, max_rows=0)
+    with pytest.raises(ValueError, match="reward_quantize must be one of none, int8, got 'int4'"):
+        RemoteEngine(url, reward_quantize="int4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must not be a Persona"):
         RemoteEngine(url, reward_model=Persona("kind"))
     with pytest.raises(ValueError, match="server must be 'auto' or one of"):
         RemoteEngine(url, server="tgi")
     with pytest.raises(RemoteError, match="404"):
         RemoteEngine(letters.url + "/v2")
+    rewards = str(demo.reward_model_dir())
+    with RemoteEngine(url, reward_model=rewards, reward_quantize="int8") as engine:
+        scorer: Any = engine.loop.scorer
+        assert any(isinstance(module, Int8Linear) for module in scorer.module.modules())
     with RemoteEngine(url) as engine:
         assert engine.model_name == "letters"
         assert isinstance(engine, BaseEngine)

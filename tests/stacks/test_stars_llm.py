@@ -18,10 +18,12 @@ from helpers import fake_vllm
 from helpers.fake_vllm import LetterClient, LetterLLM
 from helpers.letter_law import letter_engine, p_value, reward_model, stars_law
 
-from stars_fast import StarsParams
+from stars_fast import StarsParams, demo
 from stars_fast.engine.async_engine import AsyncEngine
+from stars_fast.models.quantize import Int8Linear
 from stars_fast.rewards import Persona
 from stars_fast.vllm import StarsLLM
+from stars_fast.vllm.options import PluginOptions
 
 PROMPTS = ["ab", "ba", "bab"]
 GREEDY = StarsParams(
@@ -148,12 +150,26 @@ def test_constructor() -> None:
         ({"max_rows": 0}, "max_rows must be at least 1"),
         ({"reward_model": Persona("kind")}, "must not be a Persona"),
         ({"reward_timeout": 0}, "reward_timeout must be above 0"),
+        ({"reward_quantize": "int4"}, "reward_quantize must be one of none, int8, got 'int4'"),
+        ({"reward_quantize": "int8", "dtype": "bfloat16"}, "dtype must be 'auto' or 'float32' wi"),
         ({"loop": asyncio.new_event_loop()}, "loop must be None with a vllm.LLM"),
     ):
         with pytest.raises(ValueError, match=message):
             StarsLLM(LetterLLM(), **options)
         if "loop" in options:
             options["loop"].close()
+
+
+def test_a_reward_model_with_8_bit_weights() -> None:
+    options = PluginOptions(
+        reward_model=str(demo.reward_model_dir()),
+        reward_quantize="int8",
+        params={"target_reward": 1.0},
+        tokenizer=str(demo.model_dir()),
+    )
+    with StarsLLM(LetterLLM(), options.make_reward_model(), **options.engine_options()) as engine:
+        scorer: Any = engine.loop.scorer
+        assert any(isinstance(module, Int8Linear) for module in scorer.module.modules())
 
 
 def test_chunked_prefill_on_a_cpu_is_refused() -> None:
