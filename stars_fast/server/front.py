@@ -319,7 +319,11 @@ class EngineClient:
             raise queue_full(*self._queue)
 
     def _send(self, *message: Any) -> None:
-        self._transport.write(packed([message]))
+        self._write(packed([message]))
+
+    def _write(self, packet: bytes) -> None:
+        if not self._ended.is_set():  # uvloop's transports raise once they are closed
+            self._transport.write(packet)
 
     async def _ask(self, what: str, *arguments: object, timeout: float | None) -> Any:  # noqa: ANN401
         number = next(self._numbers)
@@ -330,7 +334,7 @@ class EngineClient:
         except asyncio.TimeoutError:
             raise DeadlineError(f"the request was not finished within {timeout:g} s") from None
         finally:
-            if done.cancelled() and not self._ended.is_set():
+            if done.cancelled():
                 self._send("cancel", number)
             del self._calls[number]
 
@@ -351,7 +355,7 @@ class EngineClient:
     def _pass_on(self, name: str, packet: bytes) -> None:
         if name in self._reading:
             self._reading.remove(name)
-            self._transport.write(packet)
+            self._write(packet)
 
     # What the engine's process says
 

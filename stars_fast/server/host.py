@@ -49,7 +49,7 @@ class FrontProcess:
         number = theirs.fileno()
         # The same modules as here, whatever the folder.
         program = (
-            f"import sys; sys.path[:] = {sys.path!r}; "
+            f"import sys; sys.path[:] = {[*map(str, sys.path)]!r}; "
             f"from stars_fast.server.front import main; main({number})"
         )
         with theirs:

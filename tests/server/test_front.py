@@ -7,7 +7,6 @@ import pickle
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,7 +86,9 @@ def test_errors_travel(error: BaseException, kind: type[Exception], text: str) -
     assert str(found) == text
 
 
-def test_a_full_queue_and_then_the_end_of_the_engines_process(tmp_path: Path) -> None:
+def test_a_full_queue_and_then_the_end_of_the_engines_process(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     gate = Gate()
     settings = ServerSettings("letters", PARAMS)
     body = {"prompt": "ab", "seed": 1, "stream": True}
@@ -128,6 +129,7 @@ def test_a_full_queue_and_then_the_end_of_the_engines_process(tmp_path: Path) ->
         gate.open.set()
     assert not thread.accepting
     assert thread.num_running == 0
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_front_that_dies_ends_the_server_and_says_so() -> None:
