@@ -144,3 +144,12 @@ def test_a_line_can_ask_for_the_calibrated_target_only_if_there_is_one(target: o
     for base in (BASE, calibrating):
         (item,) = everything(Requests(of(line("a", method="vanilla")), base, 0))
         assert isinstance(item, InputRecord)
+
+
+def test_pictures_stand_before_each_prompt() -> None:
+    with opened_input(None, ["Which cat?", "Why?"], ["a.png", "b.png"]) as read_line:
+        records = everything(Requests(read_line, BASE, 0))
+    parts = [record.prompt[0]["content"] for record in records]  # type: ignore[union-attr, index]
+    images = [{"type": "image", "image": name} for name in ("a.png", "b.png")]
+    texts = [{"type": "text", "text": text} for text in ("Which cat?", "Why?")]
+    assert parts == [[*images, text] for text in texts]

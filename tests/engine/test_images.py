@@ -142,3 +142,14 @@ def test_a_directory_brings_its_processor(kind: str, tmp_path: Path) -> None:
         )
     ]
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", MARKS)
+def test_greedy_equals_generate_on_a_gpu(kind: str) -> None:
+    model, processor = tiny_vision(kind)
+    references = [greedy(model, processor, messages, 6) for messages in CHATS]
+    engine = Engine(model.cuda(), processor=processor, page_size=16, num_pages=200, max_rows=4)
+    outputs = engine.generate(CHATS, GREEDY, use_tqdm=False)
+    for (_, tokens, _), output in zip(references, outputs, strict=True):
+        assert output.outputs[0].token_ids == tokens
