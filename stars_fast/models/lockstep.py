@@ -83,4 +83,6 @@ class Lockstep:
 
         Such ids are padding of another's vocabulary, or of a request that does not run the model.
         """
+        if other.vocab_size >= self.lm.vocab_size:
+            return input_ids
         return input_ids.clamp(max=other.vocab_size - 1)

@@ -306,6 +306,18 @@ def test_greedy_sss_is_greedy_guidance(reference: PreTrainedModel | None) -> Non
             ids.append(token)
 
 
+def test_on_the_kernels() -> None:
+    """Rows of both models in one round, on the Triton backend."""
+    pytest.importorskip("triton", reason="Triton is for Linux only")
+    each = [dataclasses.replace(GSI, candidates=1, max_tokens=2, seed=seed) for seed in (4, 5)]
+    found = []
+    for backend in ("pytorch", "triton"):
+        one = letter_engine(draft_model=draft_letters(7), num_pages=40, max_rows=8, backend=backend)
+        outputs = one.generate([PROMPT] * len(each), each, use_tqdm=False)
+        found.append([output.outputs[0].token_ids for output in outputs])
+    assert found[0] == found[1]
+
+
 def test_costs_count_both_models() -> None:
     one = engine()
     before = one.stats()["lm_calls"]
