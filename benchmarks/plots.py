@@ -22,12 +22,18 @@ class Panel:
         What else it is for.
     fixed
         Other numbers of ``work``, and facts, that a row must have.
+    unit
+        Of the number.
+    per_token
+        Show what a token costs in milliseconds, along a linear axis, in place of tokens a second.
     """
 
     test: str
     along: str
     title: str
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    unit: str = ""
+    per_token: bool = False
 
     def rows(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """The rows that it shows, from left to right."""
@@ -52,6 +58,8 @@ PANELS = {
     "cpu": [
         Panel("tokens", "rows", "32 tokens, 2 threads", {"threads": 2}),
         Panel("tokens", "rows", "32 tokens, 1 thread", {"threads": 1}),
+        Panel("tokens", "threads", "32 tokens of 16 rows", {"rows": 16}),
+        Panel("context", "context", "32 tokens of 8 rows, 2 threads", {"threads": 2}, "tokens"),
         Panel("draw", "rows", "one draw, top-k 40, 2 threads", {"threads": 2}),
         Panel("draw", "rows", "one draw, top-k 40, 1 thread", {"threads": 1}),
     ],
@@ -72,6 +80,9 @@ PANELS = {
         Panel("draft", "rows", "draft 32 tokens after 64"),
         Panel("score", "rows", "score 32 tokens after 256", {"context": 256}),
         Panel("score", "context", "score 32 tokens of 8 rows", {"rows": 8}),
+    ],
+    "acceptance": [
+        Panel("rate", "acceptance", "16 requests", unit="% of attempts pass", per_token=True)
     ],
     "end-to-end": [
         Panel("requests", "requests", "requests at once"),
@@ -113,9 +124,14 @@ def _fill(ax: Any, panel: Panel, rows: Sequence[Mapping[str, Any]]) -> None:  # 
     along = [row["work"][panel.along] for row in rows]
     sides = dict.fromkeys(name for row in rows for name in row.get("others", {}))
 
+    def value(row: Mapping[str, Any], seconds: float) -> float:
+        if panel.per_token:
+            return 1e3 * seconds / float(row["tokens"])
+        return float(row["tokens"]) / seconds if per_second else seconds
+
     def values(times: Sequence[Mapping[str, float] | None]) -> list[float]:
         return [
-            float("nan") if t is None else row["tokens"] / t["p50"] if per_second else t["p50"]
+            float("nan") if t is None else value(row, t["p50"])
             for row, t in zip(rows, times, strict=True)
         ]
 
@@ -123,14 +139,16 @@ def _fill(ax: Any, panel: Panel, rows: Sequence[Mapping[str, Any]]) -> None:  # 
     for number, name in enumerate(sides):
         times = [row.get("others", {}).get(name) for row in rows]
         ax.plot(along, values(times), "s--", label=name, color=f"C{(0, 1, 2, 4)[number % 4]}")
-    ax.set_xscale("log", base=2)
+    if not panel.per_token:
+        ax.set_xscale("log", base=2)
     if per_second:
         ax.set_ylim(bottom=0)
     else:
         ax.set_yscale("log")
     ax.set_xticks(along, [f"{x:,.0f}" for x in along], rotation=30)
-    ax.set_xlabel(panel.along)
-    ax.set_ylabel("tokens/s" if per_second else "seconds")
+    ax.set_xlabel(f"{panel.along} ({panel.unit})" if panel.unit else panel.along)
+    rate = "ms of an accepted token" if panel.per_token else "tokens/s"
+    ax.set_ylabel(rate if per_second else "seconds")
     ax.set_title(panel.title, fontsize=10)
     ax.grid(visible=True, which="major", alpha=0.3)
     ax.legend(fontsize=8)

@@ -61,7 +61,7 @@ class Sides:
                 self.model if name == "" else str(self._saved),
                 tokenizer=id_tokenizer(self._shape),
                 max_rows=64,
-                num_pages=512,
+                num_pages=1024,
                 prefix_caching=False,
                 **options,
             )
@@ -72,21 +72,23 @@ class Sides:
         self._vllm: tuple[int, VllmSampling] | None = None
         self.vllm_version = ""
 
-    def prompts(self, rows: int) -> list[list[int]]:
+    def prompts(self, rows: int, context: int = _CONTEXT) -> list[list[int]]:
         """Return token ids, as many of each."""
-        return prompts(self._shape, rows, low=_CONTEXT, high=_CONTEXT)
+        return prompts(self._shape, rows, low=context, high=context)
 
-    def engine(self, rows: int, name: str = "", **changed: Any) -> list[list[int]]:
+    def engine(
+        self, rows: int, name: str = "", *, context: int = _CONTEXT, **changed: Any
+    ) -> list[list[int]]:
         """Draw with an engine; returns the responses' ids."""
         params = StarsParams(method="vanilla", max_tokens=self.tokens, seed=0, **_SAMPLING)
         outputs = self._engines[name].generate(
-            self.prompts(rows), replace(params, **changed), use_tqdm=False
+            self.prompts(rows, context), replace(params, **changed), use_tqdm=False
         )
         return self._whole([output.outputs[0].token_ids for output in outputs])
 
-    def generate(self, rows: int, **sampling: Any) -> list[list[int]]:
+    def generate(self, rows: int, *, context: int = _CONTEXT, **sampling: Any) -> list[list[int]]:
         """Draw with `generate`."""
-        ids = torch.tensor(self.prompts(rows))
+        ids = torch.tensor(self.prompts(rows, context))
         with torch.inference_mode():
             out = self.model.generate(
                 ids,
@@ -95,7 +97,7 @@ class Sides:
                 pad_token_id=0,
                 **(sampling or {"do_sample": True, **_SAMPLING}),
             )
-        return self._whole(out[:, _CONTEXT:].tolist())
+        return self._whole(out[:, context:].tolist())
 
     def vllm(self, rows: int, threads: int) -> list[list[int]]:
         """Draw with vLLM."""
@@ -170,6 +172,38 @@ def test_tokens(
             budget=15.0,
             once=once,
             vllm=sides.vllm_version,
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.sizes(
+    ("threads", "context"), full=[(2, 32), (2, 128), (2, 512), (2, 1024)], small=[(1, 8)]
+)
+def test_context(
+    compare: Compare, device: torch.device, sides: Sides, full: bool, threads: int, context: int
+) -> None:
+    """32 tokens of each row after more and more; the prompts' own cost is in it."""
+    if device.type != "cpu" or threads > (os.cpu_count() or 1):
+        pytest.skip("for a CPU of so many threads")
+    rows = 8 if full else 2
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        runs = {
+            name: functools.partial(sides.engine, rows, name, context=context)
+            for name in ("", *VARIANTS)
+        }
+        runs["generate"] = functools.partial(sides.generate, rows, context=context)
+        for run in runs.values():
+            run()
+        compare(
+            runs.pop(""),
+            runs,
+            work={"rows": rows, "context": context, "threads": threads},
+            tokens=rows * sides.tokens,
+            repeats=3,
+            budget=15.0,
         )
     finally:
         torch.set_num_threads(before)

@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write(source: Path, out: Path) -> None:
-    """Write a Llama with tied embeddings and a byte-level BPE tokenizer, in float32."""
+def write(source: Path, out: Path, *, q8_0: bool = False) -> None:
+    """Write a Llama with tied embeddings and a byte-level BPE tokenizer, in float32 or Q8_0."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     writer = gguf.GGUFWriter(str(out), "llama")
     writer.add_context_length(config["max_position_embeddings"])
@@ -60,6 +60,14 @@ def write(source: Path, out: Path) -> None:
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_vocab_size(config["vocab_size"])
     _add_tokenizer(writer, source, config)
+
+    def add(name: str, tensor: npt.NDArray[np.float32]) -> None:
+        kind = gguf.GGMLQuantizationType.Q8_0
+        if q8_0 and tensor.ndim == 2:
+            writer.add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, tensor)
+
     heads = {
         "self_attn.q_proj": config["num_attention_heads"],
         "self_attn.k_proj": config["num_key_value_heads"],
@@ -67,13 +75,13 @@ def write(source: Path, out: Path) -> None:
     for name, weight in load_file(source / "model.safetensors").items():
         tensor = weight.astype(np.float32)
         if name in _OUTSIDE:
-            writer.add_tensor(_OUTSIDE[name], tensor)
+            add(_OUTSIDE[name], tensor)
             continue
         _, _, layer, rest = name.split(".", 3)
         part = rest.removesuffix(".weight")
         if part in heads:
             tensor = _interleaved(tensor, heads[part])
-        writer.add_tensor(f"blk.{layer}.{_LAYER[part]}.weight", tensor)
+        add(f"blk.{layer}.{_LAYER[part]}.weight", tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -98,7 +106,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter, source: Path, config: dict[str, Any]
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
     writer.add_pad_token_id(config["pad_token_id"])
-    writer.add_add_bos_token(True)
+    before = (tokenizer["post_processor"] or {}).get("single", [])
+    writer.add_add_bos_token(any("SpecialToken" in part for part in before))
 
 
 def _interleaved(weight: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
