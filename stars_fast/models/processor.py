@@ -44,5 +44,17 @@ def images_only(kind: Any) -> Any:  # noqa: ANN401
     def init(self: object, *parts: object, **options: object) -> None:
         kind.__init__(self, *parts, video_processor=None, **options)
 
-    members = {"get_attributes": classmethod(get_attributes), "__init__": init}
+    def reduce(self: object) -> tuple[Any, ...]:
+        return _blank, (kind,), self.__dict__
+
+    members = {
+        "get_attributes": classmethod(get_attributes),
+        "__init__": init,
+        "__reduce__": reduce,  # pickle finds no class that was made here
+    }
     return type(kind.__name__, (kind,), members)
+
+
+def _blank(kind: Any) -> Any:  # noqa: ANN401
+    made = images_only(kind)
+    return made.__new__(made)

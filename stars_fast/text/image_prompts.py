@@ -48,6 +48,12 @@ class ImageReader:
         #: What a chat template writes for a picture.
         self.mark: str = processor.image_token
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The processor's."""

@@ -59,7 +59,7 @@ def expected(engine: Engine) -> str:
 @pytest.fixture(scope="module")
 def served(engine: Engine, expected: str, host: str) -> Iterator[Served]:
     settings = ServerSettings("llava", PARAMS, image_hosts=(host,))
-    with serving(engine, Gate(), settings) as running:
+    with serving(engine, Gate(), settings, front=True) as running:
         yield running
 
 
