@@ -202,7 +202,8 @@ def _on_llama(options: argparse.Namespace, folder: Path, kind: str) -> Iterator[
     file, log = folder / f"{kind}.gguf", folder / f"{kind}.log"
     runpy.run_path(str(_SCRIPT))["write"](options.model, file, q8_0=kind == "Q8_0")
     command = [options.llama_python, "-m", "llama_cpp.server", "--model", str(file)]
-    command += ["--n_ctx", str(_CONTEXT), "--port", "0"]
+    command += ["--n_ctx", str(_CONTEXT), "--host", "127.0.0.1", "--port", "0"]
+    command += ["--verbose", "False"]
     for flag in ("--n_threads", "--n_threads_batch"):
         command += [flag, str(options.threads)]
     with (
