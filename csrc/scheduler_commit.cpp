@@ -164,8 +164,8 @@ void Scheduler::fail(Request& request, std::size_t row) {
 bool Scheduler::passes(Request& request, const Merit& reward, std::int32_t tokens,
                        std::size_t row) {
   const RequestOptions& options = request.options;
-  if (options.rule != Rule::kTest) {
-    return options.rule == Rule::kAlways;
+  if (request.rule() != Rule::kTest) {
+    return request.rule() == Rule::kAlways;
   }
   const std::int32_t start = request.response_length();
   const double tau = options.schedule.threshold(request.prompt_reward, start + tokens);

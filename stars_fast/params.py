@@ -189,7 +189,8 @@ class StarsParams:
         Which segments the attempts go to (arXiv 2510.23334). ``"uniform"``: each has
         `max_attempts`, or as many as there are `candidates` to choose from. ``"decay"``: the first
         have more and the last fewer, at least 1, for the same total over a response of
-        `max_tokens`; ``"growth"``: the other way round.
+        `max_tokens`; ``"growth"``: the other way round. Segments behind the last that has more
+        than one are plain samples: they are not scored, and the response has no reward then.
         """),
     )
     attempts_rate: float = field(
@@ -627,6 +628,13 @@ class StarsParams:
             growth=self.attempts_schedule == "growth",
         )
         return tuple(share + untested for share in shares)
+
+    @property
+    def plain_from(self) -> int:
+        """Response tokens behind which every segment has one attempt, so that none is scored."""
+        table = self.attempts_at
+        last = max((part for part, attempts in enumerate(table) if attempts > 1), default=-1) + 1
+        return last * self.attempts_span if last < len(table) else _MOST
 
     @property
     def most_attempts(self) -> int:

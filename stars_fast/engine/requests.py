@@ -88,6 +88,8 @@ class Response:
         Whether it keeps the constraints of its rewards, as far as it has come.
     drafted_tokens, rm_tokens
         Its cost, see `RequestOutput`.
+    plain_from
+        See `StarsParams`.
     """
 
     handle: int
@@ -106,8 +108,10 @@ class Response:
     keeps: bool = True
     drafted_tokens: int = 0
     rm_tokens: int = 0
+    plain_from: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.plain_from = self.params.plain_from
         if self.sampling.bad_words:
             self.sampling = replace(self.sampling, drawn=self.output.token_ids)
 
@@ -115,6 +119,11 @@ class Response:
     def scored(self) -> bool:
         """Whether its segments are scored and tested."""
         return self.params.scored
+
+    @property
+    def judged(self) -> bool:
+        """Whether the segment at hand is scored."""
+        return self.scored and len(self.output.token_ids) < self.plain_from
 
     @property
     def finished(self) -> bool:

@@ -27,6 +27,7 @@ class SchedulerOptions(TypedDict):
     last_untested: bool
     attempts_at: tuple[int, ...]
     attempts_span: int
+    plain_from: int
 
 
 def scheduler_options(params: StarsParams) -> SchedulerOptions:
@@ -58,6 +59,7 @@ def scheduler_options(params: StarsParams) -> SchedulerOptions:
         last_untested=kind.decides == "test" and params.attempts_per_segment > params.max_attempts,
         attempts_at=params.attempts_at,
         attempts_span=params.attempts_span,
+        plain_from=params.plain_from,
     )
 
 

@@ -57,6 +57,7 @@ class Spec:
     breaks_rate: float = 0.0
     attempts_at: tuple[int, ...] = ()
     attempts_span: int = 1
+    plain_from: int = 2**31 - 1
 
     @property
     def prompt_reward(self) -> float:
@@ -93,6 +94,7 @@ class Spec:
             last_untested=self.last_untested,
             attempts_at=self.attempts_at,
             attempts_span=self.attempts_span,
+            plain_from=self.plain_from,
         )
 
     def outcome(self) -> list[Event]:
@@ -115,7 +117,8 @@ class Spec:
         best: Draw | None = None
         most = (False, -math.inf)
         attempt = 0
-        kind = _core.EVENT_CHOSEN if self.scored and self.choose else _core.EVENT_FALLBACK
+        scored = self.scored and position < self.plain_from
+        kind = _core.EVENT_CHOSEN if scored and self.choose else _core.EVENT_FALLBACK
         parts = self.attempts_at
         part = min(position // self.attempts_span, len(parts) - 1)
         attempts = parts[part] if parts else self.max_attempts
@@ -123,12 +126,12 @@ class Spec:
             made = self.draw(position, attempt, stream)
             if math.isnan(made.reward):
                 return Event(position, [], _core.EVENT_FAILED, attempt + 1, 0)
-            merit, passed = made.reward, not self.scored
-            if self.scored and self.choose:
+            merit, passed = made.reward, not scored
+            if scored and self.choose:
                 if not self.hard:
                     uniform = purpose_uniform(self.seed, position, attempt, stream, PURPOSE_CHOOSE)
                     merit -= math.log(-math.log(uniform))
-            elif self.scored and not (self.last_untested and attempt + 1 == attempts):
+            elif scored and not (self.last_untested and attempt + 1 == attempts):
                 tau = schedule.threshold(self.prompt_reward, position + len(made.tokens))
                 uniform = _core.accept_uniform(self.seed, position, attempt, stream)
                 passed = not made.breaks and schedule.accepts(made.reward, tau, uniform)
