@@ -216,6 +216,17 @@ class StarsParams:
             _COUNT,
         ),
     )
+    sample_cost: float = field(
+        default=0.0,
+        metadata=_about(
+            """
+            With ``"best_of_n"``: draw no more samples once the best reward would gain less than
+            this by another, on average; `candidates` are the most there are, the first 4 are always
+            drawn. In units of reward, at least 0; 0: all are drawn.
+            """,
+            Range(0),
+        ),
+    )
     acceptance: Acceptance = field(
         default="soft",
         metadata=_about("""

@@ -185,10 +185,16 @@ def candidate_text(response: Response, candidate: Candidate) -> ResponseText:
 
 @dataclass
 class Request:
-    """A request and its responses, ``n * samples_per_response`` of them.
+    """A request and its responses.
 
     Attributes
     ----------
+    seed
+        Key of its draws.
+    prefixes
+        Calibration of its rewards; None: they are not calibrated.
+    groups
+        For each of the `n` responses, the whole responses or paths there are to choose from.
     unchosen
         Whether it is still to be decided which of its responses are returned.
     """
@@ -196,9 +202,16 @@ class Request:
     request_id: str
     prompt: Prompt
     params: StarsParams
-    responses: list[Response] = field(default_factory=list)
+    seed: int = 0
+    prefixes: PrefixCalibration | None = None
+    groups: list[list[Response]] = field(default_factory=list)
     error: str | None = None
     unchosen: bool = False
+
+    @property
+    def responses(self) -> list[Response]:
+        """All that it runs or has run."""
+        return [response for group in self.groups for response in group]
 
     @property
     def finished(self) -> bool:
@@ -209,13 +222,11 @@ class Request:
 
     def to_output(self) -> RequestOutput:
         """Return a copy of the state, which later rounds do not change."""
-        size = samples_per_response(self.params)
-        groups = [self.responses[i : i + size] for i in range(0, len(self.responses), size)]
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt.text or None,
             prompt_token_ids=list(self.prompt.token_ids),
-            outputs=[_copy(_best(group).output, i) for i, group in enumerate(groups)],
+            outputs=[_copy(_best(group).output, i) for i, group in enumerate(self.groups)],
             finished=self.finished,
             error=self.error,
             drafted_tokens=sum(response.drafted_tokens for response in self.responses),

@@ -62,7 +62,7 @@ METHODS: dict[Method, MethodKind] = {
     "stars": MethodKind((*_SEGMENT, *_SCHEDULE, *_DRAWS, "calibrate_prefixes"), "test"),
     "vanilla": MethodKind(("segment_length", *_DRAWS), "always", needs_reward=False),
     "best_of_n": MethodKind(
-        ("segment_length", "candidates", *_DRAWS),
+        ("segment_length", "candidates", "sample_cost", *_DRAWS),
         "always",
         competes="responses",
         default_candidates=8,
