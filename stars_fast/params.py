@@ -157,6 +157,18 @@ class StarsParams:
             Range(),
         ),
     )
+    budget: float | None = field(
+        default=None,
+        metadata=_about(
+            """
+            Cost to keep to on average, in times of plain sampling, reward model included, at least
+            1. It chooses `target_reward`, `max_attempts` where that is the default, and
+            ``candidates=1`` for ``"auto"``, by what `Engine.calibrate` found with such parameters.
+            In operations, as ``stars-fast eval`` counts them. None: no budget.
+            """,
+            Range(1),
+        ),
+    )
     beta: float = field(
         default=0.7,
         metadata=_about(
@@ -539,6 +551,19 @@ class StarsParams:
 
         if self.attempts_schedule != "uniform":
             self._check_parts()
+        if self.budget is not None:
+            self._check_budget()
+
+    def _check_budget(self) -> None:
+        chosen = {
+            "target_reward": (self.target_reward, (None, "auto"), 'None or "auto"'),
+            "attempts_schedule": (self.attempts_schedule, ("uniform",), '"uniform"'),
+            "calibrate_prefixes": (self.calibrate_prefixes, (False,), "False"),
+            "rules": (self.rules, ("paper",), '"paper"'),
+        }
+        for name, (value, allowed, shown) in chosen.items():
+            if value not in allowed:
+                raise ValueError(f"{name} must be {shown} with budget={self.budget}, got {value!r}")
 
     def _check_parts(self) -> None:
         parts = -(-self.max_tokens // self.attempts_span)
@@ -671,6 +696,7 @@ _ALSO: dict[str, dict[object, str]] = {
     "candidates": {"auto": ' or "auto"'},
     "target_reward": {"auto": ', "auto"', None: " or None"},
     "seed": {None: ""},
+    "budget": {None: " or None"},
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast.distributed import ALONE, Ranks
+from stars_fast.engine.budget import within_budget
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import Loop
 from stars_fast.engine.one_thread import OneThread, one_thread
@@ -143,7 +144,7 @@ class BaseEngine(OneThread, ABC):
         given = StarsParams() if params is None else params
         params = self._resolve(given)
         read = self._reader.read(prompt, params.longest_response)
-        if given.needs_calibration:
+        if given.needs_calibration and given.budget is None:
             params = replace(params, target_reward=self._target_of(read))
         request = Request(request_id, read, params)
         prefixes = self._prefixes(params)
@@ -401,7 +402,27 @@ class BaseEngine(OneThread, ABC):
                 f"target_reward={params.target_reward!r} needs Engine.calibrate first: "
                 "call it, or give a number"
             )
+        if params.budget is not None:
+            return self.within_budget(params)
         return replace(params, target_reward=self.calibration.target_reward)
+
+    def within_budget(self, params: StarsParams) -> StarsParams:
+        """Return parameters with what their budget stands for in its place.
+
+        Raises
+        ------
+        NotCalibratedError
+            `calibrate` has not been called with params that have a budget.
+        ValueError
+            It was, with other segments; or nothing costs as much, or as little.
+        """
+        if params.budget is None:
+            return params
+        if self.calibration is None or self.calibration.walks is None:
+            raise NotCalibratedError(
+                f"budget={params.budget} needs Engine.calibrate first, with params that have one"
+            )
+        return within_budget(params, self.calibration.walks)
 
     def _target_of(self, prompt: Prompt) -> float:
         """Return the calibrated target of a prompt."""

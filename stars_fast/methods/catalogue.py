@@ -27,7 +27,7 @@ _DRAWS = ("guided",)  # of methods whose tokens are draws
 _SHARES = ("attempts_schedule", "attempts_rate")  # of methods whose segments have attempts
 _ATTEMPTS = ("max_attempts", "candidates", "acceptance", "trace", *_SHARES)
 _SEGMENT = ("segment_length", "segment_end", "step_text", "min_segment_length")
-_SCHEDULE = ("target_reward", "beta", "alpha", *_ATTEMPTS)
+_SCHEDULE = ("target_reward", "budget", "beta", "alpha", *_ATTEMPTS)
 
 
 def _args_schedule(params: StarsParams) -> Schedule:
