@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -204,13 +205,13 @@ void bind_scheduler(py::module_& module) {
              std::int32_t candidates, std::uint64_t seed, double target_reward, double alpha,
              double beta, bool hard, bool choose, bool overrun, bool last_untested,
              std::int32_t draft_attempts, std::vector<std::int32_t> attempts_at,
-             std::int32_t attempts_span) {
+             std::int32_t attempts_span, std::int32_t plain_from) {
             const Rule rule = !scored ? Rule::kAlways : choose ? Rule::kChoose : Rule::kTest;
             self.add(request, prompt.data(), static_cast<std::size_t>(prompt.size()),
                      RequestOptions{rule, segment_length, max_attempts, candidates, seed,
                                     Schedule{target_reward, alpha, beta, max_tokens, hard}, overrun,
                                     last_untested, draft_attempts, std::move(attempts_at),
-                                    attempts_span});
+                                    attempts_span, plain_from});
           },
           py::arg("request"), py::arg("prompt"), py::kw_only(), py::arg("scored"),
           py::arg("segment_length"), py::arg("max_tokens"), py::arg("max_attempts") = 1,
@@ -218,7 +219,8 @@ void bind_scheduler(py::module_& module) {
           py::arg("alpha") = 0.5, py::arg("beta") = 1.0, py::arg("hard") = false,
           py::arg("choose") = false, py::arg("overrun") = false, py::arg("last_untested") = false,
           py::arg("draft_attempts") = 0, py::arg("attempts_at") = std::vector<std::int32_t>(),
-          py::arg("attempts_span") = 1)
+          py::arg("attempts_span") = 1,
+          py::arg("plain_from") = std::numeric_limits<std::int32_t>::max())
       .def(
           "add_group",
           [](Scheduler& self, const std::vector<std::int64_t>& requests,

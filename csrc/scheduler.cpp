@@ -51,6 +51,7 @@ void Scheduler::validate(const std::int64_t* prompt, std::size_t prompt_length,
           options.segment_length, "below 2**28");
   require(options.max_attempts >= 1, "max_attempts", options.max_attempts, "at least 1");
   require(options.attempts_span >= 1, "attempts_span", options.attempts_span, "at least 1");
+  require(options.plain_from >= 0, "plain_from", options.plain_from, "at least 0");
   for (const std::int32_t attempts : options.attempts_at) {
     require(attempts >= 1, "attempts_at", attempts, "at least 1");
   }

@@ -58,6 +58,8 @@ struct RequestOptions {
   // Empty: all have max_attempts.
   std::vector<std::int32_t> attempts_at;
   std::int32_t attempts_span = 1;
+  // Segments that begin at this response token or behind it are accepted, whatever their reward.
+  std::int32_t plain_from = std::numeric_limits<std::int32_t>::max();
 
   // Attempts of the segment that begins at a response token, at most.
   [[nodiscard]] std::int32_t attempts_from(std::int32_t start) const {
@@ -268,6 +270,10 @@ class Scheduler {
     // Attempts of the segment at hand, at most.
     [[nodiscard]] std::int32_t most_attempts() const {
       return options.attempts_from(response_length());
+    }
+    // By which it is decided.
+    [[nodiscard]] Rule rule() const {
+      return response_length() < options.plain_from ? options.rule : Rule::kAlways;
     }
     // Tokens that need KV before the request can draft: all but the last, which the draft feeds.
     [[nodiscard]] std::int32_t prefix_length() const { return length() - 1; }

@@ -185,11 +185,12 @@ void Scheduler::fail(Request& request, std::size_t row) {
 bool Scheduler::passes(Request& request, const Merit& reward, std::int32_t tokens,
                        std::size_t row) {
   const RequestOptions& options = request.options;
-  if (options.rule != Rule::kTest) {
-    if (request.attempt <= options.draft_attempts) {
+  const Rule rule = request.rule();
+  if (rule != Rule::kTest) {
+    if (rule == Rule::kChoose && request.attempt <= options.draft_attempts) {
       decision_->threshold[row] = options.schedule.target;
     }
-    return options.rule == Rule::kAlways;
+    return rule == Rule::kAlways;
   }
   const std::int32_t start = request.response_length();
   const double tau = options.schedule.threshold(request.prompt_reward, start + tokens);

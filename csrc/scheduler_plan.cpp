@@ -285,7 +285,7 @@ void Scheduler::allot_rows() {
   const auto row_limit = [](const Request& request) {
     const std::int32_t left = request.attempts_left();
     const std::int32_t asked = request.options.candidates;
-    return request.options.rule == Rule::kAlways ? 1 : asked == 0 ? left : std::min(asked, left);
+    return request.rule() == Rule::kAlways ? 1 : asked == 0 ? left : std::min(asked, left);
   };
   const std::vector<Slot>& drafting = newest().drafting;
   if (drafting.empty()) {

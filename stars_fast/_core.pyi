@@ -297,6 +297,7 @@ class Scheduler:
         draft_attempts: int = 0,
         attempts_at: Sequence[int] = ...,
         attempts_span: int = 1,
+        plain_from: int = 2147483647,
     ) -> None:
         """Queues a request; ``candidates=0`` is auto.
 
@@ -305,8 +306,9 @@ class Scheduler:
         first `draft_attempts`, if its reward reaches `target_reward`, else of the rest. Else each
         is tested, the last not if `last_untested`. `overrun`: a segment that begins within
         `max_tokens` may end past them. `attempts_at`, if not empty: attempts by where a segment
-        begins, an entry for each `attempts_span` response tokens. Raises ValueError (a value out of
-        range, an id in use) or `RequestTooLargeError`.
+        begins, an entry for each `attempts_span` response tokens. Segments that begin at
+        `plain_from` or behind are accepted, whatever their reward. Raises ValueError (a value out
+        of range, an id in use) or `RequestTooLargeError`.
         """
 
     def add_group(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -237,6 +237,41 @@ class PromptTargets:
         return self.pooled
 
 
+@dataclass(frozen=True, eq=False)
+class SampleWalks:
+    """How rewards went along unaligned samples, and what these cost, for `StarsParams.budget`.
+
+    Attributes
+    ----------
+    settings
+        Parameters of the samples that segments depend on, by name.
+    prompts
+        Number of each sample's prompt, from 0.
+    ends, rewards
+        Response tokens, and reward, at the end of each segment of each sample.
+    stopped
+        Whether each ended by itself.
+    prompt_rewards
+        r(x) of each prompt; None: thresholds are flat.
+    prompt_tokens
+        Of a prompt, on average.
+    scoring
+        Operations of scoring a token over those of drawing it.
+    excess
+        What a pilot drafted beyond plain sampling, over what the walks foresee.
+    """
+
+    settings: Mapping[str, Any]
+    prompts: tuple[int, ...] = field(repr=False)
+    ends: tuple[tuple[int, ...], ...] = field(repr=False)
+    rewards: tuple[tuple[float, ...], ...] = field(repr=False)
+    stopped: tuple[bool, ...] = field(repr=False)
+    prompt_rewards: tuple[float, ...] | None = field(repr=False)
+    prompt_tokens: float
+    scoring: float
+    excess: float = 1.0
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Rewards of unaligned samples, and the target that follows from them.
@@ -253,6 +288,8 @@ class Calibration:
         For ``calibrate_prefixes``; None if every sample ended with its first segment.
     targets
         Targets of single prompts; None: all have `target_reward`.
+    walks
+        What a `budget` is turned into a target by; None: the samples were drawn without one.
     """
 
     target_reward: float
@@ -260,3 +297,4 @@ class Calibration:
     rewards: tuple[float, ...]
     prefixes: PrefixCalibration | None = None
     targets: PromptTargets | None = None
+    walks: SampleWalks | None = None

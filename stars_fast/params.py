@@ -165,6 +165,18 @@ class StarsParams:
             Range(),
         ),
     )
+    budget: float | None = field(
+        default=None,
+        metadata=_about(
+            """
+            Cost to keep to on average, in times of plain sampling, reward model included, at least
+            1. It chooses `target_reward`, `max_attempts` where that is the default, and
+            ``candidates=1`` for ``"auto"``, by what `Engine.calibrate` found with such parameters.
+            In operations, as ``stars-fast eval`` counts them. None: no budget.
+            """,
+            Range(1),
+        ),
+    )
     beta: float = field(
         default=0.7,
         metadata=_about(
@@ -197,7 +209,8 @@ class StarsParams:
         Which segments the attempts go to (arXiv 2510.23334). ``"uniform"``: each has
         `max_attempts`, or as many as there are `candidates` to choose from. ``"decay"``: the first
         have more and the last fewer, at least 1, for the same total over a response of
-        `max_tokens`; ``"growth"``: the other way round.
+        `max_tokens`; ``"growth"``: the other way round. Segments behind the last that has more
+        than one are plain samples: they are not scored, and the response has no reward then.
         """),
     )
     attempts_rate: float = field(
@@ -222,6 +235,17 @@ class StarsParams:
             tokens 10).
             """,
             _COUNT,
+        ),
+    )
+    sample_cost: float = field(
+        default=0.0,
+        metadata=_about(
+            """
+            With ``"best_of_n"``: draw no more samples once the best reward would gain less than
+            this by another, on average; `candidates` are the most there are, the first 4 are always
+            drawn. In units of reward, at least 0; 0: all are drawn.
+            """,
+            Range(0),
         ),
     )
     acceptance: Acceptance = field(
@@ -536,6 +560,19 @@ class StarsParams:
 
         if self.attempts_schedule != "uniform":
             self._check_parts()
+        if self.budget is not None:
+            self._check_budget()
+
+    def _check_budget(self) -> None:
+        chosen = {
+            "target_reward": (self.target_reward, (None, "auto"), 'None or "auto"'),
+            "attempts_schedule": (self.attempts_schedule, ("uniform",), '"uniform"'),
+            "calibrate_prefixes": (self.calibrate_prefixes, (False,), "False"),
+            "rules": (self.rules, ("paper",), '"paper"'),
+        }
+        for name, (value, allowed, shown) in chosen.items():
+            if value not in allowed:
+                raise ValueError(f"{name} must be {shown} with budget={self.budget}, got {value!r}")
 
     def _check_parts(self) -> None:
         parts = -(-self.max_tokens // self.attempts_span)
@@ -653,6 +690,13 @@ class StarsParams:
         return tuple(share + untested for share in shares)
 
     @property
+    def plain_from(self) -> int:
+        """Response tokens behind which every segment has one attempt, so that none is scored."""
+        table = self.attempts_at
+        last = max((part for part, attempts in enumerate(table) if attempts > 1), default=-1) + 1
+        return last * self.attempts_span if last < len(table) else _MOST
+
+    @property
     def most_attempts(self) -> int:
         """Of the segment that has the most."""
         return max(self.attempts_at, default=self.attempts_per_segment)
@@ -676,6 +720,7 @@ _ALSO: dict[str, dict[object, str]] = {
     "candidates": {"auto": ' or "auto"'},
     "target_reward": {"auto": ', "auto"', None: " or None"},
     "seed": {None: ""},
+    "budget": {None: " or None"},
 }
 
 

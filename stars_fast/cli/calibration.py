@@ -15,6 +15,7 @@ from typing import get_args
 from stars_fast.cli.continuation import write_json
 from stars_fast.cli.errors import UsageError
 from stars_fast.outputs import Calibration, TargetKind
+from stars_fast.params import StarsParams
 
 
 def add_targets_flag(parser: argparse._ActionsContainer) -> None:
@@ -40,6 +41,14 @@ def told(calibration: Calibration, quantile: float, prompts: str) -> str:
     return (
         f"target rewards by {targets.kind}{others}, from {samples} to {prompts}; losses on "
         f"held-out samples: {losses}"
+    )
+
+
+def told_budget(asked: StarsParams, found: StarsParams) -> str:
+    """Return what a budget has come to."""
+    return (
+        f"budget {asked.budget:g}: target reward {found.target_reward:.4g}, "
+        f"{found.max_attempts} attempts, {found.candidates} at a time"
     )
 
 

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from tqdm import tqdm
 
 from stars_fast.cli import demo
-from stars_fast.cli.calibration import add_targets_flag, read_target, told, write_target
+from stars_fast.cli.calibration import (
+    add_targets_flag,
+    read_target,
+    told,
+    told_budget,
+    write_target,
+)
 from stars_fast.cli.continuation import beside, check_settings, only_writer, write_json
 from stars_fast.cli.errors import UsageError, file_errors, value_errors
 from stars_fast.cli.flags import add_params_flags, params_from
@@ -172,7 +178,8 @@ def _run(
     target_file = None if output is None else beside(output, "calibration")
     target = None
     if target_file is not None and args.resume and base.needs_calibration:
-        target = read_target(target_file) if args.calibration_targets == "pooled" else None
+        one = args.calibration_targets == "pooled" and base.budget is None
+        target = read_target(target_file) if one else None
     with opened_input(source, args.prompt, args.image) as read_line, _opened(output) as stream:
         engine = load_engine(args)
         if engine.rank != 0:
@@ -306,7 +313,7 @@ def _check_prompts(
                 continue
             params = item.params
             if params.needs_calibration:
-                params = replace(params, target_reward=0.0)
+                params = replace(params, budget=None, target_reward=0.0)
             try:
                 engine.check_request(item.prompt, replace(params, calibrate_prefixes=False))
             except (ValueError, TypeError) as error:
@@ -345,7 +352,7 @@ def _calibrate(
 ) -> float | None:
     """A target from unaligned samples for the first prompts.
 
-    None if there is no prompt, or if the engine has one for each.
+    None if there is no prompt, or if the engine has one for each, or for each budget.
     """
     prompts: Sequence[Any] = [item.prompt for item in requests.peek(args.calibration_prompts)]
     if not prompts:
@@ -363,6 +370,10 @@ def _calibrate(
     if target_file:
         write_target(target_file, calibration)
     say(told(calibration, args.calibration_quantile, f"the first {len(prompts)} prompts"))
+    if base.budget is not None:
+        with value_errors():
+            say(told_budget(base, engine.within_budget(base)))
+        return None
     return None if calibration.targets is not None else calibration.target_reward
 
 

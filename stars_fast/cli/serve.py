@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stars_fast.cli import demo
-from stars_fast.cli.calibration import add_targets_flag, told
+from stars_fast.cli.calibration import add_targets_flag, told, told_budget
 from stars_fast.cli.errors import UsageError, file_errors
 from stars_fast.cli.flags import add_params_flags, params_from
 from stars_fast.cli.lines import Requests, opened_input
@@ -258,14 +258,15 @@ def _settings(args: argparse.Namespace, base: StarsParams) -> ServerSettings:
 
 def _calibration_prompts(args: argparse.Namespace, base: StarsParams) -> list[Any]:
     """The prompts to calibrate on; empty if the target is not calibrated."""
-    if base.target_reward != "auto" or not base.needs_target:
+    if not base.needs_target or (base.target_reward != "auto" and base.budget is None):
         return []
     if args.calibration_prompts is None:
         if args.model is None:
             from stars_fast.demo import prompts
 
             return list(prompts(_DEMO_PROMPTS))
-        raise UsageError("--target-reward auto needs --calibration-prompts FILE")
+        flag = "--target-reward auto" if base.budget is None else "--budget"
+        raise UsageError(f"{flag} needs --calibration-prompts FILE")
     found = []
     with opened_input(Path(args.calibration_prompts), []) as read_line:
         requests = Requests(read_line, base, args.seed)
@@ -313,6 +314,11 @@ def _calibrate(
     except (ValueError, TypeError) as error:
         raise UsageError(f"calibration on {len(prompts)} prompts: {error}") from error
     say(told(found, args.calibration_quantile, f"{len(prompts)} prompts"))
+    if base.budget is not None:
+        try:
+            say(told_budget(base, engine.within_budget(base)))
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
 
 def _serve(

@@ -106,8 +106,10 @@ class ServeArgs(EngineArgs):
             raise ValueError("reward_model needs model beside it")
         if self.model is not None and self.reward_model is None and base.kind.needs_reward:
             raise ValueError(f"reward_model is needed for method {base.method!r}")
-        if base.needs_target and base.target_reward == "auto" and not self.calibration_prompts:
-            raise ValueError("params.target_reward 'auto' needs calibration_prompts")
+        asked = base.target_reward == "auto" or base.budget is not None
+        if base.needs_target and asked and not self.calibration_prompts:
+            name = "target_reward 'auto'" if base.budget is None else "budget"
+            raise ValueError(f"params.{name} needs calibration_prompts")
         self.server_settings()
         return self
 

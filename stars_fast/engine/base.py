@@ -12,11 +12,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast.distributed import ALONE, Ranks
+from stars_fast.engine.budget import within_budget
 from stars_fast.engine.limits import Limits
 from stars_fast.engine.loop import Loop
 from stars_fast.engine.one_thread import OneThread, one_thread
 from stars_fast.engine.requests import Request
 from stars_fast.errors import NotCalibratedError
+from stars_fast.methods.stopping import more_samples
 from stars_fast.models.lockstep import Lockstep
 from stars_fast.models.parameters import multiplied_parameters
 from stars_fast.outputs import (
@@ -135,7 +137,7 @@ class BaseEngine(OneThread, ABC):
         given = StarsParams() if params is None else params
         params = self._resolve(given)
         read = self._reader.read(prompt, params.longest_response)
-        if given.needs_calibration:
+        if given.needs_calibration and given.budget is None:
             params = replace(params, target_reward=self._target_of(read))
         request = Request(request_id, read, params)
         prefixes = self._prefixes(params)
@@ -149,25 +151,33 @@ class BaseEngine(OneThread, ABC):
         if seed is None:
             self._num_seeded += 1
             seed = derive_seed(self._seed, self._num_seeded)
-        ends = not params.ignore_eos and params.rules != "public"
-        stop_ids = (self._eos_ids if ends else ()) + tuple(params.stop_token_ids or ())
+        request.seed, request.prefixes = seed, prefixes
+        request.groups = [[] for _ in range(params.n)]
         try:
-            samples = params.num_candidates if params.kind.competes == "responses" else 1
-            for index in range(params.n * samples):
-                started = self.loop.start(
-                    request.prompt,
-                    params,
-                    seed=derive_seed(seed, index),
-                    stop_token_ids=stop_ids,
-                    prefixes=prefixes,
-                )
-                request.responses += started
-                self._owners |= {response.handle: request for response in started}
+            for group in range(params.n):
+                self._draw(request, group, _next_samples(request, group))
         except BaseException:
             self._drop(request)
             raise
         request.unchosen = params.kind.competes is not None
         self._requests[request.request_id] = request
+
+    def _draw(self, request: Request, group: int, count: int) -> None:
+        """Start more of the responses that one is chosen from, or the one there is."""
+        params = request.params
+        ends = not params.ignore_eos and params.rules != "public"
+        stop_ids = (self._eos_ids if ends else ()) + tuple(params.stop_token_ids or ())
+        drawn = len(request.groups[group])
+        for index in range(drawn, drawn + count):
+            started = self.loop.start(
+                request.prompt,
+                params,
+                seed=derive_seed(request.seed, group * _samples(params) + index),
+                stop_token_ids=stop_ids,
+                prefixes=request.prefixes,
+            )
+            request.groups[group] += started
+            self._owners |= {response.handle: request for response in started}
 
     def check_request(
         self, prompt: PromptLike | Prompt, params: StarsParams | None = None
@@ -386,7 +396,27 @@ class BaseEngine(OneThread, ABC):
                 f"target_reward={params.target_reward!r} needs Engine.calibrate first: "
                 "call it, or give a number"
             )
+        if params.budget is not None:
+            return self.within_budget(params)
         return replace(params, target_reward=self.calibration.target_reward)
+
+    def within_budget(self, params: StarsParams) -> StarsParams:
+        """Return parameters with what their budget stands for in its place.
+
+        Raises
+        ------
+        NotCalibratedError
+            `calibrate` has not been called with params that have a budget.
+        ValueError
+            It was, with other segments; or nothing costs as much, or as little.
+        """
+        if params.budget is None:
+            return params
+        if self.calibration is None or self.calibration.walks is None:
+            raise NotCalibratedError(
+                f"budget={params.budget} needs Engine.calibrate first, with params that have one"
+            )
+        return within_budget(params, self.calibration.walks)
 
     def _target_of(self, prompt: Prompt) -> float:
         """Return the calibrated target of a prompt."""
@@ -433,22 +463,28 @@ class BaseEngine(OneThread, ABC):
             and request.error is None
             and all(response.finished for response in request.responses)
         ]
-        texts = [
-            (request.prompt, response.output.token_ids, response.output.text)
+        new = [
+            (request, response)
             for request in ready
             for response in request.responses
+            if response.output.reward is None
         ]
-        owners = [response for request in ready for response in request.responses]
-        scores = iter(self.loop.score_whole(texts, owners) if texts else [])
+        texts = [(one.prompt, r.output.token_ids, r.output.text) for one, r in new]
+        scores = self.loop.score_whole(texts, [response for _, response in new]) if new else []
+        for (request, response), score in zip(new, scores, strict=True):
+            if isinstance(score, Exception):
+                request.error = f"reward: {score}"
+            else:
+                response.output.reward = float(score)
+                if isinstance(score, CombinedReward):
+                    response.output.rewards, response.keeps = score.rewards, score.keeps
         for request in ready:
-            request.unchosen = False
-            for response, score in zip(request.responses, scores, strict=False):
-                if isinstance(score, Exception):
-                    request.error = f"reward: {score}"
-                else:
-                    response.output.reward = float(score)
-                    if isinstance(score, CombinedReward):
-                        response.output.rewards, response.keeps = score.rewards, score.keeps
+            more = [0] * request.params.n
+            if request.error is None:
+                more = [_next_samples(request, group) for group in range(request.params.n)]
+            for group, count in enumerate(more):
+                self._draw(request, group, count)
+            request.unchosen = any(more)
 
     def _drop(self, request: Request) -> None:
         """Forget a request; what still runs of it is aborted."""
@@ -456,3 +492,17 @@ class BaseEngine(OneThread, ABC):
             self.loop.abort(response)
             self._owners.pop(response.handle, None)
         self._requests.pop(request.request_id, None)
+
+
+def _samples(params: StarsParams) -> int:
+    """Return how many whole responses there are to choose from, at most."""
+    return params.num_candidates if params.kind.competes == "responses" else 1
+
+
+def _next_samples(request: Request, group: int) -> int:
+    """Return how many responses to start; those there are have been scored."""
+    drawn, most = request.groups[group], _samples(request.params)
+    if len(drawn) >= most or request.params.kind.competes != "responses":
+        return 0 if drawn else most
+    rewards = [response.output.reward or 0.0 for response in drawn]
+    return more_samples(rewards, most, request.params.sample_cost)

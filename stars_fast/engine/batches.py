@@ -10,11 +10,18 @@ from typing import Any, cast, get_args
 from tqdm import tqdm
 
 from stars_fast.engine.base import BaseEngine
+from stars_fast.engine.budget import after_pilot, walks_of, within_budget
 from stars_fast.engine.calibration import calibration_of, prefix_calibration_of
 from stars_fast.engine.one_thread import one_thread
 from stars_fast.engine.prompt_targets import SampledPrompt, prompt_targets_of
 from stars_fast.errors import RewardError
-from stars_fast.outputs import Calibration, CompletionOutput, RequestOutput, TargetKind
+from stars_fast.outputs import (
+    Calibration,
+    CompletionOutput,
+    RequestOutput,
+    SampleWalks,
+    TargetKind,
+)
 from stars_fast.params import StarsParams
 from stars_fast.prompts import Prompt, PromptLike, as_prompt_list
 from stars_fast.seeds import derive_seed
@@ -44,8 +51,8 @@ class BatchEngine(BaseEngine):
         prompts
             One prompt or a list: text, token ids or chat messages.
         params
-            Parameters of all prompts, or a list with one for each. ``target_reward="auto"`` first
-            calibrates on these prompts, unless the engine is already calibrated.
+            Parameters of all prompts, or a list with one for each. ``target_reward="auto"`` and
+            `budget` first calibrate on these prompts, unless the engine is already calibrated.
         use_tqdm
             Show a progress bar.
         on_output
@@ -69,11 +76,13 @@ class BatchEngine(BaseEngine):
         texts = as_prompt_list(prompts)
         each = _params_of_each(params, len(texts))
         if self.calibration is None:
-            uncalibrated = [i for i, p in enumerate(each) if p.target_reward == "auto"]
-            if uncalibrated:
+            auto = [
+                i for i, p in enumerate(each) if p.target_reward == "auto" or p.budget is not None
+            ]
+            if auto:
                 self.calibrate(
-                    [texts[i] for i in uncalibrated],
-                    params=each[uncalibrated[0]],
+                    [texts[i] for i in auto],
+                    params=next((p for p in each if p.budget is not None), each[auto[0]]),
                     use_tqdm=use_tqdm,
                 )
         done: dict[str, RequestOutput] = {}
@@ -168,7 +177,9 @@ class BatchEngine(BaseEngine):
         samples_per_prompt
             At least 1.
         params
-            Parameters to sample with; None: the defaults.
+            Parameters to sample with; None: the defaults. With a `budget` the samples have the
+            segments of these, the prompts run once more at that cost, and requests with the same
+            segments may have any budget.
         use_tqdm
             Show a progress bar.
         targets
@@ -194,10 +205,12 @@ class BatchEngine(BaseEngine):
             raise ValueError("calibrate needs a reward model: pass Engine(..., reward_model=...)")
         # One attempt of each segment, whatever its reward, and so plain samples: scored as they
         # grow, which costs the reward model no token more and tells what prefixes predict.
-        plain = (params or StarsParams()).with_method(
-            "stars",
+        given = params or StarsParams()
+        plain = given.with_method(
+            "stars" if given.budget is None else given.method,
             acceptance="hard",
             target_reward=0.0,
+            budget=None,
             alpha=1.0,
             max_attempts=1,
             candidates=1,
@@ -221,16 +234,52 @@ class BatchEngine(BaseEngine):
             raise ValueError(f"calibrate: no prompt could be sampled: {errors or 'none given'}")
         samples = [sample for output in usable for sample in output.outputs]
         rewards = [sample.reward for sample in samples if sample.reward is not None]
+        read = [
+            self._reader.read(text, 0)
+            for text, output in zip(texts, outputs, strict=True)
+            if output.error is None
+        ]
         own = None
         if targets != "pooled":
-            read = [
-                self._reader.read(text, 0)
-                for text, output in zip(texts, outputs, strict=True)
-                if output.error is None
-            ]
             own = prompt_targets_of(self._sampled(read, usable, targets), quantile, targets)
-        self.calibration = calibration_of(rewards, quantile, prefix_calibration_of(samples), own)
+        walks = None
+        if given.budget is not None:
+            walks = self._walks(read, usable, given)
+            walks = self._pilot(walks, texts, each, given, use_tqdm=use_tqdm)
+        self.calibration = calibration_of(
+            rewards, quantile, prefix_calibration_of(samples), own, walks
+        )
         return self.calibration
+
+    def _pilot(
+        self,
+        walks: SampleWalks,
+        prompts: Sequence[PromptLike],
+        each: Sequence[StarsParams],
+        params: StarsParams,
+        *,
+        use_tqdm: bool,
+    ) -> SampleWalks:
+        """Run the prompts with what the walks give for the budget, and correct the walks by it."""
+        found = within_budget(replace(params, n=1, trace=False), walks)
+        runs = [replace(found, seed=one.seed) for one in each]
+        outputs = self.generate(prompts, runs, use_tqdm=use_tqdm)
+        drafted = [output.drafted_tokens for output in outputs if output.error is None]
+        return after_pilot(walks, found, drafted) if drafted else walks
+
+    def _walks(
+        self, prompts: Sequence[Prompt], outputs: Sequence[RequestOutput], params: StarsParams
+    ) -> SampleWalks:
+        parameters = self.num_parameters(guided=bool(params.guide_weight))
+        lm = sum(len(o.prompt_token_ids) + o.drafted_tokens for o in outputs) * parameters["lm"]
+        rm = sum(o.rm_tokens for o in outputs) * parameters["rm"]
+        return walks_of(
+            [output.outputs for output in outputs],
+            params,
+            prompt_tokens=sum(len(output.prompt_token_ids) for output in outputs),
+            prompt_rewards=self._prompt_rewards(prompts) if params.alpha < 1 else None,
+            scoring=rm / lm if lm else 0.0,
+        )
 
     @one_thread
     def target_of(self, prompt: PromptLike) -> float:

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stars_fast.outputs import Calibration, CompletionOutput, PrefixCalibration, PromptTargets
+from stars_fast.outputs import (
+    Calibration,
+    CompletionOutput,
+    PrefixCalibration,
+    PromptTargets,
+    SampleWalks,
+)
 
 _QUANTILES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 
@@ -20,6 +26,7 @@ def calibration_of(
     quantile: float,
     prefixes: PrefixCalibration | None = None,
     targets: PromptTargets | None = None,
+    walks: SampleWalks | None = None,
 ) -> Calibration:
     """Return the calibration whose target is the given quantile of `rewards`.
 
@@ -28,7 +35,7 @@ def calibration_of(
     levels = sorted({*_QUANTILES, quantile})
     values = np.quantile(np.asarray(rewards, np.float64), levels)
     quantiles = dict(zip(levels, values.tolist(), strict=True))
-    return Calibration(quantiles[quantile], quantiles, tuple(rewards), prefixes, targets)
+    return Calibration(quantiles[quantile], quantiles, tuple(rewards), prefixes, targets, walks)
 
 
 def prefix_calibration_of(samples: Sequence[CompletionOutput]) -> PrefixCalibration | None:

@@ -527,7 +527,7 @@ class Loop:
                 rewards=candidate.rewards,
             )
             response.commit(candidate, segment, _FINISH[finish])
-            if response.scored:
+            if candidate.reward is not None:
                 self._needed_scorer.accept(handle, candidate.branch)
             if finish != _core.FINISH_NONE and response.is_path:
                 response.output.finish_reason = _FINISH[finish]  # and others may yet beat it
@@ -557,7 +557,7 @@ class Loop:
         for row, response in enumerate(done.responses):
             looked_at = response.params.kind.decides == "choice" or not math.isnan(thresholds[row])
             looked_at = looked_at and done.decided[row]
-            if not response.scored or response.finished or not looked_at:
+            if done.candidates[row].reward is None or response.finished or not looked_at:
                 continue  # no reward, or an attempt before it had passed or goes on
             traced = response.params.trace
             kept = outcomes[row] == _core.ROW_KEPT

@@ -96,6 +96,8 @@ class Response:
         Whether its segments are scored and tested.
     token_ids
         Its committed tokens, those of `output`, as jobs of the scorer take them.
+    plain_from
+        See `StarsParams`.
     """
 
     handle: int
@@ -116,12 +118,19 @@ class Response:
     rm_tokens: int = 0
     scored: bool = field(init=False)
     token_ids: npt.NDArray[np.int64] = field(init=False)
+    plain_from: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.scored = self.params.scored
         self.token_ids = np.array(self.output.token_ids, np.int64)
+        self.plain_from = self.params.plain_from
         if self.sampling.bad_words:
             self.sampling = replace(self.sampling, drawn=self.output.token_ids)
+
+    @property
+    def judged(self) -> bool:
+        """Whether the segment at hand is scored."""
+        return self.scored and len(self.output.token_ids) < self.plain_from
 
     @property
     def finished(self) -> bool:
@@ -188,10 +197,16 @@ def candidate_text(response: Response, candidate: Candidate) -> ResponseText:
 
 @dataclass
 class Request:
-    """A request and its responses, ``n * params.samples_per_response`` of them.
+    """A request and its responses.
 
     Attributes
     ----------
+    seed
+        Key of its draws.
+    prefixes
+        Calibration of its rewards; None: they are not calibrated.
+    groups
+        For each of the `n` responses, the whole responses or paths there are to choose from.
     unchosen
         Whether it is still to be decided which of its responses are returned.
     """
@@ -199,9 +214,16 @@ class Request:
     request_id: str
     prompt: Prompt
     params: StarsParams
-    responses: list[Response] = field(default_factory=list)
+    seed: int = 0
+    prefixes: PrefixCalibration | None = None
+    groups: list[list[Response]] = field(default_factory=list)
     error: str | None = None
     unchosen: bool = False
+
+    @property
+    def responses(self) -> list[Response]:
+        """All that it runs or has run."""
+        return [response for group in self.groups for response in group]
 
     @property
     def finished(self) -> bool:
@@ -212,13 +234,11 @@ class Request:
 
     def to_output(self) -> RequestOutput:
         """Return a copy of the state, which later rounds do not change."""
-        size = self.params.samples_per_response
-        groups = [self.responses[i : i + size] for i in range(0, len(self.responses), size)]
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt.text or None,
             prompt_token_ids=list(self.prompt.token_ids),
-            outputs=[_copy(_best(group).output, i) for i, group in enumerate(groups)],
+            outputs=[_copy(_best(group).output, i) for i, group in enumerate(self.groups)],
             finished=self.finished,
             error=self.error,
             drafted_tokens=sum(response.drafted_tokens for response in self.responses),

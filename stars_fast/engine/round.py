@@ -85,7 +85,7 @@ class Round:
     def read(self) -> int:
         """Tokens of the rows that the reward model reads."""
         rows = zip(self.responses, self.lengths.tolist(), self.decided, strict=True)
-        return sum(length for response, length, decided in rows if response.scored and decided)
+        return sum(length for response, length, decided in rows if response.judged and decided)
 
     @property
     def breaks(self) -> npt.NDArray[np.uint8] | None:
@@ -274,7 +274,7 @@ def score_round(
     rows = [
         row
         for row, response in enumerate(done.responses)
-        if response.scored
+        if response.judged
         and done.decided[row]
         and not response.finished
         and row not in done.errors

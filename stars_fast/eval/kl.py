@@ -101,9 +101,10 @@ def alignment_kl(params: StarsParams, segments: Sequence[Segment]) -> AlignmentK
         return AlignmentKl(None, reason='with rules="public" some segments are kept untested')
     if params.attempts_per_segment == 1:
         return AlignmentKl(0.0, "exact")
-    if any(segment.reward is None or segment.threshold is None for segment in segments):
+    tested = [segment for segment in segments if segment.start < params.plain_from]
+    if any(segment.reward is None or segment.threshold is None for segment in tested):
         return AlignmentKl(None, reason="a segment has no accept test")
-    return AlignmentKl(math.fsum(_of_segment(params, one) for one in segments), "estimate")
+    return AlignmentKl(math.fsum(_of_segment(params, one) for one in tested), "estimate")
 
 
 def harmonic(count: int) -> float:

@@ -50,6 +50,8 @@ class Plan:
         own, by their numbers as text.
     attack
         Name of the attack on the prompts; None: no attack.
+    budgets
+        What a budget stands for, by the label of its spec: fields of `StarsParams`.
     """
 
     specs: Sequence[Spec]
@@ -60,6 +62,7 @@ class Plan:
     rms: Mapping[str | None, Any]
     targets: Mapping[str | None, float | Mapping[str, float]] = field(default_factory=dict)
     attack: str | None = None
+    budgets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def named(self, spec: Spec) -> str:
         """Return what a spec is called here."""
@@ -73,6 +76,7 @@ class Plan:
             if not isinstance(target, int | float):
                 target = target[str(item.number)]
             changes["target_reward"] = target
+        changes |= self.budgets.get(spec.label, {})
         return replace(spec.params, **changes)
 
     def fingerprint(self, spec: Spec, seed: int) -> str:
@@ -88,6 +92,7 @@ class Plan:
             "params": params,
             "seed": seed,
             "target": self.targets[spec.rm] if spec.needs_target else None,
+            **({"within": budget} if (budget := self.budgets.get(spec.label)) else {}),
             "lm": self.lms[spec.lm],
             "rm": None if plain else self.rms[spec.rm],
             "identity": self.identity,

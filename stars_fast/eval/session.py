@@ -203,7 +203,37 @@ class Session:
             else:
                 targets[rm] = float(found["target_reward"])
                 self.say(f"target reward {targets[rm]:.4g}{of_rm}")
-        self.plan = replace(self.plan, targets=targets)
+        self.plan = replace(self.plan, targets=targets, budgets=self._budgets(kept))
+
+    def _budgets(self, kept: Record) -> dict[str, Mapping[str, Any]]:
+        """Find what the budgets of specs stand for, on these prompts."""
+        budgets: dict[str, Mapping[str, Any]] = {}
+        for spec in self.plan.specs:
+            if spec.params.budget is None:
+                continue
+            plan, asked = self.plan, described(spec)["params"]
+            models = [plan.lms[spec.lm], plan.rms[spec.rm]]
+            name = digest(["budget", models, asked, plan.identity, plan.prompt_digests])
+            if name not in kept:
+                self.say(f"calibrating the budget of {spec.label} on unaligned responses")
+                kept[name] = self._within_budget(spec)
+                write_json(self.folder / CALIBRATION, kept)
+            budgets[spec.label] = {**kept[name], "budget": None}
+            chosen = ", ".join(f"{field} {value:.4g}" for field, value in kept[name].items())
+            self.say(f"{spec.label}: {chosen}")
+        return budgets
+
+    def _within_budget(self, spec: Spec) -> Record:
+        engine = self._engines.get(spec.lm, spec.rm)
+        before = engine.calibration  # of `target_reward` and `calibrate_prefixes`
+        prompts: list[Any] = [item.prompt for item in self.plan.items]
+        try:
+            engine.calibrate(prompts, self.quantile, params=spec.params, use_tqdm=self._bars)
+            found = engine.within_budget(spec.params)
+        finally:
+            engine.calibration = before
+        names = ("target_reward", "max_attempts", "candidates")
+        return {name: getattr(found, name) for name in names}
 
     def _target_of(self, engine: Engine, item: Item) -> float:
         try:

@@ -61,7 +61,7 @@ class Spec:
     @property
     def needs_target(self) -> bool:
         """Whether it runs against a calibrated target."""
-        return self.params.needs_target and not isinstance(self.params.target_reward, int | float)
+        return self.params.needs_calibration and self.params.budget is None
 
 
 def names(method: Method | None = None) -> list[str]:

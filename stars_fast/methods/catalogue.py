@@ -30,7 +30,7 @@ _DRAWS = ("guided",)  # of methods whose tokens are draws
 _SHARES = ("attempts_schedule", "attempts_rate")  # of methods whose segments have attempts
 _ATTEMPTS = ("max_attempts", "candidates", "acceptance", "trace", *_SHARES)
 _SEGMENT = ("segment_length", "segment_end", "step_text", "min_segment_length")
-_SCHEDULE = ("target_reward", "beta", "alpha", *_ATTEMPTS)
+_SCHEDULE = ("target_reward", "budget", "beta", "alpha", *_ATTEMPTS)
 
 
 def _args_schedule(params: StarsParams) -> Schedule:
@@ -78,7 +78,7 @@ METHODS: dict[Method, MethodKind] = {
     "stars": MethodKind((*_SEGMENT, *_SCHEDULE, *_DRAWS, "calibrate_prefixes"), "test"),
     "vanilla": MethodKind(("segment_length", *_DRAWS), "always", needs_reward=False),
     "best_of_n": MethodKind(
-        ("segment_length", "candidates", *_DRAWS),
+        ("segment_length", "candidates", "sample_cost", *_DRAWS),
         "always",
         competes="responses",
         default_candidates=8,

@@ -28,6 +28,7 @@ class SchedulerOptions(TypedDict):
     draft_attempts: int
     attempts_at: tuple[int, ...]
     attempts_span: int
+    plain_from: int
 
 
 def scheduler_options(params: StarsParams) -> SchedulerOptions:
@@ -60,6 +61,7 @@ def scheduler_options(params: StarsParams) -> SchedulerOptions:
         draft_attempts=params.draft_attempts if kind.decides == "choice" else 0,
         attempts_at=params.attempts_at,
         attempts_span=params.attempts_span,
+        plain_from=params.plain_from,
     )
 
 

@@ -42,6 +42,7 @@ class SchedulerMachine(DriverMachine):
         bad_rate=st.sampled_from([0.0, 0.0, 0.1]),
         breaks_rate=st.sampled_from([0.0, 0.0, 0.5, 1.0]),
         attempts_at=st.just(()) | st.tuples(*[st.integers(1, 4)] * 3),
+        plain_from=st.sampled_from([2**31 - 1, 2**31 - 1, 5]),
     )
     def add(
         self,
@@ -65,6 +66,7 @@ class SchedulerMachine(DriverMachine):
         bad_rate: float,
         breaks_rate: float,
         attempts_at: tuple[int, ...],
+        plain_from: int,
     ) -> None:
         prompt = [prefix] * (length - 1) + [self.driver.next_id % 7]
         spec = Spec(
@@ -89,6 +91,7 @@ class SchedulerMachine(DriverMachine):
             # By parts of three tokens; with one attempt there is nothing to share out.
             attempts_at=attempts_at if scored and max_attempts > 1 else (),
             attempts_span=3,
+            plain_from=plain_from,
         )
         try:
             self.driver.add(spec)

@@ -117,6 +117,26 @@ def test_every_segment_has_its_attempts_whatever_the_rounds(candidates: Any) -> 
     assert all(same(a, b) for a, b in zip(few, many, strict=True))
 
 
+@pytest.mark.parametrize("form", [STARS, GIBBS], ids=["stars", "gibbs"])
+def test_segments_behind_the_last_choice_are_not_scored(form: StarsParams) -> None:
+    params = dataclasses.replace(
+        form, segment_length=1, max_tokens=6, attempts_schedule="decay", attempts_rate=0.1,
+        ignore_eos=True, trace=True,
+    )  # fmt: skip
+    many = 6 * (params.attempts_per_segment - 1) - 1
+    assert params.attempts_at == (many + 1, 2, 1, 1, 1, 1)
+    assert params.plain_from == 2
+    engine = letter_engine()
+    for output in responses_of(engine, params, 5):
+        assert [segment.reward is None for segment in output.segments] == [False] * 2 + [True] * 4
+        assert {segment.attempts for segment in output.segments[2:]} == {1}
+        assert output.reward is None
+    stats = engine.stats()
+    assert stats["rm_jobs"] <= stats["drafted_tokens"] - 4 * 5 + 5  # r(x) as well
+    plain = dataclasses.replace(params, attempts_schedule="uniform")
+    assert plain.plain_from > plain.max_tokens
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -56,7 +56,9 @@ def test_gibbs_is_for_stars_alone(method: Any) -> None:
 def test_with_method_keeps_what_both_have(source: str, method: Any) -> None:
     given, own = KINDS[source]
     set_all = {
-        name: OTHER[name] for name in (*COMMON, *own) if name not in ("method", "guided", *given)
+        name: OTHER[name]
+        for name in (*COMMON, *own)
+        if name not in ("method", "guided", "budget", *given)
     }
     params = StarsParams(**given, **set_all)
     changed = params.with_method(method)

@@ -271,6 +271,8 @@ class WrittenOut:
 
     def _segment(self, path: Path) -> Segment:
         """The next segment of a method that tests attempts, or chooses among them."""
+        if len(path.token_ids) >= self.params.plain_from:
+            return self._plain(path)
         tests = self.params.kind.decides == "test"
         tried: list[Tried] = []
         while len(tried) < self._most_attempts(path) and not (tried and tried[-1].passed):
@@ -293,6 +295,11 @@ class WrittenOut:
             ("test" if taken.passed else "fallback") if tests else "choice",
             others,
         )
+
+    def _plain(self, path: Path) -> Segment:
+        start = len(path.token_ids)
+        path.token_ids += self._attempt(path, 0)
+        return Segment(start, len(path.token_ids), None, None, 1, "test", ())
 
     def _most_attempts(self, path: Path) -> int:
         shares = self.params.attempts_at
@@ -324,7 +331,8 @@ class WrittenOut:
         whole = path.token_ids + drafted
         reward = self.shown(whole)
         tau = self.threshold(len(whole))
-        if params.rules == "public" and number + 1 == self._most_attempts(path):  # untested
+        one_more = self._attempts_on_average() > params.max_attempts
+        if one_more and number + 1 == self._most_attempts(path):  # without a test
             return Tried(drafted, reward, tau, False, reward)
         beta = 1.0 if params.method in ("mara", "persona_judge") else params.beta
         place = len(path.token_ids)

@@ -12,6 +12,7 @@ _DEFAULTS = {field.name: field.default for field in fields(StarsParams)}
 _HINTS = get_type_hints(StarsParams)
 _OTHER: dict[str, Any] = {
     "target_reward": 1.25,
+    "budget": 3.0,
     "candidates": 3,
     "seed": 4,
     "logit_bias": {5: 1.5},

@@ -58,6 +58,7 @@ class Spec:
     breaks_rate: float = 0.0
     attempts_at: tuple[int, ...] = ()
     attempts_span: int = 1
+    plain_from: int = 2**31 - 1
 
     @property
     def prompt_reward(self) -> float:
@@ -95,6 +96,7 @@ class Spec:
             draft_attempts=self.draft_attempts if self.scored and self.choose else 0,
             attempts_at=self.attempts_at,
             attempts_span=self.attempts_span,
+            plain_from=self.plain_from,
         )
 
     def outcome(self) -> list[Event]:
@@ -117,7 +119,8 @@ class Spec:
         best: Draw | None = None
         most = (False, -math.inf)
         attempt = 0
-        chooses = self.scored and self.choose
+        scored = self.scored and position < self.plain_from
+        chooses = scored and self.choose
         drafts = self.draft_attempts if chooses else 0
         kind = _core.EVENT_CHOSEN if chooses and not drafts else _core.EVENT_FALLBACK
         parts = self.attempts_at
@@ -127,12 +130,12 @@ class Spec:
             made = self.draw(position, attempt, stream)
             if math.isnan(made.reward):
                 return Event(position, [], _core.EVENT_FAILED, attempt + 1, 0)
-            merit, passed = made.reward, not self.scored
+            merit, passed = made.reward, not scored
             if chooses:
                 if not self.hard:
                     uniform = purpose_uniform(self.seed, position, attempt, stream, PURPOSE_CHOOSE)
                     merit -= math.log(-math.log(uniform))
-            elif self.scored and not (self.last_untested and attempt + 1 == attempts):
+            elif scored and not (self.last_untested and attempt + 1 == attempts):
                 tau = schedule.threshold(self.prompt_reward, position + len(made.tokens))
                 uniform = _core.accept_uniform(self.seed, position, attempt, stream)
                 passed = not made.breaks and schedule.accepts(made.reward, tau, uniform)
