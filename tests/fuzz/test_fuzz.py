@@ -24,7 +24,7 @@ _SHOWN = 8  # problems of a case
 EVERYTHING = (
     *(f"method {' '.join(turn.values())}" for turn in TURNS),
     *(f"tokenizer {family}" for family in FAMILIES),
-    *("preemptions", "reward evictions", "paths copied", "pages copied", "prompt tokens cached"),
+    *("preemptions", "paths copied", "pages copied", "prompt tokens cached"),
     *("fallbacks", "stop texts", "streams", "aborted", "refused", "again", "alone"),
     *("finish stop", "finish length"),
 )
