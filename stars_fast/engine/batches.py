@@ -270,7 +270,7 @@ class BatchEngine(BaseEngine):
     def _walks(
         self, prompts: Sequence[Prompt], outputs: Sequence[RequestOutput], params: StarsParams
     ) -> SampleWalks:
-        parameters = self.num_parameters(guided=bool(params.guide_weight))
+        parameters = self.num_parameters(beside=bool(params.guide_weight))
         lm = sum(len(o.prompt_token_ids) + o.drafted_tokens for o in outputs) * parameters["lm"]
         rm = sum(o.rm_tokens for o in outputs) * parameters["rm"]
         return walks_of(
