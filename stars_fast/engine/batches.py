@@ -31,6 +31,9 @@ _log = logging.getLogger(__name__)
 #: Sets the draws of calibration apart from those of requests.
 _CALIBRATION_SALT = 0xCA11B8A7E
 
+#: And those of its pilot apart from its own.
+_PILOT = 0xB0D6E7
+
 
 class BatchEngine(BaseEngine):
     """An engine that takes whole lists of prompts, too."""
@@ -262,7 +265,7 @@ class BatchEngine(BaseEngine):
     ) -> SampleWalks:
         """Run the prompts with what the walks give for the budget, and correct the walks by it."""
         found = within_budget(replace(params, n=1, trace=False), walks)
-        runs = [replace(found, seed=one.seed) for one in each]
+        runs = [replace(found, seed=derive_seed(one.seed or 0, _PILOT)) for one in each]
         outputs = self.generate(prompts, runs, use_tqdm=use_tqdm)
         drafted = [output.drafted_tokens for output in outputs if output.error is None]
         return after_pilot(walks, found, drafted) if drafted else walks

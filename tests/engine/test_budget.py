@@ -18,7 +18,7 @@ SMALL = StarsParams(segment_length=2, max_tokens=6, beta=0.3, top_k=0, budget=2.
 def test_the_cost_is_the_budget() -> None:
     """In operations on the demo's models, of other draws than those of the calibration."""
     engine = Engine(demo.model_dir(), demo.reward_model_dir(), num_pages=4000)
-    prompts: list[Any] = list(demo.prompts(48))
+    prompts: list[Any] = list(demo.prompts(96))
     calibration = engine.calibrate(prompts, params=BLOCKS, samples_per_prompt=3, use_tqdm=False)
     walks, sizes = calibration.walks, engine.num_parameters()
     assert walks is not None
@@ -48,10 +48,10 @@ def test_a_budget_is_its_target_and_attempts() -> None:
     assert more.target_reward > found.target_reward
     assert found.max_attempts == 5  # 2 (2 (2 + 6) - 2) / 6, rounded up: scoring is free
     assert more.max_attempts == 8
-    mine = engine.within_budget(replace(SMALL, max_attempts=9, candidates=3))
+    mine = engine.within_budget(replace(SMALL, budget=3.0, max_attempts=9, candidates=3))
     assert (mine.max_attempts, mine.candidates) == (9, 3)
     assert isinstance(mine.target_reward, float)
-    assert mine.target_reward < found.target_reward  # of three at a time some are in vain
+    assert mine.target_reward < more.target_reward  # of three at a time some are in vain
 
 
 def test_what_cannot_be_kept_to_is_refused() -> None:
