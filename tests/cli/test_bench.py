@@ -71,7 +71,7 @@ def test_a_failing_benchmark_is_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["bench", "nothing"], "SUITE must be one of attention, "),
+        (["bench", "nothing"], "SUITE must be one of acceptance, attention, "),
         (["bench", "--out", "/nowhere/x.json"], "/nowhere/x.json"),
         (["report"], "give a RECORD"),
         (["report", "--plots", "x"], "--plots needs a RECORD"),

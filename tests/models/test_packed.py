@@ -97,7 +97,7 @@ def test_reward_models_and_guides_are_packed() -> None:
     engine = Engine.demo(num_pages=60, reward_num_pages=60, guide=str(demo.model_dir()))
     scorer: Any = engine.loop.scorer
     guided: Any = engine.loop.model
-    for model in (scorer.model.model, guided.guides[0].model):
+    for model in (scorer.model.model, guided.beside[0].model):
         assert all(isinstance(x, PackedLinear) for x in linears(model.base_model))
 
 

@@ -221,7 +221,7 @@ def test_language_models_beside_themselves(tmp_path: Path) -> None:
     assert values == pytest.approx([values[2]] * 3, abs=1e-4)
     assert abs(values[2]) > 0.1
     guided = Engine(tmp_path / "base", guide=folder, **options)
-    assert guided.loop.model.guides[0].model is guided.loop.model.model  # type: ignore[union-attr]
+    assert guided.loop.model.beside[0].model is guided.loop.model.model  # type: ignore[union-attr]
     params = StarsParams(method="vanilla", max_tokens=12, seed=2, guide_weight=2.0, ignore_eos=True)
     drawn = [
         engine.generate([[5, 6, 7]], params, use_tqdm=False)[0].outputs[0]

@@ -180,11 +180,11 @@ def test_rounds_split_over_passes(model: PreTrainedModel, limits: dict[str, int]
     widest = 0
     extend = scorer.model.extend_all
 
-    def measured(batch: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    def measured(batch: Any, input_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
         nonlocal widest
         widest = max(widest, batch.num_rows)
         assert batch.num_rows * batch.max_new <= limits.get("max_batch_tokens", 1 << 30)
-        return extend(batch, input_ids)
+        return extend(batch, input_ids, *rest)
 
     scorer.model.extend_all = measured  # type: ignore[method-assign]
     walk = walk_of(scorer, requests=3)
@@ -215,9 +215,9 @@ def test_restored_prompts_run_within_the_limit_and_rows_together(model: PreTrain
     passes = []
     extend = scorer.model.extend_all
 
-    def recorded(batch: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    def recorded(batch: Any, input_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
         passes.append((batch.num_rows, batch.max_new))
-        return extend(batch, input_ids)
+        return extend(batch, input_ids, *rest)
 
     scorer.model.extend_all = recorded  # type: ignore[method-assign]
     prompts = [text_prompt(LM, question) for question in QUESTIONS]
