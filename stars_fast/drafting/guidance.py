@@ -78,9 +78,8 @@ class _GuidedSteps:
     def begin_decode(
         self, batch: BatchLike, shift: npt.NDArray[np.int64] | None = None
     ) -> list[DecodeState]:
-        """Start the round in every model; positions are shifted in the language model alone."""
-        guides = [one.begin_decode(batch) for one in self._model.beside]
-        return [self._model.lm.begin_decode(batch, shift), *guides]
+        """Start the round in every model."""
+        return [one.begin_decode(batch, shift) for one in (self._model.lm, *self._model.beside)]
 
     def decode_step(self, state: Any, j: int, input_ids: Tensor) -> Tensor:  # noqa: ANN401
         """Run each row's j-th new token in every model; return the guided logits."""

@@ -290,7 +290,6 @@ class Engine(BatchEngine):
             quantize=quantize,
         )
         tokenizer = tokenizer if tokenizer is not None else found_tokenizer
-        encoder = ImageEncoder(loaded) if sees_images(loaded) else None
         reader = _image_reader(model, loaded, processor, trust_remote_code=trust_remote_code)
         if isinstance(reader, ImageReader):
             tokenizer = reader.tokenizer if tokenizer is None else tokenizer
@@ -301,7 +300,9 @@ class Engine(BatchEngine):
             for name in ("guide", "guide_reference", "draft_model", "draft_reference")
         }
         beside = load_beside(named, config, loaded, tokenizer, _source_of(model, config))
-        lm = _on_pages(loaded, config, ranks, [one.model for one in beside])
+        models = [one.model for one in beside]
+        encoder = ImageEncoder(loaded, models) if sees_images(loaded) else None
+        lm = _on_pages(loaded, config, ranks, models)
         together = in_lockstep(lm, beside, config)
         scorer = _scorer_for(
             reward_model, config, lm, _source_of(model, config), tokenizer, reward_tokenizer, ranks

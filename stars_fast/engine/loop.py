@@ -223,9 +223,10 @@ class Loop:
         if prompt.images is not None:
             if self.images is None:
                 raise ValueError("the language model sees no images, and the prompt has some")
-            if params.guide_weight:
+            if params.guide_weight and not self.images.guides_see:
                 raise ValueError(
-                    "guide_weight must be 0 for a prompt with images: no guide sees any"
+                    "guide_weight must be 0 for a prompt with images: not every guide is a model "
+                    "of the language model's type, which sees them"
                 )
             if params.kind.draft is not None:
                 raise ValueError(
@@ -401,9 +402,7 @@ class Loop:
         ids, images = plan.prefill_tokens, None
         if self._seen:
             seen = [self._seen.get(handle) for handle in plan.prefill_request.tolist()]
-            if any(seen):
-                images = ImageRows.of(plan.prefill, ids, seen)
-                ids = images.token_ids
+            images = ImageRows.of(plan.prefill, ids, seen) if any(seen) else None
         self.model.prefill(plan.prefill, torch.from_numpy(ids).to(self.model.device), images)
 
     def _score(self, done: Round) -> Round:

@@ -13,7 +13,7 @@ import contextlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -110,7 +110,7 @@ class SeenPrompt:
         int64 ``[T]``: the run of places that a token is in, -1 for text; None where tokens of a
         picture do not see later ones.
     features
-        Of the groups of pictures, in order.
+        Of the groups of pictures, in order; those of the model, then of each that sees beside it.
     positions
         int64 ``[3, T]``; None: every token's is its number.
     shift
@@ -121,7 +121,7 @@ class SeenPrompt:
     scheduler_ids: NDArray[np.int64]
     places: NDArray[np.int64]
     blocks: NDArray[np.int64] | None
-    features: tuple[Features, ...]
+    features: tuple[tuple[Features, ...], ...]
     positions: NDArray[np.int64] | None
     shift: int
 
@@ -142,17 +142,25 @@ class ImageRows:
     places
         bool ``[N]``: where `features` stand.
     features
-        In the order of `places`; None where there are none.
+        In the order of `places`, of the model and of each that sees beside it; empty where no
+        picture stands.
     blocks
         As in `SeenPrompt`, ``[N]``.
+    num_models
+        Models that `features` are of, or would be.
     """
 
     lengths: NDArray[np.int64]
     token_ids: NDArray[np.int64]
     positions: NDArray[np.int64]
     places: NDArray[np.bool_]
-    features: Features | None
+    features: tuple[Features, ...]
     blocks: NDArray[np.int64] | None
+    num_models: int
+
+    def beside(self, number: int) -> ImageRows:
+        """Return what the model of this number beside the language model reads."""
+        return replace(self, features=self.features[number + 1 : number + 2])
 
     @classmethod
     def of(
@@ -184,16 +192,17 @@ class ImageRows:
             np.broadcast_to(row.positions, (3, len(row.token_ids))) if wide else row.positions
             for row in rows
         ]
-        features = [row.features for row in rows if row.features is not None]
+        features = zip(*(row.features for row in rows if row.features), strict=True)
         return cls(
             np.array([len(row.token_ids) for row in rows]),
             np.concatenate([row.token_ids for row in rows]),
             np.concatenate(positions, axis=-1),
             np.concatenate([row.places >= 0 for row in rows]),
-            Features.joined(features) if features else None,
+            tuple(map(Features.joined, features)),
             np.concatenate([row.blocks for row in rows])
             if any(prompt is not None and prompt.blocks is not None for prompt in seen)
             else None,
+            next(len(prompt.features) for prompt in seen if prompt is not None),
         )
 
 
@@ -205,7 +214,7 @@ class _Row:
     positions: NDArray[np.int64]
     places: NDArray[np.int64]
     blocks: NDArray[np.int64]
-    features: Features | None
+    features: tuple[Features, ...]
 
 
 def _row(token_ids: NDArray[np.int64], start: int, prompt: SeenPrompt | None) -> _Row:
@@ -213,7 +222,7 @@ def _row(token_ids: NDArray[np.int64], start: int, prompt: SeenPrompt | None) ->
     end = start + len(token_ids)
     none = np.full(len(token_ids), -1, np.int64)
     if prompt is None:
-        return _Row(token_ids, np.arange(start, end), none, none, None)
+        return _Row(token_ids, np.arange(start, end), none, none, ())
     blocks = prompt.blocks
     if blocks is not None and 0 < end < len(blocks) and blocks[end] >= 0:
         while end < len(blocks) and blocks[end] == blocks[end - 1]:
@@ -232,7 +241,7 @@ def _row(token_ids: NDArray[np.int64], start: int, prompt: SeenPrompt | None) ->
         positions,
         places,
         np.concatenate([prompt.places[taken] * 0 - 1 if blocks is None else blocks[taken], behind]),
-        Features.joined(prompt.features).of(rows) if len(rows) else None,
+        tuple(Features.joined(one).of(rows) for one in prompt.features) if len(rows) else (),
     )
 
 
@@ -243,14 +252,21 @@ class ImageEncoder:
     ----------
     model
         One that `sees_images`, in eval mode.
+    beside
+        Models beside it, in eval mode.
 
     Attributes
     ----------
+    guides_see
+        Those beside it see the same pictures, with vision towers of their own: all are of its type.
     encoded
         Groups of pictures that the vision tower has run.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, beside: Sequence[PreTrainedModel] = ()) -> None:
+        kind = model.config.model_type
+        self.guides_see = all(one.config.model_type == kind for one in beside)
+        self._beside = [ImageEncoder(one) for one in beside if self.guides_see]
         self._model = model
         self._decoder = model.get_decoder()  # type: ignore[no-untyped-call]
         self._token = image_token_id(model)
@@ -290,7 +306,9 @@ class ImageEncoder:
             begins = is_place & ~np.concatenate(([False], is_place[:-1]))
             blocks = np.where(is_place, np.cumsum(begins) - 1, -1)
         positions, shift = self._positions(ids, is_place, groups)
-        features = tuple(self._features_of(group) for group in groups)
+        features = tuple(
+            tuple(one._features_of(group) for group in groups) for one in (self, *self._beside)
+        )
         return SeenPrompt(ids, scheduler_ids, places, blocks, features, positions, shift)
 
     def _id_of(self, key: bytes) -> int:

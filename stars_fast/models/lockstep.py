@@ -72,11 +72,16 @@ class Lockstep:
     def prefill(self, batch: BatchLike, input_ids: Tensor, images: ImageRows | None = None) -> None:
         """Run prompts in every model, since any request may come to share their pages.
 
-        Those beside see no pictures: requests that have some do not run them.
+        Where those beside see no pictures, requests that have some do not ask them.
         """
         self.lm.prefill(batch, input_ids, images)
-        for one in self.beside:
-            one.prefill(batch, self.read_by(one, input_ids))
+        for number, one in enumerate(self.beside):
+            if images is None:
+                one.prefill(batch, self.read_by(one, input_ids))
+            elif images.num_models > 1:
+                one.prefill(batch, input_ids, images.beside(number))
+            else:  # a picture's ids are beyond every vocabulary
+                one.prefill(batch, input_ids.clamp(max=one.vocab_size - 1))
 
     def read_by(self, other: PagedModel, input_ids: Tensor) -> Tensor:
         """Return ids that a model can read: what it has no embedding for becomes its last token.

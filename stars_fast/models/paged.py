@@ -282,11 +282,11 @@ class PagedModel:
         with self.on_backend():
             embeddings = self.model.get_input_embeddings()(ids)
             deep: dict[str, Any] = {}
-            if images.features is not None:
-                embeddings[places] = images.features.rows.to(embeddings.dtype)
-                if images.features.deep:
+            for features in images.features[:1]:
+                embeddings[places] = features.rows.to(embeddings.dtype)
+                if features.deep:
                     deep["visual_pos_masks"] = places.unsqueeze(0)
-                    deep["deepstack_visual_embeds"] = list(images.features.deep)
+                    deep["deepstack_visual_embeds"] = list(features.deep)
             attention = (
                 self._extend_attention(batch, slots)
                 if images.blocks is None

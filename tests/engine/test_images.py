@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_vision import MARKS, PICTURES, Given, chat, greedy, tiny_vision
+from helpers.tiny_vision import (
+    MARKS,
+    PICTURES,
+    Given,
+    chat,
+    greedy,
+    model_inputs,
+    tiny_vision,
+)
 
 from stars_fast import Engine, StarsParams
 
@@ -57,6 +65,52 @@ def test_prefill_in_pieces_and_without_sharing(kind: str) -> None:
         assert one.outputs[0].token_ids == other.outputs[0].token_ids
         logprobs = (torch.tensor(x.outputs[0].logprobs) for x in (one, other))
         assert torch.allclose(*logprobs, atol=1e-4)
+
+
+def guided_logprobs(models: list[Any], processor: Any, messages: Any, new: list[int]) -> Any:
+    """Log-probabilities of new tokens under lm + w (guide - lm), w = 1.5, by plain forwards."""
+    given = model_inputs(processor, messages)
+    width = given["input_ids"].shape
+    for name, value in given.items():
+        if value.shape == width:
+            more = {"input_ids": new, "attention_mask": [1] * len(new)}.get(name, [0] * len(new))
+            given[name] = torch.cat((value, torch.tensor([more])), dim=1)
+    lm, guide = (
+        model(**given).logits[0, width[1] - 1 : -1].log_softmax(-1).detach() for model in models
+    )
+    tokens = torch.tensor(new)[:, None]
+    return (lm + 1.5 * (guide - lm)).log_softmax(-1).gather(1, tokens)[:, 0]
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen3_vl", "gemma3"])
+def test_a_guide_sees_the_images(kind: str) -> None:
+    model, processor = tiny_vision(kind)
+    guide, _ = tiny_vision(kind)
+    torch.manual_seed(1)
+    for weight in guide.parameters():
+        weight.data += 0.1 * weight.data.std() * torch.randn_like(weight) if weight.ndim > 1 else 0
+    options = {"processor": processor, "page_size": 4, "num_pages": 200, "max_prefill_tokens": 7}
+    engine = Engine(model, guide=guide, **options)
+    # In what follows, a place of an image would be one without an image.
+    bias = {model.config.image_token_id: -100.0}
+    params = StarsParams(
+        method="vanilla", guide_weight=1.5, max_tokens=6, top_k=0, top_p=1.0, logit_bias=bias
+    )
+    for messages, output in zip(CHATS, engine.generate(CHATS, params), strict=True):
+        one = output.outputs[0]
+        want = guided_logprobs([model, guide], processor, messages, one.token_ids)
+        assert torch.allclose(torch.tensor(one.logprobs), want, atol=1e-4)
+
+
+def test_a_guide_of_another_type_sees_none() -> None:
+    model, processor = tiny_vision("llava")
+    guide, _ = tiny_vision("llava_next")
+    engine = Engine(model, processor=processor, guide=guide, page_size=4, num_pages=200)
+    with pytest.raises(ValueError, match="guide_weight must be 0 for a prompt with images"):
+        engine.add_request("seen", CHATS[0], replace(GREEDY, guide_weight=1.0))
+    want = Engine(model, processor=processor, page_size=4, num_pages=200)
+    outputs = [one.generate(CHATS[0], GREEDY, use_tqdm=False) for one in (want, engine)]
+    assert outputs[0] == outputs[1]
 
 
 def test_only_equal_pixels_share_pages() -> None:

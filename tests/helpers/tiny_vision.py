@@ -70,14 +70,19 @@ def chat(*parts: object) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
+def model_inputs(processor: Any, messages: list[dict[str, Any]]) -> Any:
+    """Return what a model's own forward takes of a chat."""
+    parts = messages[0]["content"]
+    pictures = [part["image"] for part in parts if part["type"] == "image"]
+    text = processor.tokenizer.apply_chat_template(messages, tokenize=False)
+    return processor(images=[pictures] if pictures else None, text=[text], return_tensors="pt")
+
+
 def greedy(
     model: Any, processor: Any, messages: list[dict[str, Any]], tokens: int
 ) -> tuple[list[int], list[int], Tensor]:
     """Return the prompt's ids, what `generate` continues them with, and their log-probabilities."""
-    parts = messages[0]["content"]
-    pictures = [part["image"] for part in parts if part["type"] == "image"]
-    text = processor.tokenizer.apply_chat_template(messages, tokenize=False)
-    given = processor(images=[pictures] if pictures else None, text=[text], return_tensors="pt")
+    given = model_inputs(processor, messages)
     made = model.generate(
         **given,
         max_new_tokens=tokens,
