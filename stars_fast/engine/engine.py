@@ -43,13 +43,13 @@ from stars_fast.engine.one_thread import one_thread
 from stars_fast.engine.prompt_scores import prompt_scores
 from stars_fast.models.drafted import DraftedModel
 from stars_fast.models.guidance import GuidedModel
-from stars_fast.models.images import ImageEncoder, image_token_id, sees_images
+from stars_fast.models.images import ImageEncoder, sees_images
 from stars_fast.models.load import check_device, check_dtype, load_causal_lm
 from stars_fast.models.logits import LogitHead
 from stars_fast.models.machine import bound_kernel_caches
 from stars_fast.models.paged import PagedModel
 from stars_fast.models.pool import default_num_pages
-from stars_fast.models.processor import load_processor
+from stars_fast.models.processor import image_reader
 from stars_fast.models.selfcheck import check_numbers
 from stars_fast.outputs import TokenScore
 from stars_fast.params import StarsParams
@@ -290,7 +290,7 @@ class Engine(BatchEngine):
             quantize=quantize,
         )
         tokenizer = tokenizer if tokenizer is not None else found_tokenizer
-        reader = _image_reader(model, loaded, processor, trust_remote_code=trust_remote_code)
+        reader = image_reader(model, loaded.config, processor, trust_remote_code=trust_remote_code)
         if isinstance(reader, ImageReader):
             tokenizer = reader.tokenizer if tokenizer is None else tokenizer
             if not tokenizer.chat_template:
@@ -426,26 +426,6 @@ def _connected(config: EngineConfig) -> Ranks:
             if value:
                 raise ValueError(f"{name} must be off with tensor_parallel=True, got {value}")
     return ranks
-
-
-def _image_reader(
-    source: str | os.PathLike[str] | PreTrainedModel,
-    model: PreTrainedModel,
-    processor: ProcessorMixin | None,
-    *,
-    trust_remote_code: bool,
-) -> ImageReader | str | None:
-    """Return what reads the pictures of prompts, or why nothing does; None: the model sees none."""
-    if not sees_images(model):
-        if processor is not None:
-            raise ValueError(
-                f"processor must be None with a {model.config.model_type}, which sees no images"
-            )
-        return None
-    found = processor or load_processor(source, trust_remote_code=trust_remote_code)
-    if isinstance(found, str):
-        return found
-    return ImageReader(found, model.config.model_type, image_token_id(model))
 
 
 def _on_pages(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stars_fast.rewards.base import ScoreJob, Scorer
+    from stars_fast.text.image_prompts import ImageReader
 
 RewardFunction = Callable[[list[str], list[str]], list[float]]
 
@@ -29,9 +30,9 @@ def gold_source(text: str) -> str | RewardFunction:
     ----------
     text
         ``"demo"``: the grammar of the demo's reviews. ``"module:function"``: a function
-        ``f(prompts, responses) -> list[float]``, its module imported from the working directory or
-        from what is installed. ``"math"``: the answers of the records, see `MathScores`. Otherwise
-        a directory or hub id of a reward model.
+        ``f(prompts, responses) -> list[float]``, or with a parameter ``images`` too, its module
+        imported from the working directory or from what is installed. ``"math"``: the answers of
+        the records, see `MathScores`. Otherwise a directory or hub id of a reward model.
 
     Returns
     -------
@@ -85,15 +86,22 @@ class TextScorer:
         The reward, as the engine drives it.
     tokenizer
         The language model's, for prompts and responses.
+    images
+        What reads the images of prompts, see `PromptReader`.
     """
 
-    def __init__(self, scorer: Scorer, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(
+        self,
+        scorer: Scorer,
+        tokenizer: PreTrainedTokenizerBase | None,
+        images: ImageReader | str | None = None,
+    ) -> None:
         from stars_fast.prompts import PromptReader
 
         self._scorer = scorer
         self._tokenizer = tokenizer
         # Ids and lengths were checked when the prompts were run; here they are only read.
-        self._reader = PromptReader(tokenizer, sys.maxsize, None)
+        self._reader = PromptReader(tokenizer, sys.maxsize, None, images=images)
         self._handles = itertools.count()
 
     def score(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from stars_fast.engine import Engine
     from stars_fast.rewards.log_ratio import LogRatio
     from stars_fast.rewards.persona import Persona
+    from stars_fast.text.image_prompts import ImageReader
 
 RewardSource: TypeAlias = "str | RewardFunction | LogRatio | Persona | list[Reward]"
 
@@ -94,17 +95,32 @@ class Models:
         options["num_pages"] = self.options.get("reward_num_pages")
         device = self.options.get("reward_device") or self.options.get("device")
         tokenizer = self.tokenizer(None)
-        against_base = isinstance(source, LogRatio) and source.reference is None
+        reader = self._image_reader()
+        # The reference of a log-ratio, or by its type what tells which models see its images.
+        with_base = (
+            isinstance(source, LogRatio) and source.reference is None
+        ) or reader is not None
         scorer = load_rewards(
             source,
             lm_tokenizer=tokenizer,
-            language_model=self.base()[0] if against_base else None,
+            language_model=self.base()[0] if with_base else None,
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             template=template,
             head=head,
             **options,
         )
-        return TextScorer(scorer, tokenizer)
+        return TextScorer(scorer, tokenizer, reader)
+
+    def _image_reader(self) -> ImageReader | str | None:
+        from transformers import AutoConfig
+
+        from stars_fast.models.processor import image_reader
+
+        if self.options.get("gguf_file"):
+            return None
+        trust = bool(self.options.get("trust_remote_code"))
+        config = AutoConfig.from_pretrained(self.model, trust_remote_code=trust)
+        return image_reader(self.model, config, trust_remote_code=trust)
 
     def base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
         """Load the base as transformers has it."""

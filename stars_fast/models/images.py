@@ -55,11 +55,6 @@ def sees_images(model: PreTrainedModel) -> bool:
     return model.config.model_type in SEEING
 
 
-def image_token_id(model: PreTrainedModel) -> int:
-    """Return the token that stands in the places of a picture."""
-    return int(model.config.image_token_id)
-
-
 @dataclass(frozen=True)
 class Features:
     """What the language model reads in the places of pictures.
@@ -269,7 +264,7 @@ class ImageEncoder:
         self._beside = [ImageEncoder(one) for one in beside if self.guides_see]
         self._model = model
         self._decoder = model.get_decoder()  # type: ignore[no-untyped-call]
-        self._token = image_token_id(model)
+        self._token = int(model.config.image_token_id)  # stands in the places of a picture
         self._bidirectional = model.config.model_type in _BIDIRECTIONAL
         self._configs = attention_configs(model)
         self._next_id = embedding_rows(model)
@@ -382,6 +377,19 @@ class ImageEncoder:
         names = inspect.signature(index).parameters
         positions, shift = index(**{name: value for name, value in given.items() if name in names})
         return positions[:, 0].numpy(), int(shift.flatten()[0])
+
+
+def encoder_like(
+    model: PreTrainedModel, language_model: PreTrainedModel | None
+) -> ImageEncoder | None:
+    """Return what shows a model the images of prompts that a language model reads; None: nothing.
+
+    They are ready for a model of the same type alone.
+    """
+    if language_model is None or not sees_images(model):
+        return None
+    same = model.config.model_type == language_model.config.model_type
+    return ImageEncoder(model) if same else None
 
 
 class _ReachedError(Exception):

@@ -6,10 +6,52 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-__all__ = ["images_only", "load_processor"]
+from stars_fast.models.images import SEEING
+from stars_fast.text.image_prompts import ImageReader
+
+__all__ = ["image_reader", "images_only", "load_processor"]
+
+
+def image_reader(
+    source: str | os.PathLike[str] | PreTrainedModel,
+    config: PreTrainedConfig,
+    processor: ProcessorMixin | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> ImageReader | str | None:
+    """Return what reads the pictures of prompts, or why nothing does; None: the model sees none.
+
+    Parameters
+    ----------
+    source, config
+        A model's directory, hub id or the model itself, and its configuration.
+    processor
+        None: loaded from `source`.
+
+    Raises
+    ------
+    ValueError
+        There is a processor for a model that sees none.
+    """
+    if config.model_type not in SEEING:
+        if processor is not None:
+            raise ValueError(
+                f"processor must be None with a {config.model_type}, which sees no images"
+            )
+        return None
+    found = processor or load_processor(source, trust_remote_code=trust_remote_code)
+    if isinstance(found, str):
+        return found
+    return ImageReader(found, config.model_type, int(config.image_token_id))
 
 
 def load_processor(

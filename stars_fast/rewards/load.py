@@ -19,7 +19,7 @@ from stars_fast.config import Attention, Backend, KvDtype, LanguageModelLike, Qu
 from stars_fast.distributed import ALONE, Ranks
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
 from stars_fast.models.checks import has_lm_head
-from stars_fast.models.images import ImageEncoder, sees_images
+from stars_fast.models.images import ImageEncoder, encoder_like
 from stars_fast.models.load import adapted_model, load_causal_lm, load_tokenizer, same_device
 from stars_fast.models.lora import LoraAdapter, LoraLayers
 from stars_fast.models.packed import theirs
@@ -239,18 +239,8 @@ def load_scorer(
         head,
         pool,
         parse_special,
-        images=_encoder_of(loaded.model, language_model),
+        images=encoder_like(loaded.model, language_model),
     )
-
-
-def _encoder_of(
-    model: PreTrainedModel, language_model: PreTrainedModel | None
-) -> ImageEncoder | None:
-    """Return what shows a reward model the images of prompts, where these are ready for it."""
-    if language_model is None or not sees_images(model):
-        return None
-    same = model.config.model_type == language_model.config.model_type
-    return ImageEncoder(model) if same else None
 
 
 def _python_scorer(reward_model: object, template: TemplateLike, timeout: float | None) -> Scorer:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stars_fast.config import Attention, Backend, LanguageModelLike, TemplateLike
 from stars_fast.errors import ModelLoadError, UnsupportedModelError
+from stars_fast.models.images import encoder_like
 from stars_fast.models.load import adapted_model, same_device
 from stars_fast.models.lora import LoraAdapter, LoraLayers
 from stars_fast.models.parameters import embedding_rows
@@ -186,7 +187,13 @@ def load_log_ratio(
     if not ids:
         _check_texts(ratio, template, *both)
     policy, reference = (
-        _scorer(each, pool, _source(each, template, parse_special, ids=ids), 1 - at, anew=not ids)
+        _scorer(
+            each,
+            pool,
+            _source(each, template, parse_special, drafting.model, ids=ids),
+            1 - at,
+            anew=not ids,
+        )
         for at, each in enumerate(both)
     )
     sums = ids and ratio.over == "response"
@@ -225,9 +232,17 @@ def _check_texts(
         )
 
 
-def _source(each: _Model, template: TemplateLike, parse_special: bool, *, ids: bool) -> TokenSource:
+def _source(
+    each: _Model,
+    template: TemplateLike,
+    parse_special: bool,
+    drafts: PreTrainedModel | None,
+    *,
+    ids: bool,
+) -> TokenSource:
     if ids:
-        return PromptTokens(embedding_rows(each.model), each.whose)
+        images = encoder_like(each.model, drafts)
+        return PromptTokens(embedding_rows(each.model), each.whose, images)
     chosen = make_template(template, each.tokenizer, pairs=False, parse_special=parse_special)
     opened = isinstance(template, str) and template not in ("chat", "plain")
     if isinstance(chosen, CallableTemplate) or (

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from stars_fast.models.images import ImageEncoder
 from stars_fast.models.logits import LogitHead
 from stars_fast.models.paged import PagedModel
 from stars_fast.rewards.base import Prompt, ScoreJob
@@ -66,10 +67,25 @@ class DrawnTokens(TokenSource):
 
 
 class PromptTokens(DrawnTokens):
-    """The ids that the language model reads and draws, as they are."""
+    """The ids that the language model reads and draws, as they are.
+
+    Parameters
+    ----------
+    vocab_size, whose
+        See `DrawnTokens`.
+    images : ImageEncoder or None
+        The model's, which then sees the images of prompts.
+    """
+
+    def __init__(self, vocab_size: int, whose: str, images: ImageEncoder | None = None) -> None:
+        super().__init__(vocab_size, whose)
+        self._images = images
 
     def bind(self, prompt: Prompt) -> TokenPrompt:
         """Return the language model's own prompt."""
+        if prompt.images is not None and self._images is not None:
+            seen = self._images.see(prompt)
+            return TokenPrompt(seen.scheduler_ids, len(seen.scheduler_ids), seen=seen)
         ids = np.asarray(prompt.token_ids, np.int64)
         if not len(ids):
             raise ValueError(f"the prompt is empty: {self._whose} has no token to read")

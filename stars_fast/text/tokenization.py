@@ -183,6 +183,8 @@ class TextEncoder:
             return []
         for before in ("a", ".", "1", "A"):  # a small vocabulary may lack some of them
             alone, whole = bare.encode([before, before + text])
+            if self.tokenizer.unk_token_id in alone:
+                continue  # which both may begin with, and stand for other words
             if alone and whole[: len(alone)] == alone:
                 return whole[len(alone) :]
         return bare.encode([text])[0]

@@ -14,7 +14,8 @@ from helpers.tiny_vision import (
     Given,
     chat,
     greedy,
-    model_inputs,
+    logits_of,
+    other_weights,
     tiny_vision,
 )
 
@@ -67,28 +68,10 @@ def test_prefill_in_pieces_and_without_sharing(kind: str) -> None:
         assert torch.allclose(*logprobs, atol=1e-4)
 
 
-def guided_logprobs(models: list[Any], processor: Any, messages: Any, new: list[int]) -> Any:
-    """Log-probabilities of new tokens under lm + w (guide - lm), w = 1.5, by plain forwards."""
-    given = model_inputs(processor, messages)
-    width = given["input_ids"].shape
-    for name, value in given.items():
-        if value.shape == width:
-            more = {"input_ids": new, "attention_mask": [1] * len(new)}.get(name, [0] * len(new))
-            given[name] = torch.cat((value, torch.tensor([more])), dim=1)
-    lm, guide = (
-        model(**given).logits[0, width[1] - 1 : -1].log_softmax(-1).detach() for model in models
-    )
-    tokens = torch.tensor(new)[:, None]
-    return (lm + 1.5 * (guide - lm)).log_softmax(-1).gather(1, tokens)[:, 0]
-
-
 @pytest.mark.parametrize("kind", ["llava", "qwen3_vl", "gemma3"])
 def test_a_guide_sees_the_images(kind: str) -> None:
     model, processor = tiny_vision(kind)
-    guide, _ = tiny_vision(kind)
-    torch.manual_seed(1)
-    for weight in guide.parameters():
-        weight.data += 0.1 * weight.data.std() * torch.randn_like(weight) if weight.ndim > 1 else 0
+    guide = other_weights(model)
     options = {"processor": processor, "page_size": 4, "num_pages": 200, "max_prefill_tokens": 7}
     engine = Engine(model, guide=guide, **options)
     # In what follows, a place of an image would be one without an image.
@@ -98,7 +81,12 @@ def test_a_guide_sees_the_images(kind: str) -> None:
     )
     for messages, output in zip(CHATS, engine.generate(CHATS, params), strict=True):
         one = output.outputs[0]
-        want = guided_logprobs([model, guide], processor, messages, one.token_ids)
+        lm, led = (
+            logits_of(each, processor, messages, one.token_ids).log_softmax(-1)
+            for each in (model, guide)
+        )
+        guided = (lm + 1.5 * (led - lm)).log_softmax(-1)
+        want = guided.gather(1, torch.tensor(one.token_ids)[:, None])[:, 0]
         assert torch.allclose(torch.tensor(one.logprobs), want, atol=1e-4)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -76,6 +77,28 @@ def model_inputs(processor: Any, messages: list[dict[str, Any]]) -> Any:
     pictures = [part["image"] for part in parts if part["type"] == "image"]
     text = processor.tokenizer.apply_chat_template(messages, tokenize=False)
     return processor(images=[pictures] if pictures else None, text=[text], return_tensors="pt")
+
+
+def logits_of(model: Any, processor: Any, messages: list[dict[str, Any]], new: list[int]) -> Tensor:
+    """Return the logits ``[len(new), vocab]`` behind which each of these tokens stands."""
+    given = model_inputs(processor, messages)
+    width = given["input_ids"].shape
+    for name, value in given.items():
+        if value.shape == width:
+            more = {"input_ids": new, "attention_mask": [1] * len(new)}.get(name, [0] * len(new))
+            given[name] = torch.cat((value, torch.tensor([more])), dim=1)
+    with torch.inference_mode():
+        logits: Tensor = model(**given).logits[0, width[1] - 1 : -1]
+    return logits
+
+
+def other_weights(model: Any) -> Any:
+    """Return a copy of a model with weights a little off."""
+    torch.manual_seed(1)
+    made = copy.deepcopy(model)
+    for weight in made.parameters():
+        weight.data += 0.1 * weight.data.std() * torch.randn_like(weight) if weight.ndim > 1 else 0
+    return made
 
 
 def greedy(

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_vision import PICTURES, chat, tiny_vision
+from helpers.tiny_vision import PICTURES, chat, logits_of, other_weights, tiny_vision
 from transformers import Gemma3ForSequenceClassification
 
-from stars_fast import Engine, StarsParams
+from stars_fast import Engine, LogRatio, StarsParams
 from stars_fast.outputs import RequestOutput
 
 UPRIGHT, WIDE, SQUARE = PICTURES
@@ -76,3 +76,24 @@ def test_rewards_are_those_of_its_own_forward() -> None:
     for messages, output, reward in zip(CHATS, outputs, rewards, strict=True):
         assert output.error is None
         assert reward == pytest.approx(plain_reward(judge, processor, messages, output), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen3_vl"])
+def test_both_models_of_a_log_ratio_see_the_images(kind: str) -> None:
+    model, processor = tiny_vision(kind)
+    policy = other_weights(model)
+    ratio = LogRatio(policy, None, beta=0.5)
+    options = {"processor": processor, "reward_tokenizer": processor.tokenizer, "page_size": 4}
+    engine = Engine(model, ratio, num_pages=200, reward_num_pages=200, **options)
+    bias = {model.config.image_token_id: -100.0}
+    params = StarsParams(
+        target_reward=2.0, segment_length=3, max_tokens=6, max_attempts=2, seed=3, logit_bias=bias
+    )
+    for messages, output in zip(CHATS, engine.generate(CHATS, params, use_tqdm=False), strict=True):
+        one = output.outputs[0]
+        tokens = torch.tensor(one.token_ids)[:, None]
+        first, second = (
+            logits_of(each, processor, messages, one.token_ids).log_softmax(-1).gather(1, tokens)
+            for each in (policy, model)
+        )
+        assert one.reward == pytest.approx(0.5 * float((first - second).sum()), abs=1e-4)

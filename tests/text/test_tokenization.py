@@ -13,7 +13,7 @@ from fuzz.tokenizers import ALL_FAMILIES, tokenizer
 from helpers.tiny_tokenizers import bpe_tokenizer, encoder_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from stars_fast import StarsParams
@@ -348,3 +348,12 @@ def test_added_ids() -> None:
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
     assert added_ids(tok) == ([0], [1])
+
+
+def test_no_word_is_lost_behind_a_text_whose_words_are_whole() -> None:
+    vocabulary = {word: n for n, word in enumerate(["[UNK]", "a", "red", "circle"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    encoder = TextEncoder(tokenizer, add_special_tokens=False)
+    assert encoder.behind("a red circle") == [1, 2, 3]
