@@ -165,7 +165,8 @@ def _model(kind: str, name: object, known: tuple[str, ...]) -> str | None:
 def with_reference(specs: Sequence[Spec], common: Mapping[str, Any]) -> tuple[list[Spec], str]:
     """Put the reference first.
 
-    It is the first spec that is ``vanilla`` on the base model; if there is none, one is added.
+    It is the first spec that is ``vanilla`` on the base model, and led by a guide no more than
+    `common` says; if there is none, one is added.
 
     Returns
     -------
@@ -180,7 +181,9 @@ def with_reference(specs: Sequence[Spec], common: Mapping[str, Any]) -> tuple[li
     for label in labels:
         if labels.count(label) > 1:
             raise ValueError(f"two methods are labelled {label!r}; write LABEL=METHOD:...")
-    chosen = next((s for s in specs if s.params.kind.plain and s.lm is None), None)
+    weight = common.get("guide_weight", 0.0)
+    plain = (s for s in specs if s.params.kind.plain and s.lm is None)
+    chosen = next((s for s in plain if s.params.guide_weight == weight), None)
     if chosen is None:
         label = "vanilla" if "vanilla" not in labels else "vanilla on the base model"
         chosen = make_spec("vanilla", {}, common, ModelNames(), label=label)

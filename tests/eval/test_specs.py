@@ -113,6 +113,9 @@ def test_the_reference_is_vanilla_on_the_base() -> None:
     assert [s.label for s in specs] == ["vanilla on the base model", "vanilla"]
     assert reference == "vanilla on the base model"
     assert specs[0].params.max_tokens == 9
+    guided = spec("led=vanilla:guide_weight=1")
+    assert with_reference([guided], {})[1] == "vanilla"
+    assert with_reference([guided], {"guide_weight": 1.0})[1] == "led"
     with pytest.raises(ValueError, match="two methods are labelled 'stars'"):
         with_reference([spec("stars"), spec("stars=best_of_n")], {})
 
