@@ -20,6 +20,7 @@ for package in ("fastapi", "uvicorn", "prometheus_client", "httpx", "openai", "s
 
 import httpx  # noqa: E402
 import schemathesis  # noqa: E402
+import schemathesis.specs.openapi.schemas  # noqa: E402 - later, beside threads that import as well
 from helpers.params import owner  # noqa: E402
 from helpers.serving import PARAMS, Gate, Served, serving, until  # noqa: E402
 from helpers.tiny_lm import small_model  # noqa: E402
