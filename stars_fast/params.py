@@ -698,7 +698,7 @@ class StarsParams:
 
     @property
     def most_attempts(self) -> int:
-        """Of the segment that has the most."""
+        """The most attempts that any segment has."""
         return max(self.attempts_at, default=self.attempts_per_segment)
 
 

@@ -38,12 +38,12 @@ class RowPlan(Protocol):
 
     @property
     def attempt(self) -> npt.NDArray[np.int32]:
-        """Of the segment ``[R]``."""
+        """Number of the attempt within its segment ``[R]``."""
         ...
 
     @property
     def stream(self) -> npt.NDArray[np.int32]:
-        """Of the row's draws ``[R]``."""
+        """Stream that names the row's draws ``[R]``."""
         ...
 
 

@@ -27,7 +27,7 @@ _MOST = 600.0  # of a log-ratio: its exponential is a number
 
 @dataclass(frozen=True)
 class _Uniforms:
-    """Of the tests of a round's tokens, and of those drawn instead, named as accept tests are."""
+    """Uniform numbers that test a round's tokens and draw others, named as accept tests are."""
 
     plan: RowPlan
 
