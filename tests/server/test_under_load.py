@@ -72,7 +72,8 @@ def test_both_sides_of_the_overhead_give_the_same_texts(tmp_path: Path) -> None:
     for way in ("front", "thread"):
         assert len(record["engine_seconds"]) == len(record[way]["seconds"]) == 1
         assert record[way]["first_segment_ratio"] > 0
-    assert record["front"]["front_cpu_seconds"] > record["thread"]["front_cpu_seconds"] == 0
+    # A front of so few requests may use less than a tick of the clock.
+    assert record["front"]["front_cpu_seconds"] >= record["thread"]["front_cpu_seconds"] == 0
 
 
 def test_hostile_clients_harm_no_neighbour() -> None:
