@@ -3,15 +3,16 @@
     python scripts/training/train_real_reward.py --model LM_DIR --samples samples.jsonl --out DIR
 
 The classifier's backbone is the language model's, of which the last ``--trained-layers`` layers and
-the head are trained: the others run without a graph. All responses to a chat run once a pass, and
-every two of them are compared at their ends and at ``--cuts`` random places, as large a share of
-both: the engine asks for rewards of prefixes.
+the head are trained: the others run once over every response, and what they give is kept. All
+responses to a chat run once a pass, and every two of them are compared at their ends and at
+``--cuts`` random places, as large a share of both: the engine asks for rewards of prefixes.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from make_demo_models import epochs, fit
 from real_pairs import Preference, Response, preferences, read
 from settings_flags import parser_of, settings_of
 from torch.nn.functional import logsigmoid
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 CHECKED_SHARES = (0.25, 0.5, 0.75, 1.0)  # of a response
@@ -57,7 +59,52 @@ class RewardSettings:
     epochs: int = 2
 
 
-def load(settings: RewardSettings) -> PreTrainedModel:
+class SplitModel:
+    """A classifier whose lower layers run once over each response, and keep what they gave.
+
+    Attributes
+    ----------
+    classifier
+        The whole.
+    """
+
+    def __init__(self, classifier: PreTrainedModel, trained_layers: int) -> None:
+        self.classifier = classifier
+        self._backbone = classifier.model
+        self._layers, self._norm = self._backbone.layers, self._backbone.norm
+        self._below = len(self._layers) - trained_layers
+        self._kept: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def hidden(self, responses: Sequence[Response]) -> torch.Tensor:
+        """Last hidden states [rows, width, hidden] of prompts with responses, padded behind."""
+        rows = [tuple(response.prompt_ids + response.ids) for response in responses]
+        for row in rows:
+            if row not in self._kept:
+                self._kept[row] = self._lower(row)
+        lower = pad_sequence([self._kept[row] for row in rows], batch_first=True)
+        with self._only(self._layers[self._below :], self._norm):  # no real token sees the padding
+            hidden: torch.Tensor = self._backbone(
+                inputs_embeds=lower, use_cache=False
+            ).last_hidden_state
+        return hidden
+
+    @torch.no_grad()
+    def _lower(self, row: tuple[int, ...]) -> torch.Tensor:
+        with self._only(self._layers[: self._below], torch.nn.Identity()):
+            output = self._backbone(input_ids=torch.tensor([row]), use_cache=False)
+        lower: torch.Tensor = output.last_hidden_state[0]
+        return lower
+
+    @contextmanager
+    def _only(self, layers: torch.nn.ModuleList, norm: torch.nn.Module) -> Iterator[None]:
+        self._backbone.layers, self._backbone.norm = layers, norm
+        try:
+            yield
+        finally:
+            self._backbone.layers, self._backbone.norm = self._layers, self._norm
+
+
+def load(settings: RewardSettings) -> SplitModel:
     """The classifier to train: a new head of zeros, only the last layers with a gradient.
 
     Raises
@@ -81,25 +128,22 @@ def load(settings: RewardSettings) -> PreTrainedModel:
     for part in (*model.model.layers[-settings.trained_layers :], model.model.norm, model.score):
         part.requires_grad_(True)
     torch.nn.init.zeros_(model.score.weight)
-    return model
+    return SplitModel(model, settings.trained_layers)
 
 
 def rewards_at(
-    model: PreTrainedModel, responses: Sequence[Response], ends: torch.Tensor
+    model: SplitModel, responses: Sequence[Response], ends: torch.Tensor
 ) -> torch.Tensor:
     """Rewards [rows, places] of responses cut behind ``ends`` [rows, places] of their tokens."""
-    rows = [response.prompt_ids + response.ids for response in responses]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])  # no real token sees these
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = model.hidden(responses)
     places = ends + torch.tensor([[len(response.prompt_ids) - 1] for response in responses])
     picked = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
-    rewards: torch.Tensor = model.score(picked)[..., 0]
+    rewards: torch.Tensor = model.classifier.score(picked)[..., 0]
     return rewards
 
 
 def differences(
-    model: PreTrainedModel, pairs: Sequence[Preference], shares: Sequence[float]
+    model: SplitModel, pairs: Sequence[Preference], shares: Sequence[float]
 ) -> torch.Tensor:
     """How much higher the chosen one's reward is after ``shares`` of both, [pairs, shares].
 
@@ -121,9 +165,7 @@ def differences(
 
 
 @torch.no_grad()
-def right(
-    model: PreTrainedModel, pairs: Sequence[Preference], batch_size: int = 16
-) -> dict[str, float]:
+def right(model: SplitModel, pairs: Sequence[Preference], batch_size: int = 16) -> dict[str, float]:
     """Shares of pairs whose chosen response has the higher reward, by the share that is read."""
     parts = [
         differences(model, pairs[i : i + batch_size], CHECKED_SHARES) > 0
@@ -154,9 +196,9 @@ def train(settings: RewardSettings, out: Path) -> dict[str, float]:
         return torch.stack(losses).mean()
 
     groups = epochs([1] * len(chats), settings.epochs, settings.batch_size, rng)
-    fit(model, groups, loss_of, settings.rate, "reward model")
-    model.eval()
-    model.save_pretrained(out)
+    fit(model.classifier, groups, loss_of, settings.rate, "reward model")
+    model.classifier.eval()
+    model.classifier.save_pretrained(out)
     AutoTokenizer.from_pretrained(settings.model).save_pretrained(out)
     by_gold = [p for p in checked if abs(p.chosen.gold - p.rejected.gold) > 0.2]
     agreed = [float(p.chosen.gold > p.rejected.gold) for p in by_gold]

@@ -47,7 +47,7 @@ def test_the_judge_is_noisy_by_the_difference() -> None:
 
 def test_each_response_runs_once_and_is_read_where_it_is_cut() -> None:
     model = load(RewardSettings(model=str(demo.model_dir()), layers=3, trained_layers=1))
-    torch.nn.init.normal_(model.score.weight)
+    torch.nn.init.normal_(model.classifier.score.weight)
     first, second = response(0, KIND, 0.5), response(0, UNKIND, -0.5)
     shares = (0.5, 1.0)
     pairs = [Preference(first, second), Preference(second, first)]
@@ -58,6 +58,9 @@ def test_each_response_runs_once_and_is_read_where_it_is_cut() -> None:
         singles.append(rewards_at(model, [one], ends)[0])
     assert torch.allclose(found[0], singles[0] - singles[1], atol=1e-5)
     assert torch.allclose(found[1], singles[1] - singles[0], atol=1e-5)
+    row = first.prompt_ids + first.ids
+    whole = model.classifier.model(input_ids=torch.tensor([row])).last_hidden_state
+    assert torch.allclose(model.hidden([first]), whole, atol=1e-5)
     with pytest.raises(ValueError, match=r"trained_layers <= layers <= 4 must hold, got 4 and 3"):
         load(RewardSettings(model=str(demo.model_dir()), layers=3, trained_layers=4))
 
