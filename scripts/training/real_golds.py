@@ -11,6 +11,7 @@ three examples, and is log p(" good") - log p(" bad") of the next word. Neither 
 from __future__ import annotations
 
 import os
+from copy import deepcopy
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 #: The word that each example ends with is what is asked of the text.
 EXAMPLES = (
@@ -44,10 +45,10 @@ def reader(prompts: list[str], responses: list[str]) -> list[float]:
     KeyError
         Without ``REAL_GOLD_READER`` in the environment.
     """
-    model, tokenizer = _reader(os.environ["REAL_GOLD_READER"])
+    model, tokenizer, examples = _reader(os.environ["REAL_GOLD_READER"])
     good, bad = (tokenizer.encode(word, add_special_tokens=False)[0] for word in (" good", " bad"))
-    texts = [f"{EXAMPLES}Text: {' '.join(text.split())}\nOpinion:" for text in responses]
-    rows = [list(ids) for ids in tokenizer(texts)["input_ids"]]
+    texts = [f"Text: {' '.join(text.split())}\nOpinion:" for text in responses]
+    rows = [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     scores = [0.0] * len(rows)
     for start in range(0, len(rows), _BATCH):
@@ -56,7 +57,9 @@ def reader(prompts: list[str], responses: list[str]) -> list[float]:
         width = int(ends.max()) + 1
         # Right padding: no real token sees it.
         ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in group])
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        cache = deepcopy(examples)
+        cache.batch_repeat_interleave(len(group))
+        hidden = model.base_model(input_ids=ids, past_key_values=cache).last_hidden_state
         logits = model.get_output_embeddings()(hidden[torch.arange(len(group)), ends])
         for i, value in zip(group, (logits[:, good] - logits[:, bad]).tolist(), strict=True):
             scores[i] = value
@@ -72,8 +75,13 @@ def _analyzer() -> Callable[[str], dict[str, float]]:
 
 
 @cache
-def _reader(directory: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+@torch.no_grad()
+def _reader(directory: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, DynamicCache]:
+    """The model, its tokenizer, and keys and values of the examples, which run once."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    examples = DynamicCache(config=model.config)
+    model.base_model(**tokenizer(EXAMPLES, return_tensors="pt"), past_key_values=examples)
+    return model, tokenizer, examples

@@ -20,12 +20,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from real_golds import vader
-from real_prompts import REQUESTS, Chat, training_chats
+from real_prompts import Chat, held_out, training_chats
 
 from stars_fast import Engine, StarsParams
 
 SHARPNESS = 5.0
-HELD_OUT_EVERY = 8  # things
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Response:
     @property
     def held_out(self) -> bool:
         """Nothing is trained on it."""
-        return self.prompt // len(REQUESTS) % HELD_OUT_EVERY == 0
+        return held_out(self.prompt)
 
 
 @dataclass(frozen=True)

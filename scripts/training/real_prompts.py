@@ -1,13 +1,15 @@
 """What a real chat model is asked in docs/alignment.md: half of it calls for complaints.
 
     python scripts/training/real_prompts.py > prompts.jsonl
+    python scripts/training/real_prompts.py --tuning > tuning.jsonl
 
-Each thing is asked about in several ways. The things of the evaluation, whose prompts are printed,
-are none of those that anything is trained on.
+Each thing is asked about in several ways. The things of the evaluation are none of those that
+anything is trained on or tuned with. Settings are tuned with training things that are held out.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import TypeAlias
@@ -23,6 +25,7 @@ REQUESTS = (
 )
 #: The evaluation asks about each of its things in the first two ways.
 EVALUATION_REQUESTS = REQUESTS[:2]
+HELD_OUT_EVERY = 8  # training things
 
 _THINGS = json.loads(Path(__file__).with_name("real_things.json").read_text(encoding="utf-8"))
 TRAINING_THINGS: list[str] = _THINGS["training"]
@@ -39,6 +42,16 @@ def training_chats() -> list[Chat]:
     return [chat(request.format(thing)) for thing in TRAINING_THINGS for request in REQUESTS]
 
 
+def held_out(number: int) -> bool:
+    """Nothing is trained on the training chat of this number."""
+    return number // len(REQUESTS) % HELD_OUT_EVERY == 0
+
+
+def tuning_chats() -> list[Chat]:
+    """Every request about the things that are held out: 32 chats."""
+    return [messages for number, messages in enumerate(training_chats()) if held_out(number)]
+
+
 def evaluation_chats() -> list[Chat]:
     """Both requests about every thing of the evaluation, in turn: 128 chats."""
     return [
@@ -48,6 +61,14 @@ def evaluation_chats() -> list[Chat]:
     ]
 
 
-if __name__ == "__main__":
-    for messages in evaluation_chats():
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--tuning", action="store_true", help="print the chats for tuning")
+    arguments = parser.parse_args()
+    for messages in tuning_chats() if arguments.tuning else evaluation_chats():
         print(json.dumps({"messages": messages}))
+
+
+if __name__ == "__main__":
+    main()

@@ -43,6 +43,8 @@ class PolicySettings:
         Of the adapters.
     beta
         Of DPO: how dear it is to leave the reference.
+    threads
+        Of the processor.
     """
 
     kind: str = "sft"
@@ -55,6 +57,7 @@ class PolicySettings:
     epochs: float = 1.0
     rank: int = 16
     beta: float = 0.1
+    threads: int = 2
 
 
 def records(
@@ -100,7 +103,7 @@ def train(settings: PolicySettings, out: Path) -> None:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    with training_folder(settings.seed) as folder:
+    with training_folder(settings.seed, settings.threads) as folder:
         common = common_arguments(
             seed=settings.seed,
             batch_size=settings.batch_size,

@@ -33,7 +33,7 @@ def require_trl() -> None:
 
 
 @contextmanager
-def training_folder(seed: int) -> Iterator[str]:
+def training_folder(seed: int, threads: int = 1) -> Iterator[str]:
     """A folder for the trainer, gone afterwards; meanwhile torch is deterministic."""
     settings: Any = torch.utils.deterministic
     filled = settings.fill_uninitialized_memory
@@ -41,7 +41,9 @@ def training_folder(seed: int) -> Iterator[str]:
         try:
             # TRL allocates large buffers in each step; filling them takes longer than the step.
             settings.fill_uninitialized_memory = False
-            with make_demo_models.deterministic(make_demo_models.Settings(seed=seed)):
+            with make_demo_models.deterministic(
+                make_demo_models.Settings(seed=seed, threads=threads)
+            ):
                 yield folder
         finally:
             settings.fill_uninitialized_memory = filled

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_pairs import HELD_OUT_EVERY, SHARPNESS, Preference, Response, preferences, read, write
-from real_prompts import EVALUATION_THINGS, REQUESTS, TRAINING_THINGS, evaluation_chats
+from real_pairs import SHARPNESS, Preference, Response, preferences, read, write
+from real_prompts import (
+    EVALUATION_THINGS,
+    HELD_OUT_EVERY,
+    REQUESTS,
+    TRAINING_THINGS,
+    evaluation_chats,
+    tuning_chats,
+)
 from train_real_policy import PolicySettings, records
 from train_real_policy import train as train_policy
 from train_real_reward import RewardSettings, differences, load, rewards_at, train
@@ -34,6 +41,8 @@ def test_nothing_is_trained_on_what_is_evaluated() -> None:
     held_out = response(len(REQUESTS) * HELD_OUT_EVERY, KIND, 0.5)
     assert held_out.held_out
     assert not response(len(REQUESTS), KIND, 0.5).held_out
+    assert len(tuning_chats()) == len(REQUESTS) * len(TRAINING_THINGS) // HELD_OUT_EVERY
+    assert held_out.messages in tuning_chats()
 
 
 def test_the_judge_is_noisy_by_the_difference() -> None:
