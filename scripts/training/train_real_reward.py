@@ -165,12 +165,10 @@ def differences(
 
 
 @torch.no_grad()
-def right(model: SplitModel, pairs: Sequence[Preference], batch_size: int = 16) -> dict[str, float]:
+def right(model: SplitModel, pairs: Sequence[Preference]) -> dict[str, float]:
     """Shares of pairs whose chosen response has the higher reward, by the share that is read."""
-    parts = [
-        differences(model, pairs[i : i + batch_size], CHECKED_SHARES) > 0
-        for i in range(0, len(pairs), batch_size)
-    ]
+    chats = itertools.groupby(pairs, key=lambda pair: pair.chosen.prompt)
+    parts = [differences(model, list(group), CHECKED_SHARES) > 0 for _, group in chats]
     means = torch.cat(parts).float().mean(0).tolist()
     return {
         f"pairs right at {share:.0%}": mean
