@@ -225,7 +225,13 @@ class CausalScorer(Scorer):
         """Cut the rows into forward passes: requests kept together, like lengths side by side."""
         longest: dict[int, int] = {}
         lacking = self._texts.lacking(self._texts.busy)
-        for row, start in zip(rows, self._texts.fork_points(rows), strict=True):
+        starts = self._texts.fork_points(rows)
+        widest = max(len(row.cut.ids) - start for row, start in zip(rows, starts, strict=True))
+        fit = len(rows) <= self._max_rows and len(rows) * widest <= self._max_batch_tokens
+        if fit and not lacking:
+            yield rows  # in any order: the pass puts them in its own
+            return
+        for row, start in zip(rows, starts, strict=True):
             request = row.request
             if request in lacking:
                 start = max(start, self._texts.restorable(row))  # noqa: PLW2901 - it will be
