@@ -308,27 +308,16 @@ void bind_sequence_cache(py::module_& module) {
           py::arg("sequence"), py::arg("token_ids"))
       .def(
           "common_prefixes",
-          [](const SequenceCache& self, const Input<std::int64_t>& sequences,
-             const Input<std::int64_t>& ids, const Input<std::int32_t>& lengths) {
-            const auto count = static_cast<std::size_t>(sequences.size());
-            check_length("lengths", lengths.size(), count);
-            std::int64_t left = ids.size();
-            for (std::size_t i = 0; i < count && left >= 0; ++i) {
-              left = lengths.data()[i] < 0 ? -1 : left - lengths.data()[i];
-            }
-            if (left != 0) {
-              throw std::invalid_argument("lengths must be at least 0 and add up to " +
-                                          std::to_string(ids.size()) + ", the ids given");
-            }
-            const std::int64_t* text = ids.data();
-            std::vector<std::int32_t> found(count);
-            for (std::size_t i = 0; i < count; ++i) {
-              found[i] = self.common_prefix(sequences.data()[i], text, lengths.data()[i]);
-              text += lengths.data()[i];
+          [](const SequenceCache& self, const std::vector<std::int64_t>& sequences,
+             const std::vector<Input<std::int64_t>>& texts) {
+            check_length("texts", static_cast<py::ssize_t>(texts.size()), sequences.size());
+            std::vector<std::int32_t> found(sequences.size());
+            for (std::size_t i = 0; i < found.size(); ++i) {
+              found[i] = self.common_prefix(sequences[i], texts[i].data(), texts[i].size());
             }
             return found;
           },
-          py::arg("sequences"), py::arg("token_ids"), py::arg("lengths"))
+          py::arg("sequences"), py::arg("texts"))
       .def("truncate", &SequenceCache::truncate, py::arg("sequence"), py::arg("length"))
       .def("seal_prompt", &SequenceCache::seal_prompt, py::arg("sequence"))
       .def("copy", &SequenceCache::copy, py::arg("source"), py::arg("target"))

@@ -431,9 +431,9 @@ class SequenceCache:
         """Tokens at the start of `token_ids` that the sequence holds already."""
 
     def common_prefixes(
-        self, sequences: npt.ArrayLike, token_ids: npt.ArrayLike, lengths: npt.ArrayLike
+        self, sequences: Sequence[int], texts: Sequence[npt.ArrayLike]
     ) -> list[int]:
-        """The same of many texts: `token_ids` holds ``lengths[i]`` ids for ``sequences[i]``."""
+        """The same of many texts, ``texts[i]`` for ``sequences[i]``."""
 
     def truncate(self, sequence: int, length: int) -> None: ...
     def copy(self, source: int, target: int) -> None:

@@ -220,7 +220,7 @@ class BaseEngine(OneThread, ABC):
             changed[request.request_id] = request
         self._choose(changed.values())
         shown = [
-            request for request in changed.values() if request.finished or not request.unchosen
+            request for request in changed.values() if not request.unchosen or request.finished
         ]
         for request in shown:
             if request.finished:

@@ -485,11 +485,11 @@ class Loop:
         thresholds = decision.threshold.tolist()
         discarded = [] if done.draft.discarded is None else done.draft.discarded.tolist()
         rows = zip(done.responses, done.lengths.tolist(), done.drawn, strict=True)
-        for row, (response, length, drawn) in enumerate(rows):
-            response.drafted_tokens += max(0, length - drawn)
-            if row < len(discarded):
-                response.drafted_tokens += discarded[row]
+        for response, length, drawn in rows:
+            response.drafted_tokens += length - drawn if length > drawn else 0
             response.under_way.clear()
+        for response, tokens in zip(done.responses, discarded, strict=False):
+            response.drafted_tokens += tokens
         for row, response in enumerate(done.responses):
             if not done.decided[row]:
                 response.under_way[done.candidates[row].attempt] = done.candidates[row]
@@ -554,14 +554,14 @@ class Loop:
     ) -> None:
         """Remember the best of the rejected, and with ``trace`` every rejected attempt."""
         for row, response in enumerate(done.responses):
-            looked_at = response.params.kind.decides == "choice" or not math.isnan(thresholds[row])
-            looked_at = looked_at and done.decided[row]
-            if done.candidates[row].reward is None or response.finished or not looked_at:
-                continue  # no reward, or an attempt before it had passed or goes on
             traced = response.params.trace
             kept = outcomes[row] == _core.ROW_KEPT
             if not (traced or kept):
                 continue
+            looked_at = response.params.kind.decides == "choice" or not math.isnan(thresholds[row])
+            looked_at = looked_at and done.decided[row]
+            if done.candidates[row].reward is None or response.finished or not looked_at:
+                continue  # no reward, or an attempt before it had passed or goes on
             candidate = done.tested(row, thresholds[row])
             assert candidate.reward is not None
             if traced:

@@ -94,6 +94,8 @@ class Response:
         Its cost, see `RequestOutput`.
     scored
         Whether its segments are scored and tested.
+    cuts
+        Whether candidates are cut at stop texts or ends of steps.
     token_ids
         Its committed tokens, those of `output`, as jobs of the scorer take them.
     plain_from
@@ -117,11 +119,13 @@ class Response:
     drafted_tokens: int = 0
     rm_tokens: int = 0
     scored: bool = field(init=False)
+    cuts: bool = field(init=False)
     token_ids: npt.NDArray[np.int64] = field(init=False)
     plain_from: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.scored = self.params.scored
+        self.cuts = bool(self.params.stop_texts) or self.params.segment_end == "step"
         self.token_ids = np.array(self.output.token_ids, np.int64)
         self.plain_from = self.params.plain_from
         if self.sampling.bad_words:
@@ -228,12 +232,13 @@ class Request:
     @property
     def finished(self) -> bool:
         """Whether nothing will be added."""
-        return self.error is not None or (
-            not self.unchosen and all(response.finished for response in self.responses)
-        )
+        if self.error is not None or self.unchosen:
+            return self.error is not None
+        return all(response.finished for group in self.groups for response in group)
 
     def to_output(self) -> RequestOutput:
         """Return a copy of the state, which later rounds do not change."""
+        responses = self.responses
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt.text or None,
@@ -241,8 +246,8 @@ class Request:
             outputs=[_copy(_best(group).output, i) for i, group in enumerate(self.groups)],
             finished=self.finished,
             error=self.error,
-            drafted_tokens=sum(response.drafted_tokens for response in self.responses),
-            rm_tokens=sum(response.rm_tokens for response in self.responses),
+            drafted_tokens=sum([response.drafted_tokens for response in responses]),
+            rm_tokens=sum([response.rm_tokens for response in responses]),
         )
 
 
@@ -251,6 +256,8 @@ def _best(samples: Sequence[Response]) -> Response:
 
     Any that keeps its constraints is better than any that does not.
     """
+    if len(samples) == 1:
+        return samples[0]
     return max(
         samples,
         key=lambda r: (

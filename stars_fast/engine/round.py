@@ -120,10 +120,11 @@ def cut_candidates(
     candidates = []
     new = _drawn(draft, responses, attempts, branches)
     for row, bad in enumerate(draft.nan_step.tolist()):
-        response, candidate = responses[row], new[row]
+        response, cut, ended = responses[row], new[row], False
         if drawn[row]:
-            candidate = _joined(response.under_way[attempts[row]], candidate)
-        cut, ended = _cut(response, candidate)
+            cut = _joined(response.under_way[attempts[row]], cut)
+        if response.cuts:
+            cut, ended = _cut(response, cut)
         if 0 <= bad < len(cut.token_ids) - drawn[row]:
             ended = True
             at = len(response.output.token_ids) + drawn[row] + bad
@@ -163,16 +164,23 @@ def _drawn(
     """Return what each row has drawn in this round."""
     lengths = draft.lengths.tolist()
     tokens, logprobs = draft.tokens.tolist(), draft.logprobs.tolist()
+    for row, length in enumerate(lengths):
+        if length < len(tokens[row]):
+            del tokens[row][length:], logprobs[row][length:]
     adjusted = draft.adjusted_logprobs
     ratios, stopped = draft.log_ratios, draft.stopped.tolist()
     return [
         Candidate(
             branch=next(branches),
             attempt=attempts[row],
-            token_ids=tokens[row][:length],
-            logprobs=(raw := logprobs[row][:length]),
-            adjusted_logprobs=raw if adjusted is None else adjusted[row, :length].tolist(),
-            top_logprobs=_top_logprobs(draft, row, length, responses[row].params.top_logprobs),
+            token_ids=tokens[row],
+            logprobs=logprobs[row],
+            adjusted_logprobs=logprobs[row]
+            if adjusted is None
+            else adjusted[row, :length].tolist(),
+            top_logprobs=_top_logprobs(draft, row, length, count)
+            if (count := responses[row].params.top_logprobs)
+            else [],
             log_ratios=[] if ratios is None else ratios[row, :length].tolist(),
             stopped=stopped[row],
         )
@@ -244,9 +252,7 @@ def _decided(responses: list[Response], attempts: list[int], goes_on: list[bool]
 
 
 def _top_logprobs(draft: Draft, row: int, length: int, count: int) -> list[dict[int, float]]:
-    """The `count` most likely tokens at each position of a row, none if none are asked for."""
-    if not count:
-        return []
+    """The `count` most likely tokens at each position of a row, at least one."""
     assert draft.top_tokens is not None
     assert draft.top_logprobs is not None
     tokens = draft.top_tokens[row, :length, :count].tolist()
@@ -271,14 +277,17 @@ def score_round(
             if not isinstance(reward, Exception):
                 scorer.accept(job.request, job.branch)
 
+    failed = {
+        handle for handle, reward in done.prompt_rewards.items() if isinstance(reward, Exception)
+    }
     rows = [
         row
         for row, response in enumerate(done.responses)
-        if response.judged
-        and done.decided[row]
-        and not response.finished
+        if done.decided[row]
         and row not in done.errors
-        and not isinstance(done.prompt_rewards.get(response.handle), Exception)
+        and response.judged
+        and not response.finished
+        and response.handle not in failed
     ]
     if not rows:
         return

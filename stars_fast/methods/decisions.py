@@ -87,8 +87,9 @@ def effective_reward(
     prefixes
         Calibration of the rewards of unfinished responses; None: they are not replaced.
     """
-    if params.kind.effective_reward is not None:
-        return params.kind.effective_reward(reward, candidate)
+    own = params.kind.effective_reward
+    if own is not None:
+        return own(reward, candidate)
     if prefixes is not None and not candidate.stopped and tokens < params.max_tokens:
         return prefixes.predict(reward, tokens)
     return reward
@@ -96,4 +97,5 @@ def effective_reward(
 
 def merit(params: StarsParams, reward: float, candidate: Drawn) -> float:
     """Return what the scheduler decides by: the effective reward, or the method's merit."""
-    return reward if params.kind.merit is None else params.kind.merit(params, reward, candidate)
+    own = params.kind.merit
+    return reward if own is None else own(params, reward, candidate)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from stars_fast.errors import RewardError
 from stars_fast.prompts import Prompt
 
 __all__ = ["HeadRewards", "KnownRewards", "Prompt", "PromptRewards", "RewardModel", "ScoreJob"]
-__all__ += ["Scorer", "finite_reward"]
+__all__ += ["Scorer", "digest", "finite_reward"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,9 +216,10 @@ class KnownRewards:
 
     def start(self, request: int, prompt: bytes) -> None:
         """Note a request; `prompt` is equal where equal inputs have equal rewards."""
-        key = _digest(prompt)
+        key = digest(prompt)
         self._prompts[request] = key
         self._requests[key] += 1
+        self._rewards.setdefault(key, {})
 
     def finish(self, request: int) -> None:
         """Forget a request, if there is one, and with the last of a prompt its rewards."""
@@ -226,15 +228,14 @@ class KnownRewards:
             return
         self._requests[prompt] -= 1
         if not self._requests[prompt]:
-            del self._requests[prompt]
-            self._rewards.pop(prompt, None)
+            del self._requests[prompt], self._rewards[prompt]
 
     def score(
         self,
         inputs: Sequence[tuple[int, bytes]],
         run: Callable[[list[int]], Sequence[float | Exception]],
     ) -> list[float | Exception]:
-        """Return the reward of each input, a request and all that is read of it.
+        """Return the reward of each input, a request and the `digest` of all that is read of it.
 
         Parameters
         ----------
@@ -243,24 +244,30 @@ class KnownRewards:
         run
             Scores those of the given numbers, of which no two are equal. Errors are not remembered.
         """
-        keys = [(self._prompts[request], _digest(data)) for request, data in inputs]
-        found: dict[tuple[bytes, bytes], float | Exception] = {}
-        todo: dict[tuple[bytes, bytes], int] = {}
-        for number, (prompt, key) in enumerate(keys):
-            reward = self._rewards.get(prompt, {}).get(key)
-            if reward is None:
-                todo.setdefault((prompt, key), number)
+        rewards: list[float | Exception] = [math.nan] * len(inputs)
+        todo: dict[tuple[bytes, bytes], list[int]] = {}  # equal ones, the first to be run
+        for number, (request, key) in enumerate(inputs):
+            prompt = self._prompts[request]
+            known = self._rewards[prompt].get(key)
+            if known is None:
+                todo.setdefault((prompt, key), []).append(number)
             else:
-                found[prompt, key] = reward
-        for (prompt, key), scored in zip(todo, run(list(todo.values())), strict=True):
-            found[prompt, key] = scored
+                rewards[number] = known
+        firsts = [numbers[0] for numbers in todo.values()]
+        for ((prompt, key), numbers), scored in zip(todo.items(), run(firsts), strict=True):
+            for number in numbers:
+                rewards[number] = scored
             if not isinstance(scored, Exception):
-                self._rewards.setdefault(prompt, {})[key] = scored
-        return [found[key] for key in keys]
+                self._rewards[prompt][key] = scored
+        return rewards
 
 
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
+def digest(*parts: bytes | array[int] | memoryview) -> bytes:
+    """Return 16 bytes that stand for the parts, one behind the other."""
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        state.update(part)
+    return state.digest()
 
 
 def finite_reward(value: float | list[float]) -> float | RewardError:

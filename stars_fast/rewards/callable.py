@@ -11,7 +11,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from stars_fast.errors import RewardError
-from stars_fast.rewards.base import KnownRewards, Prompt, ScoreJob, Scorer, finite_reward
+from stars_fast.rewards.base import KnownRewards, Prompt, ScoreJob, Scorer, digest, finite_reward
 from stars_fast.rewards.deadline import HungError, TimedCalls
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class CallableScorer(Scorer):
         if self._reads_committed:
             for job in jobs:
                 self._branches.setdefault(job.request, {})[job.branch] = job.response_text
-        inputs = [(job.request, self._read_of(job)) for job in jobs]
+        inputs = [(job.request, digest(self._read_of(job))) for job in jobs]
         return self._known.score(inputs, lambda todo: self._score([jobs[i] for i in todo]))
 
     def accept(self, request: int, branch: int) -> None:

@@ -8,7 +8,6 @@ hidden states into a reward.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -90,6 +89,7 @@ class CausalScorer(Scorer):
             kept=reading.kept,
         )
         self._pool_tokens = (num_pages - 1) * page_size  # page 0 is scratch
+        self._longest = min(self._context or self._pool_tokens, self._pool_tokens)
         self._prompts: dict[int, TokenPrompt] = {}
         self._prompt_rewards = PromptRewards()
         self._known = KnownRewards()
@@ -98,11 +98,13 @@ class CausalScorer(Scorer):
     def start(self, request: int, prompt: Prompt, max_response_tokens: int) -> None:
         """Admit a request; see `Scorer.start`."""
         bound = self._source.bind(prompt)
-        self._check_length(
-            len(bound.empty_ids) + max_response_tokens,
-            f"the prompt has {len(bound.empty_ids)} tokens {self._reading.form} and up to "
-            f"{max_response_tokens} follow",
-        )
+        tokens = len(bound.empty_ids) + max_response_tokens
+        if tokens > self._longest:
+            raise self._too_long(
+                tokens,
+                f"the prompt has {len(bound.empty_ids)} tokens {self._reading.form} and up to "
+                f"{max_response_tokens} follow",
+            )
         prefix = bound.empty_ids[: self._reading.prefix(bound)]
         self._texts.open(request, prefix, self._reading.marks(bound.empty_ids))
         if bound.seen is not None:
@@ -117,20 +119,18 @@ class CausalScorer(Scorer):
         prompts = [self._prompts[job.request] for job in jobs]
         rows: list[Row] = []
         prompt_places: dict[bytes, list[int]] = {}
-        for place, (job, text) in enumerate(
-            zip(jobs, self._source.encode(prompts, jobs), strict=True)
-        ):
+        cut_of, committed = self._reading.cut, self._texts.committed
+        texts = self._source.encode(prompts, jobs)
+        for place, (job, prompt, text) in enumerate(zip(jobs, prompts, texts, strict=True)):
             if isinstance(text, Exception):
                 results[place] = text
                 continue
-            cut = self._reading.cut(text, prompts[place], self._texts.committed(job.request))
+            cut = cut_of(text, prompt, committed(job.request))
             if not isinstance(cut, Cut):
                 results[place] = cut
                 continue
-            try:
-                self._check_length(len(cut.ids), f"the text has {len(cut.ids)} tokens")
-            except ValueError as error:
-                results[place] = error
+            if len(cut.ids) > self._longest:
+                results[place] = self._too_long(len(cut.ids), f"the text has {len(cut.ids)} tokens")
                 continue
             row = Row(place, job.request, job.branch, cut, len(job.response_ids) == 0)
             if row.is_prompt:
@@ -193,7 +193,7 @@ class CausalScorer(Scorer):
 
     def take_tokens(self) -> dict[int, int]:
         """Return the tokens run for each request; see `Scorer.take_tokens`."""
-        taken, self._texts.tokens = self._texts.tokens, Counter()
+        taken, self._texts.tokens = self._texts.tokens, {}
         return taken
 
     def stats(self) -> dict[str, int]:
@@ -208,25 +208,34 @@ class CausalScorer(Scorer):
             "rm_copied_bytes": self.model.copied_bytes,
         }
 
-    def _check_length(self, tokens: int, what: str) -> None:
+    def _too_long(self, tokens: int, what: str) -> ValueError:
+        """Return the error of a text that is longer than `_longest`."""
         whose, shorten = self._reading.whose, self._reading.shorten
         if self._context is not None and tokens > self._context:
-            raise ValueError(
+            return ValueError(
                 f"{what}: more than {whose}'s context of {self._context} tokens; shorten "
                 f"{shorten} or lower max_tokens"
             )
-        if tokens > self._pool_tokens:
-            raise ValueError(
-                f"{what}: more than {whose}'s cache of {self._pool_tokens} tokens; raise "
-                f"num_pages, shorten {shorten} or lower max_tokens"
-            )
+        return ValueError(
+            f"{what}: more than {whose}'s cache of {self._pool_tokens} tokens; raise "
+            f"num_pages, shorten {shorten} or lower max_tokens"
+        )
 
     def _chunks(self, rows: list[Row]) -> Iterator[list[Row]]:
         """Cut the rows into forward passes: requests kept together, like lengths side by side."""
         longest: dict[int, int] = {}
-        for row, start in zip(rows, self._texts.fork_points(rows), strict=True):
-            new = len(row.ids) - max(start, self._texts.restorable(row))
-            longest[row.request] = max(longest.get(row.request, 1), new)
+        lacking = self._texts.lacking(self._texts.busy)
+        starts = self._texts.fork_points(rows)
+        widest = max(len(row.cut.ids) - start for row, start in zip(rows, starts, strict=True))
+        fit = len(rows) <= self._max_rows and len(rows) * widest <= self._max_batch_tokens
+        if fit and not lacking:
+            yield rows  # in any order: the pass puts them in its own
+            return
+        for row, start in zip(rows, starts, strict=True):
+            request = row.request
+            if request in lacking:
+                start = max(start, self._texts.restorable(row))  # noqa: PLW2901 - it will be
+            longest[request] = max(longest.get(request, 1), len(row.cut.ids) - start)
         chunk: list[Row] = []
         for row in sorted(rows, key=lambda row: (longest[row.request], row.request)):
             padded = (len(chunk) + 1) * longest[row.request]
@@ -257,20 +266,22 @@ class CausalScorer(Scorer):
             return
         for row, reward in zip(rows, rewards, strict=True):
             results[row.place] = finite_reward(reward)
-            self._texts.settle(row)
+        self._texts.settle(rows)
 
     def _read(self, rows: list[Row], hidden: torch.Tensor) -> list[float] | RewardError:
         """Return the rewards of rows that have run, from the hidden states [T, hidden]."""
-        marks = [mark for row in rows for mark in self._texts.marked(row)]
-        counts = np.array([len(row.ids) - row.cut.first for row in rows])
+        marks = self._texts.marked(rows)
+        cuts = [row.cut for row in rows]
+        lengths = np.array([len(cut.ids) for cut in cuts])
+        counts = lengths - [cut.first for cut in cuts]
         # Read are the last of each row's new ones.
-        behind = np.cumsum([row.new for row in rows]) - np.cumsum(counts)
+        behind = np.cumsum(lengths - [row.start for row in rows]) - np.cumsum(counts)
         places = np.arange(counts.sum()) + np.repeat(behind, counts)
         try:
             with torch.inference_mode():
                 marked = torch.stack(marks) if marks else hidden[:0]
                 chosen = torch.from_numpy(places).to(hidden.device)
                 read = hidden.index_select(0, chosen)
-                return self._reading.values(read, marked, [row.cut for row in rows])
+                return self._reading.values(read, marked, cuts)
         except Exception as error:  # noqa: BLE001 - one bad pass must not end other requests
             return self._texts.failed(rows, error)

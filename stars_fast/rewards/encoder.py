@@ -21,6 +21,7 @@ from stars_fast.rewards.base import (
     PromptRewards,
     ScoreJob,
     Scorer,
+    digest,
     finite_reward,
 )
 from stars_fast.rewards.labels import Readout
@@ -141,7 +142,7 @@ class EncoderScorer(Scorer):
                     self._tokens[jobs[place].request] += len(fields["input_ids"])
             return [results[todo[number][0]] for number in numbers]
 
-        inputs = [(jobs[place].request, _bytes(fields)) for place, fields in todo]
+        inputs = [(jobs[place].request, digest(_bytes(fields))) for place, fields in todo]
         for (place, _), reward in zip(todo, self._known.score(inputs, run), strict=True):
             results[place] = reward
         for place, key in keys.items():

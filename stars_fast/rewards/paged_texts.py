@@ -8,13 +8,13 @@ others.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from stars_fast._core import Batch, OutOfPagesError, SequenceCache
 from stars_fast.errors import RewardError
@@ -27,16 +27,6 @@ NO_PAGES = -1
 
 
 @dataclass(slots=True)
-class _Branch:
-    """A scored candidate: its ids, of which the first `keep` stay if it is accepted."""
-
-    ids: Ids
-    keep: int
-    start: int  # ids before this one are read from the committed sequence
-    row: int  # the cache's id for the new ones, NO_PAGES once they were dropped to make room
-
-
-@dataclass(slots=True)
 class _Request:
     prefix: Ids  # what its prompt has in common with others'
     committed: Ids  # what the cached sequence should hold; it may hold less
@@ -45,20 +35,20 @@ class _Request:
     marked: dict[bytes, torch.Tensor]  # what is kept [D], by ids up to the mark; shared
     padding: int | None = None  # ids that the cached sequence has before its padding
     kept: int | None = None
-    branches: dict[int, _Branch] = field(default_factory=dict)
+    branches: dict[int, Row] = field(default_factory=dict)  # scored candidates
 
 
 @dataclass(slots=True)
 class Row:
-    """One job on its way through the model."""
+    """One job on its way through the model, and what is left of it until it is accepted."""
 
     place: int  # in the list of results
     request: int
     branch: int
     cut: Cut
     is_prompt: bool  # r(x)
-    start: int = 0
-    row: int = NO_PAGES
+    start: int = 0  # ids before this one are read from the committed sequence
+    row: int = NO_PAGES  # the cache's id for the new ones, until they are dropped to make room
 
     @property
     def ids(self) -> Ids:
@@ -68,7 +58,7 @@ class Row:
     @property
     def new(self) -> int:
         """How many of them are run."""
-        return len(self.ids) - self.start
+        return len(self.cut.ids) - self.start
 
 
 class PagedTexts:
@@ -96,7 +86,7 @@ class PagedTexts:
         The requests that are being scored.
     calls, num_tokens, evictions : int
         Forward passes, the tokens run in them, and requests that lost their pages.
-    tokens : Counter
+    tokens : dict
         Tokens run for each request, until they are taken.
     """
 
@@ -117,16 +107,17 @@ class PagedTexts:
         self._cache = SequenceCache(num_pages=num_pages, page_size=page_size)
         self._requests: dict[int, _Request] = {}
         self._seen: dict[int, SeenPrompt] = {}  # of requests whose prompts have images
+        self._marking: set[int] = set()  # requests whose prompts have marks
         self._same_prompt: dict[bytes, dict[int, None]] = {}  # by the ids of their prompt
         # Requests that hold pages and branches that do, the longest unused first.
         self._resident: OrderedDict[int, None] = OrderedDict()
-        self._loose: OrderedDict[int, _Branch] = OrderedDict()
+        self._loose: OrderedDict[int, Row] = OrderedDict()
         self.busy: frozenset[int] = frozenset()
         self._next_row = 0
         self.calls = 0
         self.num_tokens = 0
         self.evictions = 0
-        self.tokens: Counter[int] = Counter()
+        self.tokens: dict[int, int] = {}
 
     @property
     def pages_used(self) -> int:
@@ -147,16 +138,22 @@ class PagedTexts:
         same_prompt = self._same_prompt.setdefault(prefix.tobytes(), {})
         marked = next((self._requests[other].marked for other in same_prompt), {})
         same_prompt[request] = None
+        if marks:
+            self._marking.add(request)
         self._requests[request] = _Request(prefix, prefix, same_prompt, marks, marked)
 
     def see(self, request: int, prompt: SeenPrompt) -> None:
         """Note the images of a request's prompt, which is the beginning of its prefix."""
         self._seen[request] = prompt
 
-    def marked(self, row: Row) -> list[torch.Tensor]:
-        """Return what was kept [D] at each mark of a row; all have run at some time."""
-        kept = self._requests[row.request].marked
-        return [kept[key] for key in _mark_keys(row.ids, row.cut.marks)]
+    def marked(self, rows: list[Row]) -> list[torch.Tensor]:
+        """Return what was kept [D] at each mark of the rows; all have run at some time."""
+        return [
+            self._requests[row.request].marked[key]
+            for row in rows
+            if row.cut.marks
+            for key in _mark_keys(row.ids, row.cut.marks)
+        ]
 
     def committed(self, request: int) -> Ids:
         """Return the committed text."""
@@ -170,8 +167,7 @@ class PagedTexts:
 
     def know(self, row: Row) -> None:
         """File a row that was not run, for its equal was: it is computed if it is accepted."""
-        branch = _Branch(row.ids, row.cut.keep, 0, NO_PAGES)
-        self._requests[row.request].branches[row.branch] = branch
+        self._requests[row.request].branches[row.branch] = row
 
     def keep(self, request: int, branch: int) -> None:
         """Retain a branch that lost its test but is the best so far; one kept before is dropped."""
@@ -186,19 +182,22 @@ class PagedTexts:
         The branch of r(x) has nothing to append, nor has one that was not scored.
         """
         state = self._requests[request]
-        winner = state.branches.get(branch)
-        for other in [other for other in state.branches if other != branch]:
-            self._drop(state, other)
+        winner = state.branches.pop(branch, None)
+        for other in state.branches.values():
+            self._release(other)
+        state.branches.clear()
         state.kept = None
         if winner is None:
             return
-        del state.branches[branch]
-        if winner.row != NO_PAGES:
+        keep = winner.cut.keep
+        state.committed = winner.ids[:keep]
+        if winner.row == NO_PAGES:
+            cached = self._cache.common_prefix(request, state.committed)
+        else:
             del self._loose[winner.row]
-            self._cache.promote(winner.row, max(winner.keep - winner.start, 0))
+            self._cache.promote(winner.row, max(keep - winner.start, 0))
             self._cut_padding(state, winner.start)
-        state.committed = winner.ids[: winner.keep]
-        cached = self._cache.common_prefix(request, state.committed)
+            cached = keep
         if cached < self._cache.length(request):
             self._truncate(request, cached)
 
@@ -221,6 +220,7 @@ class PagedTexts:
         """Forget the request and free its pages."""
         state = self._requests.pop(request)
         self._seen.pop(request, None)
+        self._marking.discard(request)
         for branch in list(state.branches):
             self._drop(state, branch)
         self._cache.close(request)
@@ -232,32 +232,33 @@ class PagedTexts:
     def fork_points(self, rows: Sequence[Row]) -> list[int]:
         """Return how many ids of each row are not run."""
         cached = self._cache.common_prefixes(
-            _int64([row.request for row in rows]),
-            np.concatenate([row.cut.ids for row in rows]),
-            _int32([len(row.cut.ids) for row in rows]),
+            [row.request for row in rows], [row.cut.ids for row in rows]
         )
         # What is read is run even if it is cached: its hidden state is not.
         return [min(ids, row.cut.first) for ids, row in zip(cached, rows, strict=True)]
 
+    def lacking(self, requests: Iterable[int]) -> set[int]:
+        """Return the requests of whose committed text the cache lacks some."""
+        length, states = self._cache.length, self._requests
+        return {request for request in requests if length(request) < len(states[request].committed)}
+
     def restorable(self, row: Row) -> int:
-        """Return how many ids of the row `restore` caches if they are not; 0: none are missing."""
+        """Return how many ids `restore` caches of a row whose request is `lacking`."""
         alone = row.is_prompt and len(row.ids) <= self._max_batch_tokens
         return 0 if alone and self._cache.length(row.request) == 0 else self._shared(row)
 
-    def settle(self, row: Row) -> None:
-        """File a row that was run among its request's branches; r(x) leaves the prompt behind."""
-        state = self._requests[row.request]
-        if row.is_prompt:
-            if self._cache.length(row.request) == 0 and not state.branches:
+    def settle(self, rows: list[Row]) -> None:
+        """File rows that were run among their requests' branches; r(x) leaves the prompt behind."""
+        for row in rows:
+            state = self._requests[row.request]
+            if not row.is_prompt:
+                self._drop(state, row.branch)
+                state.branches[row.branch] = self._loose[row.row] = row
+            elif self._cache.length(row.request) == 0 and not state.branches:
                 self._cache.promote(row.row, min(row.cut.keep, len(state.committed)))
                 self._seal(row.request)
             else:
                 self._cache.drop(row.row)
-            return
-        self._drop(state, row.branch)
-        branch = _Branch(row.ids, row.cut.keep, row.start, row.row)
-        state.branches[row.branch] = branch
-        self._loose[row.row] = branch
 
     def restore(self, rows: list[Row], protected: frozenset[int]) -> None:
         """Cache what the rows of each request are known to share and the cache lacks.
@@ -266,7 +267,7 @@ class PagedTexts:
         another request holds is shared with it, what several lack is run for one of them. A prompt
         that is about to be scored by itself needs no pass of its own.
         """
-        lacking = {row.request for row in rows if self._lacks(row.request)}
+        lacking = self.lacking(protected)
         if not lacking:
             return
         rows = [row for row in rows if row.request in lacking]
@@ -305,14 +306,8 @@ class PagedTexts:
         }
 
     def _shared(self, row: Row) -> int:
-        """Return how many ids of the row are committed; 0: none that are not cached."""
-        if not self._lacks(row.request):
-            return 0
+        """Return how many ids of the row are committed."""
         return common_length(row.ids, self._requests[row.request].committed)
-
-    def _lacks(self, request: int) -> bool:
-        """Whether the cache lacks some of a request's committed text."""
-        return self._cache.length(request) < len(self._requests[request].committed)
 
     def _share(self, missing: dict[int, int]) -> None:
         """Give each request what another of its prompt holds; whoever is content leaves `missing`.
@@ -402,8 +397,9 @@ class PagedTexts:
             self._model.copy_pages(*copies)
         self.calls += 1
         self.num_tokens += len(token_ids)
+        run = self.tokens
         for row in rows:
-            self.tokens[row.request] += row.new
+            run[row.request] = run.get(row.request, 0) + len(row.cut.ids) - row.start
         try:
             images = None
             if self._seen:
@@ -418,6 +414,8 @@ class PagedTexts:
 
     def _keep_marked(self, rows: list[Row], hidden: torch.Tensor) -> None:
         """Keep what is kept of marks that have run; `hidden` is [T, hidden]."""
+        if not (self._marking or any(row.cut.marks for row in rows)):
+            return
         new: dict[tuple[int, bytes], int] = {}  # where in `hidden`, by request and key
         end = 0
         for row in rows:
@@ -451,15 +449,16 @@ class PagedTexts:
             row.start = start
             row.row = self._next_row
             self._next_row += 1
-        rows.sort(key=lambda row: (row.request, row.start))  # neighbours share a prefix
-        token_ids = np.concatenate([row.ids[row.start :] for row in rows])
+        rows.sort(key=attrgetter("request", "start"))  # neighbours share a prefix
+        new = [row.cut.ids[row.start :] for row in rows]
+        token_ids = np.concatenate(new)
         try:
             batch = self._cache.branch(
-                _int64([row.request for row in rows]),
-                _int64([row.row for row in rows]),
-                _int32([row.start for row in rows]),
+                [row.request for row in rows],
+                [row.row for row in rows],
+                [row.start for row in rows],
                 token_ids,
-                _int32([row.new for row in rows]),
+                [len(ids) for ids in new],
             )
         except OutOfPagesError as error:
             return error
@@ -498,7 +497,7 @@ class PagedTexts:
         if dropped is not None:
             self._release(dropped)
 
-    def _release(self, branch: _Branch) -> None:
+    def _release(self, branch: Row) -> None:
         """Give up a branch's pages; what it holds will be computed again if it is accepted."""
         if branch.row != NO_PAGES:
             del self._loose[branch.row]
@@ -514,11 +513,3 @@ def _mark_keys(ids: Ids, marks: Sequence[int]) -> list[bytes]:
         keys.append(state.digest())
         at = mark + 1
     return keys
-
-
-def _int64(values: list[int]) -> NDArray[np.int64]:
-    return np.array(values, dtype=np.int64)
-
-
-def _int32(values: list[int]) -> NDArray[np.int32]:
-    return np.array(values, dtype=np.int32)

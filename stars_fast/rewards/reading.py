@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from stars_fast.rewards.base import digest
 from stars_fast.rewards.tokens import Encoded, Ids, TokenPrompt, common_length
 
 __all__ = ["LOGIT_BYTES", "Cut", "Head", "LastToken", "NextTokens", "Reading"]
@@ -53,9 +54,9 @@ class Cut:
 
     @property
     def read(self) -> bytes:
-        """Everything that the reward depends on."""
+        """A digest of everything that the reward depends on."""
         marks = array("q", (self.first, len(self.marks), *self.marks))
-        return marks.tobytes() + self.ids.tobytes() + self.following.tobytes()
+        return digest(marks, self.ids.data, self.following.data)
 
 
 class Reading(ABC):

@@ -174,7 +174,7 @@ class SharedTokens(TokenSource):
                     encoded.append(error)
                     continue
             end = len(response)
-            while prompt.tail and end and int(response[end - 1]) in self._special:
+            while len(prompt.suffix) and end and int(response[end - 1]) in self._special:
                 end -= 1
             encoded.append(Encoded(np.concatenate((prompt.prefix, response[:end], prompt.suffix))))
         return encoded
