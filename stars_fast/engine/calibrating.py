@@ -135,7 +135,7 @@ class CalibratingEngine(BaseEngine):
         if samples.prompt is request.prompt:
             try:
                 self._draw_samples(self._streaming, samples)
-            except ValueError:
+            except BaseException:
                 samples.fail("they do not fit")
                 self._streaming.leave(request)
                 raise

@@ -126,9 +126,9 @@ def test_samples_keep_to_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = following(share=0.2)
     run(engine, ["ca"] * 8, NUMBER)
     assert engine.stats()["calibration_tokens"] == 0  # of these no target is asked
-    served = 0
+    served, cheap = 0, replace(SHORT, max_attempts=1)  # a quarter of the cost of samples
     for _ in range(12):
-        served += sum(output.drafted_tokens for output in run(engine, ["ca"] * 8, SHORT))
+        served += sum(output.drafted_tokens for output in run(engine, ["ca"] * 8, cheap))
     sampled = engine.stats()["calibration_tokens"]
     under_way = 2 * streaming.SAMPLES * AUTO.max_tokens
     assert 0.1 * (served + sampled) < sampled <= 0.2 * (served + sampled) + under_way
@@ -153,7 +153,7 @@ def test_drift_is_followed(monkeypatch: pytest.MonkeyPatch, targets: str) -> Non
     assert engine.target_of("cc") < -3.5  # nothing is left of its samples
 
 
-def test_a_prompt_without_rewards_harms_only_its_own() -> None:
+def test_a_prompt_without_rewards_harms_only_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = following(reward=Gate())
     outputs = run(engine, ["cc", "ab", "cb", "ba"])
     assert [output.error is None for output in outputs] == [False, True, False, True]
@@ -165,6 +165,11 @@ def test_a_prompt_without_rewards_harms_only_its_own() -> None:
     assert lonely.stats()["pages_used"] == 0
     (output,) = run(lonely, "ab")
     assert output.error is None
+    monkeypatch.setattr(streaming, "ENOUGH", 1)
+    lonely = following(reward=Gate())
+    first, second = run(lonely, ["cc", "ab"])  # the second waits for the first's samples at first
+    assert first.error is not None
+    assert second.error is None
     with pytest.raises(ValueError, match="pages"):
         following(num_pages=2).add_request("long", "ab", replace(AUTO, max_tokens=200))
 
