@@ -13,7 +13,6 @@ from pydantic import BaseModel
 
 from stars_fast.engine.detokenize import token_text
 from stars_fast.outputs import Segment
-from stars_fast.records import rewards_record
 from stars_fast.server.answers import (
     SegmentAnswer,
     StarsAnswer,
@@ -78,11 +77,9 @@ class Writer(ABC):
     def stars(self, transcript: Transcript) -> StarsAnswer:
         """Return what STARS adds to a whole response."""
         output = transcript.latest
-        stars = StarsAnswer(
-            reward=output.reward,
-            segments=self.segments(output.segments),
-            **rewards_record(output.rewards),
-        )
+        stars = StarsAnswer(reward=output.reward, segments=self.segments(output.segments))
+        if output.rewards:
+            stars.rewards = dict(output.rewards)
         self._add_target(stars, transcript)
         return stars
 

@@ -218,11 +218,28 @@ def test_what_is_refused() -> None:
     assert not engine.samples_prompts
 
 
-def test_samples_end_while_no_request_runs() -> None:
+def test_samples_end_while_no_request_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = following(reward=Gate())
+    rounds: list[int] = []
+
+    def broken() -> Any:
+        rounds.append(1)
+        raise RuntimeError("broken")
 
     async def main() -> None:
         running = AsyncEngine(engine)
+        with monkeypatch.context() as faulty:
+            faulty.setattr(engine.loop, "step", broken)
+            stream = running.submit("ab", AUTO)
+            await stream.admitted()
+            stream.abort()  # rounds of samples alone fail, and are not run for ever
+            for _ in range(2000):
+                await running.refresh()
+                if rounds and not engine.samples_prompts:
+                    break
+                await asyncio.sleep(0.005)
+            assert 0 < len(rounds) < 20
+        assert running.healthy
         stream = running.submit("ab", AUTO)
         await stream.admitted()
         stream.abort()
