@@ -128,7 +128,7 @@ class CalibratingEngine(BaseEngine):
     def _waits_for_target(self, request: Request) -> bool:
         if self._streaming is None:
             return False
-        self._prefixes(request.params)
+        self._prefixes(request.params)  # refused now, and not when it begins
         samples = self._streaming.arrive(request)
         if samples is None:
             return False
@@ -186,7 +186,7 @@ class CalibratingEngine(BaseEngine):
         case, so that of all rows no more than one is taken from requests.
         """
         while samples.due and (
-            samples.awaited or not samples.under_way or len(self._owners) < self.max_rows
+            samples.awaited or not streaming.num_running or len(self._owners) < self.max_rows
         ):
             request = streaming.next_sample(samples)
             try:

@@ -134,6 +134,27 @@ def test_samples_keep_to_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.1 * (served + sampled) < sampled <= 0.2 * (served + sampled) + under_way
 
 
+def test_samples_take_one_row_where_none_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "ENOUGH", 3)
+    engine = following(max_rows=4)
+    run(engine, ["ab", "ca", "bb"])
+    while engine.samples_prompts:
+        engine.step()
+    unfinished = {str(number) for number in range(8)}
+    for name in unfinished:
+        engine.add_request(name, "ab", replace(AUTO, max_tokens=12, ignore_eos=True))
+    most = {True: 0, False: 0}  # samples at once, by whether requests take all rows
+    while unfinished or engine.samples_prompts:
+        full = len(unfinished) >= 4
+        unfinished -= {output.request_id for output in engine.step() if output.finished}
+        stats = engine.stats()
+        samples = stats["requests_running"] + stats["requests_waiting"] - len(unfinished)
+        most[full] = max(most[full], int(samples) if full == (len(unfinished) >= 4) else 0)
+    assert most[True] == 1
+    assert most[False] > 1
+    assert engine.stats()["calibration_samples"] > 3 * streaming.SAMPLES
+
+
 @pytest.mark.parametrize("targets", ["pooled", "prompt", "best"])
 def test_drift_is_followed(monkeypatch: pytest.MonkeyPatch, targets: str) -> None:
     monkeypatch.setattr(streaming, "WINDOW", 8)
