@@ -113,6 +113,9 @@ class RequestOutput:
     rm_tokens
         Tokens run through the reward model for it so far, padding not counted; a shared part counts
         for the request it was run for. 0 if the reward model is a function.
+    target_reward
+        r* that it was run with, also where it was ``"auto"``: with this number and its seed it is
+        drawn again. None where there is none.
     """
 
     request_id: str
@@ -123,6 +126,7 @@ class RequestOutput:
     error: str | None = None
     drafted_tokens: int = field(default=0, compare=False)
     rm_tokens: int = field(default=0, compare=False)
+    target_reward: float | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stars_fast.cli import demo
 from stars_fast.cli.calibration import add_targets_flag, told, told_budget
-from stars_fast.cli.errors import UsageError, file_errors
+from stars_fast.cli.errors import UsageError, file_errors, value_errors
 from stars_fast.cli.flags import add_params_flags, params_from
 from stars_fast.cli.lines import Requests, opened_input
 from stars_fast.cli.model_flags import (
@@ -23,6 +23,7 @@ from stars_fast.cli.model_flags import (
     add_tensor_parallel_flag,
     check_models,
     load_engine,
+    reward_model_of,
 )
 from stars_fast.cli.terminal import say
 from stars_fast.params import StarsParams
@@ -40,7 +41,8 @@ _KEY_VARIABLE = "STARS_FAST_API_KEY"
 _EPILOG = f"""\
 Without models, the demo's pair is served. The parameters are the defaults of requests. With
 --target-reward auto, the target is found at start-up from samples for the prompts of
---calibration-prompts; without a target, every request must give its own.
+--calibration-prompts, or with --calibration-share from the requests while they are served; without
+a target, every request must give its own.
 
 Endpoints: /v1/completions, /v1/chat/completions, /v1/responses, /v1/models, /health, /ready,
 /metrics, /openapi.json, and a page to try prompts on at /; docs/serving.md lists all. Logs are JSON
@@ -159,6 +161,13 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="prompts for --target-reward auto, JSON lines as for generate",
     )
     calibration.add_argument(
+        "--calibration-share",
+        type=float,
+        metavar="FLOAT",
+        help="in place of prompts: the target follows the requests, by unaligned samples of their "
+        "prompts, which take at most this share of the tokens drawn, in (0, 1], such as 0.05",
+    )
+    calibration.add_argument(
         "--calibration-quantile",
         type=float,
         default=0.9,
@@ -221,7 +230,14 @@ def _with_engine(
         engine.follow()
         return 0
     with engine.lead():
-        if prompts:
+        if args.calibration_share is not None:
+            with value_errors():
+                engine.calibrate_on_requests(
+                    args.calibration_quantile,
+                    args.calibration_share,
+                    targets=args.calibration_targets,
+                )
+        elif prompts:
             _calibrate(engine, prompts, base, args)
         return _serve(engine, front, settings, args)
 
@@ -234,6 +250,7 @@ def _settings(args: argparse.Namespace, base: StarsParams) -> ServerSettings:
         raise ValueError(
             f"--calibration-quantile must be in (0, 1), got {args.calibration_quantile}"
         )
+    _check_share(args, base)
     if not 0 <= args.seed < 2**64:
         raise ValueError(f"--seed must be in [0, 2**64), got {args.seed}")
     if args.api_key == "":
@@ -256,9 +273,30 @@ def _settings(args: argparse.Namespace, base: StarsParams) -> ServerSettings:
     )
 
 
+def _check_share(args: argparse.Namespace, base: StarsParams) -> None:
+    """Raise ValueError where the target cannot follow the requests as it is asked to."""
+    share = args.calibration_share
+    if share is None:
+        return
+    if not 0 < share <= 1:
+        raise ValueError(f"--calibration-share must be in (0, 1], got {share}")
+    for flag, given in (
+        ("--calibration-prompts", args.calibration_prompts is not None),
+        ("--budget", base.budget is not None),
+        ("--calibrate-prefixes", base.calibrate_prefixes),
+        ("--tensor-parallel", args.tensor_parallel),
+    ):
+        if given:
+            raise ValueError(f"--calibration-share and {flag} cannot be given together")
+    if args.model is not None and reward_model_of(args) is None:
+        raise ValueError("--calibration-share needs --reward-model")
+
+
 def _calibration_prompts(args: argparse.Namespace, base: StarsParams) -> list[Any]:
     """The prompts to calibrate on; empty if the target is not calibrated."""
     if not base.needs_target or (base.target_reward != "auto" and base.budget is None):
+        return []
+    if args.calibration_share is not None:
         return []
     if args.calibration_prompts is None:
         if args.model is None:
@@ -266,7 +304,8 @@ def _calibration_prompts(args: argparse.Namespace, base: StarsParams) -> list[An
 
             return list(prompts(_DEMO_PROMPTS))
         flag = "--target-reward auto" if base.budget is None else "--budget"
-        raise UsageError(f"{flag} needs --calibration-prompts FILE")
+        other = " or --calibration-share FLOAT" if base.budget is None else ""
+        raise UsageError(f"{flag} needs --calibration-prompts FILE{other}")
     found = []
     with opened_input(Path(args.calibration_prompts), []) as read_line:
         requests = Requests(read_line, base, args.seed)
@@ -327,7 +366,8 @@ def _serve(
     from stars_fast.server.host import EngineHost
     from stars_fast.server.run import run_server
 
-    if settings.params.needs_calibration and engine.calibration is None:
+    calibrated = engine.calibrates_on_requests or engine.calibration is not None
+    if settings.params.needs_calibration and not calibrated:
         say("no target reward: each request must give target_reward, or another method")
     try:
         running = EngineHost(

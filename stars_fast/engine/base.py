@@ -132,26 +132,28 @@ class BaseEngine(OneThread, ABC):
             If the id is in use, the prompt is bad, or the parameters do not fit the models; the
             message names what is wrong. Nothing is queued then.
         """
-        if request_id in self._requests:
-            raise ValueError(f"request_id {request_id!r} is in use")
+        self._check_unused(request_id)
         given = StarsParams() if params is None else params
         params = self._resolve(given)
         read = self._reader.read(prompt, params.longest_response)
-        if given.needs_calibration and given.budget is None:
-            params = replace(params, target_reward=self._target_of(read))
-        request = Request(request_id, read, params)
+        calibrated = given.needs_calibration and given.budget is None
+        request = Request(request_id, read, params, calibrated=calibrated)
+        if calibrated:
+            if self._waits_for_target(request):
+                return
+            request.params = params = replace(params, target_reward=self._target_of(read))
         prefixes = self._prefixes(params)
         with self._broadcast_call("add_request", request_id, read, params):
             self._queue(request, prefixes)
 
-    def _queue(self, request: Request, prefixes: PrefixCalibration | None) -> None:
+    def _check_unused(self, request_id: str) -> None:
+        if request_id in self._requests:
+            raise ValueError(f"request_id {request_id!r} is in use")
+
+    def _queue(self, request: Request, prefixes: PrefixCalibration | None = None) -> None:
         """Start the responses of a request, all or none."""
         params = request.params
-        seed = params.seed
-        if seed is None:
-            self._num_seeded += 1
-            seed = derive_seed(self._seed, self._num_seeded)
-        request.seed, request.prefixes = seed, prefixes
+        request.seed, request.prefixes = self._seed_of(params), prefixes
         request.groups = [[] for _ in range(params.n)]
         try:
             for group in range(params.n):
@@ -161,6 +163,12 @@ class BaseEngine(OneThread, ABC):
             raise
         request.unchosen = params.kind.competes is not None
         self._requests[request.request_id] = request
+
+    def _seed_of(self, params: StarsParams) -> int:
+        if params.seed is not None:
+            return params.seed
+        self._num_seeded += 1
+        return derive_seed(self._seed, self._num_seeded)
 
     def _draw(self, request: Request, group: int, count: int) -> None:
         """Start more of the responses that one is chosen from, or the one there is."""
@@ -225,7 +233,7 @@ class BaseEngine(OneThread, ABC):
         for request in shown:
             if request.finished:
                 self._drop(request)
-        return [request.to_output() for request in shown]
+        return [request.to_output() for request in shown if request.samples is None]
 
     @one_thread
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -324,6 +332,9 @@ class BaseEngine(OneThread, ABC):
     @calibration.setter
     @one_thread
     def calibration(self, value: Calibration | None) -> None:
+        self._set_calibration(value)
+
+    def _set_calibration(self, value: Calibration | None) -> None:
         with self._broadcast_call("calibration", value):
             self._calibration = value
 
@@ -430,6 +441,10 @@ class BaseEngine(OneThread, ABC):
             reward = self._prompt_rewards([prompt])[0]
         return targets.of(prompt.token_ids, reward)
 
+    def _waits_for_target(self, request: Request) -> bool:
+        """Whether a request with a calibrated target is kept back, to begin in a later `step`."""
+        return False
+
     @abstractmethod
     def _prompt_rewards(self, prompts: Sequence[Prompt]) -> list[float]:
         """Return r(x) of each prompt, by a call of the reward model."""
@@ -491,7 +506,11 @@ class BaseEngine(OneThread, ABC):
         for response in request.responses:
             self.loop.abort(response)
             self._owners.pop(response.handle, None)
-        self._requests.pop(request.request_id, None)
+        if self._requests.pop(request.request_id, None) is not None:
+            self._ended(request)
+
+    def _ended(self, request: Request) -> None:
+        """Be told of each request that leaves, finished or not."""
 
 
 def _samples(params: StarsParams) -> int:

@@ -9,11 +9,11 @@ from typing import Any, cast, get_args
 
 from tqdm import tqdm
 
-from stars_fast.engine.base import BaseEngine
 from stars_fast.engine.budget import after_pilot, walks_of, within_budget
-from stars_fast.engine.calibration import calibration_of, prefix_calibration_of
+from stars_fast.engine.calibrating import CalibratingEngine
+from stars_fast.engine.calibration import calibration_of, plain_params, prefix_calibration_of
 from stars_fast.engine.one_thread import one_thread
-from stars_fast.engine.prompt_targets import SampledPrompt, prompt_targets_of
+from stars_fast.engine.prompt_targets import SampledPrompt, gathered, prompt_targets_of
 from stars_fast.errors import RewardError
 from stars_fast.outputs import (
     Calibration,
@@ -35,7 +35,7 @@ _CALIBRATION_SALT = 0xCA11B8A7E
 _PILOT = 0xB0D6E7
 
 
-class BatchEngine(BaseEngine):
+class BatchEngine(CalibratingEngine):
     """An engine that takes whole lists of prompts, too."""
 
     @one_thread
@@ -55,7 +55,8 @@ class BatchEngine(BaseEngine):
             One prompt or a list: text, token ids or chat messages.
         params
             Parameters of all prompts, or a list with one for each. ``target_reward="auto"`` and
-            `budget` first calibrate on these prompts, unless the engine is already calibrated.
+            `budget` first calibrate on these prompts, unless the engine is already calibrated, or
+            does so on its requests.
         use_tqdm
             Show a progress bar.
         on_output
@@ -78,7 +79,7 @@ class BatchEngine(BaseEngine):
             raise ValueError("generate: requests added by add_request are unfinished; step() first")
         texts = as_prompt_list(prompts)
         each = _params_of_each(params, len(texts))
-        if self.calibration is None:
+        if self.calibration is None and not self.calibrates_on_requests:
             auto = [
                 i for i, p in enumerate(each) if p.target_reward == "auto" or p.budget is not None
             ]
@@ -206,21 +207,8 @@ class BatchEngine(BaseEngine):
             raise ValueError(f"samples_per_prompt must be at least 1, got {samples_per_prompt}")
         if self.loop.scorer is None:
             raise ValueError("calibrate needs a reward model: pass Engine(..., reward_model=...)")
-        # One attempt of each segment, whatever its reward, and so plain samples: scored as they
-        # grow, which costs the reward model no token more and tells what prefixes predict.
         given = params or StarsParams()
-        plain = given.with_method(
-            "stars" if given.budget is None else given.method,
-            acceptance="hard",
-            target_reward=0.0,
-            budget=None,
-            alpha=1.0,
-            max_attempts=1,
-            candidates=1,
-            calibrate_prefixes=False,
-            n=samples_per_prompt,
-            trace=False,
-        )
+        plain = plain_params(given, samples_per_prompt)
         # Its own seeds, so that calibrating does not shift those of the requests that follow.
         texts = as_prompt_list(prompts)
         each = [
@@ -303,21 +291,21 @@ class BatchEngine(BaseEngine):
         self, prompts: Sequence[Prompt], outputs: Sequence[RequestOutput], targets: str
     ) -> list[SampledPrompt]:
         """Gather the samples of each prompt, equal prompts together."""
-        rewards: dict[tuple[int, ...], list[float]] = {}
-        read: list[Prompt] = []
+        read: dict[tuple[int, ...], Prompt] = {}
+        sampled = []
         for prompt, output in zip(prompts, outputs, strict=True):
             found = [one.reward for one in output.outputs if one.reward is not None]
             ids = tuple(prompt.token_ids)
-            if ids not in rewards:
-                read.append(prompt)
-            rewards.setdefault(ids, []).extend(found)
-        read = [prompt for prompt in read if rewards[tuple(prompt.token_ids)]]
-        alone: list[float | None] = [None] * len(read)
-        if targets != "prompt":
-            alone = list(self._prompt_rewards(read))
+            read.setdefault(ids, prompt)
+            if found:
+                sampled.append(SampledPrompt(ids, None, found))
+        sampled = gathered(sampled)
+        if targets == "prompt":
+            return sampled
+        alone = self._prompt_rewards([read[prompt.token_ids] for prompt in sampled])
         return [
-            SampledPrompt(ids := tuple(prompt.token_ids), reward, rewards[ids])
-            for prompt, reward in zip(read, alone, strict=True)
+            replace(prompt, prompt_reward=reward)
+            for prompt, reward in zip(sampled, alone, strict=True)
         ]
 
     def _prompt_rewards(self, prompts: Sequence[Prompt]) -> list[float]:

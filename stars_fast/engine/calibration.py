@@ -13,12 +13,37 @@ from stars_fast.outputs import (
     PromptTargets,
     SampleWalks,
 )
+from stars_fast.params import StarsParams
 
 _QUANTILES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 
 
 #: Fewer samples at a position fit no line: the mean of their final rewards stands for it.
 _FEWEST = 8
+
+#: A target that every reward reaches.
+_ANY_REWARD = -1e30
+
+
+def plain_params(params: StarsParams, n: int) -> StarsParams:
+    """Return parameters that draw `n` unaligned samples where these draw aligned responses.
+
+    One attempt of each segment, whatever its reward, and so plain samples: scored as they grow,
+    which costs the reward model no token more and tells what prefixes predict.
+    """
+    return params.with_method(
+        "stars" if params.budget is None else params.method,
+        acceptance="hard",
+        target_reward=_ANY_REWARD,
+        budget=None,
+        alpha=1.0,
+        max_attempts=1,
+        candidates=1,
+        calibrate_prefixes=False,
+        n=n,
+        trace=False,
+        top_logprobs=0,
+    )
 
 
 def calibration_of(

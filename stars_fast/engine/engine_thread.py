@@ -295,9 +295,9 @@ class EngineThread(Generic[S]):
     def _run(self) -> None:
         try:
             while not (self._ends_when_idle and self._idle):
-                self._obey(wait=not self._running)
+                self._obey(wait=not self._running and not self._engine.samples_prompts)
                 self._hand_over()
-                if self._running:
+                if self._running or self._engine.samples_prompts:
                     self._do(self._round)
                     self._hand_over()
                 self._refresh_stats(idle=not self._running)
@@ -453,6 +453,7 @@ class EngineThread(Generic[S]):
             output = self._engine.abort(name)
             if output is not None:
                 self._pass_on(stream, _ended(output, "error", reason))
+        self._engine.drop_samples()
         self._admit()
 
     def _fail(self, stream: S, error: Exception) -> None:

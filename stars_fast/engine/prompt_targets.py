@@ -20,8 +20,8 @@ mean of max(q e, (q - 1) e) with e = y - target, which the true conditional quan
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,16 @@ class SampledPrompt:
     token_ids: tuple[int, ...]
     prompt_reward: float | None
     rewards: Sequence[float]
+
+
+def gathered(prompts: Iterable[SampledPrompt]) -> list[SampledPrompt]:
+    """Put the samples of equal prompts together, where the first of them stands."""
+    found: dict[tuple[int, ...], SampledPrompt] = {}
+    for prompt in prompts:
+        same = found.get(prompt.token_ids)
+        rewards = prompt.rewards if same is None else (*same.rewards, *prompt.rewards)
+        found[prompt.token_ids] = replace(prompt, rewards=rewards)
+    return list(found.values())
 
 
 def prompt_targets_of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,9 @@ from stars_fast.outputs import (
 )
 from stars_fast.params import StarsParams
 from stars_fast.prompts import Prompt
+
+if TYPE_CHECKING:
+    from stars_fast.engine.streaming import PlainSamples
 
 
 @dataclass(slots=True)
@@ -213,6 +217,10 @@ class Request:
         For each of the `n` responses, the whole responses or paths there are to choose from.
     unchosen
         Whether it is still to be decided which of its responses are returned.
+    calibrated
+        Whether its target is, or was, to be found by the engine.
+    samples
+        The samples that it is one of, which nobody else gets to see; None: it is a caller's.
     """
 
     request_id: str
@@ -223,6 +231,8 @@ class Request:
     groups: list[list[Response]] = field(default_factory=list)
     error: str | None = None
     unchosen: bool = False
+    calibrated: bool = False
+    samples: PlainSamples | None = None
 
     @property
     def responses(self) -> list[Response]:
@@ -236,18 +246,29 @@ class Request:
             return self.error is not None
         return all(response.finished for group in self.groups for response in group)
 
+    @property
+    def drafted_tokens(self) -> int:
+        """See `RequestOutput`."""
+        return sum([response.drafted_tokens for response in self.responses])
+
     def to_output(self) -> RequestOutput:
         """Return a copy of the state, which later rounds do not change."""
-        responses = self.responses
+        target = self.params.target_reward if self.params.needs_target else None
+        # Of responses that end before they have begun, waiting for a target.
+        unbegun = CompletionOutput(0, finish_reason="abort" if self.error is None else "error")
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt.text or None,
             prompt_token_ids=list(self.prompt.token_ids),
-            outputs=[_copy(_best(group).output, i) for i, group in enumerate(self.groups)],
+            outputs=[
+                _copy(_best(group).output if group else unbegun, i)
+                for i, group in enumerate(self.groups)
+            ],
             finished=self.finished,
             error=self.error,
-            drafted_tokens=sum([response.drafted_tokens for response in responses]),
-            rm_tokens=sum([response.rm_tokens for response in responses]),
+            drafted_tokens=self.drafted_tokens,
+            rm_tokens=sum([response.rm_tokens for response in self.responses]),
+            target_reward=target if isinstance(target, int | float) else None,
         )
 
 

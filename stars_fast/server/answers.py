@@ -38,6 +38,13 @@ _REWARDS: Any = Field(
 )
 
 
+_TARGET: Any = Field(
+    default=None,
+    description="The target reward, also where it was `auto`, for methods with one; in a stream, "
+    "with the last chunk.",
+)
+
+
 class RejectedAttempt(BaseModel):
     """An attempt at a segment that was not kept."""
 
@@ -77,6 +84,7 @@ class StarsAnswer(BaseModel):
 
     reward: float | None = Field(description="Reward of the whole response.")
     rewards: dict[str, float] = _REWARDS
+    target_reward: float | None = _TARGET
     segments: list[SegmentAnswer]
 
 
@@ -87,6 +95,7 @@ class StarsDelta(BaseModel):
         default=None, description="Reward of the whole response; with its last chunk."
     )
     rewards: dict[str, float] = _REWARDS
+    target_reward: float | None = _TARGET
     segments: list[SegmentAnswer] = Field(description="Those new with this chunk.")
 
 

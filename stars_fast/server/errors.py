@@ -60,7 +60,8 @@ class ApiError(Exception):
 _NOT_CALIBRATED = (
     'this server has not been calibrated: give "stars": {"target_reward": NUMBER} without '
     'calibrate_prefixes, or a method that needs no target such as {"method": "best_of_n"}; or '
-    "start the server with --target-reward NUMBER, or auto with --calibration-prompts FILE"
+    "start the server with --target-reward NUMBER, or auto with --calibration-prompts FILE or "
+    "--calibration-share FLOAT"
 )
 
 

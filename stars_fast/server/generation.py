@@ -183,6 +183,11 @@ class Generation:
         read = self._latest[number]
         return Prompt(read.prompt or "", read.prompt_token_ids)
 
+    def target_of(self, transcript: Transcript) -> float | None:
+        """Return the target reward of a response that has begun."""
+        latest = self._latest.get(transcript.index // self.params.n)
+        return None if latest is None else latest.target_reward
+
     def prompt_scores_of(self, transcript: Transcript) -> list[TokenScore]:
         """Return the scores of the prompt's own tokens, which were asked for."""
         return self._prompt_scores[transcript.index // self.params.n]

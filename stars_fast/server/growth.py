@@ -37,6 +37,8 @@ class Growth(NamedTuple):
     ----------
     parts
         Of the responses that have grown.
+    drafted_tokens, rm_tokens, target_reward
+        Of the output, whole.
     prompt
         Its text and its token ids, with the first output alone.
     """
@@ -46,6 +48,7 @@ class Growth(NamedTuple):
     error: str | None
     drafted_tokens: int
     rm_tokens: int
+    target_reward: float | None
     prompt: tuple[str | None, list[int]] | None
 
 
@@ -72,6 +75,7 @@ class Cutter:
             output.error,
             output.drafted_tokens,
             output.rm_tokens,
+            output.target_reward,
             (output.prompt, output.prompt_token_ids) if first else None,
         )
 
@@ -105,6 +109,7 @@ class Joiner:
             error=growth.error,
             drafted_tokens=growth.drafted_tokens,
             rm_tokens=growth.rm_tokens,
+            target_reward=growth.target_reward,
         )
 
 

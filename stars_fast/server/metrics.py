@@ -132,6 +132,16 @@ class _EngineCollector(Collector):
                 stats["pages_used"] / pages if pages else 0.0,
             ),
         }
+        if "calibration_samples" in stats:
+            gauges["calibration_samples"] = (
+                "Unaligned samples of requests' prompts that the target is found from.",
+                stats["calibration_samples"],
+            )
+        if "calibration_target" in stats:
+            gauges["calibration_target"] = (
+                "Quantile of their rewards: the target of requests at present.",
+                stats["calibration_target"],
+            )
         counters = {
             "generation_tokens": ("Accepted tokens.", since["accepted_tokens"]),
             "tokens_discarded": (
@@ -157,6 +167,11 @@ class _EngineCollector(Collector):
                 since.get("capture_waits", 0),
             ),
         }
+        if "calibration_tokens" in stats:
+            counters["calibration_tokens"] = (
+                "Tokens of unaligned samples, which other counters hold, too.",
+                since["calibration_tokens"],
+            )
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"stars:{name}", text, value)
         for name, (text, value) in counters.items():

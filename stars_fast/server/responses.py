@@ -313,7 +313,7 @@ class ResponsesWriter(Writer):
             output=[self._item("incomplete" if cut else "completed", output.text)],
             usage=self._usage(),
             incomplete_details=IncompleteDetails(reason="max_output_tokens") if cut else None,
-            stars=self.stars(output),
+            stars=self.stars(transcript),
         )
 
     def begin(self) -> bytes:
@@ -335,7 +335,7 @@ class ResponsesWriter(Writer):
             **self._place,
             delta=delta.text,
             logprobs=[],
-            stars=self.stars_delta(delta),
+            stars=self.stars_delta(transcript, delta),
         )
 
     def end(self) -> bytes:

@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel
 
 from stars_fast.engine.detokenize import token_text
-from stars_fast.outputs import CompletionOutput, Segment
-from stars_fast.records import rewards_record
+from stars_fast.outputs import Segment
 from stars_fast.server.answers import (
     SegmentAnswer,
     StarsAnswer,
@@ -75,21 +74,28 @@ class Writer(ABC):
         text_of = functools.partial(token_text, self.generation.tokenizer)
         return segment_answers(segments, text_of)
 
-    def stars(self, output: CompletionOutput) -> StarsAnswer:
+    def stars(self, transcript: Transcript) -> StarsAnswer:
         """Return what STARS adds to a whole response."""
-        return StarsAnswer(
-            reward=output.reward,
-            segments=self.segments(output.segments),
-            **rewards_record(output.rewards),
-        )
+        output = transcript.latest
+        stars = StarsAnswer(reward=output.reward, segments=self.segments(output.segments))
+        if output.rewards:
+            stars.rewards = dict(output.rewards)
+        self._add_target(stars, transcript)
+        return stars
 
-    def stars_delta(self, delta: Delta) -> StarsDelta:
+    def _add_target(self, stars: StarsAnswer | StarsDelta, transcript: Transcript) -> None:
+        target = self.generation.target_of(transcript)
+        if target is not None:  # what is not set is not sent
+            stars.target_reward = target
+
+    def stars_delta(self, transcript: Transcript, delta: Delta) -> StarsDelta:
         """Return what STARS adds to a delta; the last one has the reward."""
         stars = StarsDelta(segments=self.segments(delta.segments))
         if delta.finish_reason is not None:
             stars.reward = delta.reward
             if delta.rewards:
                 stars.rewards = dict(delta.rewards)
+            self._add_target(stars, transcript)
         return stars
 
 
@@ -156,7 +162,7 @@ class ChoiceWriter(Writer):
         fields = {
             "index": transcript.index,
             "finish_reason": delta.finish_reason,
-            "stars": self.stars_delta(delta),
+            "stars": self.stars_delta(transcript, delta),
         }
         choice = self.piece(transcript, delta, fields, first=first)
         usage: dict[str, Usage | None] = {"usage": None} if self._with_usage else {}
@@ -191,6 +197,6 @@ class ChoiceWriter(Writer):
         fields = {
             "index": transcript.index,
             "finish_reason": output.finish_reason,
-            "stars": self.stars(output),
+            "stars": self.stars(transcript),
         }
         return self.choice(transcript, fields)

@@ -171,6 +171,11 @@ def test_calibration_and_scores(connect: Any, tokens: bool) -> None:
     assert output.error is None
     assert output.outputs[0].segments[-1].threshold <= calibration.target_reward
     assert engine.score("ab", ["cab"]) == [reward_of("cab")]
+    engine.calibrate_on_requests(share=1.0)
+    (output,) = engine.generate("ab", replace(params, calibrate_prefixes=False), use_tqdm=False)
+    assert output.error is None
+    assert output.target_reward == engine.calibration.target_reward
+    assert len(engine.calibration.rewards) == 4
 
 
 @BOTH

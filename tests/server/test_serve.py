@@ -193,6 +193,13 @@ def test_sigterm_finishes_what_is_under_way_and_exits(tmp_path: Path) -> None:
             ["--model", "x", "--reward-model", "y", "--target-reward", "auto"],
             "--target-reward auto needs --calibration-prompts",
         ),
+        (["--calibration-share", "2"], "--calibration-share must be in"),
+        (["--calibration-share", "0.1", "--calibration-prompts", "x"], "cannot be given together"),
+        (["--calibration-share", "0.1", "--budget", "4"], "--budget cannot be given together"),
+        (
+            ["--model", "x", "--calibration-share", "0.1", "--method", "vanilla"],
+            "--calibration-share needs --reward-model",
+        ),
     ],
 )
 def test_wrong_flags_are_named_before_a_model_is_loaded(

@@ -480,6 +480,34 @@ def test_metrics_move(shared: Served) -> None:
     assert after["stars:rm_tokens_total"] == 0
 
 
+def test_a_target_that_follows_the_requests() -> None:
+    gate = Gate()
+    engine = letter_engine(gate)
+    engine.calibrate_on_requests(0.75, share=0.5)
+    settings = ServerSettings("letters", dataclasses.replace(PARAMS, target_reward="auto"))
+    with serving(engine, gate, settings, front=True) as served:
+        before = served.metrics()
+        assert before["stars:calibration_samples"] == 0
+        assert "stars:calibration_target" not in before
+        answer = served.post({"prompt": "ab", "seed": 3}).json()
+        (choice,) = answer["choices"]
+        until(served.idle)
+        metrics = served.metrics()
+        assert metrics["stars:calibration_samples"] == 4
+        assert metrics["stars:calibration_tokens_total"] == 4 * 12
+        target = metrics["stars:calibration_target"]
+        assert choice["stars"]["target_reward"] == target
+        assert answer["usage"]["completion_tokens"] == 12  # the samples are not its own
+        body = {"prompt": "ab", "seed": 3, "stars": {"target_reward": target}}
+        chunks = events(served.post({**body, "stream": True}))
+        targets = [chunk["choices"][0]["stars"].get("target_reward") for chunk in chunks]
+        assert targets == [None] * (len(chunks) - 1) + [target]
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == choice["text"]
+        for stars in ({"calibrate_prefixes": True}, {"budget": 4.0}):
+            refused = served.post({"prompt": "ab", "stars": {"target_reward": "auto", **stars}})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (400, "not_calibrated")
+
+
 def test_logs_have_the_request_id_and_no_prompt(caplog: pytest.LogCaptureFixture) -> None:
     headers, gate = {"X-Request-Id": "my-request.1"}, Gate()
     with (
