@@ -69,7 +69,7 @@ def test_garbage_is_not_sought_at_every_request() -> None:
     )
     told = Setup(
         ServerSettings("x", PARAMS), ("127.0.0.1", 0), None, None, 8, True, (1, 1), None, {}
-    )  # type: ignore[arg-type]
+    )
     with ours, theirs:
         ours.sendall(packed([("setup", told)]))
         done = subprocess.run(
