@@ -508,14 +508,14 @@ class StarsParams:
     )
 
     def __post_init__(self) -> None:
-        _choice("method", self.method, get_args(Method))
-        _choice("acceptance", self.acceptance, get_args(Acceptance))
-        _choice("rules", self.rules, get_args(CardsRules))
-        _choice("segment_end", self.segment_end, get_args(SegmentEnd))
-        _choice("attempts_schedule", self.attempts_schedule, get_args(AttemptsSchedule))
+        for name, choices in _CHOICES.items():
+            _choice(name, getattr(self, name), choices)
         self._check_own_parameters()
         for name, allowed in RANGES.items():
-            value, also = getattr(self, name), _ALSO.get(name, {})
+            value, default = getattr(self, name), _DEFAULTS[name]
+            if type(value) is type(default) and value == default:
+                continue  # as most are: a server makes these objects at every request
+            also = _ALSO.get(name, {})
             if not any(value is one or (isinstance(value, str) and value == one) for one in also):
                 allowed.check(name, value, "".join(also.values()))
         if self.beta <= 0 and self.acceptance != "hard":
@@ -550,11 +550,12 @@ class StarsParams:
                 f"acceptance must be 'soft' or 'hard' with method={self.method!r}, got 'gibbs'"
             )
         own = self.own_parameters()
-        for one in fields(self):
-            if one.name not in own and getattr(self, one.name) != one.default:
+        for name, default in _DEFAULTS.items():
+            value = getattr(self, name)
+            if name not in own and value != default:
                 shown = "acceptance='gibbs'" if self.kind is GIBBS else f"method={self.method!r}"
                 raise ValueError(
-                    f"{one.name} is no parameter of {shown}, got {getattr(self, one.name)!r}; "
+                    f"{name} is no parameter of {shown}, got {value!r}; "
                     f"the parameters are {', '.join(own)}"
                 )
 
@@ -707,6 +708,17 @@ RANGES: dict[str, Range] = {
     one.name: one.metadata["range"] for one in fields(StarsParams) if one.metadata["range"]
 }
 
+#: Of every field, by name.
+_DEFAULTS: dict[str, object] = {one.name: one.default for one in fields(StarsParams)}
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "method": get_args(Method),
+    "acceptance": get_args(Acceptance),
+    "rules": get_args(CardsRules),
+    "segment_end": get_args(SegmentEnd),
+    "attempts_schedule": get_args(AttemptsSchedule),
+}
+
 #: What each field is, in numpy style.
 TEXTS: dict[str, str] = {one.name: one.metadata["text"] for one in fields(StarsParams)}
 
@@ -732,10 +744,10 @@ def with_fields(params: StarsParams, values: Mapping[str, object]) -> StarsParam
     ValueError, TypeError
         A name that is no field, or what `StarsParams` refuses.
     """
-    known = [field.name for field in fields(StarsParams)]
     for name in values:
-        if name not in known:
-            raise ValueError(f"unknown parameter {name!r}; the parameters are {', '.join(known)}")
+        if name not in _DEFAULTS:
+            known = ", ".join(_DEFAULTS)
+            raise ValueError(f"unknown parameter {name!r}; the parameters are {known}")
     changes: dict[str, Any] = dict(values)
     if isinstance(changes.get("method"), str) and changes["method"] in METHODS:
         return params.with_method(**changes)

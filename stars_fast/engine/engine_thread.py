@@ -116,8 +116,16 @@ class EngineThread(Generic[S]):
         # A thread in the middle of a round when the interpreter ends would abort the process.
         atexit.register(self._close_at_exit)
 
-    def add(self, stream: S) -> None:
+    def add(self, stream: S, *, check_here: bool = False) -> None:
         """Queue a request, whose stream gets what becomes of it; from any thread.
+
+        Parameters
+        ----------
+        stream
+            The request.
+        check_here
+            Its prompt has been read, and is checked on this thread: that is less than to wake
+            another. A grammar is compiled, and goes to the others all the same.
 
         Raises
         ------
@@ -132,7 +140,10 @@ class EngineThread(Generic[S]):
             self._open.add(name)
             # Inside, so that none comes behind those that a stopping thread still answers.
             self._reading[name] = stream
-            self._readers.put(partial(self._read, stream), stream.prompt)
+            if not (here := check_here and stream.params.guided is None):
+                self._readers.put(partial(self._read, stream), stream.prompt)
+        if here:
+            self._read(stream)
 
     def ask(self, work: Callable[[BatchEngine], T]) -> futures.Future[T]:
         """Have something done with the engine between two rounds; from any thread.

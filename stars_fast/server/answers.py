@@ -33,8 +33,11 @@ class ErrorAnswer(BaseModel):
     error: ErrorObject
 
 
+# A factory: pydantic would copy a default deeply for each answer.
 _REWARDS: Any = Field(
-    default={}, description="With several rewards, each by its name; `reward` is made of them."
+    default_factory=dict,
+    description="With several rewards, each by its name; `reward` is made of them.",
+    json_schema_extra={"default": {}},
 )
 
 
@@ -68,7 +71,9 @@ class SegmentAnswer(BaseModel):
         description="It passed, or was the best of attempts that all failed, or was chosen."
     )
     rejected: list[RejectedAttempt] = Field(
-        default=[], description="With `trace`, where there are any."
+        default_factory=list,
+        description="With `trace`, where there are any.",
+        json_schema_extra={"default": []},
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import signal
 import socket
@@ -41,6 +42,9 @@ T = TypeVar("T")
 _LAST_SECONDS = 5
 #: Seconds that the engine's process has to say how it is.
 _ANSWER_SECONDS = 1.0
+#: New objects before garbage is sought. Python's own number, some hundreds, is that of one request:
+#: a quarter of the time would go into that.
+_GARBAGE = 100_000
 
 
 def main(number: int) -> None:
@@ -64,6 +68,9 @@ def main(number: int) -> None:
     config = uvicorn_config(app, host=host, port=port, timeout_graceful_shutdown=_LAST_SECONDS)
     server = FrontServer(config, engine, connection, setup.settings.drain_timeout)
     app.state.metrics.connections = lambda: len(server.server_state.connections)
+    gc.collect()
+    gc.freeze()  # what is loaded stays, and need not be looked at again and again
+    gc.set_threshold(_GARBAGE, *gc.get_threshold()[1:])
     server.run()
 
 

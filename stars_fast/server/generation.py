@@ -212,6 +212,10 @@ async def merged(
 
     The first error of a stream is raised; the others are then read no further.
     """
+    if len(streams) == 1:  # as most requests have it: no task is needed
+        async for output in streams[0]:
+            yield 0, output
+        return
     arrived: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue(1)
 
     async def read(number: int, stream: RequestStream) -> None:

@@ -208,7 +208,7 @@ class EngineHost:
 
     def _submit(self, request_id: str, prompt: PromptLike | Prompt, params: StarsParams) -> None:
         try:
-            self.thread.add(_WireStream(request_id, prompt, params))
+            self.thread.add(_WireStream(request_id, prompt, params), check_here=True)
         except Exception as error:  # noqa: BLE001 - it is the request's
             self.send(("fail", request_id, portable(error)))
 

@@ -21,6 +21,7 @@ from stars_fast.engine.async_engine import AsyncEngine
 from stars_fast.engine.readers import LONG_TEXT, is_long
 from stars_fast.engine.streams import Outbox, RequestStream
 from stars_fast.errors import DeadlineError, EngineStoppedError, QueueFullError
+from stars_fast.prompts import Prompt
 
 PARAMS = StarsParams(
     segment_length=4,
@@ -32,6 +33,7 @@ PARAMS = StarsParams(
     seed=3,
     ignore_eos=True,
 )
+GUIDED = dataclasses.replace(PARAMS, guided={"regex": "[a-z]+"})
 LONG = dataclasses.replace(PARAMS.with_method("vanilla"), max_tokens=80)
 
 
@@ -82,6 +84,46 @@ async def until(condition: Callable[[], object]) -> None:
 def idle(engine: AsyncEngine) -> bool:
     stats = engine.stats()
     return stats["pages_used"] == 0 and engine.num_running == engine.num_waiting == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "asked", "reader", "error"),
+    [
+        ([0, 1], PARAMS, False, ""),
+        ([0, 600], PARAMS, False, "prompt token id 600"),
+        ([0, 1], GUIDED, True, "ignore_eos must be False"),
+    ],
+    ids=["good", "bad", "grammar"],
+)
+def test_a_prompt_that_was_read_is_checked_where_it_comes_in(
+    make: Callable[..., AsyncEngine],
+    tokens: list[int],
+    asked: StarsParams,
+    reader: bool,
+    error: str,
+) -> None:
+    async def main() -> None:
+        engine = make()
+        threads: list[str] = []
+        check = engine.checked
+
+        def noted(*args: Any) -> Prompt:
+            threads.append(threading.current_thread().name)
+            return check(*args)
+
+        engine.checked = noted  # type: ignore[method-assign]
+        stream = RequestStream("one", Prompt("ab", tokens), asked, lambda: None, None)
+        engine.add(stream, check_here=True)
+        found = ""
+        try:
+            assert [output async for output in stream][-1].finished
+        except ValueError as refused:
+            found = str(refused)
+        assert found.startswith(error)
+        assert bool(found) == bool(error)
+        assert threads == ["stars-fast-reader" if reader else threading.current_thread().name]
+
+    asyncio.run(main())
 
 
 def test_outputs_are_those_of_the_engine(make: Callable[..., AsyncEngine]) -> None:

@@ -133,6 +133,7 @@ def test_unknown_methods_are_told_the_methods(name: Any) -> None:
         ("stars", "guided", {"regex": "a", "json_schema": {}}, ValueError),
         ("stars", "top_logprobs", 21, ValueError),
         ("stars", "top_logprobs", -1, ValueError),
+        ("stars", "n", True, TypeError),  # which equals the default
     ],
 )
 def test_values_are_checked(method: Any, field: str, value: Any, error: type[Exception]) -> None:

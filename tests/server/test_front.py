@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import socket
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from stars_fast.server import ServerSettings  # noqa: E402
 from stars_fast.server.growth import Cutter, Growth, Joiner  # noqa: E402
 from stars_fast.server.host import EngineHost, FrontProcess  # noqa: E402
 from stars_fast.server.run import run_server  # noqa: E402
-from stars_fast.server.wire import Unpacker, packed, portable  # noqa: E402
+from stars_fast.server.wire import Setup, Unpacker, packed, portable  # noqa: E402
 
 
 def test_it_starts_without_torch() -> None:
@@ -57,6 +58,30 @@ def test_outputs_travel_as_what_is_new(fields: dict[str, Any]) -> None:
     sent = sum(len(part.token_ids) for growth in growths for part in growth.parts)
     assert sent == sum(len(one.token_ids) for one in output.outputs)
     assert [growth.prompt is None for growth in growths] == [False] + [True] * (len(growths) - 1)
+
+
+def test_garbage_is_not_sought_at_every_request() -> None:
+    ours, theirs = socket.socketpair()
+    code = (
+        "import gc; from stars_fast.server.front import FrontServer, main; "
+        "FrontServer.run = lambda self: print(gc.get_freeze_count(), gc.get_threshold()[0]); "
+        f"main({theirs.fileno()})"
+    )
+    told = Setup(
+        ServerSettings("x", PARAMS), ("127.0.0.1", 0), None, None, 8, True, (1, 1), None, {}
+    )
+    with ours, theirs:
+        ours.sendall(packed([("setup", told)]))
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            pass_fds=[theirs.fileno()],
+        )
+    frozen, threshold = map(int, done.stdout.split())
+    assert frozen > 10_000
+    assert threshold > 10_000
 
 
 def test_messages_come_in_pieces() -> None:
