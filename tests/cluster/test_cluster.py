@@ -234,11 +234,11 @@ def running_replicas() -> int:
     return deployment.replica_states.get("RUNNING", 0)
 
 
-def wait_for_replicas(number: int) -> None:
-    """Wait until Ray runs that many."""
+def wait_for(number: int, what: str, count: Callable[[], int]) -> None:
+    """Wait until there are that many."""
     deadline = time.monotonic() + 300  # on a busy machine
-    while running_replicas() != number:
-        assert time.monotonic() < deadline, f"{running_replicas()} replicas, not {number}"
+    while (found := count()) != number:
+        assert time.monotonic() < deadline, f"{found} {what}, not {number}"
         time.sleep(0.1)
 
 
@@ -277,13 +277,14 @@ def test_replicas_follow_the_load_and_finish_what_they_have(
 
     with ThreadPoolExecutor(12) as pool:
         busy = [pool.submit(load) for _ in range(8)]
-        wait_for_replicas(2)
+        wait_for(2, "replicas", running_replicas)
+        # Not before both were asked for rewards: a replica that has just begun may get no request.
+        wait_for(2, "replicas with rewards", lambda: len(list(tmp_path.iterdir())))
         enough.set()
         for one in busy:
             one.result()
         # Three requests are not enough for two replicas.
         long = [pool.submit(ask, 80) for _ in range(3)]
-        wait_for_replicas(1)
+        wait_for(1, "replicas", running_replicas)
         # The one that takes no more requests has finished its own.
         assert [one.result() for one in long] == [80, 80, 80]
-    assert len(list(tmp_path.iterdir())) == 2  # each replica was asked for rewards
