@@ -2,9 +2,11 @@
 
     python scripts/training/real_prompts.py > prompts.jsonl
     python scripts/training/real_prompts.py --tuning > tuning.jsonl
+    python scripts/training/real_prompts.py --base > openings.jsonl
 
 Each thing is asked about in several ways. The things of the evaluation are none of those that
 anything is trained on or tuned with. Settings are tuned with training things that are held out.
+A model without a chat template continues openings that ask for the same.
 """
 
 from __future__ import annotations
@@ -25,6 +27,11 @@ REQUESTS = (
 )
 #: The evaluation asks about each of its things in the first two ways.
 EVALUATION_REQUESTS = REQUESTS[:2]
+#: The same two for a model that continues a text.
+OPENINGS = (
+    "A short review of {} by a customer:\n\n",
+    "A short complaint about {} by a disappointed customer:\n\n",
+)
 HELD_OUT_EVERY = 8  # training things
 
 _THINGS = json.loads(Path(__file__).with_name("real_things.json").read_text(encoding="utf-8"))
@@ -61,11 +68,22 @@ def evaluation_chats() -> list[Chat]:
     ]
 
 
+def evaluation_openings() -> list[str]:
+    """The chats of the evaluation as texts to be continued, in the same order."""
+    return [opening.format(thing) for thing in EVALUATION_THINGS for opening in OPENINGS]
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--tuning", action="store_true", help="print the chats for tuning")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--tuning", action="store_true", help="print the chats for tuning")
+    which.add_argument("--base", action="store_true", help="print openings, for a base model")
     arguments = parser.parse_args()
+    if arguments.base:
+        for opening in evaluation_openings():
+            print(json.dumps({"prompt": opening}))
+        return
     for messages in tuning_chats() if arguments.tuning else evaluation_chats():
         print(json.dumps({"messages": messages}))
 

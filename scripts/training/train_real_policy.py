@@ -10,6 +10,7 @@ adapters of all linear layers are trained and merged. Needs the extra ``train``.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from real_pairs import Preference, preferences, read
 from settings_flags import parser_of, settings_of
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_training import common_arguments, require_trl, training_folder
 
 KINDS = ("sft", "dpo")
@@ -60,19 +61,26 @@ class PolicySettings:
     threads: int = 2
 
 
-def records(
-    kind: str, pairs: list[Preference], tokenizer: PreTrainedTokenizerBase
-) -> list[dict[str, Any]]:
-    """Lines of the trainers' data sets: chats as text, as the model reads them."""
-    lines = []
+def some(pairs: list[Preference], most: int, seed: int) -> list[Preference]:
+    """Return at most so many pairs, of all chats: the first ones are of a few."""
+    return random.Random(seed).sample(pairs, min(most, len(pairs)))
+
+
+def records(kind: str, pairs: list[Preference]) -> list[dict[str, Any]]:
+    """Lines of the trainers' data sets: the tokens as they were read and drawn.
+
+    From texts the trainers would make every response end, those that were cut off as well.
+    """
+    lines: list[dict[str, Any]] = []
     for pair in pairs:
-        prompt = tokenizer.decode(pair.chosen.prompt_ids)
+        prompt, chosen, rejected = pair.chosen.prompt_ids, pair.chosen.ids, pair.rejected.ids
         if kind == "sft":
-            lines.append({"prompt": prompt, "completion": pair.chosen.text})
+            mask = [0] * len(prompt) + [1] * len(chosen)
+            lines.append({"input_ids": prompt + chosen, "completion_mask": mask})
         else:
-            texts = {"chosen": pair.chosen.text, "rejected": pair.rejected.text}
-            length = max(len(pair.chosen.ids), len(pair.rejected.ids))
-            lines.append({"prompt": prompt, **texts, "length": length})
+            length = len(prompt) + max(len(chosen), len(rejected))
+            ids = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+            lines.append({**ids, "length": length})
     return lines
 
 
@@ -93,8 +101,14 @@ def train(settings: PolicySettings, out: Path) -> None:
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+    class OfTokens(DPOTrainer):  # type: ignore[misc,unused-ignore] - untyped where it is not installed
+        """Takes tokens as they are."""
+
+        def _prepare_dataset(self, dataset: Dataset, *_: object) -> Dataset:
+            return dataset
+
     responses = [one for one in read(Path(settings.samples)) if one.ids and not one.held_out]
-    pairs = preferences(responses, settings.seed)[: settings.pairs]
+    pairs = some(preferences(responses, settings.seed), settings.pairs, settings.seed)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
     adapters = LoraConfig(
@@ -114,14 +128,14 @@ def train(settings: PolicySettings, out: Path) -> None:
         # Adapters switched off are the reference of DPO: no second model.
         parts: dict[str, Any] = {
             "model": model,
-            "train_dataset": Dataset.from_list(records(settings.kind, pairs, tokenizer)),
+            "train_dataset": Dataset.from_list(records(settings.kind, pairs)),
             "processing_class": tokenizer,
             "peft_config": adapters,
         }
         trainer = (
-            SFTTrainer(args=SFTConfig(**common), **parts)
+            SFTTrainer(args=SFTConfig(completion_only_loss=True, **common), **parts)
             if settings.kind == "sft"
-            else DPOTrainer(
+            else OfTokens(
                 args=DPOConfig(beta=settings.beta, remove_unused_columns=False, **common), **parts
             )
         )

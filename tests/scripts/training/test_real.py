@@ -14,9 +14,10 @@ from real_prompts import (
     REQUESTS,
     TRAINING_THINGS,
     evaluation_chats,
+    evaluation_openings,
     tuning_chats,
 )
-from train_real_policy import PolicySettings, records
+from train_real_policy import PolicySettings, records, some
 from train_real_policy import train as train_policy
 from train_real_reward import RewardSettings, differences, load, rewards_at, train
 from transformers import AutoTokenizer
@@ -38,6 +39,12 @@ def test_nothing_is_trained_on_what_is_evaluated() -> None:
     assert not {*TRAINING_THINGS} & {*EVALUATION_THINGS}
     requests = [chat[0]["content"] for chat in evaluation_chats()]
     assert len({*requests}) == len(requests) == 128
+    openings = evaluation_openings()
+    for number, (opening, request) in enumerate(zip(openings, requests, strict=True)):
+        thing = EVALUATION_THINGS[number // 2]
+        assert thing in opening
+        assert thing in request
+        assert ("complaint" in opening) == ("complaint" in request)
     held_out = response(len(REQUESTS) * HELD_OUT_EVERY, KIND, 0.5)
     assert held_out.held_out
     assert not response(len(REQUESTS), KIND, 0.5).held_out
@@ -97,11 +104,18 @@ def test_training_learns_and_the_engine_takes_it(tmp_path: Path) -> None:
     assert kind > unkind
 
 
-def test_policies_read_chats_as_the_model_does() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(demo.model_dir())
-    pairs = [Preference(response(0, KIND, 0.5), response(0, UNKIND, -0.5))]
-    (line,) = records("dpo", pairs, tokenizer)
-    assert (line["chosen"], line["rejected"]) == (KIND, UNKIND)
-    assert "completion" in records("sft", pairs, tokenizer)[0]
+def test_policies_learn_from_the_tokens_as_they_were_drawn() -> None:
+    first, second = response(0, KIND, 0.5), response(0, UNKIND, -0.5)
+    (line,) = records("dpo", [Preference(first, second)])
+    assert (line["chosen_ids"], line["rejected_ids"]) == (first.ids, second.ids)
+    (line,) = records("sft", [Preference(first, second)])
+    assert line["input_ids"] == first.prompt_ids + first.ids
+    assert sum(line["completion_mask"]) == len(first.ids)
+    # Not the first ones, which are of a few chats.
+    pairs = [Preference(response(n, KIND, 0.5), response(n, UNKIND, -0.5)) for n in range(64)]
+    chosen = some(pairs, 8, 0)
+    assert len({pair.chosen.prompt for pair in chosen}) == 8
+    assert max(pair.chosen.prompt for pair in chosen) > 16
+    assert len(some(pairs, 100, 0)) == 64
     with pytest.raises(ValueError, match="kind must be one of sft, dpo, got 'ppo'"):
         train_policy(PolicySettings(kind="ppo"), Path("nowhere"))
