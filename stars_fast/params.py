@@ -275,9 +275,9 @@ class StarsParams:
         default=40,
         metadata=_about(
             """
-            Draw from this many most likely tokens and those that tie with the last; 0 is off. The
-            filters apply in the order `top_k`, `top_p`, `min_p`, with the tie rules of
-            transformers' warpers.
+            Draw from this many most likely tokens and those that tie with the last; 0 is off, as is
+            the size of the vocabulary or more. The filters apply in the order `top_k`, `top_p`,
+            `min_p`, with the tie rules of transformers' warpers.
             """,
             Range(0, _MOST, whole=True),
         ),

@@ -85,7 +85,6 @@ def test_beta_is_free_with_hard_acceptance() -> None:
         ([0] * 600, PARAMS, "600 tokens .* context of 512"),
         ([{"role": "user", "content": "a"}], PARAMS, "chat template"),
         ([{"role": "user"}], PARAMS, r"messages\[0\].content must"),
-        ("ab", dataclasses.replace(PARAMS, top_k=5), "top_k must be at most the vocabulary, 4"),
         ("ab", dataclasses.replace(PARAMS, stop_token_ids=[7]), r"stop_token_ids .* \[0, 4\)"),
         ("ab", dataclasses.replace(PARAMS, target_reward=None), "calibrate"),
         ([0] * 400, PARAMS, "103 pages .* pool has 99"),
@@ -260,3 +259,11 @@ def test_failed_requests_are_warned_of(caplog: pytest.LogCaptureFixture) -> None
     assert record.levelname == "WARNING"
     assert "1 of 3 requests failed" in record.getMessage()
     assert "prompt is empty" in record.getMessage()
+
+
+@pytest.mark.parametrize("top_k", [4, 5, 40])
+def test_a_top_k_that_keeps_every_token_is_none(top_k: int) -> None:
+    asked = [dataclasses.replace(PARAMS, top_k=k, seed=7) for k in (0, top_k, 1)]
+    off, all_of_4, some = (engine().generate(["ab"], one, use_tqdm=False)[0] for one in asked)
+    assert all_of_4.outputs == off.outputs
+    assert some.outputs != off.outputs
