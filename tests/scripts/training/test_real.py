@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,18 @@ from real_prompts import (
 from train_real_policy import PolicySettings, records, some
 from train_real_policy import train as train_policy
 from train_real_reward import RewardSettings, differences, load, rewards_at, train
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stars_fast import Engine, demo
 
 
+@cache
+def demo_tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(demo.model_dir())
+
+
 def response(prompt: int, text: str, gold: float) -> Response:
-    tokenizer = AutoTokenizer.from_pretrained(demo.model_dir())
+    tokenizer = demo_tokenizer()
     prompt_ids = list(tokenizer("Review of the film:")["input_ids"])
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return Response(prompt, prompt_ids, ids, text, gold)
