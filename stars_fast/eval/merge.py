@@ -33,7 +33,8 @@ def merge(folders: Sequence[Path], out: Path) -> tuple[Record, Store]:
     ------
     MergeError
         Settings, methods of one label or prompts of one number differ, or two folders share a part
-        of their prompts. Of two runs of the same prompts one is taken, the first folder's.
+        of their prompts. Of two runs of the same prompts one is taken: that of which more is
+        measured, the first folder's of equals.
     DamagedError
         A folder has no record, or a damaged one.
     """
@@ -162,15 +163,20 @@ def _stored(
         theirs = record["settings"]["measured_by"]
         own = Store(folder)
         for name, run in own.runs.items():
-            if name in store.runs:
-                continue
-            store.runs[name] = run
-            store.responses[name] = rows = own.responses[name]
+            rows = own.responses[name]
             for row in rows:
                 for column, by in theirs.items():
                     if row.get(f"{column}_by") == by:
                         row[f"{column}_by"] = measured_by[column]
+            there = store.responses.get(name)
+            if there is None or _measured(there, measured_by) < _measured(rows, measured_by):
+                store.runs[name], store.responses[name] = run, rows
     return store
+
+
+def _measured(rows: Sequence[Record], measured_by: Mapping[str, str]) -> int:
+    """Return how much of the rows is measured: a run that a folder did not ask for may lack it."""
+    return sum(row.get(f"{column}_by") == by for row in rows for column, by in measured_by.items())
 
 
 def _apart(label: str, runs: Mapping[str, list[str]], store: Store) -> dict[str, list[str]]:

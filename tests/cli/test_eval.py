@@ -515,6 +515,13 @@ def test_folders_are_merged(done: Path, tmp_path: Path, capfd: pytest.CaptureFix
     for spec in expected:
         assert merged[spec["label"]]["gold"] == spec["gold"]
         assert merged[spec["label"]]["responses"] == 8
+    # Of a run that the first folder has from before it measured otherwise, the other's counts.
+    stale = tmp_path / "stale"
+    shutil.copytree(done, stale)
+    lines = [row | {"gold_by": "before"} if row["seed"] else row for row in responses(stale)]
+    (stale / "responses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run("--merge", stale, done, "--out", tmp_path / "f", "--no-plots") == 0
+    assert [spec["gold"] for spec in read(tmp_path / "f")["specs"]] == [s["gold"] for s in expected]
     assert run(*SMALL, "--num-prompts", "3", "--out", tmp_path / "e", "--no-plots") == 0
     assert run("--merge", whole, tmp_path / "e", "--out", tmp_path / "no", "--no-plots") == 2
     assert "vanilla, seed 0: two folders have a response to prompt 3, and" in capfd.readouterr().err
