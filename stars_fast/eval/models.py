@@ -168,7 +168,7 @@ def identity_of(source: RewardSource | None) -> Any:  # noqa: ANN401 - JSON
         name, files = source, _weights(source)
     elif inspect.isfunction(source):
         name = f"{source.__module__}:{source.__qualname__}"
-        files = [Path(source.__code__.co_filename)]
+        files = [Path(inspect.unwrap(source).__code__.co_filename)]  # not a decorator's
     else:
         name, files = repr(source), [f for each in sources_of(source) for f in _weights(each)]
     stats = [(path.name, path.stat()) for path in sorted(files) if path.exists()]

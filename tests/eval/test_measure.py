@@ -102,6 +102,15 @@ def test_a_model_trained_again_is_another_one(tmp_path: Path) -> None:
     assert identity_of(None) is None
 
 
+def test_a_decorated_function_is_known_by_its_own_file() -> None:
+    @torch.no_grad()
+    def gold(prompts: list[str], responses: list[str]) -> list[float]:
+        return [0.0 for _ in responses]
+
+    ((name, *_),) = identity_of(gold)[1]
+    assert name == Path(__file__).name
+
+
 def test_columns_are_filled_once_and_again_where_they_failed(tmp_path: Path) -> None:
     store = Store(tmp_path)
     rows = [{"run": "a", "number": n, "text": "x" * n, "error": None} for n in (1, 2, 3)]
