@@ -134,7 +134,7 @@ def test_bad_requests_are_recorded_and_harm_no_other(tmp_path: Path) -> None:
         good,
         {"prompt_token_ids": [10**6]},
         {"prompt": "kettle " * 5000},
-        {"prompt": "x", "params": {"top_k": 10**6}},
+        {"prompt": "x", "params": {"stop_token_ids": [10**6]}},
         {"messages": [{"role": "user", "content": "x"}]},
     )
     alone = write(tmp_path / "alone", good)
@@ -146,7 +146,7 @@ def test_bad_requests_are_recorded_and_harm_no_other(tmp_path: Path) -> None:
     assert response["token_ids"] == read(tmp_path / "one")[1]["outputs"][0]["token_ids"]
     assert "1000000" in records[2]["error"]
     assert "context" in records[3]["error"]
-    assert "top_k" in records[4]["error"]
+    assert "stop_token_ids" in records[4]["error"]
     assert "chat template" in records[5]["error"]
 
 

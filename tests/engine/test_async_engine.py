@@ -406,7 +406,7 @@ def test_refused_requests_harm_no_other(make: Callable[..., AsyncEngine]) -> Non
     async def main() -> None:
         engine = make(max_prompt_tokens=5)
         bad = [
-            ("ab", dataclasses.replace(PARAMS, top_k=99), "top_k must be at most"),
+            ("ab", dataclasses.replace(PARAMS, stop_token_ids=[99]), "stop_token_ids must be in"),
             ("", PARAMS, "prompt is empty"),
             ("ababab", PARAMS, "prompt has 6 tokens, more than the 5 allowed"),
             ("ab", dataclasses.replace(PARAMS, max_tokens=1000), "does not fit"),

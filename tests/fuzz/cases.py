@@ -341,7 +341,6 @@ def _bad_asks(world: World, params: StarsParams) -> Iterator[BadAsk]:
         ([1] * CONTEXT, "does not fit the model's context"),
     ):
         yield BadAsk(prompt, params, words)
-    yield BadAsk("a", replace(params, top_k=10**6), "top_k must be at most")
     yield BadAsk("a", replace(params, stop_token_ids=[10**6]), "stop_token_ids must be in")
     judged = world.rewards.name == "persona"
     other = StarsParams(method="stars" if judged else "persona_judge")
