@@ -399,7 +399,7 @@ class BaseEngine(OneThread, ABC):
         """Check the parameters against the models, and put a number for the target reward."""
         if not isinstance(params, StarsParams):
             raise TypeError(f"params must be StarsParams, got {params!r:.80}")
-        params = self._limits.fit(params)
+        self._limits.check(params)
         if not params.needs_target or isinstance(params.target_reward, int | float):
             return params
         if self.calibration is None:

@@ -121,7 +121,8 @@ class CalibratingEngine(BaseEngine):
     def _resolve(self, params: StarsParams) -> StarsParams:
         follows = self._streaming is not None and params.budget is None
         if follows and params.needs_calibration:
-            return self._limits.fit(params)  # its target is known when it begins
+            self._limits.check(params)
+            return params  # its target is known when it begins
         return super()._resolve(params)
 
     def _waits_for_target(self, request: Request) -> bool:

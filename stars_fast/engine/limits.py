@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from stars_fast.params import StarsParams
 from stars_fast.rewards.base import Scorer
@@ -44,15 +44,8 @@ class Limits:
     guides: bool = False
     drafts: bool = False
 
-    def fit(self, params: StarsParams) -> StarsParams:
-        """Return the parameters; a `top_k` that keeps every token is off.
-
-        Raises ValueError, naming the parameter, for what the models cannot do.
-        """
-        self._check(params)
-        return replace(params, top_k=0) if params.top_k >= self.vocab_size else params
-
-    def _check(self, params: StarsParams) -> None:
+    def check(self, params: StarsParams) -> None:
+        """Raise ValueError, naming the parameter, for what the models cannot do."""
         vocab_size = self.vocab_size
         for token in params.stop_token_ids or ():
             if token >= vocab_size:
