@@ -214,7 +214,7 @@ def _draw_params(
     drawn: dict[str, Any] = {
         "max_tokens": min(longest, rng.choice([1, 2, 5, 17, 30, 48, rng.randint(1, 48)])),
         "temperature": rng.choice([0, 0.3, 0.8, 1, 1.5, 2]),
-        "top_k": min(vocab_size, rng.choice([0, 0, 1, 5, 40, 300])),
+        "top_k": rng.choice([0, 0, 1, 5, 40, 300]),
         "top_p": rng.choice([1.0, 1.0, 0.9, 0.5]),
         "min_p": rng.choice([0.0, 0.0, 0.05, 0.3]),
         "repetition_penalty": rng.choice([1.0, 1.0, 1.0, 0.8, 1.2, 3.0]),
