@@ -22,6 +22,10 @@ from triton.compiler import ASTSource, CompiledKernel
 #: Guide, table of technical specifications per compute capability).
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
+#: Registers of a thread in kernels that Triton 3.6's ptxas, unless it is told a number, spills some
+#: bytes of to fit more threads.
+MOST_REGISTERS = 96
+
 #: Compute capabilities that kernels are compiled for.
 ARCHITECTURES = tuple(SHARED_LIMIT)
 
@@ -45,8 +49,8 @@ class Variant:
         ``"constexpr"``.
     constexprs
         Value of each argument of type ``"constexpr"``.
-    num_warps, num_stages
-        As the launcher passes them.
+    num_warps, num_stages, maxnreg
+        As the launcher passes them; the last are the most registers of a thread, None: any number.
     aligned
         Arguments that the launcher's usual input makes divisible by 16.
     capabilities
@@ -61,6 +65,7 @@ class Variant:
     constexprs: dict[str, object]
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None
     aligned: frozenset[str] = frozenset()
     capabilities: tuple[int, ...] = ARCHITECTURES
     min_buffers: int = 0
@@ -131,7 +136,11 @@ def _compile(variant: Variant, capability: int) -> CompiledKernel:
         constexprs=variant.constexprs,
         attrs=attributes,
     )
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    options = {
+        "num_warps": variant.num_warps,
+        "num_stages": variant.num_stages,
+        "maxnreg": variant.maxnreg,
+    }
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

@@ -13,13 +13,14 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from stars_fast.kernels.aot import ARCHITECTURES, Variant
+from stars_fast.kernels.aot import ARCHITECTURES, MOST_REGISTERS, Variant
 from stars_fast.kernels.attention_kernels import attention_kernel, merge_kernel
 from stars_fast.kernels.attention_plan import (
     BLOCK_ROWS,
@@ -175,6 +176,7 @@ def attention(
             *((own.out, own.lse, own.lse.stride(0)) if own is not None else (like, like, 0)),
             HEADS=heads, VALUE_DIM=value_dim, BLOCK_S=_MERGE_SPLITS, BLOCK_DV=_block_d(value_dim),
             SINKS=sinks is not None, OWN=own is not None, num_warps=_MERGE_WARPS,
+            maxnreg=MOST_REGISTERS,
         )  # fmt: skip
     return out
 
@@ -309,7 +311,8 @@ def _merge_variants() -> Iterator[Variant]:
             **dict.fromkeys(("partial_ptr", "lse_ptr", "own_lse_ptr"), "*fp32"),
         }
         name = f"merge {short} d{dim}{' sinks' if sinks else ''}{' own' if own else ''}"
-        yield _variant(name, merge_kernel, types, constexprs, _MERGE_WARPS, 3, ARCHITECTURES)
+        form = _variant(name, merge_kernel, types, constexprs, _MERGE_WARPS, 3, ARCHITECTURES)
+        yield replace(form, maxnreg=MOST_REGISTERS)
 
 
 def _variant(

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from stars_fast.kernels.aot import Variant
+from stars_fast.kernels.aot import MOST_REGISTERS, Variant
 from stars_fast.kernels.sample_finish import CAPACITY, MAX_SPLITS, sample_finish_kernel
 from stars_fast.kernels.sample_reduce import MINI, MINIS, PARTIALS, sample_reduce_kernel
 
@@ -147,6 +147,7 @@ def sample(
         vocab_size,
         splits,
         num_warps=_FINISH_WARPS,
+        maxnreg=MOST_REGISTERS,
     )
     return token, logprob, truncated_logprob, entropy, ok
 
@@ -166,9 +167,10 @@ def variants() -> list[Variant]:
     found = []
     for dtype in DTYPES.values():
         inputs = _inputs_signature(dtype)
-        for name, kernel, signature, warps in (
-            ("reduce", sample_reduce_kernel, inputs | sizes, _REDUCE_WARPS),
-            ("finish", sample_finish_kernel, inputs | outputs | sizes, _FINISH_WARPS),
+        all_of_it = inputs | outputs | sizes
+        for name, kernel, signature, warps, registers in (
+            ("reduce", sample_reduce_kernel, inputs | sizes, _REDUCE_WARPS, None),
+            ("finish", sample_finish_kernel, all_of_it, _FINISH_WARPS, MOST_REGISTERS),
         ):
             aligned = {key for key, kind in signature.items() if kind.startswith("*")}
             aligned |= {"logits_stride", "vocab_size"}
@@ -179,6 +181,7 @@ def variants() -> list[Variant]:
                     signature,
                     {},
                     num_warps=warps,
+                    maxnreg=registers,
                     aligned=frozenset(aligned),
                 )
             )
