@@ -181,7 +181,7 @@ def test_other_options_make_another_engine(model: LlamaForCausalLM) -> None:
     [
         ({"do_sample": False}, "do_sample must be True"),
         ({"no_repeat_ngram_size": 2}, "got a NoRepeatNGramLogitsProcessor"),
-        ({"sequence_bias": [[[0, 1], 1.0]]}, r"sequence_bias must be of single tokens, got \[0, 1"),
+        ({"sequence_bias": [[[1, 2], 1.0]]}, r"sequence_bias must be of single tokens, got \[1, 2"),
         ({"stars_params": StarsParams(min_tokens=2)}, "min_tokens must be left out of stars"),
         ({"max_time": 1.0}, "got a MaxTimeCriteria"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores must be False"),

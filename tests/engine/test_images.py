@@ -29,7 +29,7 @@ CHATS = [
     chat(SQUARE, SQUARE.copy(), "w7"),
     chat(UPRIGHT, "w1 w2 w3 w6"),
 ]
-GREEDY = StarsParams(method="vanilla", temperature=0, max_tokens=6)
+GREEDY = StarsParams(method="vanilla", temperature=0, max_tokens=6, ignore_eos=True)
 
 
 @pytest.fixture(autouse=True)

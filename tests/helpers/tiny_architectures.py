@@ -107,7 +107,10 @@ def tiny_lm(
     config = CONFIGS[name]()
     for field, value in changes.items():
         setattr(config, field, value)
-    return randomize(AutoModelForCausalLM.from_config(config), seed=seed).to(dtype)
+    # For Gemma 2, transformers 5.17 would take an attention that leaves out its softcapping.
+    chosen = {"attn_implementation": "eager"} if name == "gemma2" else {}
+    model = AutoModelForCausalLM.from_config(config, **chosen)
+    return randomize(model, seed=seed).to(dtype)
 
 
 def randomize(model: PreTrainedModel, *, seed: int) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import random
 import sys
@@ -16,6 +17,7 @@ from helpers.backends import device_of
 from helpers.page_driver import PageDriver, Sequence
 from helpers.tiny_architectures import tiny_lm
 from torch import Tensor
+from torch.nn.attention import varlen
 
 from stars_fast import Engine
 from stars_fast.config import EngineConfig
@@ -26,6 +28,7 @@ from stars_fast.ops.attention import AttentionOptions
 from stars_fast.ops.varlen import varlen_attention
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SIGNATURE = inspect.signature(varlen.varlen_attn)
 LAYER = LayerLayout(4, 2, 8, 8, 0, torch.bfloat16)
 
 
@@ -221,13 +224,17 @@ def varlen_attn(
     query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool = False, **asked: Any
 ) -> tuple[Tensor, Tensor]:
     """Stands in for PyTorch's, which has no form for a CPU."""
-    assert enable_gqa == (query.shape[1] != key.shape[1])
+    has_flag = "enable_gqa" in SIGNATURE.parameters  # torch 2.11 needs none
+    assert enable_gqa == (has_flag and query.shape[1] != key.shape[1])
     ends, longest = asked["cu_seq_q"], asked["max_q"]
     assert (asked["cu_seq_k"], asked["max_k"]) == (ends, longest)
     assert asked["return_aux"].lse
     assert ends.dtype == torch.int32
     assert longest >= max(ends.diff().tolist())
     return documented(query, key, value, ends.tolist(), asked["scale"], *asked["window_size"])
+
+
+varlen_attn.__signature__ = SIGNATURE  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("form", [by_flash, by_torch])
