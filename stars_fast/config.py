@@ -223,6 +223,7 @@ class EngineConfig:
     max_prefill_tokens: int = 8192
     backend: Backend = "auto"
     overlap_scoring: bool | None = None
+    draft_ahead: bool | None = None
     device_timing: bool = False
     tensor_parallel: bool = False
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -101,6 +101,8 @@ class Draft:
     row_steps
         Rows that each of them ran, summed: those whose segment had ended included. 0 where the
         model is not here.
+    seconds
+        What the device took, where the host did something else meanwhile.
     errors
         Why a row has no segment; its other entries are meaningless, but its length is at least 1.
     """
@@ -112,6 +114,7 @@ class Draft:
     nan_step: npt.NDArray[np.int64]
     steps: int = 0
     row_steps: int = 0
+    seconds: float | None = None
     errors: dict[int, str] = field(default_factory=dict)
     adjusted_logprobs: npt.NDArray[np.float32] | None = None
     top_tokens: npt.NDArray[np.int64] | None = None
@@ -143,5 +146,17 @@ class Drafter(Protocol):
         There is at least one row. Some segments may not have ended: their rows come again. The KV
         of the drawn tokens is written to the model's pages.
         `sampling` has one entry per row of ``plan.draft``.
+        """
+        ...
+
+
+@runtime_checkable
+class LaunchingDrafter(Drafter, Protocol):
+    """One that need not wait for the device."""
+
+    def launch(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Callable[[], Draft]:
+        """Launch the steps of a draft; what waits for them and returns it, to be called once.
+
+        Before that no other may be launched. Rows with a grammar are waited for here.
         """
         ...

@@ -100,11 +100,16 @@ class CapturedDrafter:
 
     def draft(self, plan: RowPlan, sampling: Sequence[RowSampling]) -> Draft:
         """Draw the segments of a round; see `Drafter.draft`."""
+        return self.launch(plan, sampling)()
+
+    def launch(self, plan: RowPlan, sampling: Sequence[RowSampling]) -> Callable[[], Draft]:
+        """Launch the replays of a round; see `LaunchingDrafter`."""
         self._forget_moved()
         with self._model.on_backend():
             needs = StepNeeds.of(plan, sampling, num_tokens(self._model.vocab_size, self._known))
             columns = _Columns(most_stop_ids(sampling), Widths.of(sampling))
             bucket = self._bucket(plan, columns, needs)
+            begun = _mark(self._model.device)
             bucket.write(plan, sampling)
             grammars = bucket.progress.grammar_rows(sampling)
             if grammars is None:
@@ -114,7 +119,17 @@ class CapturedDrafter:
                     grammars.allow()
                     bucket.graph.run(1)
                     grammars.advance(bucket.ids, bucket.progress.live)
-            return bucket.progress.read(plan.draft.num_rows, plan.draft.max_new)
+            ended = _mark(self._model.device)
+        rows, steps = plan.draft.num_rows, plan.draft.max_new
+
+        def read() -> Draft:
+            with self._model.on_backend():
+                drafted = bucket.progress.read(rows, steps)
+            if begun is None or ended is None:
+                return drafted
+            return replace(drafted, seconds=begun.elapsed_time(ended) / 1000)
+
+        return read
 
     def _places_of_weights(self) -> list[int]:
         return [x.data_ptr() for x in self._weights]
@@ -265,6 +280,15 @@ class _Bucket:
             self.first_position[:rows] += torch.from_numpy(shift).to(self.first_position.device)
         self.ids[rows:].zero_()
         self.first_position[rows:].zero_()
+
+
+def _mark(device: torch.device) -> torch.cuda.Event | None:
+    """Put an event that takes the time into the device's stream; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def bucket_rows(rows: int) -> int:

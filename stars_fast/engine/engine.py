@@ -25,7 +25,7 @@ from stars_fast.config import (
 )
 from stars_fast.distributed import ALONE, OneRank, Ranks
 from stars_fast.drafting.adjust import KnownTokens, num_tokens
-from stars_fast.drafting.base import Drafter
+from stars_fast.drafting.base import Drafter, LaunchingDrafter
 from stars_fast.drafting.eager import EagerDrafter
 from stars_fast.drafting.grammar import Grammars
 from stars_fast.drafting.guidance import GuidedDrafter
@@ -169,6 +169,12 @@ class Engine(BatchEngine):
         Draft a round while the previous one, of other requests, is scored on another thread; None:
         only if the reward model is on another device. This helps if the two do not share a
         processor: with another GPU, or with a reward function that calls a server.
+    draft_ahead
+        Launch a round's draft before `step` returns what the round before it decided: texts and
+        outputs are made, and handed on, while the device drafts. A request that is added between
+        two steps joins the round after the one under way; with `AsyncEngine` it is no later than
+        otherwise. None: where drafts are replays of CUDA graphs and scoring does not overlap. Where
+        a draft cannot be launched, on a CPU, it is run instead, and outputs wait for it.
     device_timing
         Take the seconds of `stats` from CUDA events, as the device sees each phase, at a few
         microseconds per phase. Otherwise the host's clock charges a phase with its waits.
@@ -225,6 +231,7 @@ class Engine(BatchEngine):
         kv_dtype: KvDtype = "auto",
         compile_model: bool = False,
         overlap_scoring: bool | None = None,
+        draft_ahead: bool | None = None,
         device_timing: bool = False,
         tensor_parallel: bool = False,
         parse_special: bool = False,
@@ -260,6 +267,7 @@ class Engine(BatchEngine):
             kv_dtype=kv_dtype,
             compile_model=compile_model,
             overlap_scoring=overlap_scoring,
+            draft_ahead=draft_ahead,
             device_timing=device_timing,
             tensor_parallel=tensor_parallel,
             parse_special=parse_special,
@@ -341,6 +349,7 @@ class Engine(BatchEngine):
             grammars=self._grammars,
             pace=pace,
             images=encoder,
+            ahead=_drafts_ahead(config, ranks, lm, drafter, overlap=overlap),
         )
         self._lm = lm
         self._max_length = lm.max_length if together is None else together.max_length
@@ -421,7 +430,7 @@ def _connected(config: EngineConfig) -> Ranks:
     """Return the ranks that run the engine."""
     ranks = Ranks.connect(config.device) if config.tensor_parallel else OneRank(config.device)
     if ranks.size > 1:
-        for name in ("overlap_scoring", "compile_model"):
+        for name in ("overlap_scoring", "draft_ahead", "compile_model"):
             value = getattr(config, name)
             if value:
                 raise ValueError(f"{name} must be off with tensor_parallel=True, got {value}")
@@ -529,6 +538,19 @@ def _overlaps(
             "overlap_scoring must be False with a Persona: it judges by the model that drafts"
         )
     return overlap
+
+
+def _drafts_ahead(
+    config: EngineConfig, ranks: Ranks, lm: PagedModel, drafter: Drafter, *, overlap: bool
+) -> bool:
+    """Return whether a round's draft is launched before the step of the round before it returns."""
+    ahead = config.draft_ahead
+    if ahead and overlap:
+        raise ValueError("draft_ahead must be False where scoring overlaps: see overlap_scoring")
+    if ahead is None:
+        launches = isinstance(drafter, LaunchingDrafter) and lm.device.type == "cuda"
+        return launches and not overlap and ranks.size == 1
+    return ahead
 
 
 def _known_tokens(

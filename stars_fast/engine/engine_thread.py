@@ -304,6 +304,8 @@ class EngineThread(Generic[S]):
     # On the engine's thread
 
     def _run(self) -> None:
+        # What comes while a round runs takes part in the next one, also if that is launched ahead.
+        self._engine.loop.before_plan = partial(self._obey, wait=False)
         try:
             while not (self._ends_when_idle and self._idle):
                 self._obey(wait=not self._running and not self._engine.samples_prompts)
@@ -318,6 +320,7 @@ class EngineThread(Generic[S]):
                 "the engine has stopped: %s: %s", type(error).__name__, error, exc_info=error
             )
         finally:
+            self._engine.loop.before_plan = None
             # Also if the above has a fault: no caller may wait forever.
             with self._lock:
                 self._refuses = True
@@ -352,9 +355,9 @@ class EngineThread(Generic[S]):
 
     def _do(self, work: Callable[[], None]) -> None:
         """Do what must not take for ever."""
-        self._work_began = time.monotonic()
+        outer, self._work_began = self._work_began, time.monotonic()
         work()
-        self._work_began = None
+        self._work_began = outer
 
     def checked(self, prompt: PromptLike | Prompt, params: StarsParams) -> Prompt:
         """Return a prompt that may be run, as `Engine.check_request`; where prompts are read."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import logging
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent import futures
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -19,12 +21,12 @@ from transformers import PreTrainedModel
 
 from stars_fast import _core
 from stars_fast.distributed import ALONE, Ranks
-from stars_fast.drafting.base import Draft, Drafter, RowSampling
+from stars_fast.drafting.base import Draft, Drafter, LaunchingDrafter, RowSampling
 from stars_fast.drafting.grammar import Grammars, GrammarState
 from stars_fast.drafting.pace import Pace
 from stars_fast.engine.clock import PhaseClock
 from stars_fast.engine.detokenize import response_text
-from stars_fast.engine.requests import Response
+from stars_fast.engine.requests import Candidate, Response
 from stars_fast.engine.round import Round, cut_candidates, score_round
 from stars_fast.engine.sampling import continued, counts_of, row_sampling
 from stars_fast.methods.decisions import scheduler_options
@@ -41,6 +43,8 @@ from stars_fast.rewards.base import Prompt, ScoreJob, Scorer
 from stars_fast.seeds import derive_seed
 from stars_fast.text.decoders import Decodes
 from stars_fast.text.words import word_tokens
+
+_log = logging.getLogger(__name__)
 
 PHASES = ("plan", "fork", "prefill", "draft", "score", "commit")
 
@@ -90,6 +94,26 @@ class LanguageModel(Protocol):
         ...
 
 
+@dataclass
+class _Launched:
+    """A round up to its draft, which may still run."""
+
+    plan: _core.Plan
+    responses: list[Response]
+    read: Callable[[], Draft]  # waits for it
+    beside: float  # seconds before its prefill
+    drafting: float  # seconds of launching its draft
+
+
+@dataclass
+class _Decided:
+    """A round that is committed, and the winner of each of its events; None: it failed."""
+
+    done: Round
+    decision: _core.Decision
+    winners: list[Candidate | None]
+
+
 class Loop:
     """Runs responses round by round.
 
@@ -118,6 +142,9 @@ class Loop:
         Told what rounds cost; the drafter's, if that ends rounds of which some rows go on.
     images
         Encodes the pictures of prompts; None: none has any.
+    ahead
+        Launch the next round's draft before the texts and outputs of a round are made, so that the
+        device drafts meanwhile and until the next `step`; not with `overlap`.
 
     Attributes
     ----------
@@ -125,6 +152,8 @@ class Loop:
         As given.
     on_round
         Called with each round that is drafted, before it is scored; None: nobody is told.
+    before_plan
+        Called in `step` before a draft is launched ahead: what is added then takes part in it.
     lm_calls, row_steps
         Forward passes of the language model; rows x steps of those that drafted.
     discarded
@@ -145,6 +174,7 @@ class Loop:
         grammars: Grammars | None = None,
         pace: Pace | None = None,
         images: ImageEncoder | None = None,
+        ahead: bool = False,
     ) -> None:
         self.pace = pace
         self.images = images
@@ -153,6 +183,7 @@ class Loop:
         self.model = model
         self.drafter = drafter
         self.on_round: Callable[[Round], None] | None = None
+        self.before_plan: Callable[[], None] | None = None
         self._scheduler = scheduler
         self.scorer = scorer
         self._tokenizer = tokenizer
@@ -161,7 +192,10 @@ class Loop:
         self._branches = itertools.count()
         self._clock = clock
         self._ranks = ranks
-        self._begun = 0.0  # time at which the round was
+        self._ahead = ahead
+        self._launched: _Launched | None = None
+        self._decided: _Decided | None = None
+        self._changed: list[Response] = []  # since the last step
         self._worker = futures.ThreadPoolExecutor(1, "stars-fast-score") if overlap else None
         self._scoring: futures.Future[Round] | None = None
         self._planned: deque[_core.Plan] = deque()  # out, the oldest first
@@ -323,28 +357,31 @@ class Loop:
     def abort(self, response: Response) -> None:
         """Stop a response; its finish reason becomes ``"abort"`` unless it has one."""
         self.wait_for_scoring()
+        self._record()
         if response.handle in self._responses:
             self._scheduler.abort(response.handle)  # of paths the first takes the others along
             self._end(response, "abort")
             if not self.has_unfinished:
-                self._finish_scoring()  # no further step will run, and the round holds pages
+                self._finish_rounds()  # no further step will run, and the round holds pages
 
     def step(self) -> list[Response]:
         """Run one round; return the responses with a new segment and those that failed.
 
         Where scoring overlaps, those are of the round before, and the new one is being scored when
-        this returns. If a phase raises, the rounds under way are undone and can be run again.
+        this returns; where drafts are launched ahead, the next one is being drafted. If a phase
+        raises, the rounds under way are undone and can be run again.
         """
         with torch.inference_mode(), self._together():
-            self._begun = time.perf_counter()
-            with self._clock.phase("plan"):
-                plan = self._scheduler.plan()
-            self._planned.append(plan)
             try:
-                return self._run(plan)
+                self._run()
+                if self._ahead:
+                    self._launch_ahead()
             except BaseException:
                 self._undo()
                 raise
+            self._record()
+        changed, self._changed = self._changed, []
+        return changed
 
     def _together(self) -> contextlib.AbstractContextManager[None]:
         return self._ranks.together()
@@ -356,7 +393,36 @@ class Loop:
 
     # The phases of a round
 
-    def _run(self, plan: _core.Plan) -> list[Response]:
+    def _run(self) -> None:
+        self._record()  # of a step that was interrupted
+        launched, self._launched = self._launched or self._launch(), None
+        done = self._collect(launched)
+        if self._worker is None:
+            self._commit(self._score(done))
+            return
+        self._finish_scoring()
+        self._scoring = self._worker.submit(self._score, done)
+
+    def _launch_ahead(self) -> None:
+        """Launch the next round, if there is one whose draft need not be waited for."""
+        if self.before_plan is not None:
+            self.before_plan()
+        # The host takes part in the steps of rows with a grammar.
+        waits = any(one.sampling.grammar is not None for one in self._responses.values())
+        if waits or not self.has_unfinished:
+            return
+        try:
+            self._launched = self._launch()
+        except Exception:  # noqa: BLE001 - the round before is to come out all the same
+            _log.exception("a round could not be launched ahead: the next step runs it again")
+            self._undo()
+
+    def _launch(self) -> _Launched:
+        """Plan a round and run it up to its draft, which is launched where that can be."""
+        begun = time.perf_counter()
+        with self._clock.phase("plan"):
+            plan = self._scheduler.plan()
+        self._planned.append(plan)
         draft = plan.draft
         self._ranks.check_same(
             "the round",
@@ -365,37 +431,47 @@ class Loop:
             plan.first_token,
             *(plan.prefill_tokens, plan.unscored, draft.new_lengths, draft.slots),
         )
-        done = self._draft(plan)
-        if self.on_round is not None:
-            self.on_round(done)
-        if self._worker is None:
-            return self._finish(self._score(done))
-        changed = self._finish_scoring()
-        self._scoring = self._worker.submit(self._score, done)
-        return changed
-
-    def _draft(self, plan: _core.Plan) -> Round:
         with self._clock.phase("fork"):
             self.model.copy_pages(*plan.copies)
-        beside = time.perf_counter() - self._begun
+        beside = time.perf_counter() - begun
         with self._clock.phase("prefill"):
             if plan.prefill.num_rows:
                 self._prefill(plan)
                 self.lm_calls += 1
-        begun = time.perf_counter()
         responses = [self._responses[handle] for handle in _handles(plan)]
+        if not responses:
+            return _Launched(plan, responses, Draft.of_no_rows, beside, 0.0)
+        sampling = _sampling(plan, responses)
+        read: Callable[[], Draft] = functools.partial(self.drafter.draft, plan, sampling)
+        begun = time.perf_counter()
+        if self._ahead:
+            with self._clock.phase("draft"):
+                read = self._draft_of(plan, sampling)
+        return _Launched(plan, responses, read, beside, time.perf_counter() - begun)
+
+    def _draft_of(self, plan: _core.Plan, sampling: Sequence[RowSampling]) -> Callable[[], Draft]:
+        """Launch a draft, or run it where that is all the drafter can; what gives it."""
+        if isinstance(self.drafter, LaunchingDrafter):
+            return self.drafter.launch(plan, sampling)
+        drafted = self.drafter.draft(plan, sampling)
+        return lambda: drafted
+
+    def _collect(self, launched: _Launched) -> Round:
+        """Wait for a round's draft."""
+        begun = time.perf_counter()
         with self._clock.phase("draft"):
-            drafted = Draft.of_no_rows()
-            if responses:
-                drafted = self.drafter.draft(plan, _sampling(plan, responses))
-                calls = drafted.lm_calls
-                self.lm_calls += drafted.steps if calls is None else calls
-                self.row_steps += drafted.row_steps
-                if drafted.discarded is not None:
-                    self.discarded += int(drafted.discarded.sum())
-        seconds = time.perf_counter() - begun
-        done = cut_candidates(plan, drafted, responses, self._branches)
-        done.seconds["draft"], done.beside = seconds, beside
+            drafted = launched.read()
+        seconds = launched.drafting + time.perf_counter() - begun
+        calls = drafted.lm_calls
+        self.lm_calls += drafted.steps if calls is None else calls
+        self.row_steps += drafted.row_steps
+        if drafted.discarded is not None:
+            self.discarded += int(drafted.discarded.sum())
+        done = cut_candidates(launched.plan, drafted, launched.responses, self._branches)
+        done.seconds["draft"] = seconds if drafted.seconds is None else drafted.seconds
+        done.beside = launched.beside
+        if self.on_round is not None:
+            self.on_round(done)
         return done
 
     def _prefill(self, plan: _core.Plan) -> None:
@@ -413,32 +489,30 @@ class Loop:
                 score_round(done, self.scorer, self._branches)
         return done
 
-    def _finish_scoring(self) -> list[Response]:
+    def _finish_scoring(self) -> None:
         """Commit the round that is being scored, if there is one."""
-        if self._scoring is None:
-            return []
-        scoring, self._scoring = self._scoring, None
-        return self._finish(scoring.result())
+        if self._scoring is not None:
+            scoring, self._scoring = self._scoring, None
+            self._commit(scoring.result())
 
-    def _finish(self, done: Round) -> list[Response]:
-        """Commit the oldest round that is out; its rewards are known."""
-        begun = time.perf_counter()
-        with self._clock.phase("commit"):
-            self._charge_scoring()
-            failed = self._set_prompt_rewards(done)
-            changed = failed + self._commit(done)
-        if self.pace is not None and done.draft.steps:
-            beside = done.beside + time.perf_counter() - begun + done.seconds.get("score", 0.0)
-            patience = self.pace.observe(done.draft.steps, done.seconds["draft"], done.read, beside)
-            self.pace.patience = self._ranks.first(patience)
-        self._planned.popleft()
-        return changed
+    def _finish_rounds(self) -> None:
+        """Commit what is out; nothing is unfinished."""
+        self._finish_scoring()
+        if self._launched is not None:
+            try:
+                with torch.inference_mode(), self._together():
+                    self._run()
+            except BaseException:
+                self._undo()
+                raise
+        self._record()
 
     def _undo(self) -> None:
         """Give back every round that is out."""
         self.wait_for_scoring()
         self._scoring = None
-        self._scheduler.cancel()
+        if self._planned:
+            self._scheduler.cancel()
         for plan in self._planned:
             self._prune(plan)
         self._planned.clear()
@@ -469,7 +543,26 @@ class Loop:
 
     # What the scheduler decided
 
-    def _commit(self, done: Round) -> list[Response]:
+    def _commit(self, done: Round) -> None:
+        """Commit the oldest round that is out; its rewards are known.
+
+        With drafts launched ahead, what the next one does not need is left to `_record`.
+        """
+        begun = time.perf_counter()
+        with self._clock.phase("commit"):
+            self._charge_scoring()
+            self._changed += self._set_prompt_rewards(done)
+            decision = self._decide(done)
+        # Paths that take another's place need all of it.
+        if not self._ahead or len(decision.copy_target):
+            self._record()
+        if self.pace is not None and done.draft.steps:
+            beside = done.beside + time.perf_counter() - begun + done.seconds.get("score", 0.0)
+            patience = self.pace.observe(done.draft.steps, done.seconds["draft"], done.read, beside)
+            self.pace.patience = self._ranks.first(patience)
+
+    def _decide(self, done: Round) -> _core.Decision:
+        """Have the scheduler decide, and take the responses to where their next draft begins."""
         spent = done.seconds.values()
         seconds = max(spent) if self._worker is not None else sum(spent)
         seconds = self._ranks.first(seconds)
@@ -482,19 +575,52 @@ class Loop:
             done.breaks,
             done.unfinished,
         )
-        thresholds = decision.threshold.tolist()
+        self._planned.popleft()
+        for response in done.responses:
+            response.under_way.clear()
+        for row, response in enumerate(done.responses):
+            if not done.decided[row]:
+                response.under_way[done.candidates[row].attempt] = done.candidates[row]
+        winners: list[Candidate | None] = []
+        events = decision.request.tolist(), decision.kind.tolist(), decision.row.tolist()
+        for handle, kind, row in zip(*events, strict=True):
+            if kind == _core.EVENT_FAILED:
+                winners.append(None)
+                continue
+            response = self._responses[handle]
+            winner = response.kept if row < 0 else done.candidates[row]
+            if winner is None:
+                raise RuntimeError(f"request {handle} fell back to an attempt it does not have")
+            response.advance(winner)
+            winners.append(winner)
+        self._decided = _Decided(done, decision, winners)
+        return decision
+
+    def _record(self) -> None:
+        """Write down what was decided last: segments and texts, what ends, the rewards' caches."""
+        decided, self._decided = self._decided, None
+        if decided is None:
+            return
+        with self._clock.phase("commit"):
+            self._record_rows(decided)
+            self._record_events(decided)
+            self._prune(decided.done.plan)
+            self._compare_paths(decided.decision)
+
+    def _record_rows(self, decided: _Decided) -> None:
+        """Count what was drafted, and remember attempts that lost; see `_settle_rows`."""
+        done, decision = decided.done, decided.decision
         discarded = [] if done.draft.discarded is None else done.draft.discarded.tolist()
         rows = zip(done.responses, done.lengths.tolist(), done.drawn, strict=True)
         for response, length, drawn in rows:
             response.drafted_tokens += length - drawn if length > drawn else 0
-            response.under_way.clear()
         for response, tokens in zip(done.responses, discarded, strict=False):
             response.drafted_tokens += tokens
-        for row, response in enumerate(done.responses):
-            if not done.decided[row]:
-                response.under_way[done.candidates[row].attempt] = done.candidates[row]
-        self._settle_rows(done, decision.outcome.tolist(), thresholds)
-        changed = []
+        self._settle_rows(done, decision.outcome.tolist(), decision.threshold.tolist())
+
+    def _record_events(self, decided: _Decided) -> None:
+        done, decision = decided.done, decided.decision
+        thresholds = decision.threshold.tolist()
         events = zip(
             decision.request.tolist(),
             decision.kind.tolist(),
@@ -502,39 +628,34 @@ class Loop:
             decision.start.tolist(),
             decision.attempts.tolist(),
             decision.finish.tolist(),
+            decided.winners,
             strict=True,
         )
-        for handle, kind, row, start, attempts, finish in events:
+        for handle, kind, row, start, attempts, finish, winner in events:
             response = self._responses[handle]
-            changed.append(response)
-            if kind == _core.EVENT_FAILED:
+            self._changed.append(response)
+            if winner is None:
                 response.error = done.errors[row]
                 self._end(response, "error")
                 continue
-            candidate = response.kept if row < 0 else done.candidates[row]
-            if candidate is None:
-                raise RuntimeError(f"request {handle} fell back to an attempt it does not have")
             if row >= 0 and response.scored:
-                candidate = done.tested(row, thresholds[row])
+                done.tested(row, thresholds[row])
             segment = Segment(
                 start=start,
-                end=start + len(candidate.token_ids),
-                reward=candidate.reward,
-                threshold=candidate.threshold,
+                end=start + len(winner.token_ids),
+                reward=winner.reward,
+                threshold=winner.threshold,
                 attempts=attempts,
                 accepted=_ACCEPTED[kind],
-                rewards=candidate.rewards,
+                rewards=winner.rewards,
             )
-            response.commit(candidate, segment, _FINISH[finish])
-            if candidate.reward is not None:
-                self._needed_scorer.accept(handle, candidate.branch)
+            response.record(winner, segment, _FINISH[finish])
+            if winner.reward is not None:
+                self._needed_scorer.accept(handle, winner.branch)
             if finish != _core.FINISH_NONE and response.is_path:
                 response.output.finish_reason = _FINISH[finish]  # and others may yet beat it
             elif finish != _core.FINISH_NONE:
                 self._end(response, _FINISH[finish])
-        self._prune(done.plan)
-        self._compare_paths(decision)
-        return changed
 
     def _compare_paths(self, decision: _core.Decision) -> None:
         """Carry out what was decided over paths that have all come to a boundary."""

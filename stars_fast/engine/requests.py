@@ -145,21 +145,24 @@ class Response:
         """Whether nothing will be added."""
         return self.output.finish_reason is not None
 
-    def commit(self, candidate: Candidate, segment: Segment, finish: FinishReason | None) -> None:
-        """Append a candidate as the segment that it became, and its text.
-
-        `finish`: why it ends the response, None if it does not.
-        """
+    def advance(self, candidate: Candidate) -> None:
+        """Append the tokens of a candidate that won; the next draft begins behind them."""
         self.output.token_ids.extend(candidate.token_ids)
         self.token_ids = np.concatenate((self.token_ids, np.array(candidate.token_ids, np.int64)))
-        self.output.logprobs.extend(candidate.logprobs)
-        self.output.top_logprobs.extend(candidate.top_logprobs)
         if self.sampling.grammar is not None:
             self.sampling.grammar.advance(candidate.token_ids)
         counts = self.sampling.counts
         if counts is not None:
             for token in candidate.token_ids:
                 counts[token] = counts.get(token, 0) + 1
+
+    def record(self, candidate: Candidate, segment: Segment, finish: FinishReason | None) -> None:
+        """Note the segment that the candidate became, which `advance` has been told, and its text.
+
+        `finish`: why it ends the response, None if it does not.
+        """
+        self.output.logprobs.extend(candidate.logprobs)
+        self.output.top_logprobs.extend(candidate.top_logprobs)
         self.output.reward, self.output.rewards = candidate.reward, candidate.rewards
         self.keeps = candidate.keeps
         self.text = candidate_text(self, candidate)

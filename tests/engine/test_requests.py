@@ -367,9 +367,9 @@ def test_what_rows_cost_leaves_out_the_prompts(monkeypatch: pytest.MonkeyPatch) 
         letter_model(), slow_on_prompts, tokenizer=letter_tokenizer(), num_pages=400, page_size=4
     )
     monkeypatch.setattr("stars_fast.engine.round.time.perf_counter", lambda: now)
-    finish, seconds = engine.loop._finish, []
+    commit, seconds = engine.loop._commit, []
     monkeypatch.setattr(
-        engine.loop, "_finish", lambda done: seconds.append(done.seconds["score"]) or finish(done)
+        engine.loop, "_commit", lambda done: seconds.append(done.seconds["score"]) or commit(done)
     )
     only(engine, dataclasses.replace(PARAMS, candidates=1))
     assert now == 100.0 + len(seconds)

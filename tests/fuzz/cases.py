@@ -142,7 +142,7 @@ def draw_case(number: int) -> Case:
         "num_pages": max(8, 12000 // page_size),
         "max_rows": 64,
         "prefix_caching": rng.random() < 0.5,
-        "overlap_scoring": rng.random() < 0.2 and turn != _JUDGED,
+        **_order_of_phases(rng, overlaps=0.2 if turn != _JUDGED else 0.0),
     }
     bad = rng.sample(list(_bad_asks(world, asks[0].params)), 2)
     return Case(number, world, asks, bad, scarce, roomy)
@@ -290,6 +290,12 @@ def _fits(world: World, prompt: Any, params: StarsParams) -> bool:
     return len(read_prompt(world.tokenizer, prompt).token_ids) + _longest(params) <= CONTEXT
 
 
+def _order_of_phases(rng: random.Random, overlaps: float) -> dict[str, bool]:
+    """What runs beside what: one of both with some chance, or neither."""
+    overlap = rng.random() < overlaps
+    return {"overlap_scoring": overlap, "draft_ahead": not overlap and rng.random() < 0.4}
+
+
 def _scarce_options(
     rng: random.Random, world: World, asks: Sequence[Ask], max_rows: int
 ) -> dict[str, Any]:
@@ -314,7 +320,7 @@ def _scarce_options(
         "max_rows": max_rows,
         "max_prefill_tokens": rng.choice([1, 7, 16, 64, 8192] if most < 100 else [64, 8192]),
         "prefix_caching": rng.random() < 0.6,
-        "overlap_scoring": rng.random() < 0.4 and rewards.name != "persona",
+        **_order_of_phases(rng, overlaps=0.4 if rewards.name != "persona" else 0.0),
     }
     if rewards.shared:
         tokens = max(
