@@ -6,13 +6,12 @@ import contextlib
 import functools
 import itertools
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,17 +25,15 @@ from stars_fast.drafting.grammar import Grammars, GrammarState
 from stars_fast.drafting.pace import Pace
 from stars_fast.engine.clock import PhaseClock
 from stars_fast.engine.detokenize import response_text
-from stars_fast.engine.requests import Candidate, Response
+from stars_fast.engine.outcomes import Outcomes, rows_of
+from stars_fast.engine.requests import Response
 from stars_fast.engine.round import Round, cut_candidates, score_round
 from stars_fast.engine.sampling import continued, counts_of, row_sampling
 from stars_fast.methods.decisions import scheduler_options
 from stars_fast.models.images import ImageEncoder, ImageRows, SeenPrompt
 from stars_fast.outputs import (
-    Attempt,
     CompletionOutput,
-    FinishReason,
     PrefixCalibration,
-    Segment,
 )
 from stars_fast.params import StarsParams
 from stars_fast.rewards.base import Prompt, ScoreJob, Scorer
@@ -47,17 +44,6 @@ from stars_fast.text.words import word_tokens
 _log = logging.getLogger(__name__)
 
 PHASES = ("plan", "fork", "prefill", "draft", "score", "commit")
-
-_FINISH: dict[int, FinishReason | None] = {
-    _core.FINISH_NONE: None,
-    _core.FINISH_STOP: "stop",
-    _core.FINISH_LENGTH: "length",
-}
-_ACCEPTED: dict[int, Literal["test", "fallback", "choice"]] = {
-    _core.EVENT_ACCEPTED: "test",
-    _core.EVENT_FALLBACK: "fallback",
-    _core.EVENT_CHOSEN: "choice",
-}
 
 
 class LanguageModel(Protocol):
@@ -103,15 +89,6 @@ class _Launched:
     read: Callable[[], Draft]  # waits for it
     beside: float  # seconds before its prefill
     drafting: float  # seconds of launching its draft
-
-
-@dataclass
-class _Decided:
-    """A round that is committed, and the winner of each of its events; None: it failed."""
-
-    done: Round
-    decision: _core.Decision
-    winners: list[Candidate | None]
 
 
 class Loop:
@@ -178,7 +155,6 @@ class Loop:
     ) -> None:
         self.pace = pace
         self.images = images
-        self._seen: dict[int, SeenPrompt] = {}  # of prompts with pictures, by response handle
         self._grammars = grammars
         self.model = model
         self.drafter = drafter
@@ -188,14 +164,13 @@ class Loop:
         self.scorer = scorer
         self._tokenizer = tokenizer
         self._responses: dict[int, Response] = {}
+        self._outcomes = Outcomes(self._responses, scorer)
         self._handles = itertools.count()
         self._branches = itertools.count()
         self._clock = clock
         self._ranks = ranks
         self._ahead = ahead
         self._launched: _Launched | None = None
-        self._decided: _Decided | None = None
-        self._changed: list[Response] = []  # since the last step
         self._worker = futures.ThreadPoolExecutor(1, "stars-fast-score") if overlap else None
         self._scoring: futures.Future[Round] | None = None
         self._planned: deque[_core.Plan] = deque()  # out, the oldest first
@@ -325,7 +300,6 @@ class Loop:
         sampling = row_sampling(params, stop_token_ids, words)
         if seen is not None:
             sampling = replace(sampling, position_shift=seen.shift)
-            self._seen |= dict.fromkeys(handles, seen)
         responses = [
             Response(
                 handle,
@@ -335,6 +309,7 @@ class Loop:
                 response_text(self._tokenizer, prompt),
                 prefixes=prefixes,
                 is_path=params.kind.decides == "paths",
+                seen=seen,
             )
             for handle in handles
         ]
@@ -360,7 +335,7 @@ class Loop:
         self._record()
         if response.handle in self._responses:
             self._scheduler.abort(response.handle)  # of paths the first takes the others along
-            self._end(response, "abort")
+            self._outcomes.end(response, "abort")
             if not self.has_unfinished:
                 self._finish_rounds()  # no further step will run, and the round holds pages
 
@@ -380,8 +355,7 @@ class Loop:
                 self._undo()
                 raise
             self._record()
-        changed, self._changed = self._changed, []
-        return changed
+        return self._outcomes.take_changed()
 
     def _together(self) -> contextlib.AbstractContextManager[None]:
         return self._ranks.together()
@@ -438,7 +412,7 @@ class Loop:
             if plan.prefill.num_rows:
                 self._prefill(plan)
                 self.lm_calls += 1
-        responses = [self._responses[handle] for handle in _handles(plan)]
+        responses = [self._responses[handle] for handle in rows_of(plan)]
         if not responses:
             return _Launched(plan, responses, Draft.of_no_rows, beside, 0.0)
         sampling = _sampling(plan, responses)
@@ -476,8 +450,8 @@ class Loop:
 
     def _prefill(self, plan: _core.Plan) -> None:
         ids, images = plan.prefill_tokens, None
-        if self._seen:
-            seen = [self._seen.get(handle) for handle in plan.prefill_request.tolist()]
+        if self.images is not None:
+            seen = [self._responses[handle].seen for handle in plan.prefill_request.tolist()]
             images = ImageRows.of(plan.prefill, ids, seen) if any(seen) else None
         self.model.prefill(plan.prefill, torch.from_numpy(ids).to(self.model.device), images)
 
@@ -508,13 +482,14 @@ class Loop:
         self._record()
 
     def _undo(self) -> None:
-        """Give back every round that is out."""
+        """Give back every round that is out; what was decided before them stays."""
+        self._record()
         self.wait_for_scoring()
         self._scoring = None
         if self._planned:
             self._scheduler.cancel()
         for plan in self._planned:
-            self._prune(plan)
+            self._outcomes.prune(plan)
         self._planned.clear()
 
     def _charge_scoring(self) -> None:
@@ -535,7 +510,7 @@ class Loop:
             if isinstance(reward, Exception):
                 response.error = f"reward of the prompt: {reward}"
                 self._scheduler.abort(handle)
-                self._end(response, "error")
+                self._outcomes.end(response, "error")
                 failed.append(response)
             else:
                 self._scheduler.set_prompt_reward(handle, reward)
@@ -551,7 +526,7 @@ class Loop:
         begun = time.perf_counter()
         with self._clock.phase("commit"):
             self._charge_scoring()
-            self._changed += self._set_prompt_rewards(done)
+            self._outcomes.changed += self._set_prompt_rewards(done)
             decision = self._decide(done)
         # Paths that take another's place need all of it.
         if not self._ahead or len(decision.copy_target):
@@ -576,139 +551,14 @@ class Loop:
             done.unfinished,
         )
         self._planned.popleft()
-        for response in done.responses:
-            response.under_way.clear()
-        for row, response in enumerate(done.responses):
-            if not done.decided[row]:
-                response.under_way[done.candidates[row].attempt] = done.candidates[row]
-        winners: list[Candidate | None] = []
-        events = decision.request.tolist(), decision.kind.tolist(), decision.row.tolist()
-        for handle, kind, row in zip(*events, strict=True):
-            if kind == _core.EVENT_FAILED:
-                winners.append(None)
-                continue
-            response = self._responses[handle]
-            winner = response.kept if row < 0 else done.candidates[row]
-            if winner is None:
-                raise RuntimeError(f"request {handle} fell back to an attempt it does not have")
-            response.advance(winner)
-            winners.append(winner)
-        self._decided = _Decided(done, decision, winners)
+        self._outcomes.take(done, decision)
         return decision
 
     def _record(self) -> None:
-        """Write down what was decided last: segments and texts, what ends, the rewards' caches."""
-        decided, self._decided = self._decided, None
-        if decided is None:
-            return
-        with self._clock.phase("commit"):
-            self._record_rows(decided)
-            self._record_events(decided)
-            self._prune(decided.done.plan)
-            self._compare_paths(decided.decision)
-
-    def _record_rows(self, decided: _Decided) -> None:
-        """Count what was drafted, and remember attempts that lost; see `_settle_rows`."""
-        done, decision = decided.done, decided.decision
-        discarded = [] if done.draft.discarded is None else done.draft.discarded.tolist()
-        rows = zip(done.responses, done.lengths.tolist(), done.drawn, strict=True)
-        for response, length, drawn in rows:
-            response.drafted_tokens += length - drawn if length > drawn else 0
-        for response, tokens in zip(done.responses, discarded, strict=False):
-            response.drafted_tokens += tokens
-        self._settle_rows(done, decision.outcome.tolist(), decision.threshold.tolist())
-
-    def _record_events(self, decided: _Decided) -> None:
-        done, decision = decided.done, decided.decision
-        thresholds = decision.threshold.tolist()
-        events = zip(
-            decision.request.tolist(),
-            decision.kind.tolist(),
-            decision.row.tolist(),
-            decision.start.tolist(),
-            decision.attempts.tolist(),
-            decision.finish.tolist(),
-            decided.winners,
-            strict=True,
-        )
-        for handle, kind, row, start, attempts, finish, winner in events:
-            response = self._responses[handle]
-            self._changed.append(response)
-            if winner is None:
-                response.error = done.errors[row]
-                self._end(response, "error")
-                continue
-            if row >= 0 and response.scored:
-                done.tested(row, thresholds[row])
-            segment = Segment(
-                start=start,
-                end=start + len(winner.token_ids),
-                reward=winner.reward,
-                threshold=winner.threshold,
-                attempts=attempts,
-                accepted=_ACCEPTED[kind],
-                rewards=winner.rewards,
-            )
-            response.record(winner, segment, _FINISH[finish])
-            if winner.reward is not None:
-                self._needed_scorer.accept(handle, winner.branch)
-            if finish != _core.FINISH_NONE and response.is_path:
-                response.output.finish_reason = _FINISH[finish]  # and others may yet beat it
-            elif finish != _core.FINISH_NONE:
-                self._end(response, _FINISH[finish])
-
-    def _compare_paths(self, decision: _core.Decision) -> None:
-        """Carry out what was decided over paths that have all come to a boundary."""
-        copies = zip(decision.copy_target.tolist(), decision.copy_source.tolist(), strict=True)
-        for target, source in copies:
-            self._responses[target].copy_path(self._responses[source])
-            self._needed_scorer.fork(source, target)
-        for handle in decision.dropped.tolist():
-            self._end(self._responses[handle], "abort")
-        for handle in decision.chosen.tolist():
-            response = self._responses[handle]
-            response.chosen = True
-            self._end(response, response.output.finish_reason)
-
-    def _settle_rows(
-        self, done: Round, outcomes: Sequence[int], thresholds: Sequence[float]
-    ) -> None:
-        """Remember the best of the rejected, and with ``trace`` every rejected attempt."""
-        for row, response in enumerate(done.responses):
-            traced = response.params.trace
-            kept = outcomes[row] == _core.ROW_KEPT
-            if not (traced or kept):
-                continue
-            looked_at = response.params.kind.decides == "choice" or not math.isnan(thresholds[row])
-            looked_at = looked_at and done.decided[row]
-            if done.candidates[row].reward is None or response.finished or not looked_at:
-                continue  # no reward, or an attempt before it had passed or goes on
-            candidate = done.tested(row, thresholds[row])
-            assert candidate.reward is not None
-            if traced:
-                tokens = tuple(candidate.token_ids)
-                response.rejected.append(
-                    Attempt(candidate.attempt, tokens, candidate.reward, candidate.rewards)
-                )
-            if kept:
-                response.kept = candidate
-                self._needed_scorer.keep(response.handle, candidate.branch)
-
-    def _prune(self, plan: _core.Plan) -> None:
-        for handle in dict.fromkeys(_handles(plan)):
-            response = self._responses.get(handle)
-            if response is not None and response.scored:
-                self._needed_scorer.prune(handle)
-
-    def _end(self, response: Response, reason: FinishReason | None) -> None:
-        if reason in ("abort", "error") and response.output.finish_reason is None:
-            response.output.text = response.text.whole
-        response.output.finish_reason = reason
-        response.kept = None
-        self._responses.pop(response.handle, None)
-        self._seen.pop(response.handle, None)
-        if response.scored:
-            self._needed_scorer.finish(response.handle)
+        """Write down what was decided last, if that is still to be done."""
+        if self._outcomes.pending:
+            with self._clock.phase("commit"):
+                self._outcomes.write()
 
     def score_whole(
         self,
@@ -746,11 +596,6 @@ class Loop:
             if handle in owners:
                 owners[handle].rm_tokens += tokens
         return [errors[i] if i in errors else next(scored) for i in range(len(texts))]
-
-
-def _handles(plan: _core.Plan) -> list[int]:
-    """Return the response of each row, those held included."""
-    return [*plan.request.tolist(), *plan.held.tolist()]
 
 
 def _sampling(plan: _core.Plan, responses: Sequence[Response]) -> list[RowSampling]:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from stars_fast.drafting.base import RowSampling
 from stars_fast.engine.detokenize import ResponseText
+from stars_fast.models.images import SeenPrompt
 from stars_fast.outputs import (
     Attempt,
     CompletionOutput,
@@ -96,6 +97,8 @@ class Response:
         Whether it keeps the constraints of its rewards, as far as it has come.
     drafted_tokens, rm_tokens
         Its cost, see `RequestOutput`.
+    seen
+        Its prompt with the pictures encoded; None: there are none.
     scored
         Whether its segments are scored and tested.
     cuts
@@ -122,6 +125,7 @@ class Response:
     keeps: bool = True
     drafted_tokens: int = 0
     rm_tokens: int = 0
+    seen: SeenPrompt | None = None
     scored: bool = field(init=False)
     cuts: bool = field(init=False)
     token_ids: npt.NDArray[np.int64] = field(init=False)

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.letter_law import letter_engine
 from helpers.tiny_lm import small_model
 from helpers.tiny_rewards import reward_model
 from helpers.tiny_tokenizers import bpe_tokenizer
 
-from stars_fast import AsyncEngine, Engine, StarsParams
+from stars_fast import AsyncEngine, Engine, Persona, StarsParams
 from stars_fast.drafting.base import Draft, LaunchingDrafter, RowSampling
 from stars_fast.engine.round import Round
 from stars_fast.outputs import RequestOutput
@@ -303,6 +304,30 @@ def test_a_launch_that_fails_harms_no_output(caplog: pytest.LogCaptureFixture) -
     assert caplog.text.count("could not be launched ahead") == 2
     want = plain("stars")
     assert decisions([done[f"r{i}"] for i in range(len(PROMPTS))]) == decisions(want)
+
+
+def test_a_launch_that_fails_keeps_what_the_judge_has_read() -> None:
+    """Its rewards are of the tokens behind those that it knows to be committed."""
+    persona = Persona(template="c{prompt}ca")
+    params = StarsParams(
+        method="persona_judge", max_attempts=4, max_tokens=24, temperature=1.5, seed=3, top_k=0
+    )
+    want = letter_engine(persona).generate("ab", params, use_tqdm=False)
+    one = letter_engine(persona, draft_ahead=True)
+    one.loop.drafter = OnAThread(one.loop.drafter)
+    launch, calls = one.loop.drafter.launch, iter(range(1000))
+
+    def failing(*args: Any) -> Callable[[], Draft]:
+        if next(calls) % 3 == 1:
+            raise RuntimeError("out of memory")
+        return launch(*args)
+
+    one.loop.drafter.launch = failing  # type: ignore[method-assign]
+    one.add_request("a", "ab", params)
+    (got,) = finished(one).values()
+    assert decisions([got]) == decisions(want)
+    for mine, theirs in zip(got.outputs[0].segments, want[0].outputs[0].segments, strict=True):
+        assert mine.reward == pytest.approx(theirs.reward, abs=1e-4)
 
 
 def test_an_interrupted_launch_loses_no_output() -> None:
