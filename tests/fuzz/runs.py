@@ -11,7 +11,7 @@ from fuzz.cases import Ask, BadAsk, Case
 from stars_fast import CompletionOutput, Engine, RequestOutput
 from stars_fast.server.transcript import Transcript
 
-_MOST_ROUNDS = 5000
+_MOST_ROUNDS = 20_000  # prompts that are run again by the token take thousands
 
 
 @dataclass
