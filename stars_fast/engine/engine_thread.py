@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent import futures
 from dataclasses import replace
@@ -105,6 +105,8 @@ class EngineThread(Generic[S]):
         self._running: dict[str, S] = {}
         self._outbox = outbox
         self._ends_when_idle = False
+        self._in_round = False
+        self._postponed: deque[Callable[[], None]] = deque()
         self._failures = 0
         self._work_began: float | None = None
         self._failure: BaseException | None = None
@@ -153,7 +155,10 @@ class EngineThread(Generic[S]):
         QueueFullError, EngineStoppedError
             As `AsyncEngine.submit`.
         """
-        return self._ask(lambda: work(self._engine), self._commands.put)
+        return self._ask(
+            lambda: work(self._engine),
+            lambda run: self._commands.put(partial(self._do_between_rounds, run)),
+        )
 
     def ask_reader(self, work: Callable[[Reader], T], prompt: object) -> futures.Future[T]:
         """Have something done where prompts are read, as `ask`; long prompts hold up no short ones.
@@ -305,7 +310,7 @@ class EngineThread(Generic[S]):
 
     def _run(self) -> None:
         # What comes while a round runs takes part in the next one, also if that is launched ahead.
-        self._engine.loop.before_plan = partial(self._obey, wait=False)
+        self._engine.loop.before_plan = self._take_in
         try:
             while not (self._ends_when_idle and self._idle):
                 self._obey(wait=not self._running and not self._engine.samples_prompts)
@@ -336,8 +341,11 @@ class EngineThread(Generic[S]):
             self._reading.clear()
             self._outbox.send()
             self._ended.set_result(None)
+            self._in_round = False
             while not self._commands.empty():
                 self._commands.get()()
+            while self._postponed:
+                self._postponed.popleft()()
             self._outbox.send()
             self._readers.close(LAST_ROUND_SECONDS)
             atexit.unregister(self._close_at_exit)
@@ -348,10 +356,28 @@ class EngineThread(Generic[S]):
 
     def _obey(self, *, wait: bool) -> None:
         """Carry out what was asked for since the last round; `wait` for something to do."""
+        while self._postponed:
+            self._do(self._postponed.popleft())
         if wait:
             self._do(self._commands.get())
         while not self._commands.empty():
             self._do(self._commands.get())
+
+    def _take_in(self) -> None:
+        """Carry out what was asked for while a round ran, before the next one is planned.
+
+        What is to be done between two rounds waits until this one is over.
+        """
+        self._in_round = True
+        while not self._commands.empty():
+            self._do(self._commands.get())
+        self._in_round = False
+
+    def _do_between_rounds(self, work: Callable[[], None]) -> None:
+        if self._in_round:
+            self._postponed.append(work)
+        else:
+            work()
 
     def _do(self, work: Callable[[], None]) -> None:
         """Do what must not take for ever."""

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from helpers.tiny_tokenizers import bpe_tokenizer
 
 from stars_fast import AsyncEngine, Engine, Persona, StarsParams
 from stars_fast.drafting.base import Draft, LaunchingDrafter, RowSampling
+from stars_fast.engine.batches import BatchEngine
 from stars_fast.engine.round import Round
 from stars_fast.outputs import RequestOutput
 
@@ -421,6 +422,35 @@ def test_by_an_async_engine() -> None:
     assert decisions(whole) == want * 3
     assert one.loop.before_plan is None
     assert one.stats()["pages_used"] == 0
+
+
+def test_calls_wait_for_the_end_of_the_round() -> None:
+    """They may run rounds of their own, and what those give is not what this one gave."""
+    params = [dataclasses.replace(PASSING, seed=i, max_tokens=8) for i in range(2)]
+    want = engine(draft_ahead=False).generate(PROMPTS[:2], params, use_tqdm=False)
+    one = engine()
+    calls: list[Future[list[RequestOutput]]] = []
+
+    async def ask() -> list[RequestOutput]:
+        serving = AsyncEngine(one)
+
+        def work(called: BatchEngine) -> list[RequestOutput]:
+            return called.generate(PROMPTS[1], params[1], use_tqdm=False)
+
+        def call(_: Round) -> None:
+            one.loop.on_round = None
+            calls.append(serving.ask(work))
+
+        one.loop.on_round = call
+        try:
+            return [output async for output in serving.generate(PROMPTS[0], params[0])]
+        finally:
+            await asyncio.wrap_future(calls[0])
+            await serving.drain(0)
+
+    outputs = asyncio.run(ask())
+    assert decisions(outputs[-1:]) == decisions(want[:1])
+    assert decisions(calls[0].result()) == decisions(want[1:])
 
 
 def test_not_with_scoring_that_overlaps() -> None:
