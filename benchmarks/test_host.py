@@ -17,6 +17,7 @@ from stars_fast.benchmarks.acceptance import target_for
 from stars_fast.benchmarks.measure import percentiles, synchronize
 from stars_fast.benchmarks.models import Shape, id_engine, language_model, prompts, reward_model
 from stars_fast.benchmarks.roofline import pages_needed, seeded
+from stars_fast.benchmarks.stand_in_device import Speed, StandInDevice
 
 #: So small that most of a round is the host's.
 SHAPE = Shape(2000, 32, 32, 1, 2, 2)
@@ -60,6 +61,59 @@ class Watch:
                 self.seconds += time.perf_counter() - begun
 
         return timed
+
+
+#: Of models of some billion weights, so that the host is done before the device is.
+SPEED = Speed(step=2e-3, score=10e-3)
+
+
+@pytest.mark.sizes("requests", full=[1, 8, 64, 256], small=[3])
+def test_device_waits(benchmark: BenchmarkFixture, full: bool, requests: int) -> None:
+    """What the device waits for in a round of so many requests, the next draft launched early.
+
+    Against outputs that are made first. Half of the attempts pass, of two candidates.
+    """
+    waits = {ahead: _waits(requests, ahead=ahead, full=full) for ahead in (True, False)}
+    mine, other = percentiles(waits[True]), percentiles(waits[False])
+    benchmark.pedantic(_waits, args=(requests,), kwargs={"ahead": True, "full": False}, rounds=1)
+    benchmark.extra_info.update(
+        work={"requests": requests, "rows": CANDIDATES * requests},
+        ours=mine,
+        others={"outputs first": other},
+        ratio={"outputs first": other["p50"] / mine["p50"]},
+        rounds=len(waits[True]),
+    )
+
+
+def _waits(requests: int, *, ahead: bool, full: bool) -> list[float]:
+    """Return the seconds of the device without work in each round of all the requests."""
+    tokens, segment, length = (128, 15, 128) if full else (8, 4, 8)
+    rows = CANDIDATES * requests
+    pages = pages_needed(requests, rows, length, tokens, segment, PAGE_SIZE)
+    engine = id_engine(
+        language_model(SHAPE), reward_model(SHAPE), SHAPE, device="cpu", page_size=PAGE_SIZE,
+        num_pages=pages, reward_num_pages=pages, max_rows=rows, prefix_caching=False,
+        draft_ahead=ahead,
+    )  # fmt: skip
+    device = StandInDevice(engine, SPEED if full else Speed(step=1e-4, score=1e-4))
+    params = StarsParams(
+        segment_length=segment, max_tokens=tokens, candidates=CANDIDATES, acceptance="hard",
+        target_reward=0.0, alpha=1.0, ignore_eos=True,
+    )  # fmt: skip
+    asked = prompts(SHAPE, requests, length, length)
+    taken: list[float] = []
+    for repeat in range(4 if full else 1):
+        for number, (prompt, one) in enumerate(zip(asked, seeded(params, requests), strict=True)):
+            engine.add_request(str(number), prompt, one)
+        engine.step()  # the requests come in it
+        while engine.stats()["requests_running"] == requests:
+            before = device.idle
+            engine.step()
+            if repeat or not full:
+                taken.append(device.idle - before)
+        while engine.has_unfinished():
+            engine.step()
+    return taken
 
 
 @pytest.mark.sizes("requests", full=[1, 8, 64, 256], small=[3])
