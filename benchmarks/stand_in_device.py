@@ -1,7 +1,7 @@
 """A device that only takes its time: what an engine's host leaves it to wait for, without a GPU.
 
 Its tokens and hidden states are random numbers, and its processor is nobody's: while it works, the
-host's own goes on or sleeps, and keeps what it has in its caches, as beside a GPU.
+host's own goes on or waits, and keeps what it has in its caches, as beside a GPU.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import torch
 
 from stars_fast import Engine
 from stars_fast.drafting.base import Draft, RowSampling
-
-_SPIN = 1e-3  # seconds before the end of a wait in which the processor does not sleep
 
 
 @dataclass(frozen=True)
@@ -101,6 +99,6 @@ def _nothing(*_: object) -> None: ...
 
 
 def _wait(until: float) -> None:
-    time.sleep(max(0.0, until - time.perf_counter() - _SPIN))
+    """Wait as CUDA does unless it is told otherwise: without giving the processor away."""
     while time.perf_counter() < until:
         pass

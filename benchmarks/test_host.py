@@ -93,7 +93,7 @@ def _waits(requests: int, *, ahead: bool, full: bool) -> list[float]:
     engine = id_engine(
         language_model(SHAPE), reward_model(SHAPE), SHAPE, device="cpu", page_size=PAGE_SIZE,
         num_pages=pages, reward_num_pages=pages, max_rows=rows, prefix_caching=False,
-        draft_ahead=ahead,
+        max_prefill_tokens=requests * length, draft_ahead=ahead,
     )  # fmt: skip
     device = StandInDevice(engine, SPEED if full else Speed(step=1e-4, score=1e-4))
     params = StarsParams(
