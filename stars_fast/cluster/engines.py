@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stars_fast.cluster.rows import Row, request_of
-from stars_fast.outputs import Calibration
+from stars_fast.outputs import Calibration, TargetKind
 from stars_fast.params import StarsParams
 from stars_fast.prompts import PromptValue
 
@@ -39,6 +39,7 @@ def calibrate(
     reward_model: RewardModelsLike | None,
     *,
     quantile: float = 0.9,
+    targets: TargetKind = "pooled",
     num_prompts: int | None = CALIBRATION_PROMPTS,
     params: StarsParams | None = None,
     seed: int = 0,
@@ -57,6 +58,8 @@ def calibrate(
         Rows of the run; the first `num_prompts` valid requests are used.
     quantile
         Quantile of the rewards of unaligned samples, in (0, 1).
+    targets
+        As of `Engine.calibrate`.
     num_prompts
         At least 1, or None for all.
     num_cpus, num_gpus
@@ -81,7 +84,7 @@ def calibrate(
         raise ValueError("rows must hold at least one request to calibrate on")
     task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(_calibrate)
     found: Calibration = ray.get(
-        task.remote(model, reward_model, seed, options, prompts, quantile, base)
+        task.remote(model, reward_model, seed, options, prompts, quantile, targets, base)
     )
     return found
 
@@ -107,9 +110,15 @@ def _calibrate(
     options: dict[str, Any],
     prompts: list[PromptValue],
     quantile: float,
+    targets: TargetKind,
     params: StarsParams,
 ) -> Calibration:
     engine = load_engine(model, reward_model, seed, options)
     return engine.calibrate(
-        prompts, quantile, _SAMPLES_PER_PROMPT, replace(params, n=1), use_tqdm=False
+        prompts,
+        quantile,
+        _SAMPLES_PER_PROMPT,
+        replace(params, n=1),
+        use_tqdm=False,
+        targets=targets,
     )

@@ -73,8 +73,13 @@ class Plan:
 
         args = self.args
         seed = derive_seed(args.seed, index_of(replica))
-        engine = load_engine(args.model, args.reward_model, seed, args.engine_options())
-        engine.calibration = self.calibration
+        engine = load_engine(args.model, args.reward_models(), seed, args.engine_options())
+        if args.calibration_share is not None:
+            engine.calibrate_on_requests(
+                args.calibration_quantile, args.calibration_share, targets=args.calibration_targets
+            )
+        else:
+            engine.calibration = self.calibration
         if self.chat_template is not None and engine.tokenizer is not None:
             engine.tokenizer.chat_template = self.chat_template
         running = AsyncEngine(
@@ -137,8 +142,9 @@ def _calibration(args: ServeArgs) -> Calibration | None:
     return calibrate(
         read_rows(args.calibration_prompts),
         args.model,
-        args.reward_model,
+        args.reward_models(),
         quantile=args.calibration_quantile,
+        targets=args.calibration_targets,
         num_prompts=None,
         params=base,
         seed=args.seed,

@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from stars_fast.config import FLAGS, Attention, Combine, KvDtype, Quantize
+from stars_fast.outputs import TargetKind
 from stars_fast.params import StarsParams, with_fields
+from stars_fast.reward import Reward, rewards_of
 from stars_fast.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from stars_fast.rewards.load_several import RewardModelsLike
 
 #: Seconds that a replica has to end beyond what its requests have.
 _SHUTDOWN_SECONDS = 15.0
@@ -19,6 +24,13 @@ _SHUTDOWN_SECONDS = 15.0
 
 def _from_json(value: object) -> object:
     return json.loads(value) if isinstance(value, str) else value
+
+
+def _specs(value: object) -> object:
+    """Read one text, or JSON text of several, as several."""
+    if isinstance(value, str):
+        return json.loads(value) if value.lstrip().startswith("[") else [value]
+    return value
 
 
 def _type_of(option: dataclasses.Field[Any]) -> Any:  # noqa: ANN401 - of a field
@@ -60,6 +72,10 @@ class ServeArgs(EngineArgs):
 
     model: str | None = Field(None, description="None: the demo's pair.")
     reward_model: str | Callable[..., Any] | None = None
+    log_ratio: str | None = None
+    reward: Annotated[tuple[str, ...], BeforeValidator(_specs)] = Field(
+        (), description="One or more, each as of ``--reward``; several may be JSON text."
+    )
     reward_num_pages: int | None = None
 
     params: Annotated[dict[str, Any], BeforeValidator(_from_json)] = Field(
@@ -67,7 +83,11 @@ class ServeArgs(EngineArgs):
     )
     seed: int = Field(0, ge=0, lt=2**64)
     calibration_prompts: str | None = Field(None, description="File, read where this is built.")
+    calibration_share: float | None = Field(
+        None, gt=0, le=1, description="Each replica follows the requests that it is sent."
+    )
     calibration_quantile: float = Field(0.9, gt=0, lt=1)
+    calibration_targets: TargetKind = "pooled"
 
     served_model_name: str | None = None
     api_key: str | None = None
@@ -102,16 +122,47 @@ class ServeArgs(EngineArgs):
                 f"min_replicas must be at most max_replicas, {self.max_replicas}, "
                 f"got {self.min_replicas}"
             )
-        if self.model is None and self.reward_model is not None:
-            raise ValueError("reward_model needs model beside it")
-        if self.model is not None and self.reward_model is None and base.kind.needs_reward:
+        given = [name for name in ("reward_model", "log_ratio", "reward") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} cannot be given together")
+        if self.model is None and given:
+            raise ValueError(f"{given[0]} needs model beside it")
+        if self.model is not None and not given and base.kind.needs_reward:
             raise ValueError(f"reward_model is needed for method {base.method!r}")
+        self.reward_models()
+        self._check_target(base, judged=bool(given) or self.model is None)
+        self.server_settings()
+        return self
+
+    def _check_target(self, base: StarsParams, *, judged: bool) -> None:
+        if self.calibration_share is not None:
+            for name, asked in (
+                ("calibration_prompts", self.calibration_prompts is not None),
+                ("params.budget", base.budget is not None),
+                ("params.calibrate_prefixes", base.calibrate_prefixes),
+            ):
+                if asked:
+                    raise ValueError(f"calibration_share and {name} cannot be given together")
+            if not judged:
+                raise ValueError("calibration_share needs reward_model")
+            return
         asked = base.target_reward == "auto" or base.budget is not None
         if base.needs_target and asked and not self.calibration_prompts:
             name = "target_reward 'auto'" if base.budget is None else "budget"
-            raise ValueError(f"params.{name} needs calibration_prompts")
-        self.server_settings()
-        return self
+            other = " or calibration_share" if base.budget is None else ""
+            raise ValueError(f"params.{name} needs calibration_prompts{other}")
+
+    def reward_models(self) -> RewardModelsLike | None:
+        """Return what `Engine` takes as reward model."""
+        if self.log_ratio is not None:
+            from stars_fast.rewards.log_ratio import LogRatio  # slow to import
+
+            return LogRatio.of(self.log_ratio)
+        if self.reward:
+            rewards = [Reward.of(spec) for spec in self.reward]
+            rewards_of(rewards)
+            return rewards
+        return self.reward_model
 
     def stars_params(self) -> StarsParams:
         """Return the default parameters of requests."""
