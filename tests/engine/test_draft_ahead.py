@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.backends import device_of
 from helpers.letter_law import letter_engine
+from helpers.tiny_architectures import tiny_lm
 from helpers.tiny_lm import small_model
 from helpers.tiny_rewards import reward_model
 from helpers.tiny_tokenizers import bpe_tokenizer
@@ -456,6 +458,29 @@ def test_calls_wait_for_the_end_of_the_round() -> None:
 def test_not_with_scoring_that_overlaps() -> None:
     with pytest.raises(ValueError, match="draft_ahead must be False where scoring overlaps"):
         engine(overlap_scoring=True)
+
+
+def test_captured_steps_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what their drafts took is by the device's own clock, on one that has events."""
+    pytest.importorskip("triton", reason="Triton is for Linux only")
+
+    class Event:
+        def elapsed_time(self, _: Event) -> float:
+            return 1.5  # milliseconds
+
+    monkeypatch.setattr("stars_fast.drafting.captured._mark", lambda device: Event())
+    model = tiny_lm("llama", num_hidden_layers=1).to(device_of("triton"))
+    params = StarsParams(
+        segment_length=1, max_tokens=2, method="vanilla", seed=0, temperature=1.0, top_k=0
+    )
+    found, seconds = [], []
+    for ahead in (False, True):
+        one = Engine(model, backend="triton", draft_ahead=ahead, num_pages=64, page_size=8)
+        assert isinstance(one.loop.drafter, LaunchingDrafter)
+        one.loop.on_round = lambda done: seconds.append(done.seconds["draft"])
+        found.append(one.generate([[5, 6, 7], [8, 9]], params, use_tqdm=False))
+    assert decisions(found[0]) == decisions(found[1])
+    assert set(seconds) == {1.5e-3}
 
 
 def test_rounds_are_not_recorded_late_without_it() -> None:
