@@ -173,7 +173,7 @@ GIBBS = MethodKind(
 
 def kind_of(method: Method, acceptance: str) -> MethodKind:
     """Return a method's record; `acceptance` tells the two forms of ``"stars"`` apart."""
-    return GIBBS if has_gibbs(method) and acceptance == "gibbs" else METHODS[method]
+    return GIBBS if acceptance == "gibbs" and has_gibbs(method) else METHODS[method]
 
 
 def has_gibbs(method: Method) -> bool:

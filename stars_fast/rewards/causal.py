@@ -148,7 +148,7 @@ class CausalScorer(Scorer):
             self._run_all([rows[number] for number in numbers], results)
             return [results[rows[number].place] for number in numbers]
 
-        inputs = [(row.request, row.cut.read) for row in rows]
+        inputs = [(row.request, self._texts.digest(row)) for row in rows]
         for row, reward in zip(rows, self._known.score(inputs, run), strict=True):
             results[row.place] = reward
             if row.row == NO_PAGES and not isinstance(reward, Exception) and not row.is_prompt:

@@ -20,7 +20,7 @@ from stars_fast._core import Batch, OutOfPagesError, SequenceCache
 from stars_fast.errors import RewardError
 from stars_fast.models.images import ImageRows, SeenPrompt
 from stars_fast.models.paged import PagedModel
-from stars_fast.rewards.reading import Cut
+from stars_fast.rewards.reading import Cut, Digests
 from stars_fast.rewards.tokens import Ids, common_length
 
 NO_PAGES = -1
@@ -30,6 +30,7 @@ NO_PAGES = -1
 class _Request:
     prefix: Ids  # what its prompt has in common with others'
     committed: Ids  # what the cached sequence should hold; it may hold less
+    digests: Digests  # of texts that begin with that
     same_prompt: dict[int, None]  # the requests that began with the same prompt, and itself
     marks: tuple[int, ...]  # of the ids of its prompt, of whose hidden states something is kept
     marked: dict[bytes, torch.Tensor]  # what is kept [D], by ids up to the mark; shared
@@ -140,7 +141,9 @@ class PagedTexts:
         same_prompt[request] = None
         if marks:
             self._marking.add(request)
-        self._requests[request] = _Request(prefix, prefix, same_prompt, marks, marked)
+        self._requests[request] = _Request(
+            prefix, prefix, Digests(prefix), same_prompt, marks, marked
+        )
 
     def see(self, request: int, prompt: SeenPrompt) -> None:
         """Note the images of a request's prompt, which is the beginning of its prefix."""
@@ -158,6 +161,10 @@ class PagedTexts:
     def committed(self, request: int) -> Ids:
         """Return the committed text."""
         return self._requests[request].committed
+
+    def digest(self, row: Row) -> bytes:
+        """Return 16 bytes that stand for everything that the row's reward depends on."""
+        return self._requests[row.request].digests.of(row.cut)
 
     def touch(self, requests: frozenset[int]) -> None:
         """Make requests `busy`, and the last to lose their pages."""
@@ -191,6 +198,7 @@ class PagedTexts:
             return
         keep = winner.cut.keep
         state.committed = winner.ids[:keep]
+        state.digests = state.digests.grown(state.committed)
         if winner.row == NO_PAGES:
             cached = self._cache.common_prefix(request, state.committed)
         else:
@@ -207,7 +215,7 @@ class PagedTexts:
         for branch in list(mine.branches):
             self._drop(mine, branch)
         mine.kept = None
-        mine.committed = theirs.committed
+        mine.committed, mine.digests = theirs.committed, theirs.digests
         self._copy(source, target)
 
     def prune(self, request: int) -> None:
@@ -397,9 +405,6 @@ class PagedTexts:
             self._model.copy_pages(*copies)
         self.calls += 1
         self.num_tokens += len(token_ids)
-        run = self.tokens
-        for row in rows:
-            run[row.request] = run.get(row.request, 0) + len(row.cut.ids) - row.start
         try:
             images = None
             if self._seen:
@@ -410,7 +415,14 @@ class PagedTexts:
             self._keep_marked(rows, hidden)
         except Exception as error:  # noqa: BLE001 - one bad pass must not end other requests
             return self.failed(rows, error)
+        finally:
+            self._charge(rows)
         return hidden
+
+    def _charge(self, rows: list[Row]) -> None:
+        run = self.tokens
+        for row in rows:
+            run[row.request] = run.get(row.request, 0) + len(row.cut.ids) - row.start
 
     def _keep_marked(self, rows: list[Row], hidden: torch.Tensor) -> None:
         """Keep what is kept of marks that have run; `hidden` is [T, hidden]."""

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
+from struct import Struct
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from stars_fast.rewards.base import digest
 from stars_fast.rewards.tokens import Encoded, Ids, TokenPrompt, common_length
 
-__all__ = ["LOGIT_BYTES", "Cut", "Head", "LastToken", "NextTokens", "Reading"]
+__all__ = ["LOGIT_BYTES", "Cut", "Digests", "Head", "LastToken", "NextTokens", "Reading"]
 
 #: Most bytes of one block of float32 logits.
 LOGIT_BYTES = 64 << 20
+
+
+_LENGTHS = Struct("3q")
+_NONE: Ids = np.zeros(0, np.int64)
 
 
 class Head(Protocol):
@@ -52,11 +58,46 @@ class Cut:
     following: Ids
     marks: tuple[int, ...] = ()
 
-    @property
-    def read(self) -> bytes:
-        """A digest of everything that the reward depends on."""
-        marks = array("q", (self.first, len(self.marks), *self.marks))
-        return digest(marks, self.ids.data, self.following.data)
+
+class Digests:
+    """Digests of everything that rewards depend on, of texts that mostly begin as one text does.
+
+    What they share with it is digested once.
+
+    Parameters
+    ----------
+    ids : int64 [N]
+        That text.
+    """
+
+    def __init__(self, ids: Ids) -> None:
+        self._length = len(ids)
+        self._bytes = ids.tobytes()
+        self._state = hashlib.blake2b(ids.data, digest_size=16)
+
+    def of(self, cut: Cut) -> bytes:
+        """Return 16 bytes that are the same for equal cuts alone, whatever they begin with."""
+        state = self._after(cut.ids)
+        if len(cut.following):
+            state.update(cut.following.data)
+        if cut.marks:
+            state.update(array("q", cut.marks))
+        # Last, where nothing is behind it: lengths tell what of the above is what.
+        state.update(_LENGTHS.pack(cut.first, len(cut.marks), len(cut.ids)))
+        return state.digest()
+
+    def grown(self, ids: Ids) -> Digests:
+        """Return those of texts that mostly begin with `ids`."""
+        made = copy(self)
+        made._length, made._bytes, made._state = len(ids), ids.tobytes(), self._after(ids)
+        return made
+
+    def _after(self, ids: Ids) -> hashlib.blake2b:
+        if ids[: self._length].tobytes() != self._bytes:
+            return hashlib.blake2b(ids.data, digest_size=16)
+        state = self._state.copy()
+        state.update(ids[self._length :].data)
+        return state
 
 
 class Reading(ABC):
@@ -141,7 +182,8 @@ class LastToken(Reading):
         if self._pad is not None:
             while end > 1 and int(ids[end - 1]) == self._pad:
                 end -= 1
-        return Cut(ids[:end], min(len(ids) - prompt.tail, end), end - 1, ids[:0])
+        kept = min(len(ids) - prompt.tail, end)
+        return Cut(ids if end == len(ids) else ids[:end], kept, end - 1, _NONE)
 
     def values(
         self, hidden: torch.Tensor, marked: torch.Tensor, cuts: Sequence[Cut]

@@ -173,10 +173,13 @@ class SharedTokens(TokenSource):
                 except ValueError as error:
                     encoded.append(error)
                     continue
-            end = len(response)
-            while len(prompt.suffix) and end and int(response[end - 1]) in self._special:
-                end -= 1
-            encoded.append(Encoded(np.concatenate((prompt.prefix, response[:end], prompt.suffix))))
+            parts = [prompt.prefix, response]
+            if len(prompt.suffix):
+                end = len(response)
+                while end and int(response[end - 1]) in self._special:
+                    end -= 1
+                parts[1:] = response[:end], prompt.suffix
+            encoded.append(Encoded(np.concatenate(parts)))
         return encoded
 
     def _knows(self, ids: Ids) -> bool:
