@@ -51,6 +51,8 @@ class StandInDevice:
             model.copy_pages = _nothing
         loop.model.prefill = _nothing
         rewards.extend_all = self._extend
+        self._scored_at = 0.0
+        loop.scorer._reading.values = self._read_values
 
     def draft(self, plan: Any, sampling: Sequence[RowSampling]) -> Draft:  # noqa: ANN401 - a plan
         """Draw, and wait for it."""
@@ -83,9 +85,14 @@ class StandInDevice:
         return read
 
     def _extend(self, batch: Any, ids: torch.Tensor, images: Any) -> torch.Tensor:  # noqa: ANN401
-        _wait(self._begin(self._speed.score))
+        self._scored_at = self._begin(self._speed.score)
         at = int(self._random.integers(len(self._hidden) - len(ids)))
         return self._hidden[at : at + len(ids)]
+
+    def _read_values(self, hidden: torch.Tensor, *_: object) -> list[float]:
+        _wait(self._scored_at)
+        rewards: list[float] = self._random.standard_normal(len(hidden)).tolist()
+        return rewards
 
     def _begin(self, seconds: float) -> float:
         """Give it work; when that is done."""

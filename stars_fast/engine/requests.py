@@ -152,7 +152,7 @@ class Response:
     def advance(self, candidate: Candidate) -> None:
         """Append the tokens of a candidate that won; the next draft begins behind them."""
         self.output.token_ids.extend(candidate.token_ids)
-        self.token_ids = np.concatenate((self.token_ids, np.array(candidate.token_ids, np.int64)))
+        self.token_ids = np.concatenate((self.token_ids, candidate.token_ids), dtype=np.int64)
         if self.sampling.grammar is not None:
             self.sampling.grammar.advance(candidate.token_ids)
         counts = self.sampling.counts

@@ -7,9 +7,10 @@ scored, nor is what comes after it in the order of attempts.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -34,9 +35,8 @@ class Round:
         Out until the round is committed.
     draft
         The drawn segments.
-    responses, candidates
-        The response of each row and the segment in it, cut at a stop text; what earlier rounds drew
-        of it is in front.
+    responses, branches
+        The response of each row, and its id at the scorer.
     tokens
         int64 ``[R, L]``, of these segments.
     drawn
@@ -50,6 +50,8 @@ class Round:
         their place.
     errors
         Why a row has no valid result.
+    make_candidates
+        What gives `candidates`.
     prompt_rewards
         r(x) of the plan's new requests by handle, or why there is none.
     seconds
@@ -61,7 +63,7 @@ class Round:
     plan: _core.Plan
     draft: Draft
     responses: list[Response]
-    candidates: list[Candidate]
+    branches: list[int]
     tokens: npt.NDArray[np.int64]
     drawn: list[int]
     unfinished: npt.NDArray[np.uint8]
@@ -70,9 +72,18 @@ class Round:
     stopped: npt.NDArray[np.uint8]
     merits: npt.NDArray[np.float64]
     errors: dict[int, str]
+    make_candidates: Callable[[], list[Candidate]]
     prompt_rewards: dict[int, float | Exception] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     beside: float = 0.0
+
+    @functools.cached_property
+    def candidates(self) -> list[Candidate]:
+        """The segment in each row, cut at a stop text; what earlier rounds drew of it is in front.
+
+        Of rows that are as they were drawn they are made late, beside a device that scores them.
+        """
+        return self.make_candidates()
 
     @property
     def steps(self) -> int:
@@ -116,9 +127,38 @@ def cut_candidates(
     """
     attempts = [*plan.attempt.tolist(), *plan.held_attempt.tolist()]
     drawn = plan.drawn.tolist()
+    ids = [next(branches) for _ in drawn]
+    held = len(responses) - len(drawn)
     goes_on = [False] * len(drawn) if draft.unfinished is None else draft.unfinished.tolist()
+    goes_on += [False] * held
+    done = Round(
+        plan=plan,
+        draft=draft,
+        responses=responses,
+        branches=ids,
+        tokens=draft.tokens,
+        drawn=drawn,
+        unfinished=np.array(goes_on, np.uint8),
+        decided=_decided(responses, attempts, goes_on),
+        lengths=draft.lengths,
+        stopped=draft.stopped.astype(np.uint8),
+        merits=np.zeros(len(responses)),
+        errors=dict(draft.errors),
+        make_candidates=functools.partial(_drawn, draft, responses, attempts, ids),
+    )
+    broken = bool((draft.nan_step >= 0).any())
+    if held or broken or any(drawn) or any(response.cuts for response in responses):
+        _cut_rows(done, attempts, goes_on)
+    for row in done.errors:
+        done.merits[row] = np.nan
+    return done
+
+
+def _cut_rows(done: Round, attempts: list[int], goes_on: list[bool]) -> None:
+    """Put rows together with what was drawn before, cut them, and add those that were held."""
+    draft, responses, drawn = done.draft, done.responses, done.drawn
     candidates = []
-    new = _drawn(draft, responses, attempts, branches)
+    new = done.make_candidates()
     for row, bad in enumerate(draft.nan_step.tolist()):
         response, cut, ended = responses[row], new[row], False
         if drawn[row]:
@@ -132,34 +172,23 @@ def cut_candidates(
             cut = replace(cut, error=reason)
         candidates.append(cut)
         goes_on[row] = goes_on[row] and not ended
-    rows = len(responses)
-    for row in range(len(drawn), rows):  # held
+    for row in range(len(drawn), len(responses)):  # held
         candidates.append(responses[row].under_way[attempts[row]])
-        goes_on.append(False)
         drawn.append(len(candidates[row].token_ids))
-    lengths = np.array([len(candidate.token_ids) for candidate in candidates], np.int32)
-    done = Round(
-        plan=plan,
-        draft=draft,
-        responses=responses,
-        candidates=candidates,
-        tokens=_table(candidates) if any(drawn) else draft.tokens,
-        drawn=drawn,
-        unfinished=np.array(goes_on, np.uint8),
-        decided=_decided(responses, attempts, goes_on),
-        lengths=lengths,
-        stopped=np.array([candidate.stopped for candidate in candidates], np.uint8),
-        merits=np.zeros(rows),
-        errors={row: c.error for row, c in enumerate(candidates) if c.error is not None},
-    )
-    done.errors |= draft.errors
-    for row in done.errors:
-        done.merits[row] = np.nan
-    return done
+    done.make_candidates = lambda: candidates
+    done.branches = [candidate.branch for candidate in candidates]
+    if any(drawn):
+        done.tokens = _table(candidates)
+    done.unfinished = np.array(goes_on, np.uint8)
+    done.decided = _decided(responses, attempts, goes_on)
+    done.lengths = np.array([len(candidate.token_ids) for candidate in candidates], np.int32)
+    done.stopped = np.array([candidate.stopped for candidate in candidates], np.uint8)
+    errors = {row: c.error for row, c in enumerate(candidates) if c.error is not None}
+    done.errors = errors | done.errors
 
 
 def _drawn(
-    draft: Draft, responses: list[Response], attempts: list[int], branches: Iterator[int]
+    draft: Draft, responses: list[Response], attempts: list[int], branches: list[int]
 ) -> list[Candidate]:
     """Return what each row has drawn in this round."""
     lengths = draft.lengths.tolist()
@@ -171,7 +200,7 @@ def _drawn(
     ratios, stopped = draft.log_ratios, draft.stopped.tolist()
     return [
         Candidate(
-            branch=next(branches),
+            branch=branches[row],
             attempt=attempts[row],
             token_ids=tokens[row],
             logprobs=logprobs[row],
@@ -241,6 +270,8 @@ def _table(candidates: list[Candidate]) -> npt.NDArray[np.int64]:
 
 def _decided(responses: list[Response], attempts: list[int], goes_on: list[bool]) -> list[bool]:
     """Return whether each row and all earlier attempts of its response have ended."""
+    if not any(goes_on):
+        return [True] * len(responses)
     first: dict[int, int] = {}  # attempt that goes on, by handle
     for response, attempt, more in zip(responses, attempts, goes_on, strict=True):
         if more:
@@ -280,11 +311,12 @@ def score_round(
     failed = {
         handle for handle, reward in done.prompt_rewards.items() if isinstance(reward, Exception)
     }
+    decided, errors = done.decided, done.errors
     rows = [
         row
         for row, response in enumerate(done.responses)
-        if done.decided[row]
-        and row not in done.errors
+        if decided[row]
+        and row not in errors
         and response.judged
         and not response.finished
         and response.handle not in failed
@@ -292,16 +324,23 @@ def score_round(
     if not rows:
         return
     begun = time.perf_counter()
-    jobs = [_job(done, row, scorer) for row in rows]
-    for row, reward in zip(rows, scorer.score(jobs), strict=True):
+    lengths = done.lengths.tolist()
+    jobs = [_job(done, row, lengths[row], scorer) for row in rows]
+    scorer.on_launch = lambda: done.candidates
+    try:
+        rewards = scorer.score(jobs)
+    finally:
+        scorer.on_launch = None
+    candidates = done.candidates
+    for row, reward in zip(rows, rewards, strict=True):
         if isinstance(reward, Exception):
             done.errors[row] = f"reward: {reward}"
             done.merits[row] = np.nan
             continue
-        response, candidate = done.responses[row], done.candidates[row]
+        response, candidate = done.responses[row], candidates[row]
         if isinstance(reward, CombinedReward):
             candidate.rewards, candidate.keeps = reward.rewards, reward.keeps
-        tokens = len(response.output.token_ids) + len(candidate.token_ids)
+        tokens = len(response.output.token_ids) + lengths[row]
         shown = effective_reward(response.params, reward, candidate, tokens, response.prefixes)
         # Methods may use log-probabilities, in which equal candidates differ by rounding.
         known = response.known.setdefault(tuple(candidate.token_ids), (shown, candidate.logprobs))
@@ -312,10 +351,11 @@ def score_round(
     done.seconds["score"] = time.perf_counter() - begun
 
 
-def _job(done: Round, row: int, scorer: Scorer) -> ScoreJob:
-    response, candidate = done.responses[row], done.candidates[row]
-    ids = np.concatenate((response.token_ids, done.tokens[row, : len(candidate.token_ids)]))
+def _job(done: Round, row: int, length: int, scorer: Scorer) -> ScoreJob:
+    response = done.responses[row]
+    ids = np.concatenate((response.token_ids, done.tokens[row, :length]))
     text = ""
     if scorer.needs_text:
+        candidate = done.candidates[row]
         text = candidate_text(response, candidate).whole[: candidate.stop_text_at]
-    return ScoreJob(response.handle, candidate.branch, ids, text)
+    return ScoreJob(response.handle, done.branches[row], ids, text)

@@ -35,7 +35,7 @@ __all__ = ["HeadRewards", "KnownRewards", "Prompt", "PromptRewards", "RewardMode
 __all__ += ["Scorer", "digest", "finite_reward"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ScoreJob:
     """One response to score.
 
@@ -100,6 +100,8 @@ class Scorer(ABC):
     module: PreTrainedModel | None = None
     #: Whether it waits for another machine, beside which other models can run.
     remote: bool = False
+    #: Called in `score` once its device has work that it has still to wait for, if there is such.
+    on_launch: Callable[[], object] | None = None
 
     @property
     def devices(self) -> frozenset[torch.device]:
@@ -275,6 +277,8 @@ def finite_reward(value: float | list[float]) -> float | RewardError:
 
     A list, one value for each of several heads, becomes `HeadRewards`.
     """
+    if type(value) is float and math.isfinite(value):
+        return value
     reward = HeadRewards(value) if isinstance(value, list) else value
     parts = list(reward.parts) if isinstance(reward, HeadRewards) else [reward]
     if all(map(math.isfinite, parts)):

@@ -259,6 +259,8 @@ class CausalScorer(Scorer):
             self._texts.evict(rows[0].request)
             hidden = self._texts.forward(rows, protected)
         assert not isinstance(hidden, OutOfPagesError)  # any text that passed the length check fits
+        if self.on_launch is not None:
+            self.on_launch()
         rewards = hidden if isinstance(hidden, RewardError) else self._read(rows, hidden)
         if isinstance(rewards, RewardError):
             for row in rows:

@@ -24,6 +24,7 @@ from stars_fast.drafting.base import Draft, LaunchingDrafter, RowSampling
 from stars_fast.engine.batches import BatchEngine
 from stars_fast.engine.round import Round
 from stars_fast.outputs import RequestOutput
+from stars_fast.rewards.causal import CausalScorer
 
 PROMPTS = [f"The film was {word}" for word in ("slow", "bad", "good", "old", "red", "late", "ok")]
 PARAMS = StarsParams(
@@ -196,6 +197,32 @@ def test_texts_are_made_once_the_draft_is_launched() -> None:
     assert seen == [[(0, 0, True)], [(8, 0, True)]]
     assert len(output.outputs[0].segments) == 1
     assert output.outputs[0].text
+
+
+def test_candidates_are_made_while_they_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the launch of the pass and the read of its results."""
+    one = engine(draft_ahead=False)
+    scorer = one.loop.scorer
+    assert isinstance(scorer, CausalScorer)
+    rounds: list[Round] = []
+    made: list[bool] = []
+
+    def noting(run: Callable[..., Any], *, before: bool) -> Callable[..., Any]:
+        def noted(*args: Any) -> Any:
+            result = None if before else run(*args)
+            made.append("candidates" in rounds[-1].__dict__)
+            return run(*args) if before else result
+
+        return noted
+
+    texts, reading = scorer._texts, scorer._reading
+    monkeypatch.setattr(texts, "forward", noting(texts.forward, before=False))
+    monkeypatch.setattr(reading, "values", noting(reading.values, before=True))
+    one.loop.on_round = rounds.append
+    one.add_request("a", PROMPTS[0], dataclasses.replace(PASSING, seed=0))
+    finished(one)
+    assert made[:4] == [False, False, False, True]  # the prompt, then its first segment
+    assert made[4:] == [False, True] * (len(rounds) - 1)
 
 
 def test_what_comes_before_a_plan_takes_part_in_it() -> None:
