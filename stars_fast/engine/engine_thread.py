@@ -369,9 +369,11 @@ class EngineThread(Generic[S]):
         What is to be done between two rounds waits until this one is over.
         """
         self._in_round = True
-        while not self._commands.empty():
-            self._do(self._commands.get())
-        self._in_round = False
+        try:
+            while not self._commands.empty():
+                self._do(self._commands.get())
+        finally:
+            self._in_round = False
 
     def _do_between_rounds(self, work: Callable[[], None]) -> None:
         if self._in_round:
