@@ -11,13 +11,18 @@ from typing import TYPE_CHECKING
 from stars_fast.vllm.engine import StarsLLM
 
 if TYPE_CHECKING:
+    from stars_fast.vllm.checks import StarsChecks
     from stars_fast.vllm.scheduler import StarsScheduler
 
-__all__ = ["StarsLLM", "StarsScheduler"]
+__all__ = ["StarsChecks", "StarsLLM", "StarsScheduler"]
 
 
 def __getattr__(name: str) -> object:
-    """Import the scheduler when it is asked for: its file needs vLLM, and one version of it."""
+    """Import what is asked for: these files need vLLM, the scheduler's one version of it."""
+    if name == "StarsChecks":
+        from stars_fast.vllm.checks import StarsChecks
+
+        return StarsChecks
     if name == "StarsScheduler":
         from stars_fast.vllm.scheduler import StarsScheduler
 

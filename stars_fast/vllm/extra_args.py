@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stars_fast.params import StarsParams, with_fields
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
 
 #: The key in `SamplingParams.extra_args`, or in ``vllm_xargs`` of a body.
 KEY = "stars"
@@ -29,6 +32,20 @@ _HERE = tuple(
     for field in fields(StarsParams)
     if field.name not in (*SAMPLING, "n", "top_logprobs")
 )
+
+
+def params_of(base: StarsParams, sampling: SamplingParams) -> StarsParams:
+    """Return the parameters of a request that has our key; `base`: see `request_params`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `request_params`.
+    """
+    defaults = type(sampling)()
+    names = sampling.__struct_fields__
+    values, usual = ({name: getattr(x, name) for name in names} for x in (sampling, defaults))
+    return request_params(base, (sampling.extra_args or {})[KEY], values, usual)
 
 
 def request_params(

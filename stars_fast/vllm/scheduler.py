@@ -22,7 +22,6 @@ from typing import Any
 import vllm
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.sampling_params import SamplingParams
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -39,7 +38,7 @@ from stars_fast.outputs import RequestOutput
 from stars_fast.remote.calls import Call, Drawn
 from stars_fast.vllm.branches import best_base, outdated
 from stars_fast.vllm.callers import sampling_params
-from stars_fast.vllm.extra_args import KEY, request_params
+from stars_fast.vllm.extra_args import KEY, params_of
 from stars_fast.vllm.options import options_from
 from stars_fast.vllm.rounds import Round, Rounds, SchedulerCaller
 
@@ -59,7 +58,6 @@ logger = init_logger(f"vllm.{__name__}")  # below vLLM's own, whose handler it h
 #: from elsewhere waits as long.
 _IDLE_SECONDS = 0.005
 
-_DEFAULTS = {name: getattr(SamplingParams(), name) for name in SamplingParams.__struct_fields__}
 _ENDED_WELL = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 
@@ -222,8 +220,7 @@ class StarsScheduler(Scheduler):
             for what in ("prompt_embeds", "mm_features", "resumable"):
                 if getattr(request, what):
                     raise ValueError(f"a request with {KEY} must be of text alone, not {what}")  # noqa: TRY301
-            values = {name: getattr(sampling, name) for name in _DEFAULTS}
-            params = request_params(self._base, sampling.extra_args[KEY], values, _DEFAULTS)
+            params = params_of(self._base, sampling)
         except (TypeError, ValueError) as error:
             self._refused.append((request, str(error)))
             return

@@ -37,6 +37,7 @@ FLAGS_OF_OTHERS |= {  # vLLM's, in docs/stacks.md
     "--logprobs-mode",
     "--max-logprobs",
     "--no-enable-chunked-prefill",
+    "--logits-processors",
     "--scheduler-cls",
     "--served-model-name",
 }

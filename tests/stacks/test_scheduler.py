@@ -302,6 +302,24 @@ def test_an_error_is_of_that_request_alone(
     assert ids_of(outputs)[0] == ids_of(outputs)[2] != []
 
 
+@pytest.mark.usefixtures("made")  # and its options
+def test_checks_refuse_it_where_it_comes_in() -> None:
+    """As vLLM asks them, in the process of its routes, for status 400."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.sample.logits_processor import validate_logits_processors_parameters
+
+    check = partial(validate_logits_processors_parameters, ["stars_fast.vllm:StarsChecks"])
+    check(SamplingParams())
+    check(asked(STARS))
+    for own, message in (
+        ({"beta": -1}, "beta must be above 0 with soft acceptance, got -1"),
+        (3, "stars must be an object, got 3"),
+    ):
+        with pytest.raises(VLLMValidationError, match=message):
+            check(SamplingParams(extra_args={"stars": own}))
+
+
 def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
 
