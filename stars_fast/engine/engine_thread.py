@@ -341,7 +341,6 @@ class EngineThread(Generic[S]):
             self._reading.clear()
             self._outbox.send()
             self._ended.set_result(None)
-            self._in_round = False
             while not self._commands.empty():
                 self._commands.get()()
             while self._postponed:
@@ -366,14 +365,11 @@ class EngineThread(Generic[S]):
     def _take_in(self) -> None:
         """Carry out what was asked for while a round ran, before the next one is planned.
 
-        What is to be done between two rounds waits until this one is over.
+        What is to be done between two rounds waits until this one is over, and requests wait for
+        the end of what is done there: its rounds are its own.
         """
-        self._in_round = True
-        try:
-            while not self._commands.empty():
-                self._do(self._commands.get())
-        finally:
-            self._in_round = False
+        while self._in_round and not self._commands.empty():
+            self._do(self._commands.get())
 
     def _do_between_rounds(self, work: Callable[[], None]) -> None:
         if self._in_round:
@@ -465,6 +461,7 @@ class EngineThread(Generic[S]):
         self._ends_when_idle = True
 
     def _round(self) -> None:
+        self._in_round = True
         try:
             outputs = self._engine.step()
         except Exception as error:  # noqa: BLE001 - other requests must be served
@@ -472,6 +469,8 @@ class EngineThread(Generic[S]):
             if self._failures > _ROUND_RETRIES:
                 self._fail_running(f"the round failed: {type(error).__name__}: {error}")
             return
+        finally:
+            self._in_round = False
         self._failures = 0
         for output in outputs:
             stream = self._running.get(output.request_id)

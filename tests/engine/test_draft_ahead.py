@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import functools
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -480,6 +481,40 @@ def test_calls_wait_for_the_end_of_the_round() -> None:
     outputs = asyncio.run(ask())
     assert decisions(outputs[-1:]) == decisions(want[:1])
     assert decisions(calls[0].result()) == decisions(want[1:])
+
+
+def test_requests_wait_for_the_end_of_a_call() -> None:
+    """One that comes while a call runs rounds of its own takes no part in them."""
+    params = [dataclasses.replace(PASSING, seed=i) for i in range(2)]
+    want = engine(draft_ahead=False).generate(PROMPTS[:2], params, use_tqdm=False)
+    one = engine()
+
+    async def ask() -> list[RequestOutput]:
+        serving = AsyncEngine(one)
+        came: list[Future[Any]] = []
+        loop = asyncio.get_running_loop()
+
+        def come(*_: object) -> None:
+            if not came:
+                came.append(asyncio.run_coroutine_threadsafe(last(), loop))
+                deadline = time.monotonic() + 20
+                while serving._commands.empty():  # until its prompt has been read
+                    assert time.monotonic() < deadline
+                    time.sleep(0.001)
+
+        async def last() -> RequestOutput:
+            return [output async for output in serving.generate(PROMPTS[0], params[0])][-1]
+
+        def work(called: BatchEngine) -> list[RequestOutput]:
+            return called.generate(PROMPTS[1], params[1], use_tqdm=False, on_output=come)
+
+        try:
+            own = await asyncio.wrap_future(serving.ask(work))
+            return [await asyncio.wrap_future(came[0]), *own]
+        finally:
+            await serving.drain(0)
+
+    assert decisions(asyncio.run(ask())) == decisions(want)
 
 
 def test_not_with_scoring_that_overlaps() -> None:
