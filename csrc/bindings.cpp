@@ -306,18 +306,6 @@ void bind_sequence_cache(py::module_& module) {
             return self.common_prefix(sequence, ids.data(), ids.size());
           },
           py::arg("sequence"), py::arg("token_ids"))
-      .def(
-          "common_prefixes",
-          [](const SequenceCache& self, const std::vector<std::int64_t>& sequences,
-             const std::vector<Input<std::int64_t>>& texts) {
-            check_length("texts", static_cast<py::ssize_t>(texts.size()), sequences.size());
-            std::vector<std::int32_t> found(sequences.size());
-            for (std::size_t i = 0; i < found.size(); ++i) {
-              found[i] = self.common_prefix(sequences[i], texts[i].data(), texts[i].size());
-            }
-            return found;
-          },
-          py::arg("sequences"), py::arg("texts"))
       .def("truncate", &SequenceCache::truncate, py::arg("sequence"), py::arg("length"))
       .def("seal_prompt", &SequenceCache::seal_prompt, py::arg("sequence"))
       .def("copy", &SequenceCache::copy, py::arg("source"), py::arg("target"))

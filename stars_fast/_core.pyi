@@ -430,11 +430,6 @@ class SequenceCache:
     def common_prefix(self, sequence: int, token_ids: npt.ArrayLike) -> int:
         """Tokens at the start of `token_ids` that the sequence holds already."""
 
-    def common_prefixes(
-        self, sequences: Sequence[int], texts: Sequence[npt.ArrayLike]
-    ) -> list[int]:
-        """The same of many texts, ``texts[i]`` for ``sequences[i]``."""
-
     def truncate(self, sequence: int, length: int) -> None: ...
     def copy(self, source: int, target: int) -> None:
         """`target`, open and without branches, becomes a copy of `source` on the same pages.

@@ -353,9 +353,9 @@ def score_round(
 
 def _job(done: Round, row: int, length: int, scorer: Scorer) -> ScoreJob:
     response = done.responses[row]
-    ids = np.concatenate((response.token_ids, done.tokens[row, :length]))
     text = ""
     if scorer.needs_text:
         candidate = done.candidates[row]
         text = candidate_text(response, candidate).whole[: candidate.stop_text_at]
-    return ScoreJob(response.handle, done.branches[row], ids, text)
+    new = done.tokens[row, :length]
+    return ScoreJob(response.handle, done.branches[row], new, text, response.token_ids)

@@ -20,16 +20,16 @@ from abc import ABC, abstractmethod
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from stars_fast.errors import RewardError
 from stars_fast.prompts import Prompt
+from stars_fast.rewards.split_ids import Ids, no_ids
 
 __all__ = ["HeadRewards", "KnownRewards", "Prompt", "PromptRewards", "RewardModel", "ScoreJob"]
 __all__ += ["Scorer", "digest", "finite_reward"]
@@ -45,17 +45,32 @@ class ScoreJob:
         The request it belongs to, known to `Scorer.start`.
     branch : int
         Id of the candidate, to be named in `Scorer.keep` or `Scorer.accept` afterwards.
-    response_ids : sequence of int, or int64 [N]
-        The whole response so far, committed text and candidate segment, as ids of the language
-        model. Empty asks for r(x).
+    new_ids : sequence of int, or int64 [N]
+        The response behind `committed_ids`, as ids of the language model.
     response_text : str
-        The same as text, special tokens left out.
+        The whole response so far as text, special tokens left out.
+    committed_ids : int64 [C]
+        What the response begins with: committed text, or some of it. r(x) is asked for if there are
+        no ids at all.
     """
 
     request: int
     branch: int
-    response_ids: Sequence[int] | NDArray[np.int64]
+    new_ids: Sequence[int] | Ids
     response_text: str
+    committed_ids: Ids = field(default_factory=no_ids)
+
+    @property
+    def response_ids(self) -> Sequence[int] | Ids:
+        """The whole response so far."""
+        if not len(self.committed_ids):
+            return self.new_ids
+        return np.concatenate((self.committed_ids, self.new_ids), dtype=np.int64)
+
+    @property
+    def of_prompt(self) -> bool:
+        """Whether r(x) is asked for."""
+        return not len(self.new_ids) and not len(self.committed_ids)
 
 
 class HeadRewards(float):

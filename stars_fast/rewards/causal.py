@@ -119,20 +119,22 @@ class CausalScorer(Scorer):
         prompts = [self._prompts[job.request] for job in jobs]
         rows: list[Row] = []
         prompt_places: dict[bytes, list[int]] = {}
-        cut_of, committed = self._reading.cut, self._texts.committed
-        texts = self._source.encode(prompts, jobs)
-        for place, (job, prompt, text) in enumerate(zip(jobs, prompts, texts, strict=True)):
+        committed = [self._texts.committed(job.request) for job in jobs]
+        texts = self._source.encode(prompts, jobs, committed)
+        cut_of, longest = self._reading.cut, self._longest
+        for place, text in enumerate(texts):
             if isinstance(text, Exception):
                 results[place] = text
                 continue
-            cut = cut_of(text, prompt, committed(job.request))
+            cut = cut_of(text, prompts[place], committed[place])
             if not isinstance(cut, Cut):
                 results[place] = cut
                 continue
-            if len(cut.ids) > self._longest:
-                results[place] = self._too_long(len(cut.ids), f"the text has {len(cut.ids)} tokens")
+            if cut.length > longest:
+                results[place] = self._too_long(cut.length, f"the text has {cut.length} tokens")
                 continue
-            row = Row(place, job.request, job.branch, cut, len(job.response_ids) == 0)
+            job = jobs[place]
+            row = Row(place, job.request, job.branch, cut, job.of_prompt)
             if row.is_prompt:
                 key = row.ids.tobytes()
                 known = self._prompt_rewards.get(key)
@@ -164,10 +166,18 @@ class CausalScorer(Scorer):
         """Score rows, in as many passes as they take."""
         if not rows:
             return
-        self._texts.touch(frozenset(row.request for row in rows))
-        for chunk in self._chunks(rows):
-            self._run(chunk, results)
-        self._texts.busy = frozenset()
+        texts = self._texts
+        texts.touch(frozenset(row.request for row in rows))
+        lacking = texts.lacking(texts.busy)
+        texts.set_starts(rows)
+        widest = max([row.new for row in rows])
+        fit = len(rows) <= self._max_rows and len(rows) * widest <= self._max_batch_tokens
+        if fit and not lacking:
+            self._run(rows, results, ready=True)  # in any order: the pass puts them in its own
+        else:
+            for chunk in self._chunks(rows, lacking):
+                self._run(chunk, results)
+        texts.busy = frozenset()
 
     def keep(self, request: int, branch: int) -> None:
         """Retain a branch; see `Scorer.keep`."""
@@ -221,21 +231,14 @@ class CausalScorer(Scorer):
             f"num_pages, shorten {shorten} or lower max_tokens"
         )
 
-    def _chunks(self, rows: list[Row]) -> Iterator[list[Row]]:
+    def _chunks(self, rows: list[Row], lacking: set[int]) -> Iterator[list[Row]]:
         """Cut the rows into forward passes: requests kept together, like lengths side by side."""
         longest: dict[int, int] = {}
-        lacking = self._texts.lacking(self._texts.busy)
-        starts = self._texts.fork_points(rows)
-        widest = max(len(row.cut.ids) - start for row, start in zip(rows, starts, strict=True))
-        fit = len(rows) <= self._max_rows and len(rows) * widest <= self._max_batch_tokens
-        if fit and not lacking:
-            yield rows  # in any order: the pass puts them in its own
-            return
-        for row, start in zip(rows, starts, strict=True):
-            request = row.request
+        for row in rows:
+            request, new = row.request, row.new
             if request in lacking:
-                start = max(start, self._texts.restorable(row))  # noqa: PLW2901 - it will be
-            longest[request] = max(longest.get(request, 1), len(row.cut.ids) - start)
+                new = min(new, row.cut.length - self._texts.restorable(row))  # it will be
+            longest[request] = max(longest.get(request, 1), new)
         chunk: list[Row] = []
         for row in sorted(rows, key=lambda row: (longest[row.request], row.request)):
             padded = (len(chunk) + 1) * longest[row.request]
@@ -246,10 +249,17 @@ class CausalScorer(Scorer):
         if chunk:
             yield chunk
 
-    def _run(self, rows: list[Row], results: list[float | Exception]) -> None:
-        """Score rows, in several passes if their pages do not fit at once."""
-        protected = frozenset(row.request for row in rows)
-        self._texts.restore(rows, protected)
+    def _run(
+        self, rows: list[Row], results: list[float | Exception], *, ready: bool = False
+    ) -> None:
+        """Score rows, in several passes if their pages do not fit at once.
+
+        `ready`: what is committed is cached, and their starts are set.
+        """
+        protected = self._texts.busy if ready else frozenset(row.request for row in rows)
+        if not ready:
+            self._texts.restore(rows, protected)
+            self._texts.set_starts(rows)
         hidden = self._texts.forward(rows, protected)
         if isinstance(hidden, OutOfPagesError) and len(rows) > 1:
             self._run(rows[: len(rows) // 2], results)
@@ -257,24 +267,29 @@ class CausalScorer(Scorer):
             return
         if isinstance(hidden, OutOfPagesError):
             self._texts.evict(rows[0].request)
+            self._texts.set_starts(rows)
             hidden = self._texts.forward(rows, protected)
         assert not isinstance(hidden, OutOfPagesError)  # any text that passed the length check fits
-        if self.on_launch is not None:
-            self.on_launch()
-        rewards = hidden if isinstance(hidden, RewardError) else self._read(rows, hidden)
+        rewards: list[float] | RewardError
+        if isinstance(hidden, RewardError):
+            rewards = hidden
+        else:
+            self._texts.settle(rows)  # beside the device
+            if self.on_launch is not None:
+                self.on_launch()
+            rewards = self._read(rows, hidden)
         if isinstance(rewards, RewardError):
             for row in rows:
                 results[row.place] = rewards
             return
         for row, reward in zip(rows, rewards, strict=True):
             results[row.place] = finite_reward(reward)
-        self._texts.settle(rows)
 
     def _read(self, rows: list[Row], hidden: torch.Tensor) -> list[float] | RewardError:
         """Return the rewards of rows that have run, from the hidden states [T, hidden]."""
         marks = self._texts.marked(rows)
         cuts = [row.cut for row in rows]
-        lengths = np.array([len(cut.ids) for cut in cuts])
+        lengths = np.array([cut.length for cut in cuts])
         counts = lengths - [cut.first for cut in cuts]
         # Read are the last of each row's new ones.
         behind = np.cumsum(lengths - [row.start for row in rows]) - np.cumsum(counts)
@@ -286,4 +301,4 @@ class CausalScorer(Scorer):
                 read = hidden.index_select(0, chosen)
                 return self._reading.values(read, marked, cuts)
         except Exception as error:  # noqa: BLE001 - one bad pass must not end other requests
-            return self._texts.failed(rows, error)
+            return self._texts.unsettle(rows, error)

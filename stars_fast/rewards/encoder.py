@@ -127,7 +127,7 @@ class EncoderScorer(Scorer):
             except ValueError as error:
                 results[place] = error
                 continue
-            if not len(jobs[place].response_ids):
+            if jobs[place].of_prompt:
                 keys[place] = tuple(fields["input_ids"])
                 known = self._prompt_rewards.get(keys[place])
                 if known is not None:

@@ -17,7 +17,8 @@ from stars_fast.models.paged import PagedModel
 from stars_fast.rewards.base import Prompt, ScoreJob
 from stars_fast.rewards.causal import CausalScorer
 from stars_fast.rewards.reading import Cut, NextTokens
-from stars_fast.rewards.tokens import Encoded, Ids, TokenPrompt, TokenSource, common_length
+from stars_fast.rewards.split_ids import Ids, common_length
+from stars_fast.rewards.tokens import Encoded, TokenPrompt, TokenSource, behind_committed
 
 __all__ = ["DrawnTokens", "PromptTokens", "WholeResponse", "log_prob_scorer"]
 
@@ -44,18 +45,18 @@ class DrawnTokens(TokenSource):
         """Return the prompt's ids, checked."""
 
     def encode(
-        self, prompts: Sequence[TokenPrompt], jobs: Sequence[ScoreJob]
+        self, prompts: Sequence[TokenPrompt], jobs: Sequence[ScoreJob], committed: Sequence[Ids]
     ) -> list[Encoded | Exception]:
         """Return the prompt's ids and the response's of each job."""
         encoded: list[Encoded | Exception] = []
-        for prompt, job in zip(prompts, jobs, strict=True):
-            response = np.asarray(job.response_ids, dtype=np.int64)
+        for prompt, job, ids in zip(prompts, jobs, committed, strict=True):
             try:
-                self._check(response, "response_ids")
+                self._check(np.asarray(job.new_ids, np.int64), "response_ids")
             except ValueError as error:
                 encoded.append(error)
             else:
-                encoded.append(Encoded(np.concatenate((prompt.empty_ids, response))))
+                shared, rest = behind_committed(prompt.empty_ids, job, ids)
+                encoded.append(Encoded(rest, shared=shared))
         return encoded
 
     def _check(self, ids: Ids, name: str) -> None:

@@ -172,7 +172,7 @@ class LogRatioScorer(Scorer):
                 results.append(reference)
                 continue
             ratio = policy - reference
-            if self._sums and len(job.response_ids):
+            if self._sums and not job.of_prompt:
                 ratio += self._accepted[job.request]
                 self._scored[job.request][job.branch] = ratio
             results.append(finite_reward(self._beta * ratio))

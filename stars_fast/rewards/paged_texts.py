@@ -21,7 +21,7 @@ from stars_fast.errors import RewardError
 from stars_fast.models.images import ImageRows, SeenPrompt
 from stars_fast.models.paged import PagedModel
 from stars_fast.rewards.reading import Cut, Digests
-from stars_fast.rewards.tokens import Ids, common_length
+from stars_fast.rewards.split_ids import Ids, common_length
 
 NO_PAGES = -1
 
@@ -59,7 +59,7 @@ class Row:
     @property
     def new(self) -> int:
         """How many of them are run."""
-        return len(self.cut.ids) - self.start
+        return self.cut.length - self.start
 
 
 class PagedTexts:
@@ -237,13 +237,16 @@ class PagedTexts:
         if not state.same_prompt:
             del self._same_prompt[state.prefix.tobytes()]
 
-    def fork_points(self, rows: Sequence[Row]) -> list[int]:
-        """Return how many ids of each row are not run."""
-        cached = self._cache.common_prefixes(
-            [row.request for row in rows], [row.cut.ids for row in rows]
-        )
-        # What is read is run even if it is cached: its hidden state is not.
-        return [min(ids, row.cut.first) for ids, row in zip(cached, rows, strict=True)]
+    def set_starts(self, rows: Sequence[Row]) -> None:
+        """Set how many ids of each row are not run."""
+        states, length, common = self._requests, self._cache.length, self._cache.common_prefix
+        for row in rows:
+            request, cut = row.request, row.cut
+            # What is cached is what is committed, or the first of it.
+            known = cut.shared is states[request].committed
+            cached = length(request) if known else common(request, cut.ids)
+            # What is read is run even if it is cached: its hidden state is not.
+            row.start = min(cached, cut.first)
 
     def lacking(self, requests: Iterable[int]) -> set[int]:
         """Return the requests of whose committed text the cache lacks some."""
@@ -252,7 +255,7 @@ class PagedTexts:
 
     def restorable(self, row: Row) -> int:
         """Return how many ids `restore` caches of a row whose request is `lacking`."""
-        alone = row.is_prompt and len(row.ids) <= self._max_batch_tokens
+        alone = row.is_prompt and row.cut.length <= self._max_batch_tokens
         return 0 if alone and self._cache.length(row.request) == 0 else self._shared(row)
 
     def settle(self, rows: list[Row]) -> None:
@@ -288,6 +291,7 @@ class PagedTexts:
         self._share(missing)
         while missing:
             pieces = list(self._pieces(missing))
+            self.set_starts(pieces)
             hidden = self.forward(pieces, protected)
             if isinstance(hidden, OutOfPagesError) and len(pieces) > 1:
                 del missing[pieces[-1].request]
@@ -296,7 +300,7 @@ class PagedTexts:
                 return  # the rows will run without a common prefix, or fail in their place
             for piece in pieces:
                 self._cache.promote(piece.row, piece.new)
-                if len(piece.ids) == missing[piece.request]:
+                if piece.cut.length == missing[piece.request]:
                     del missing[piece.request]
                     self._seal(piece.request)
             self._share(missing)
@@ -315,7 +319,10 @@ class PagedTexts:
 
     def _shared(self, row: Row) -> int:
         """Return how many ids of the row are committed."""
-        return common_length(row.ids, self._requests[row.request].committed)
+        committed = self._requests[row.request].committed
+        if row.cut.shared is committed:
+            return min(len(committed), row.cut.length)
+        return common_length(row.ids, committed)
 
     def _share(self, missing: dict[int, int]) -> None:
         """Give each request what another of its prompt holds; whoever is content leaves `missing`.
@@ -392,10 +399,12 @@ class PagedTexts:
     ) -> torch.Tensor | OutOfPagesError | RewardError:
         """Fork the rows, put in order, and run what is new; its hidden states [T, hidden].
 
-        To make room, nothing of the protected requests is given up but candidates already scored.
+        Their starts are set. To make room, nothing of the protected requests is given up but
+        candidates already scored.
         """
         forked = self._fork(rows)
         while isinstance(forked, OutOfPagesError) and self._free(protected):
+            self.set_starts(rows)
             forked = self._fork(rows)
         if isinstance(forked, OutOfPagesError):
             return forked
@@ -422,7 +431,7 @@ class PagedTexts:
     def _charge(self, rows: list[Row]) -> None:
         run = self.tokens
         for row in rows:
-            run[row.request] = run.get(row.request, 0) + len(row.cut.ids) - row.start
+            run[row.request] = run.get(row.request, 0) + row.new
 
     def _keep_marked(self, rows: list[Row], hidden: torch.Tensor) -> None:
         """Keep what is kept of marks that have run; `hidden` is [T, hidden]."""
@@ -435,10 +444,10 @@ class PagedTexts:
             state = self._requests[row.request]
             if not (row.cut.marks or state.marks):
                 continue
-            marks = [m for m in row.cut.marks or state.marks if m < len(row.ids)]
+            marks = [m for m in row.cut.marks or state.marks if m < row.cut.length]
             for mark, key in zip(marks, _mark_keys(row.ids, marks), strict=True):
                 if mark >= row.start and key not in state.marked:
-                    new[row.request, key] = end + mark - len(row.ids)
+                    new[row.request, key] = end + mark - row.cut.length
         if not new:
             return
         with torch.inference_mode():
@@ -451,18 +460,29 @@ class PagedTexts:
         """Drop the rows of a pass that raised; the error to put in their place."""
         for row in rows:
             self._cache.drop(row.row)
+        return self._failure(error)
+
+    def unsettle(self, rows: list[Row], error: Exception) -> RewardError:
+        """Drop what `settle` has filed of a pass, as its results could not be read; the error."""
+        for row in rows:
+            if row.is_prompt:
+                self.evict(row.request)
+            else:
+                self._drop(self._requests[row.request], row.branch)
+        return self._failure(error)
+
+    def _failure(self, error: Exception) -> RewardError:
         failure = RewardError(f"{self._whose} failed: {type(error).__name__}: {error}")
         failure.__cause__ = error
         return failure
 
     def _fork(self, rows: list[Row]) -> tuple[Batch, Ids] | OutOfPagesError:
         """Order the rows and give each its pages; the batch and its new ids [T]."""
-        for row, start in zip(rows, self.fork_points(rows), strict=True):
-            row.start = start
+        for row in rows:
             row.row = self._next_row
             self._next_row += 1
         rows.sort(key=attrgetter("request", "start"))  # neighbours share a prefix
-        new = [row.cut.ids[row.start :] for row in rows]
+        new = [row.cut.behind(row.start) for row in rows]
         token_ids = np.concatenate(new)
         try:
             batch = self._cache.branch(

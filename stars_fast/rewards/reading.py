@@ -7,14 +7,15 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from struct import Struct
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from stars_fast.rewards.tokens import Encoded, Ids, TokenPrompt, common_length
+from stars_fast.rewards.split_ids import NO_IDS, Ids, SplitIds, common_length, no_ids
+from stars_fast.rewards.tokens import Encoded, TokenPrompt
 
 __all__ = ["LOGIT_BYTES", "Cut", "Digests", "Head", "LastToken", "NextTokens", "Reading"]
 
@@ -23,7 +24,6 @@ LOGIT_BYTES = 64 << 20
 
 
 _LENGTHS = Struct("3q")
-_NONE: Ids = np.zeros(0, np.int64)
 
 
 class Head(Protocol):
@@ -35,13 +35,13 @@ class Head(Protocol):
 
 
 @dataclass(slots=True)
-class Cut:
-    """What is run of a job.
+class Cut(SplitIds):
+    """What is run of a job: its ids up to the last one whose hidden state is read.
 
     Parameters
     ----------
-    ids : int64 [N]
-        The job's ids up to the last one whose hidden state is read.
+    rest : int64 [M]
+        Those behind `shared`.
     keep : int
         Number of them that stay cached if the job's branch is accepted.
     first : int
@@ -50,13 +50,16 @@ class Cut:
         The id after each of those, if the reading needs them.
     marks : tuple of int
         Ids whose hidden states are read too, though they may have run long ago, in order.
+    shared : int64 [N]
+        See `Encoded`.
     """
 
-    ids: Ids
+    rest: Ids
     keep: int
     first: int
     following: Ids
     marks: tuple[int, ...] = ()
+    shared: Ids = field(default_factory=no_ids)
 
 
 class Digests:
@@ -71,32 +74,32 @@ class Digests:
     """
 
     def __init__(self, ids: Ids) -> None:
-        self._length = len(ids)
-        self._bytes = ids.tobytes()
+        self._ids = ids
         self._state = hashlib.blake2b(ids.data, digest_size=16)
 
     def of(self, cut: Cut) -> bytes:
         """Return 16 bytes that are the same for equal cuts alone, whatever they begin with."""
-        state = self._after(cut.ids)
+        state = self._after(cut)
         if len(cut.following):
             state.update(cut.following.data)
         if cut.marks:
             state.update(array("q", cut.marks))
         # Last, where nothing is behind it: lengths tell what of the above is what.
-        state.update(_LENGTHS.pack(cut.first, len(cut.marks), len(cut.ids)))
+        state.update(_LENGTHS.pack(cut.first, len(cut.marks), cut.length))
         return state.digest()
 
     def grown(self, ids: Ids) -> Digests:
         """Return those of texts that mostly begin with `ids`."""
         made = copy(self)
-        made._length, made._bytes, made._state = len(ids), ids.tobytes(), self._after(ids)
+        made._ids, made._state = ids, self._after(Cut(ids, 0, 0, NO_IDS))
         return made
 
-    def _after(self, ids: Ids) -> hashlib.blake2b:
-        if ids[: self._length].tobytes() != self._bytes:
-            return hashlib.blake2b(ids.data, digest_size=16)
+    def _after(self, cut: Cut) -> hashlib.blake2b:
+        known = len(self._ids)
+        if cut.shared is not self._ids and not np.array_equal(cut.ids[:known], self._ids):
+            return hashlib.blake2b(cut.ids.data, digest_size=16)
         state = self._state.copy()
-        state.update(ids[self._length :].data)
+        state.update(cut.behind(known).data)
         return state
 
 
@@ -177,13 +180,13 @@ class LastToken(Reading):
 
     def cut(self, text: Encoded, prompt: TokenPrompt, committed: Ids) -> Cut | Exception:
         """Return the ids up to the last that is not padding."""
+        length = end = text.length
+        if self._pad is None or int(text.rest[-1]) != self._pad:
+            return Cut(text.rest, length - prompt.tail, length - 1, NO_IDS, shared=text.shared)
         ids = text.ids
-        end = len(ids)
-        if self._pad is not None:
-            while end > 1 and int(ids[end - 1]) == self._pad:
-                end -= 1
-        kept = min(len(ids) - prompt.tail, end)
-        return Cut(ids if end == len(ids) else ids[:end], kept, end - 1, _NONE)
+        while end > 1 and int(ids[end - 1]) == self._pad:
+            end -= 1
+        return Cut(ids[:end], min(length - prompt.tail, end), end - 1, NO_IDS)
 
     def values(
         self, hidden: torch.Tensor, marked: torch.Tensor, cuts: Sequence[Cut]
@@ -223,15 +226,17 @@ class NextTokens(Reading):
 
     def cut(self, text: Encoded, prompt: TokenPrompt, committed: Ids) -> Cut | float | Exception:
         """Return the ids but the last; 0.0 for r(x) and for a job with nothing new."""
-        ids = text.ids
-        first = len(committed)
-        if len(ids) == len(prompt.empty_ids):
+        first, end = len(committed), text.length - 1
+        if text.length == len(prompt.empty_ids):
             return 0.0
-        if len(ids) <= first or common_length(ids, committed) < first:
-            return ValueError("response_ids must continue the committed text of their request")
-        if len(ids) == first + 1:
+        if text.shared is not committed:
+            ids = text.ids
+            if end < first or common_length(ids, committed) < first:
+                return ValueError("response_ids must continue the committed text of their request")
+            text = Encoded(ids[first:], shared=committed)
+        if end == first:
             return 0.0
-        return Cut(ids[:-1], len(ids) - 1, first, ids[first + 1 :])
+        return Cut(text.rest[:-1], end, first, text.rest[1:], shared=committed)
 
     def values(
         self, hidden: torch.Tensor, marked: torch.Tensor, cuts: Sequence[Cut]

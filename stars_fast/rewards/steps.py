@@ -14,8 +14,9 @@ from stars_fast.errors import UnsupportedModelError
 from stars_fast.reward_head import Aggregate, RewardHead
 from stars_fast.rewards.base import Prompt, ScoreJob
 from stars_fast.rewards.reading import Cut, LastToken, Reading
+from stars_fast.rewards.split_ids import NO_IDS, Ids
 from stars_fast.rewards.text import FramedPrompt, Template, filled
-from stars_fast.rewards.tokens import Encoded, Ids, RetokenizedText, TokenPrompt, TokenSource
+from stars_fast.rewards.tokens import Encoded, RetokenizedText, TokenPrompt, TokenSource
 from stars_fast.text.tokenization import TextEncoder, escaped
 
 __all__ = ["AtSteps", "StepTokens", "at_steps", "steps_of"]
@@ -95,7 +96,7 @@ class StepTokens(TokenSource):
         return _StepPrompt(empty, min(first.stem, len(ids)), first=first, rendered=rendered)
 
     def encode(
-        self, prompts: Sequence[TokenPrompt], jobs: Sequence[ScoreJob]
+        self, prompts: Sequence[TokenPrompt], jobs: Sequence[ScoreJob], committed: Sequence[Ids]
     ) -> list[Encoded | Exception]:
         """Tokenise the steps that are new."""
         cut = []
@@ -137,6 +138,7 @@ class StepTokens(TokenSource):
         begun = self._first.encode(
             [lacking[key].first for key in firsts],
             [ScoreJob(0, 0, [], step) for _, (_, step) in firsts],
+            [NO_IDS] * len(firsts),
         )
         for key, encoded in zip(firsts, begun, strict=True):
             assert isinstance(encoded, Encoded)  # only callables fail

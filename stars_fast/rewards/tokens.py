@@ -13,25 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from stars_fast.models.images import ImageEncoder, SeenPrompt
 from stars_fast.rewards.base import Prompt, ScoreJob
+from stars_fast.rewards.split_ids import NO_IDS, Ids, SplitIds, common_length, no_ids
 from stars_fast.rewards.text import FramedPrompt, PlainTemplate, RenderedPrompt, Template, filled
 from stars_fast.text.tokenization import MARK, TextEncoder
 
-__all__ = ["Encoded", "Ids", "RetokenizedText", "SharedTokens", "TokenPrompt", "TokenSource"]
-__all__ += ["common_length", "special_ids"]
-
-Ids = NDArray[np.int64]
-
-
-def common_length(left: Ids, right: Ids) -> int:
-    """Return how many leading ids are equal."""
-    length = min(len(left), len(right))
-    different = np.flatnonzero(left[:length] != right[:length])
-    return int(different[0]) if len(different) else length
+__all__ = ["Encoded", "RetokenizedText", "SharedTokens", "TokenPrompt", "TokenSource"]
+__all__ += ["special_ids"]
 
 
 @dataclass(frozen=True)
@@ -60,21 +51,25 @@ class TokenPrompt:
 
 
 @dataclass(slots=True)
-class Encoded:
-    """What is run of a job.
+class Encoded(SplitIds):
+    """What is read of a job.
 
     Parameters
     ----------
-    ids : int64 [N]
+    rest : int64 [M]
+        Its ids behind `shared`, at least one.
     places : tuple of int
         Indices of the ids at which steps are read, the last id's the last; none without steps.
     probe : int
         How many ids at the end stay in no cache, beside what stands behind the response.
+    shared : int64 [N]
+        Its first ids: the committed ones, if it is known to continue these, or none.
     """
 
-    ids: Ids
+    rest: Ids
     places: tuple[int, ...] = ()
     probe: int = 0
+    shared: Ids = field(default_factory=no_ids)
 
 
 class TokenSource(ABC):
@@ -89,9 +84,35 @@ class TokenSource(ABC):
 
     @abstractmethod
     def encode(
-        self, prompts: Sequence[TokenPrompt], jobs: Sequence[ScoreJob]
+        self, prompts: Sequence[TokenPrompt], jobs: Sequence[ScoreJob], committed: Sequence[Ids]
     ) -> list[Encoded | Exception]:
-        """Return the ids of each job, or its error. `prompts[i]` is what `bind` gave for job i."""
+        """Return the ids of each job, or its error.
+
+        Parameters
+        ----------
+        prompts : sequence of TokenPrompt
+            What `bind` gave for each job.
+        jobs : sequence of ScoreJob
+        committed : sequence of int64 [N]
+            What the cached sequence of each job's request should hold: nothing else can be shared.
+        """
+
+
+def behind_committed(prefix: Ids, job: ScoreJob, committed: Ids) -> tuple[Ids, Ids]:
+    """Return prefix and response ids in two parts: the committed ones, or none, and the others.
+
+    `committed`: of the request, if it has that prefix; a job's `committed_ids` agree with it.
+    """
+    new = np.asarray(job.new_ids, np.int64)
+    begun = job.committed_ids
+    lacking = len(prefix) + len(begun) - len(committed)  # ids before the new ones
+    if lacking == 0 and len(new):
+        return committed, new
+    if lacking <= 0:
+        return NO_IDS, np.concatenate((prefix, begun, new))
+    if lacking > len(begun):
+        begun = np.concatenate((prefix, begun))
+    return committed, np.concatenate((begun[len(begun) - lacking :], new))
 
 
 @dataclass(frozen=True)
@@ -159,28 +180,35 @@ class SharedTokens(TokenSource):
         return _SharedPrompt(empty, stem, prefix=empty[:stem], suffix=empty[stem:], seen=seen)
 
     def encode(
-        self, prompts: Sequence[TokenPrompt], jobs: Sequence[ScoreJob]
+        self, prompts: Sequence[TokenPrompt], jobs: Sequence[ScoreJob], committed: Sequence[Ids]
     ) -> list[Encoded | Exception]:
         """Return prefix, response and suffix ids of each job."""
         encoded: list[Encoded | Exception] = []
-        responses = [np.asarray(job.response_ids, dtype=np.int64) for job in jobs]
-        known = not jobs or self._knows(np.concatenate(responses))
-        for prompt, response in zip(prompts, responses, strict=True):
+        known = not jobs or self._knows(np.concatenate([job.new_ids for job in jobs]))
+        for prompt, job, ids in zip(prompts, jobs, committed, strict=True):
             assert isinstance(prompt, _SharedPrompt)
             if not known:
                 try:
-                    self._check(response, "response_ids")
+                    self._check(np.asarray(job.new_ids, np.int64), "response_ids")
                 except ValueError as error:
                     encoded.append(error)
                     continue
-            parts = [prompt.prefix, response]
-            if len(prompt.suffix):
-                end = len(response)
-                while end and int(response[end - 1]) in self._special:
-                    end -= 1
-                parts[1:] = response[:end], prompt.suffix
-            encoded.append(Encoded(np.concatenate(parts)))
+            if not len(prompt.suffix):
+                shared, rest = behind_committed(prompt.prefix, job, ids)
+            elif len(job.new_ids) and int(job.new_ids[-1]) not in self._special:
+                shared, rest = behind_committed(prompt.prefix, job, ids)
+                rest = np.concatenate((rest, prompt.suffix))
+            else:
+                response = self._without_special(np.asarray(job.response_ids, np.int64))
+                shared, rest = NO_IDS, np.concatenate((prompt.prefix, response, prompt.suffix))
+            encoded.append(Encoded(rest, shared=shared))
         return encoded
+
+    def _without_special(self, response: Ids) -> Ids:
+        end = len(response)
+        while end and int(response[end - 1]) in self._special:
+            end -= 1
+        return response[:end]
 
     def _knows(self, ids: Ids) -> bool:
         return not len(ids) or 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size
@@ -240,7 +268,7 @@ class RetokenizedText(TokenSource):
         return bound
 
     def encode(
-        self, prompts: Sequence[TokenPrompt], jobs: Sequence[ScoreJob]
+        self, prompts: Sequence[TokenPrompt], jobs: Sequence[ScoreJob], committed: Sequence[Ids]
     ) -> list[Encoded | Exception]:
         """Render and tokenise each job."""
         encoded: list[Encoded | Exception] = []

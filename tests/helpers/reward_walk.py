@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 from helpers.tiny_tokenizers import TEXTS
 from transformers import PreTrainedTokenizerBase
 
@@ -84,12 +85,22 @@ class Walk:
 
     def score(self, jobs: list[ScoreJob]) -> list[float | Exception]:
         """Score and record."""
-        rewards = self.scorer.score(jobs)
+        rewards = self.scorer.score([self._split(job) for job in jobs])
         assert len(rewards) == len(jobs)
         for job, reward in zip(jobs, rewards, strict=True):
             committed = self.committed[job.request]
             self.rounds.append(Round(self.prompts[job.request], committed, job, reward))
         return rewards
+
+    def _split(self, job: ScoreJob) -> ScoreJob:
+        """The same, every other one with what is committed of it told apart, as an engine does."""
+        begun = self.committed[job.request]
+        if job.branch % 2:
+            return job
+        assert job.response_ids[: len(begun)] == begun
+        return replace(
+            job, new_ids=job.new_ids[len(begun) :], committed_ids=np.array(begun, np.int64)
+        )
 
     def draw(self) -> list[int]:
         """A segment: mostly running text cut anywhere, at times arbitrary ids."""

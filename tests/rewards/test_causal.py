@@ -10,7 +10,7 @@ from helpers.tiny_rewards import plain_reward, reward_model
 from helpers.tiny_tokenizers import bpe_tokenizer
 
 from stars_fast.rewards import Prompt, ScoreJob, load_scorer
-from stars_fast.rewards.tokens import common_length
+from stars_fast.rewards.split_ids import common_length
 
 HUMAN = "###Human: {prompt} ###Assistant:{response}"
 LM = bpe_tokenizer(400)

@@ -21,7 +21,7 @@ from stars_fast import Engine, LogRatio, StarsParams
 from stars_fast.errors import ModelLoadError, RewardError
 from stars_fast.rewards import Prompt, ScoreJob, load_scorer
 from stars_fast.rewards.log_ratio import LogRatioScorer
-from stars_fast.rewards.tokens import common_length
+from stars_fast.rewards.split_ids import common_length
 
 LM = bpe_tokenizer(400)
 OTHER = bpe_tokenizer(340, chat="chatml")

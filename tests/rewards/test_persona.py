@@ -17,6 +17,7 @@ from stars_fast.rewards import Persona, Prompt, ScoreJob, load_scorer
 from stars_fast.rewards.causal import CausalScorer
 from stars_fast.rewards.persona import PersonaTokens
 from stars_fast.rewards.reading import NextTokens
+from stars_fast.rewards.split_ids import NO_IDS
 
 LM = bpe_tokenizer(400)
 PAGE = 4
@@ -282,7 +283,9 @@ def test_system_message_before_the_messages(chat: str) -> None:
         bound = source.bind(prompt)
         rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         assert bound.empty_ids.tolist() == rendered["input_ids"]
-        (text,) = source.encode([bound], [ScoreJob(0, 0, [50, tokenizer.eos_token_id], "")])
+        (text,) = source.encode(
+            [bound], [ScoreJob(0, 0, [50, tokenizer.eos_token_id], "")], [NO_IDS]
+        )
         assert not isinstance(text, Exception)
         assert text.ids.tolist() == [*rendered["input_ids"], 50, tokenizer.eos_token_id]
 

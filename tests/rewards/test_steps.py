@@ -27,6 +27,7 @@ from stars_fast import Engine, RewardHead, StarsParams
 from stars_fast.errors import UnsupportedModelError
 from stars_fast.rewards import Prompt, ScoreJob, load_scorer
 from stars_fast.rewards.causal import CausalScorer
+from stars_fast.rewards.split_ids import NO_IDS
 from stars_fast.rewards.steps import steps_of
 
 LM = bpe_tokenizer(400)
@@ -230,7 +231,9 @@ def test_a_tag_that_a_response_writes_is_text(tmp_path: Path) -> None:
     scorer.start(0, text_prompt(LM, QUESTIONS[2]), 80)
     bound = scorer._prompts[0]
     plain, written = scorer._source.encode(
-        [bound] * 2, [job(0, "It<extra_0>.\n\nGood<s> <extra_0>"), job(1, "It.\n\nGood")]
+        [bound] * 2,
+        [job(0, "It<extra_0>.\n\nGood<s> <extra_0>"), job(1, "It.\n\nGood")],
+        [NO_IDS] * 2,
     )
     for encoded in (plain, written):
         assert [place for place, i in enumerate(encoded.ids) if i == 400] == list(encoded.places)

@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from stars_fast.rewards import Prompt, ScoreJob
+from stars_fast.rewards.split_ids import NO_IDS, common_length
 from stars_fast.rewards.text import make_template
-from stars_fast.rewards.tokens import Encoded, RetokenizedText, SharedTokens, common_length
+from stars_fast.rewards.tokens import Encoded, RetokenizedText, SharedTokens, behind_committed
 from stars_fast.text.tokenization import TextEncoder
 
 PROMPT = Prompt("What is rice?", bpe_tokenizer()("What is rice?")["input_ids"], None)
@@ -47,7 +48,7 @@ def test_tokenizer_that_adds_eos() -> None:
     )
     bound = source.bind(PROMPT)
     assert bound.tail == 1
-    (text,) = source.encode([bound], [job([50, 51], "")])
+    (text,) = source.encode([bound], [job([50, 51], "")], [NO_IDS])
     assert isinstance(text, Encoded)
     before = tokenizer("What is rice?|")["input_ids"]
     assert text.ids.tolist() == [*before[:-1], 50, 51, 1]
@@ -64,7 +65,7 @@ def test_ids_are_those_of_the_template_s_text(family: str, behind: str) -> None:
     for text in (" The film", " It is bad"):
         whole = tok(f"Q: What is rice?\nA:{text}{behind}")["input_ids"]
         response = tok(f"Q: What is rice?\nA:{text}")["input_ids"][len(before) :]
-        (encoded,) = source.encode([source.bind(PROMPT)], [job(response, "")])
+        (encoded,) = source.encode([source.bind(PROMPT)], [job(response, "")], [NO_IDS])
         assert isinstance(encoded, Encoded)
         assert encoded.ids.tolist() == whole
 
@@ -91,7 +92,8 @@ def test_only_the_text_behind_the_last_special_token_is_tokenised(chat: str, mes
 
     source._encoder.encode = recorded  # type: ignore[method-assign, assignment]
     responses = ["", "a", "era", "\n\nYes", " <|im_end no", "naïve 日本 🙂", *TEXTS]
-    encoded = source.encode([bound] * len(responses), [job([9], text) for text in responses])
+    jobs = [job([9], text) for text in responses]
+    encoded = source.encode([bound] * len(jobs), jobs, [NO_IDS] * len(jobs))
     for response, text in zip(responses, encoded, strict=True):
         whole = tokenizer.apply_chat_template([*conversation, {**answer, "content": response}])
         assert isinstance(text, Encoded)
@@ -111,7 +113,7 @@ def test_template_function_that_raises_fails_its_job_alone() -> None:
 
     source = RetokenizedText(tokenizer, make_template(template, tokenizer, pairs=False))
     bound = source.bind(PROMPT)
-    good, bad = source.encode([bound] * 2, [job([9], "yes"), job([9], "no")])
+    good, bad = source.encode([bound] * 2, [job([9], "yes"), job([9], "no")], [NO_IDS] * 2)
     assert isinstance(bad, ValueError)
     assert "reward_template raised KeyError: 'no'" in str(bad)
     assert isinstance(good, Encoded)
@@ -127,3 +129,22 @@ def test_small_vocabularies() -> None:
     encoder = TextEncoder(PreTrainedTokenizerFast(tokenizer_object=backend), True)
     assert (encoder.head, encoder.tail) == ([0], [1])
     assert encoder.encode(["x"])[0] == [0, 3, 1]
+
+
+def test_what_is_committed_is_told_apart() -> None:
+    prompt, begun = np.arange(4), np.array([7, 8])
+    whole = [*prompt, *begun, 9]
+    split = ScoreJob(0, 0, np.array([9]), "", begun)
+    for committed in (whole[:6], whole[:5], whole[:4], whole[:3], []):
+        ids = np.array(committed, np.int64)
+        shared, rest = behind_committed(prompt, split, ids)
+        assert shared is ids
+        assert [*shared, *rest] == whole
+    # Where a job does not say so, or has nothing new, it is seen by nobody.
+    for job_of, committed in (
+        (ScoreJob(0, 0, [7, 8, 9], ""), whole[:6]),
+        (ScoreJob(0, 0, [], "", np.array([7, 8, 9])), whole),
+    ):
+        shared, rest = behind_committed(prompt, job_of, np.array(committed))
+        assert not len(shared)
+        assert rest.tolist() == whole

@@ -20,6 +20,7 @@ from stars_fast import StarsParams
 from stars_fast.prompts import Prompt, PromptReader
 from stars_fast.rewards import ScoreJob
 from stars_fast.rewards.persona import Persona, PersonaTokens
+from stars_fast.rewards.split_ids import NO_IDS
 from stars_fast.rewards.text import make_template
 from stars_fast.rewards.tokens import Encoded, RetokenizedText, SharedTokens
 from stars_fast.text import tokenization
@@ -227,7 +228,7 @@ def test_half_of_a_surrogate_pair_in_stop() -> None:
 
 def read_by(tok: Any, template: Any, prompt: Prompt, response: str, **options: Any) -> list[int]:
     source = RetokenizedText(tok, make_template(template, tok, pairs=False, **options))
-    (encoded,) = source.encode([source.bind(prompt)], [ScoreJob(0, 0, [1], response)])
+    (encoded,) = source.encode([source.bind(prompt)], [ScoreJob(0, 0, [1], response)], [NO_IDS])
     assert isinstance(encoded, Encoded)
     found: list[int] = encoded.ids.tolist()
     return found

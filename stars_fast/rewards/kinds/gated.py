@@ -22,7 +22,8 @@ from stars_fast.rewards.kinds.base import Kind, Loaded
 from stars_fast.rewards.kinds.classifier import labelled
 from stars_fast.rewards.labels import label_readout
 from stars_fast.rewards.reading import Cut, Head, LastToken
-from stars_fast.rewards.tokens import Encoded, Ids, TokenPrompt
+from stars_fast.rewards.split_ids import Ids
+from stars_fast.rewards.tokens import Encoded, TokenPrompt
 
 __all__ = ["GATED", "GatedReading"]
 
