@@ -397,14 +397,14 @@ class Loop:
         with self._clock.phase("plan"):
             plan = self._scheduler.plan()
         self._planned.append(plan)
-        draft = plan.draft
-        self._ranks.check_same(
-            "the round",
-            *(plan.request, plan.attempt, plan.seed, plan.position, plan.stream, plan.drawn),
-            *(plan.held, plan.held_attempt),
-            plan.first_token,
-            *(plan.prefill_tokens, plan.unscored, draft.new_lengths, draft.slots),
-        )
+        if self._ranks.size > 1:
+            self._ranks.check_same(
+                "the round",
+                *(plan.request, plan.attempt, plan.seed, plan.position, plan.stream, plan.drawn),
+                *(plan.held, plan.held_attempt),
+                plan.first_token,
+                *(plan.prefill_tokens, plan.unscored, plan.draft.new_lengths, plan.draft.slots),
+            )
         with self._clock.phase("fork"):
             self.model.copy_pages(*plan.copies)
         beside = time.perf_counter() - begun
@@ -525,8 +525,9 @@ class Loop:
         """
         begun = time.perf_counter()
         with self._clock.phase("commit"):
-            self._charge_scoring()
-            self._outcomes.changed += self._set_prompt_rewards(done)
+            if done.prompt_rewards:
+                self._charge_scoring()  # before some of them end
+                self._outcomes.changed += self._set_prompt_rewards(done)
             decision = self._decide(done)
         # Paths that take another's place need all of it.
         if not self._ahead or len(decision.copy_target):
@@ -558,6 +559,7 @@ class Loop:
         """Write down what was decided last, if that is still to be done."""
         if self._outcomes.pending:
             with self._clock.phase("commit"):
+                self._charge_scoring()
                 self._outcomes.write()
 
     def score_whole(

@@ -77,9 +77,10 @@ class Outcomes:
         """Bring the responses to where their next drafts begin."""
         for response in done.responses:
             response.under_way.clear()
-        for row, response in enumerate(done.responses):
-            if not done.decided[row]:
-                response.under_way[done.candidates[row].attempt] = done.candidates[row]
+        for row, decided in enumerate(done.decided):
+            if not decided:
+                candidate = done.candidates[row]
+                done.responses[row].under_way[candidate.attempt] = candidate
         winners: list[Candidate | None] = []
         events = decision.request.tolist(), decision.kind.tolist(), decision.row.tolist()
         for handle, kind, row in zip(*events, strict=True):

@@ -84,7 +84,8 @@ class Response:
     under_way
         Attempts at the current segment that wait for a further round, by number.
     known
-        Effective reward and log-probabilities of its attempts at the current segment, by tokens.
+        Effective reward and log-probabilities of its attempts at the current segment, by tokens;
+        filled only where its method reads the latter.
     error
         Why it failed; None if it did not.
     prefixes
@@ -101,10 +102,13 @@ class Response:
         Its prompt with the pictures encoded; None: there are none.
     scored
         Whether its segments are scored and tested.
+    reads_logprobs
+        See `MethodKind`.
     cuts
         Whether candidates are cut at stop texts or ends of steps.
     token_ids
-        Its committed tokens, those of `output`, as jobs of the scorer take them.
+        Its committed tokens, as jobs of the scorer take them: those of `output`, once the last
+        segment is recorded.
     plain_from
         See `StarsParams`.
     """
@@ -127,12 +131,14 @@ class Response:
     rm_tokens: int = 0
     seen: SeenPrompt | None = None
     scored: bool = field(init=False)
+    reads_logprobs: bool = field(init=False)
     cuts: bool = field(init=False)
     token_ids: npt.NDArray[np.int64] = field(init=False)
     plain_from: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.scored = self.params.scored
+        self.reads_logprobs = self.params.kind.reads_logprobs
         self.cuts = bool(self.params.stop_texts) or self.params.segment_end == "step"
         self.token_ids = np.array(self.output.token_ids, np.int64)
         self.plain_from = self.params.plain_from
@@ -152,7 +158,6 @@ class Response:
     def advance(self, candidate: Candidate) -> None:
         """Append the tokens of a candidate that won; the next draft begins behind them."""
         self.output.token_ids.extend(candidate.token_ids)
-        self.token_ids = np.concatenate((self.token_ids, candidate.token_ids), dtype=np.int64)
         if self.sampling.grammar is not None:
             self.sampling.grammar.advance(candidate.token_ids)
         counts = self.sampling.counts
@@ -165,6 +170,7 @@ class Response:
 
         `finish`: why it ends the response, None if it does not.
         """
+        self.token_ids = np.concatenate((self.token_ids, candidate.token_ids), dtype=np.int64)
         self.output.logprobs.extend(candidate.logprobs)
         self.output.top_logprobs.extend(candidate.top_logprobs)
         self.output.reward, self.output.rewards = candidate.reward, candidate.rewards

@@ -332,23 +332,35 @@ def score_round(
     finally:
         scorer.on_launch = None
     candidates = done.candidates
+    merits: list[float] = []
     for row, reward in zip(rows, rewards, strict=True):
         if isinstance(reward, Exception):
-            done.errors[row] = f"reward: {reward}"
-            done.merits[row] = np.nan
+            errors[row] = f"reward: {reward}"
+            merits.append(math.nan)
             continue
-        response, candidate = done.responses[row], candidates[row]
+        candidate = candidates[row]
         if isinstance(reward, CombinedReward):
             candidate.rewards, candidate.keeps = reward.rewards, reward.keeps
-        tokens = len(response.output.token_ids) + lengths[row]
-        shown = effective_reward(response.params, reward, candidate, tokens, response.prefixes)
-        # Methods may use log-probabilities, in which equal candidates differ by rounding.
-        known = response.known.setdefault(tuple(candidate.token_ids), (shown, candidate.logprobs))
-        candidate.reward, same = known[0], candidate
-        if known[1] is not candidate.logprobs:
-            same = replace(candidate, logprobs=known[1])
-        done.merits[row] = merit(response.params, known[0], same)
+        merits.append(_weigh(done.responses[row], candidate, reward))
+    done.merits[rows] = merits
     done.seconds["score"] = time.perf_counter() - begun
+
+
+def _weigh(response: Response, candidate: Candidate, reward: float) -> float:
+    """Set a candidate's effective reward; what the scheduler decides by."""
+    params, shown = response.params, reward
+    if response.reads_logprobs or response.prefixes is not None:
+        tokens = len(response.output.token_ids) + len(candidate.token_ids)
+        shown = effective_reward(params, reward, candidate, tokens, response.prefixes)
+    if not response.reads_logprobs:
+        candidate.reward = shown
+        return shown
+    # In log-probabilities equal candidates differ by rounding.
+    known = response.known.setdefault(tuple(candidate.token_ids), (shown, candidate.logprobs))
+    candidate.reward, same = known[0], candidate
+    if known[1] is not candidate.logprobs:
+        same = replace(candidate, logprobs=known[1])
+    return merit(params, known[0], same)
 
 
 def _job(done: Round, row: int, length: int, scorer: Scorer) -> ScoreJob:

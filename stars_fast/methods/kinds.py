@@ -157,6 +157,11 @@ class MethodKind:
         return not self.needs_reward and self.draft is None
 
     @property
+    def reads_logprobs(self) -> bool:
+        """Whether more of a candidate than its reward may enter its effective reward or merit."""
+        return self.effective_reward is not None or self.merit is not None
+
+    @property
     def by_text(self) -> bool:
         """Whether a segment's text and length are all that it needs of the language model."""
         return not (self.by_entropy or self.ranked or self.judges or self.draft)
