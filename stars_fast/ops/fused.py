@@ -87,7 +87,7 @@ def rms_norm(
     if cpu.runs_on(x):
         x = _to_add(x, before, scale)
         return cpu.rms_norm(x, norm.weight, norm.eps, norm.offset, residual)
-    if x.ndim == 2 and _on_kernels(x):
+    if x.ndim == 2 and on_kernels(x):
         from stars_fast.kernels import norm as kernels
 
         return kernels.rms_norm(x, norm, residual, before, scale)
@@ -103,7 +103,7 @@ def rms_norm(
 
 def norm_add(x: Tensor, norm: Norm | None, residual: Tensor, scale: float = 1.0) -> Tensor:
     """Return residual + scale * norm(x), ``[T, D]``."""
-    if _on_kernels(x):
+    if on_kernels(x):
         from stars_fast.kernels import norm as kernels
 
         return kernels.rms_norm(x, None, residual, norm, scale)[1]
@@ -123,7 +123,7 @@ def norm_heads(
 
     A norm of `dim` channels is that of each head, one of more that of all of them together.
     """
-    if query_norm is not None and key_norm is not None and _on_kernels(query):
+    if query_norm is not None and key_norm is not None and on_kernels(query):
         by_head = len(query_norm.weight) == len(key_norm.weight) == dim
         if by_head and query_norm.rounds_first == key_norm.rounds_first:
             from stars_fast.kernels import norm as kernels
@@ -144,7 +144,7 @@ def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     """Return activation(gate) * up; both ``[T, D]``, of one row stride."""
     if cpu.runs_on(gate):
         return cpu.gated(gate, up, activation)
-    if _on_kernels(gate):
+    if on_kernels(gate):
         from stars_fast.kernels import gated as kernels
 
         return kernels.gated(gate, up, activation)
@@ -198,7 +198,7 @@ def rotate_append(
     Tensor
         ``[T, heads, D]``, last stride 1.
     """
-    if _on_kernels(query) and query.dtype == key.dtype:
+    if on_kernels(query) and query.dtype == key.dtype:
         from stars_fast.kernels import rotary as kernels
 
         return kernels.rotate_append(
@@ -208,7 +208,8 @@ def rotate_append(
     return rotate(query, rotary)
 
 
-def _on_kernels(x: Tensor) -> bool:
+def on_kernels(x: Tensor) -> bool:
+    """Whether operators on it run as kernels here and now."""
     return uses_triton(x.device) and x.dtype in _KERNEL_DTYPES
 
 

@@ -24,7 +24,7 @@ def test_forms_fit_every_architecture(tmp_path: Path) -> None:
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     others = [
         *("fp16", "fp32", "fp8e4nv", "u8", "d64", "d256", "heads of 64", "heads of 256"),
-        *("m64", "m128", "16-byte", "2-byte", "1-byte", "2048 channels", "8192 channels"),
+        *("m32", "m64", "m128", "16-byte", "2-byte", "1-byte", "2048 channels", "8192 channels"),
     ]
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--json", str(target), "--skip", *others],
@@ -46,6 +46,7 @@ def test_forms_fit_every_architecture(tmp_path: Path) -> None:
     for kernel in (
         "philox", "copy_pages", "kv_append", "sample_reduce", "sample_finish", "adjust",
         "guide_logits", "token_logprobs", "top_chunk", "top_row", "attention", "merge", "rms_norm",
-        "head_norms", "gated", "rotate_append",
+        "head_norms", "gated", "rotate_append", "choose_experts", "order_pairs", "experts_up",
+        "experts_down", "sum_pairs",
     ):  # fmt: skip
         assert any(kernel in row["name"] for row in rows), kernel
