@@ -9,23 +9,25 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, MixtralConfig
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from stars_fast import ops
 from stars_fast.benchmarks.sampler_peers import Draw, peers
+from stars_fast.kernels import experts as expert_kernels
 from stars_fast.kernels import gated as gate_kernel
 from stars_fast.kernels import norm as norm_kernels
 from stars_fast.kernels import pages as page_kernels
@@ -36,6 +38,7 @@ from stars_fast.kernels.sample import sample
 from stars_fast.ops import fused
 from stars_fast.ops.attention import AttentionOptions
 from stars_fast.ops.batch import RowBatch
+from stars_fast.ops.experts import Experts, run_experts
 from stars_fast.ops.fused import Norm, Rotary
 
 Job = Callable[[int], Any]  # takes the number of an input set
@@ -88,6 +91,8 @@ class Size:
         Of a decode step.
     prompt
         Tokens of a prefill.
+    experts
+        How many, of how many each token has; channels outside of them and inside.
     dtype
         Of everything; the interpreter has no products of bfloat16.
     cache_bytes
@@ -105,6 +110,7 @@ class Size:
     candidates: int
     prefix: int
     prompt: int
+    experts: tuple[int, int, int, int]
     dtype: torch.dtype
     cache_bytes: int
 
@@ -125,6 +131,7 @@ FULL = Size(
     candidates=8,
     prefix=1024,
     prompt=4096,
+    experts=(128, 8, 2048, 768),
     dtype=torch.bfloat16,
     cache_bytes=60 << 20,
 )
@@ -141,6 +148,7 @@ SMOKE = Size(
     candidates=4,
     prefix=600,
     prompt=200,
+    experts=(8, 2, 256, 128),
     dtype=torch.bfloat16,
     cache_bytes=0,
 )
@@ -156,6 +164,7 @@ TINY = Size(
     candidates=3,
     prefix=40,
     prompt=24,
+    experts=(4, 2, 32, 24),
     dtype=torch.float32,
     cache_bytes=0,
 )
@@ -182,6 +191,7 @@ def model_cases(size: Size, device: torch.device) -> Iterator[Case]:
     yield norm_case(size, device)
     yield gate_case(size, device)
     yield rotation_case(size, device)
+    yield experts_case(size, device)
     yield from decode_cases(size, device)
     yield prefill_case(size, device)
     yield score_case(size, device)
@@ -415,6 +425,36 @@ def rotation_case(size: Size, device: torch.device) -> Case:
         2 * sum(x.nbytes for x in (query, key, value, cos)),
         written,
     )
+
+
+def experts_case(size: Size, device: torch.device) -> Case:
+    """Experts of every row of a decode step, chosen at random; beside transformers' grouped_mm."""
+    rows, (count, top_k, hidden, inner) = size.requests * size.candidates, size.experts
+    config = MixtralConfig(
+        num_local_experts=count, hidden_size=hidden, intermediate_size=inner, hidden_act="silu"
+    )
+    config._experts_implementation = "grouped_mm"
+    with torch.device(device):
+        theirs = MixtralExperts(config).to(size.dtype)
+        for weight in theirs.parameters():
+            torch.nn.init.normal_(weight, std=0.03)
+        x = torch.randn((rows, hidden)).to(size.dtype)
+        weights, index = torch.rand((rows, count)).topk(top_k, dim=1)
+    mine = Experts(theirs.gate_up_proj.detach(), theirs.down_proj.detach())
+    case = _fused_case(
+        f"experts {rows} x {top_k} of {count} {_short(size.dtype)}",
+        lambda: expert_kernels.run_experts(x, index, weights, mine),
+        lambda: run_experts(x, index, weights, mine),
+        mine.gate_up.nbytes + mine.down.nbytes + 2 * x.nbytes,
+    )
+    operations = 2 * rows * top_k * 3 * hidden * inner
+
+    @torch.inference_mode()
+    def by_transformers(_: int) -> Tensor:
+        found: Tensor = theirs(x, index, weights)
+        return found
+
+    return replace(case, operations=operations, others={"transformers": by_transformers})
 
 
 def _fused_case(

@@ -277,7 +277,7 @@ def step_milliseconds(machine: Machine, shape: Shape, rows: int, keys: float) ->
 
 def kernel_share(name: str, operations: float) -> float | None:
     """Return the part of the least that a kernel is expected to reach; None: it is not modelled."""
-    if name.startswith("sample"):
+    if name.startswith(("sample", "experts")):
         return None
     return EXPECTED.attention if operations else EXPECTED.small
 

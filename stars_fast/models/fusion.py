@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
+from stars_fast.models.expert_forms import experts_forms, router_forms
 from stars_fast.models.first_layers import first_layers
 from stars_fast.models.interface import (
     STARS_PAGED,
@@ -121,16 +122,15 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def run(self, forward: Forward) -> tuple[Tensor, _Seen]:
-        """Return the first output of a forward on copies of it, and the attention it asked for."""
+    def run(self, forward: Forward) -> tuple[list[Tensor], _Seen]:
+        """Return the tensors that a forward gives on copies of it, and its calls of attention."""
         seen = _Seen()
         kwargs = dict(self.kwargs)
         if "stars_attention" in kwargs:
             kwargs["stars_attention"] = seen
         output = forward(*(x.clone() if isinstance(x, Tensor) else x for x in self.args), **kwargs)
-        first = output[0] if isinstance(output, tuple) else output
-        assert isinstance(first, Tensor)
-        return first, seen
+        outputs = output if isinstance(output, tuple) else (output,)
+        return [x for x in outputs if isinstance(x, Tensor)], seen
 
 
 class _NormForm:
@@ -193,6 +193,7 @@ class FusedLayers:
         self._products: dict[nn.Module, JoinedLinears] = {}
         self._norms: dict[nn.Module, _NormForm] = {}
         self._mlps: dict[nn.Module, MlpForward] = {}
+        self._experts: dict[nn.Module, Forward] = {}  # routers, too
         self._attentions: dict[nn.Module, Forward] = {}
         self._layers: dict[nn.Module, Forward] = {}
         self._rotaries: Any = WeakIdKeyDictionary()  # by a forward's table of cosines
@@ -216,6 +217,9 @@ class FusedLayers:
             if not self._typed:  # in C++ it would be another rounding, and no less time
                 self._replace(calls, "activation", _activation_forms, {})
                 self._replace(calls, "layer norm", _layer_norm_forms, {})
+            if kernels or (plain() and model.device.type == "cpu"):
+                self._replace(calls, "router", router_forms, self._experts)
+                self._replace(calls, "experts", experts_forms, self._experts)
             self._replace(calls, "mlp", self._mlp_forms, self._mlps)
             for module, call in calls.items():
                 if (asked := _asked_by(module, call)) is not None:
@@ -224,7 +228,8 @@ class FusedLayers:
             self._replace(calls, "layer", self._layer_forms, self._layers)
         for layer in self._layers:
             for part in list(layer.modules())[1:]:
-                self._replaced.pop(part, None)
+                if part not in self._experts:  # which its mixture of experts calls
+                    self._replaced.pop(part, None)
         parts = [part for module in self._replaced for part in module.modules()]
         #: Empty while the replacements may be used.
         self._hooks = [h for part in parts for h in (part._forward_hooks, part._forward_pre_hooks)]
@@ -380,7 +385,7 @@ class FusedLayers:
         mlp = parts.get("mlp")
         if attention is None or mlp is None:
             return
-        run_mlp = self._mlps.get(mlp, mlp)
+        run_mlp = self._mlps.get(mlp) or _as_called(mlp)
 
         def norm(*names: str) -> _NormForm | None:
             found = [self._norms[parts[n]] for n in names if parts.get(n) in self._norms]
@@ -403,6 +408,17 @@ class FusedLayers:
             yield _layer_form_behind(attention, run_mlp, behind[0], behind[1])
         if first is not None and before is not None:
             yield _layer_form(first, attention, before, run_mlp, behind, scale)
+
+
+def _as_called(mlp: nn.Module) -> MlpForward:
+    """Return an MLP that is not replaced, on [T, hidden]; of several outputs the first."""
+
+    def forward(hidden: Tensor) -> Tensor:
+        result = mlp(hidden.unsqueeze(0))
+        first: Tensor = result[0] if isinstance(result, tuple) else result
+        return first.squeeze(0)
+
+    return forward
 
 
 def _mlp_form(product: Product, down: nn.Module, act: Activation) -> MlpForward:
@@ -518,11 +534,12 @@ def _nearest_norm(module: nn.Module, call: _Call, agreeing: list[int]) -> int:
     """Return which of some forms that agree in float32 rounds in bfloat16 as the module does."""
     narrow = copy.deepcopy(module).to(torch.bfloat16)
     call = _Call(tuple(x.to(torch.bfloat16) for x in call.args), call.kwargs)
-    want, _ = call.run(narrow.forward)
+    (want,), _ = call.run(narrow.forward)
     forms = list(_norm_forms(narrow))
 
     def difference(number: int) -> float:
-        return float((call.run(forms[number])[0].float() - want.float()).abs().sum())
+        (found,), _ = call.run(forms[number])
+        return float((found.float() - want.float()).abs().sum())
 
     return min(agreeing, key=difference)
 
@@ -632,7 +649,9 @@ def _equal(call: _Call, one: Forward, other: Forward, tolerance: float) -> bool:
         return False
     if len(want_seen.calls) != len(got_seen.calls) or want_seen.options != got_seen.options:
         return False
-    pairs = [(want, got)]
+    if len(want) != len(got):
+        return False
+    pairs = list(zip(want, got, strict=True))
     for wanted, found in zip(want_seen.calls, got_seen.calls, strict=True):
         pairs += zip(wanted, found, strict=True)
     return all(_close(a, b, tolerance) for a, b in pairs)

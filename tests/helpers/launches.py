@@ -46,6 +46,13 @@ _KERNELS = {
     "sample": ("sample_reduce_kernel", "sample_finish_kernel"),
     "norm": ("rms_norm_kernel", "head_norms_kernel"),
     "gated": ("gated_kernel",),
+    "experts": (
+        "choose_experts_kernel",
+        "order_pairs_kernel",
+        "experts_up_kernel",
+        "experts_down_kernel",
+        "sum_pairs_kernel",
+    ),
     "rotary": ("rotate_append_kernel",),
 }
 

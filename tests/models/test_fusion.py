@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from helpers.tiny_architectures import CONFIGS, tiny_lm
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,8 +39,8 @@ REPLACED = {
     "olmo2": {"norm": 13, "attention": 3, "mlp": 3},
     "granite": {"norm": 7, "attention": 3, "mlp": 3},
     "cohere2": {"attention": 3, "mlp": 3},
-    "gpt_oss": {"norm": 7, "attention": 3},
-    "mixtral": {"norm": 7, "attention": 3},
+    "gpt_oss": WHOLE,
+    "mixtral": WHOLE,
     "starcoder2": {"attention": 3},
     "deepseek_v3": {"norm": 13, "mlp": 3},
     "opt": {},
@@ -48,9 +49,14 @@ REPLACED = {
 }
 
 
+#: Routers and experts replaced where kernels run.
+EXPERTS = {"gpt_oss": (3, 3), "mixtral": (3, 3), "deepseek_v3": (0, 1)}
+
+
 def part(module: nn.Module) -> str:
     name = type(module).__name__.lower()
-    return next(part for part in ("layer", "norm", "attention", "mlp") if name.endswith(part))
+    parts = ("layer", "norm", "attention", "mlp", "router", "experts")
+    return next((part for part in parts if name.endswith(part)), name)
 
 
 def plain_attention(
@@ -107,10 +113,43 @@ def test_kernels_compute_the_same(name: str, dtype: torch.dtype) -> None:
     with backend("triton"):
         fused = FusedLayers(model, attention_layout(model))
         assert fused.replaced
+        found = Counter(part(module) for module in fused.replaced)
+        assert (found["router"], found["experts"]) == EXPERTS.get(name, (0, 0))
         with fused.active():
             got = hidden_states(model, tokens=2)
     tolerance = 1e-5 if dtype == torch.float32 else 0.06
     torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("Qwen3Moe", {"norm_topk_prob": True}),
+        ("Qwen3Moe", {"norm_topk_prob": False}),
+        ("Qwen2Moe", {"shared_expert_intermediate_size": 40}),
+        ("Olmoe", {}),
+    ],
+)
+def test_other_mixtures_of_experts(kind: str, fields: dict[str, object]) -> None:
+    pytest.importorskip("triton", reason="Triton is for Linux only")
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=60, hidden_size=32, intermediate_size=48, moe_intermediate_size=24,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        num_experts=6, num_experts_per_tok=2, max_position_embeddings=64, **fields,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    want = hidden_states(model)
+    with backend("triton"):
+        fused = FusedLayers(model, attention_layout(model))
+        assert Counter(part(module) for module in fused.replaced) == {
+            "layer": 2, "norm": 1, "router": 2, "experts": 2,
+        }  # fmt: skip
+        with fused.active():
+            torch.testing.assert_close(hidden_states(model), want, atol=1e-5, rtol=1e-5)
 
 
 def test_joined_weights_are_parts_of_one_tensor(tmp_path: Path) -> None:

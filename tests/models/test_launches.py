@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 from helpers.tiny_architectures import CONFIGS
-from packaging.version import Version
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stars_fast.benchmarks.prediction import LAYER_LAUNCHES, STEP_LAUNCHES
@@ -14,8 +12,8 @@ from stars_fast.benchmarks.prediction import LAYER_LAUNCHES, STEP_LAUNCHES
 pytest.importorskip("triton", reason="Triton is for Linux only")
 from helpers.launches import DEVICES, captured_step
 
-#: Launches of a decoder layer of a decode step, the most of its layers. Mixtures of experts sort
-#: tokens by expert in transformers' own operators.
+#: Launches of a decoder layer of a decode step, the most of its layers. Latent attention (DeepSeek)
+#: rotates in transformers' own operators.
 PER_LAYER = {
     "llama": LAYER_LAUNCHES,
     "mistral": 11,
@@ -31,16 +29,12 @@ PER_LAYER = {
     "opt": 12,
     "gpt2": 12,
     "gpt_neox": 12,
-    "gpt_oss": 36,
+    "gpt_oss": 14,
     "cohere2": 11,
-    "mixtral": 29,
+    "mixtral": 14,
     "starcoder2": 12,
     "deepseek_v3": 34,
 }
-if Version(transformers.__version__) < Version(
-    "5.18"
-):  # which sets what no expert computes to zero
-    PER_LAYER |= {"gpt_oss": 41, "mixtral": 34}
 
 
 @pytest.mark.parametrize("device", DEVICES)
