@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from stars_fast.ops.fused import Rotary
 
 _ELEMENTS = 1024  # of a program's tile
+# Which channels turn together: 0, those a half apart; 1, neighbours; 2, neighbours, which come out
+# a half apart.
 
 
 @triton.jit
@@ -29,25 +31,31 @@ def _turned(  # type: ignore[no-untyped-def]
     head,
     at,
     live,
+    START: tl.constexpr,  # the first channel that turns
     SIZE: tl.constexpr,  # channels that turn
-    INTERLEAVED: tl.constexpr,
+    ORDER: tl.constexpr,  # see above
 ):
     """A tile of heads, turned; each product is rounded, as PyTorch does."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     wide: tl.constexpr = cos_ptr.dtype.element_ty  # of the products
-    turns = at < SIZE
-    if INTERLEAVED:
-        partner = at ^ 1
-        first = (at & 1) == 0
+    turn = at - START
+    turns = (turn >= 0) & (turn < SIZE)
+    own = turn
+    if ORDER == 1:
+        partner = turn ^ 1
+        first = (turn & 1) == 0
     else:
-        first = at < SIZE // 2
-        partner = tl.where(first, at + SIZE // 2, at - SIZE // 2)
+        first = turn < SIZE // 2
+        partner = tl.where(first, turn + SIZE // 2, turn - SIZE // 2)
+    if ORDER == 2:
+        own = tl.where(first, 2 * turn, 2 * turn - SIZE + 1)
+        partner = own ^ 1
     here = x_ptr + head * head_stride
-    x = tl.load(here + at, mask=live, other=0.0)
-    other = tl.load(here + partner, mask=live & turns, other=0.0).to(tl.float32)
+    x = tl.load(here + tl.where(turns, START + own, at), mask=live, other=0.0)
+    other = tl.load(here + START + partner, mask=live & turns, other=0.0).to(tl.float32)
     other = tl.where(first, -other, other)
-    cos = tl.load(cos_ptr + at, mask=turns, other=1.0).to(tl.float32)
-    sin = tl.load(sin_ptr + at, mask=turns, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + turn, mask=turns, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + turn, mask=turns, other=0.0).to(tl.float32)
     one = rounded(x.to(tl.float32) * cos, wide).to(tl.float32)
     two = rounded(other * sin, wide).to(tl.float32)
     return tl.where(turns, rounded(one + two, dtype), x)
@@ -77,8 +85,9 @@ def rotate_append_kernel(  # type: ignore[no-untyped-def]
     KV_HEADS: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    START: tl.constexpr,
     SIZE: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    ORDER: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
@@ -96,7 +105,7 @@ def rotate_append_kernel(  # type: ignore[no-untyped-def]
         live = (head < HEADS) & (at < KEY_DIM)
         query = _turned(
             query_ptr + token * query_token_stride, query_head_stride, cos_ptr, sin_ptr, head, at,
-            live, SIZE, INTERLEAVED,
+            live, START, SIZE, ORDER,
         )  # fmt: skip
         tl.store(out_ptr + (token * HEADS + head) * KEY_DIM + at, query, mask=live)
     else:
@@ -105,24 +114,24 @@ def rotate_append_kernel(  # type: ignore[no-untyped-def]
         live = (head < KV_HEADS) & (at < KEY_DIM)
         key = _turned(
             key_ptr + token * key_token_stride, key_head_stride, cos_ptr, sin_ptr, head, at, live,
-            SIZE, INTERLEAVED,
+            START, SIZE, ORDER,
         )  # fmt: skip
         if SCALED:
             key = scaled(key, tl.load(k_scale_ptr + head, mask=head < KV_HEADS, other=1.0))
         into = k_ptr + (slot * KV_HEADS + head) * KEY_DIM + at
         tl.store(into, key.to(k_ptr.dtype.element_ty), mask=live)
 
-        at = tl.arange(0, BLOCK_VALUE)[None, :]
-        live = (head < KV_HEADS) & (at < VALUE_DIM)
+        channel = tl.arange(0, BLOCK_VALUE)[None, :]
+        there = (head < KV_HEADS) & (channel < VALUE_DIM)
         value = tl.load(
-            value_ptr + token * value_token_stride + head * value_head_stride + at,
-            mask=live,
+            value_ptr + token * value_token_stride + head * value_head_stride + channel,
+            mask=there,
             other=0.0,
         )
         if SCALED:
             value = scaled(value, tl.load(v_scale_ptr + head, mask=head < KV_HEADS, other=1.0))
-        into = v_ptr + (slot * KV_HEADS + head) * VALUE_DIM + at
-        tl.store(into, value.to(v_ptr.dtype.element_ty), mask=live)
+        into = v_ptr + (slot * KV_HEADS + head) * VALUE_DIM + channel
+        tl.store(into, value.to(v_ptr.dtype.element_ty), mask=there)
 
 
 def rotate_append(
@@ -171,12 +180,14 @@ def rotate_append(
             f"query and key must have one dtype of {', '.join(map(str, DTYPES))}; got "
             f"{query.dtype} and {key.dtype}"
         )
-    cos, sin, interleaved = rotary
-    size = cos.shape[-1]
+    cos, sin = rotary.cos, rotary.sin
+    size, most = cos.shape[-1], dim - rotary.start
+    if not 0 <= rotary.start <= dim:
+        raise ValueError(f"rotary.start must be in [0, {dim}], got {rotary.start}")
     for name, table in (("cos", cos), ("sin", sin)):
-        if table.shape != (tokens, size) or size > dim or size % 2:
+        if table.shape != (tokens, size) or size > most or size % 2:
             raise ValueError(
-                f"rotary.{name} must be [{tokens}, an even number up to {dim}], got "
+                f"rotary.{name} must be [{tokens}, an even number up to {most}], got "
                 f"{list(table.shape)}"
             )
         if table.dtype not in (query.dtype, torch.float32):
@@ -209,8 +220,9 @@ def rotate_append(
         value.stride(0),
         value.stride(1),
         cos.stride(0),
+        START=rotary.start,
         SIZE=size,
-        INTERLEAVED=interleaved,
+        ORDER=2 if rotary.parted else int(rotary.interleaved),
         **sizes,
         SCALED=k_scale is not None,
     )
@@ -232,7 +244,10 @@ def _blocks(heads: int, kv_heads: int, key_dim: int, value_dim: int) -> dict[str
 
 
 def variants() -> list[Variant]:
-    """The forms for 32 heads and 8 KV heads of 64, 128 and 256, all of whose channels turn."""
+    """The forms for 32 heads and 8 KV heads of 64, 128 and 256, all of whose channels turn.
+
+    And for DeepSeek's 128 heads of 192, the last 64 of whose channels do.
+    """
     found = []
     strides = ("query_token", "query_head", "key_token", "key_head", "value_token", "value_head")
     for dtype, stored in (
@@ -242,16 +257,21 @@ def variants() -> list[Variant]:
         is_scaled = stored != dtype
         scale = "*fp32" if is_scaled else "constexpr"
         read = ("query_ptr", "key_ptr", "value_ptr", "cos_ptr", "sin_ptr")
-        for dim in (64, 128, 256):
+        for heads, kv_heads, dim, start, order in (
+            *((32, 8, dim, 0, 0) for dim in (64, 128, 256)),
+            (128, 128, 192, 128, 2),
+        ):
             flags = {
-                **_blocks(32, 8, dim, dim),
-                "SIZE": dim,
-                "INTERLEAVED": False,
+                **_blocks(heads, kv_heads, dim, start or dim),
+                "START": start,
+                "SIZE": dim - start,
+                "ORDER": order,
                 "SCALED": is_scaled,
             }
+            of = f"{heads} heads of {dim}"
             found.append(
                 Variant(
-                    f"rotate_append {DTYPES[dtype]} to {PAGE_TYPES[stored]}, 32 heads of {dim}",
+                    f"rotate_append {DTYPES[dtype]} to {PAGE_TYPES[stored]}, {of}",
                     rotate_append_kernel,
                     {
                         **dict.fromkeys(read, f"*{DTYPES[dtype]}"),
@@ -264,8 +284,8 @@ def variants() -> list[Variant]:
                         "turn_stride": "i32",
                         **dict.fromkeys(
                             (
-                                "HEADS", "KV_HEADS", "KEY_DIM", "VALUE_DIM", "SIZE", "INTERLEAVED",
-                                "BLOCK_HEADS", "BLOCK_KEY", "BLOCK_VALUE", "SCALED",
+                                "HEADS", "KV_HEADS", "KEY_DIM", "VALUE_DIM", "START", "SIZE",
+                                "ORDER", "BLOCK_HEADS", "BLOCK_KEY", "BLOCK_VALUE", "SCALED",
                             ),
                             "constexpr",
                         ),

@@ -25,15 +25,20 @@ class Rotary(NamedTuple):
     Attributes
     ----------
     cos, sin : Tensor
-        ``[T, D]``, D at most the head's channels; those behind stay as they are. Products and sums
-        are in their dtype if that is float32.
+        ``[T, D]``; products and sums are in their dtype if that is float32.
     interleaved : bool
         Whether channels 2 i and 2 i + 1 turn together, or i and i + D / 2.
+    start : int
+        The first channel of the D that turn; the head's others stay as they are.
+    parted : bool
+        Whether channels 2 i and 2 i + 1 turn together and become i and i + D / 2 (DeepSeek).
     """
 
     cos: Tensor
     sin: Tensor
     interleaved: bool = False
+    start: int = 0
+    parted: bool = False
 
 
 class Norm(NamedTuple):
@@ -157,10 +162,12 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
     It may be `x` itself.
     """
-    if cpu.runs_on(x):
+    if cpu.runs_on(x) and not rotary.start and not rotary.parted:
         return cpu.rotate(x, rotary.cos, rotary.sin, rotary.interleaved)
-    size = rotary.cos.shape[-1]
-    turning, rest = x[..., :size], x[..., size:]
+    begin, size = rotary.start, rotary.cos.shape[-1]
+    before, turning, rest = x.tensor_split((begin, begin + size), dim=-1)
+    if rotary.parted:
+        turning = torch.cat((turning[..., ::2], turning[..., 1::2]), dim=-1)
     if rotary.interleaved:
         turned = torch.stack((-turning[..., 1::2], turning[..., ::2]), dim=-1).flatten(-2)
     else:
@@ -168,7 +175,8 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
         turned = torch.cat((-second, first), dim=-1)
     cos, sin = rotary.cos.unsqueeze(1), rotary.sin.unsqueeze(1)
     turning = (turning * cos + turned * sin).to(x.dtype)
-    return turning if not rest.shape[-1] else torch.cat((turning, rest), dim=-1)
+    parts = [part for part in (before, turning, rest) if part.shape[-1]]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def rotate_append(

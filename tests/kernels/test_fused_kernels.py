@@ -98,11 +98,14 @@ def test_gates(dtype: torch.dtype, activation: Activation, dim: int) -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("stored", ["same", "fp8"])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "value_dim", "turning", "interleaved", "wide"),
+    ("heads", "kv_heads", "dim", "value_dim", "turning", "order", "wide"),
     [
-        (4, 2, 8, 8, 8, False, False),
-        (5, 1, 12, 6, 4, True, False),
-        (9, 3, 20, 24, 6, False, True),
+        (4, 2, 8, 8, 8, {}, False),
+        (5, 1, 12, 6, 4, {"interleaved": True}, False),
+        (9, 3, 20, 24, 6, {}, True),
+        (3, 3, 12, 8, 4, {"start": 8, "parted": True}, False),
+        (2, 2, 9, 6, 6, {"start": 1, "parted": True}, True),
+        (3, 1, 11, 8, 6, {"start": 3}, False),
     ],
 )
 def test_rotation_and_append(
@@ -113,7 +116,7 @@ def test_rotation_and_append(
     dim: int,
     value_dim: int,
     turning: int,
-    interleaved: bool,
+    order: dict[str, Any],
     wide: bool,
 ) -> None:
     """Queries, keys and values as parts of one product; slots that occur twice are page 0's."""
@@ -122,7 +125,7 @@ def test_rotation_and_append(
     parts = (randn(tokens, sum(sizes), dtype=dtype) * 4).split(sizes, dim=1)
     inputs = [x.view(tokens, -1, d) for x, d in zip(parts, (dim, dim, value_dim), strict=True)]
     table = torch.float32 if wide else dtype
-    rotary = Rotary(*(randn(tokens, turning, dtype=table, seed=s) for s in (1, 2)), interleaved)
+    rotary = Rotary(*(randn(tokens, turning, dtype=table, seed=s) for s in (1, 2)), **order)
     slots = torch.tensor([5, 0, 11, 0], device=DEVICE)
     scales = []
     if stored == "fp8":
