@@ -37,6 +37,7 @@ from stars_fast.models.interface import (
     attention_implementation,
 )
 from stars_fast.models.joined import JoinedLinears, Joining
+from stars_fast.models.latent_forms import latent_product, latent_turns
 from stars_fast.models.linear import may_pack
 from stars_fast.models.machine import memory_bytes
 from stars_fast.models.packed import GATE_UP, QKV
@@ -337,6 +338,12 @@ class FusedLayers:
         out = _out_of(module)
         if asked is None or out is None:
             return
+        latent = latent_product(module, asked.heads, self._norm_of, self._join)
+        if latent is not None and not self._typed:
+            for turn in latent_turns(int(module.qk_nope_head_dim)):  # type: ignore[arg-type]
+                turned = functools.partial(self._turned, turn)
+                yield _attention_form(latent, out, [None, None], asked, None, turned)
+            return
         product = self._attention_product(module, asked)
         if product is None:
             return
@@ -367,6 +374,9 @@ class FusedLayers:
         if isinstance(by_head, nn.Linear) and not self._typed:
             return lambda x: by_head(x).view(len(x), asked.heads, -1).chunk(3, dim=-1)
         return self._join(module, QKV)
+
+    def _norm_of(self, module: nn.Module) -> Norm | None:
+        return self._norms[module].norm if module in self._norms else None
 
     def _turned(self, turn: Turn, cos: Tensor, sin: Tensor) -> Rotary:
         """Return what `turn` makes of a forward's tables, once for all its layers."""

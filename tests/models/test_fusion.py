@@ -49,8 +49,8 @@ REPLACED = {
 }
 
 
-#: Routers and experts replaced where kernels run.
-EXPERTS = {"gpt_oss": (3, 3), "mixtral": (3, 3), "deepseek_v3": (0, 1)}
+#: Layers, routers and experts replaced where kernels run, of architectures with experts.
+EXPERTS = {"gpt_oss": (3, 3, 3), "mixtral": (3, 3, 3), "deepseek_v3": (3, 0, 1)}
 
 
 def part(module: nn.Module) -> str:
@@ -114,7 +114,8 @@ def test_kernels_compute_the_same(name: str, dtype: torch.dtype) -> None:
         fused = FusedLayers(model, attention_layout(model))
         assert fused.replaced
         found = Counter(part(module) for module in fused.replaced)
-        assert (found["router"], found["experts"]) == EXPERTS.get(name, (0, 0))
+        parts = found["layer"], found["router"], found["experts"]
+        assert parts == EXPERTS.get(name, (found["layer"], 0, 0))
         with fused.active():
             got = hidden_states(model, tokens=2)
     tolerance = 1e-5 if dtype == torch.float32 else 0.06
