@@ -38,7 +38,7 @@ from stars_fast.kernels.sample import sample
 from stars_fast.ops import fused
 from stars_fast.ops.attention import AttentionOptions
 from stars_fast.ops.batch import RowBatch
-from stars_fast.ops.experts import Experts, run_experts
+from stars_fast.ops.experts import Experts, choose_experts, run_experts
 from stars_fast.ops.fused import Norm, Rotary
 
 Job = Callable[[int], Any]  # takes the number of an input set
@@ -191,6 +191,7 @@ def model_cases(size: Size, device: torch.device) -> Iterator[Case]:
     yield norm_case(size, device)
     yield gate_case(size, device)
     yield rotation_case(size, device)
+    yield choice_case(size, device)
     yield experts_case(size, device)
     yield from decode_cases(size, device)
     yield prefill_case(size, device)
@@ -424,6 +425,18 @@ def rotation_case(size: Size, device: torch.device) -> Case:
         lambda: fused.rotate_append(*arguments),
         2 * sum(x.nbytes for x in (query, key, value, cos)),
         written,
+    )
+
+
+def choice_case(size: Size, device: torch.device) -> Case:
+    """The experts of every row of a decode step, by its router's logits."""
+    rows, (count, top_k, _, _) = size.requests * size.candidates, size.experts
+    logits = torch.rand((rows, count), device=device).argsort(dim=1).to(size.dtype) / 16
+    return _fused_case(
+        f"choose {top_k} of {count} experts {rows} {_short(size.dtype)}",
+        lambda: expert_kernels.choose_experts(logits, top_k, share=True),
+        lambda: choose_experts(logits, top_k, share=True),
+        logits.nbytes + rows * top_k * 12,
     )
 
 
