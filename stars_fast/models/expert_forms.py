@@ -9,16 +9,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stars_fast.ops.experts import (
-    MOST_EXPERTS,
-    MOST_PAIRS,
-    Experts,
-    GateActivation,
-    choose_experts,
-    run_experts,
-)
+from stars_fast.ops.experts import Experts, GateActivation, choose_experts, run_experts
 
 __all__ = ["experts_forms", "router_forms"]
+
+_MOST_EXPERTS = 1024  # a program of a kernel looks at all of them
+_MOST_PAIRS = 8192  # of a token and an expert: each is compared with all others
 
 
 def router_forms(module: nn.Module) -> Iterator[Callable[..., Any]]:
@@ -27,7 +23,7 @@ def router_forms(module: nn.Module) -> Iterator[Callable[..., Any]]:
     names = {name for name, _ in itertools.chain(module.named_parameters(), module.named_buffers())}
     if not isinstance(weight, Tensor) or weight.ndim != 2 or type(count) is not int:
         return
-    if names - {"weight", "bias"} or not 1 <= count <= len(weight) <= MOST_EXPERTS:
+    if names - {"weight", "bias"} or not 1 <= count <= len(weight) <= _MOST_EXPERTS:
         return
     bias = getattr(module, "bias", None)
     for share in (True, False):
@@ -62,7 +58,7 @@ def experts_forms(module: nn.Module) -> Iterator[Callable[..., Tensor]]:
     ):
         hidden, inner = (down.shape[2], down.shape[1]) if transposed else down.shape[1:]
         wanted = (len(down), hidden, 2 * inner) if transposed else (len(down), 2 * inner, hidden)
-        if up.shape == wanted and len(down) <= MOST_EXPERTS:
+        if up.shape == wanted and len(down) <= _MOST_EXPERTS:
             experts = Experts(
                 up, down, up_bias, down_bias, activation, transposed, interleaved,
                 limit or 0.0, alpha or 0.0,
@@ -76,7 +72,7 @@ def _experts_form(experts: Experts, own: Callable[..., Tensor]) -> Callable[...,
 
     def forward(hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         # Long passes, of prompts, are for products that are made for them.
-        if not fits or index.numel() > MOST_PAIRS:
+        if not fits or index.numel() > _MOST_PAIRS:
             return own(hidden_states, index, weights)
         return run_experts(hidden_states, index, weights, experts)
 

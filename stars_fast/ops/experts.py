@@ -15,11 +15,6 @@ from stars_fast.ops.fused import on_kernels
 
 GateActivation: TypeAlias = Literal["silu", "gelu_tanh", "clamped"]
 
-#: Most experts that the kernels take.
-MOST_EXPERTS = 1024
-#: Most pairs of a token and an expert that the kernels take: each compares all of them.
-MOST_PAIRS = 8192
-
 
 class Experts(NamedTuple):
     """Feed-forward layers, one for each expert: down(act(gate(x)) * up(x)).
@@ -93,7 +88,7 @@ def run_experts(x: Tensor, index: Tensor, weights: Tensor, experts: Experts) -> 
     x : Tensor
         ``[T, H]``.
     index, weights : Tensor
-        int64 and floating ``[T, K]``: the experts of each token. At most `MOST_PAIRS` on kernels.
+        int64 and floating ``[T, K]``: the experts of each token.
     experts : Experts
         Of the dtype of `x`.
 
