@@ -1,8 +1,8 @@
 """Mixtures of experts: a layer's choice, order, both products and sum, each in one launch.
 
 Pairs of a token and an expert are put in the order of their experts. A program of a product takes
-some of one expert's and some columns of its weights, so that weights are read once for all tokens
-that share them. Every sum has a fixed order: nothing is added atomically.
+some of one expert's and some columns of its weights, so that those who share an expert read its
+weights together. Every sum has a fixed order: nothing is added atomically.
 """
 
 from __future__ import annotations
@@ -130,6 +130,16 @@ def _dot(a, b, acc):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _weights(base, k, deep, column, inside, depth, width, TRANSPOSED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile of an expert's weights: channels `k` of its input, `column` of its output."""
+    if TRANSPOSED:
+        at = k[:, None] * width + column[None, :]
+    else:
+        at = k[:, None] + column[None, :].to(tl.int64) * depth
+    return tl.load(base + at, mask=deep[:, None] & inside[None, :], other=0.0)
+
+
+@triton.jit
 def _activated(gate, up, limit, alpha, dtype: tl.constexpr, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
     """The activated gate times up, rounded where PyTorch rounds."""
     gate = rounded(gate, dtype).to(tl.float32)
@@ -190,11 +200,7 @@ def experts_up_kernel(  # type: ignore[no-untyped-def]
             for start in range(0, hidden, DEPTH):
                 deep = start + k < hidden
                 a = tl.load(x_at + start, mask=live[:, None] & deep[None, :], other=0.0)
-                if TRANSPOSED:
-                    w_at = base + (start + k)[:, None] * (2 * inner) + pair[None, :]
-                else:
-                    w_at = base + (start + k)[:, None] + pair[None, :].to(tl.int64) * hidden
-                b = tl.load(w_at, mask=deep[:, None] & there[None, :], other=0.0)
+                b = _weights(base, start + k, deep, pair, there, hidden, 2 * inner, TRANSPOSED)
                 both = _dot(a, b, both)
             if BIAS:
                 bias = tl.load(bias_ptr + expert * 2 * inner + pair, mask=there, other=0.0)
@@ -206,15 +212,12 @@ def experts_up_kernel(  # type: ignore[no-untyped-def]
             for start in range(0, hidden, DEPTH):
                 deep = start + k < hidden
                 a = tl.load(x_at + start, mask=live[:, None] & deep[None, :], other=0.0)
-                if TRANSPOSED:
-                    w_at = base + (start + k)[:, None] * (2 * inner) + column[None, :]
-                    up_at = w_at + inner
-                else:
-                    w_at = base + (start + k)[:, None] + column[None, :].to(tl.int64) * hidden
-                    up_at = w_at + inner.to(tl.int64) * hidden
-                mask = deep[:, None] & inside[None, :]
-                gate = _dot(a, tl.load(w_at, mask=mask, other=0.0), gate)
-                up = _dot(a, tl.load(up_at, mask=mask, other=0.0), up)
+                b = _weights(base, start + k, deep, column, inside, hidden, 2 * inner, TRANSPOSED)
+                gate = _dot(a, b, gate)
+                b = _weights(
+                    base, start + k, deep, column + inner, inside, hidden, 2 * inner, TRANSPOSED
+                )
+                up = _dot(a, b, up)
             if BIAS:
                 b_at = bias_ptr + expert * 2 * inner + column
                 gate += tl.load(b_at, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -258,6 +261,7 @@ def experts_down_kernel(  # type: ignore[no-untyped-def]
         for start in range(0, inner, DEPTH):
             deep = start + k < inner
             a = tl.load(x_at + start, mask=live[:, None] & deep[None, :], other=0.0)
+            # `_weights`, which as a call spills 8 bytes on sm_100 with Triton 3.7.
             if TRANSPOSED:
                 w_at = base + (start + k)[:, None] * hidden + column[None, :]
             else:
@@ -295,9 +299,8 @@ def sum_pairs_kernel(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True)
 class _Tile:
-    """Pairs, columns and depth of a program of a product."""
+    """Columns and depth of a program of a product, and how it runs."""
 
-    rows: int
     columns: int
     depth: int
     num_warps: int
@@ -404,7 +407,14 @@ def _run(x: Tensor, index: Tensor, weights: Tensor, experts: Experts) -> Tensor:
         EXPERTS=max(16, triton.next_power_of_2(count)),
         num_warps=8,
     )
-    tile = _tile(rows, x.dtype)
+    tile = _tile(x.dtype)
+    program = {
+        "ROWS": rows,
+        "COLUMNS": tile.columns,
+        "DEPTH": tile.depth,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
     experts_up_kernel[(blocks, triton.cdiv(inner, tile.columns))](
         x,
         x.stride(0),
@@ -423,11 +433,7 @@ def _run(x: Tensor, index: Tensor, weights: Tensor, experts: Experts) -> Tensor:
         TRANSPOSED=experts.transposed,
         INTERLEAVED=experts.interleaved,
         BIAS=experts.gate_up_bias is not None,
-        ROWS=rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **program,
     )
     experts_down_kernel[(blocks, triton.cdiv(hidden, tile.columns))](
         made,
@@ -442,11 +448,7 @@ def _run(x: Tensor, index: Tensor, weights: Tensor, experts: Experts) -> Tensor:
         experts.down.stride(0),
         TRANSPOSED=experts.transposed,
         BIAS=experts.down_bias is not None,
-        ROWS=rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **program,
     )
     sum_pairs_kernel[(len(x), triton.cdiv(hidden, _SUMMED))](
         results, out, hidden, COUNT=top_k, BLOCK=_SUMMED
@@ -459,10 +461,8 @@ def _rows(pairs: int, experts: int) -> int:
     return next((rows for rows in (16, 32) if pairs <= rows * experts), 64)
 
 
-def _tile(rows: int, dtype: torch.dtype) -> _Tile:
-    if dtype == torch.float32:
-        return _Tile(rows, 32, 32, 4, 3)
-    return _Tile(rows, 64, 64, 4, 4)
+def _tile(dtype: torch.dtype) -> _Tile:
+    return _Tile(32, 32, 4, 3) if dtype == torch.float32 else _Tile(64, 64, 4, 4)
 
 
 def _shape_of(x: Tensor, name: str, form: str) -> tuple[int, int]:
@@ -475,7 +475,10 @@ def _shape_of(x: Tensor, name: str, form: str) -> tuple[int, int]:
 
 
 def variants() -> list[Variant]:
-    """Every form that the launchers can choose, for aligned rows and up to 256 experts."""
+    """The layouts of most mixtures of experts and of GPT-OSS, by dtype and pairs of a program.
+
+    Of 256 experts, eight for each token; the order of pairs for 16, too.
+    """
     found = []
     for dtype, short in DTYPES.items():
         found.append(
@@ -518,7 +521,7 @@ def variants() -> list[Variant]:
 
 
 def _product_variants(dtype: torch.dtype, short: str, rows: int) -> list[Variant]:
-    tile = _tile(rows, dtype)
+    tile = _tile(dtype)
     sizes = {"ROWS": rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
     pointers = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr"), short)
     tables = {"order_ptr": "i32", "blocks_ptr": "i32"}

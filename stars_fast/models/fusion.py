@@ -338,8 +338,10 @@ class FusedLayers:
         out = _out_of(module)
         if asked is None or out is None:
             return
-        latent = latent_product(module, asked.heads, self._norm_of, self._join)
-        if latent is not None and not self._typed:
+        latent = None
+        if not self._typed:  # C++ has no such rotation
+            latent = latent_product(module, asked.heads, self._norm_of, self._join)
+        if latent is not None:
             for turn in latent_turns(int(module.qk_nope_head_dim)):  # type: ignore[arg-type]
                 turned = functools.partial(self._turned, turn)
                 yield _attention_form(latent, out, [None, None], asked, None, turned)
